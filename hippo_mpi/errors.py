@@ -1,0 +1,45 @@
+"""Everything that can go wrong, as a tree. `exit_code` is the status with which every rank ends.
+
+HippoError                 one clear line for the user, no traceback
+|-- UserError       2      something that was typed or configured
+|   |-- ModelError         the checkpoint can't be used
+|   |-- PlanError          the layers don't fit the ranks or their memory
+|   `-- LaunchError        the ranks don't form one world
+`-- RankError       3      a rank failed, fell silent, or lost its link
+    |-- DeadlineError      a wait took longer than --timeout
+    `-- DesyncError        a rank got another step than it expected
+"""
+
+from __future__ import annotations
+
+
+class HippoError(Exception):
+    exit_code = 1
+
+
+class UserError(HippoError):
+    exit_code = 2
+
+
+class ModelError(UserError):
+    pass
+
+
+class PlanError(UserError):
+    pass
+
+
+class LaunchError(UserError):
+    pass
+
+
+class RankError(HippoError):
+    exit_code = 3
+
+
+class DeadlineError(RankError):
+    pass
+
+
+class DesyncError(RankError):
+    pass

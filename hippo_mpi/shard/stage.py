@@ -1,0 +1,256 @@
+"""Layers [start, stop) of any mlx-lm model: one rank's part of the pipeline.
+
+The model keeps its own `__call__`, its full list of layers and its full list of caches. A layer that lives on
+another rank becomes a *phantom*: the same object, whose call returns what arrived from the rank before (or
+zeros, where nobody looks) and feeds its cache rows of width 0, so that masks, positions and look-ups such as
+`cache[self.fa_idx]` stay right on every rank. What crosses a cut is known from `dataflow.trace`.
+
+Knows one model and one split. Must not know ranks, messages, sequences or sampling.
+
+Legend: B rows, L tokens per row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from greenlet import getcurrent, greenlet
+
+from hippo_mpi.errors import DesyncError
+from hippo_mpi.shard import arrays_in
+from hippo_mpi.shard.arrays_in import Opaque, Path
+from hippo_mpi.shard.dataflow import (
+    ArgumentRef,
+    CacheEffect,
+    Dataflow,
+    Dim,
+    LayerCall,
+    Returned,
+    ReturnedArray,
+    ReturnedSequence,
+    Shape,
+    all_caches,
+)
+
+Place = tuple[int, Path]
+"""Where an array that crosses a cut belongs: (call, path of an output or of a prepared input)."""
+
+
+class Stage:
+    """The layers [start, stop) of `model`, ready to run steps.
+
+    Args:
+        model: an mlx-lm model, complete in structure; weights of other stages' layers are never read.
+        flow: what `trace` found for the same model.
+        start, stop: the layers held here. Stage 0 (start == 0) also holds embedding, norm and head.
+    """
+
+    def __init__(self, model: nn.Module, flow: Dataflow, start: int, stop: int) -> None:
+        self.model, self.flow, self.start, self.stop = model, flow, start, stop
+        self.is_first = start == 0
+        self.is_whole = stop - start == flow.num_layers
+        self._running: Forward | None = None
+        if not self.is_whole:
+            for index, layer in enumerate(model.layers):
+                layer.__class__ = _hooked(type(layer), index, self)
+
+    def forward(self, tokens: mx.array, cache: list[Any], wants_logits: bool = True) -> Forward:
+        """Begin a step over tokens (B, L); stages other than the first look at their shape only."""
+        return Forward(self, tokens, cache, wants_logits)
+
+    def is_local(self, layer: int) -> bool:
+        return self.start <= layer < self.stop
+
+
+class Forward:
+    """One step through this stage, which stops wherever it must wait for another stage.
+
+    The model's code runs in a greenlet, so that a layer call in the middle of it can wait for what another
+    stage computes while this stage begins the next step. Use:
+
+        forward = stage.forward(tokens, cache)
+        forward.run(None)                    # the first stage; others pass the arrays that arrived
+        send(forward.outgoing)               # None if nothing leaves this stage
+        if not forward.is_done: forward.run(arrays that came round the ring)
+        forward.logits                       # (B, L, V) on the first stage
+    """
+
+    def __init__(self, stage: Stage, tokens: mx.array, cache: list[Any], wants_logits: bool) -> None:
+        self.stage, self.tokens, self.cache, self.wants_logits = stage, tokens, cache, wants_logits
+        self.outgoing: list[mx.array] | None = None
+        self.logits: mx.array | None = None
+        self._next_call = 0
+        self._held: dict[Place, mx.array] = {}  # what crossed, or will cross, a cut
+        self._opaque = Opaque(all_caches(cache))
+        self._greenlet = greenlet(self._call_model)
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self._greenlet.dead)
+
+    @property
+    def num_rows_tokens(self) -> tuple[int, int]:
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+    def run(self, incoming: Sequence[mx.array] | None) -> None:
+        """Go on to the next wait, or to the end. `incoming` is what the stage before sent, if anything."""
+        self.outgoing = None
+        previous, self.stage._running = self.stage._running, self
+        try:
+            self._greenlet.parent = getcurrent()
+            self._greenlet.switch(incoming)
+        finally:
+            self.stage._running = previous
+
+    def _call_model(self, incoming: Sequence[mx.array] | None) -> None:
+        if not self.stage.is_first:
+            self._accept(self.stage.start, incoming)
+        logits = self.stage.model(self.tokens, cache=self.cache)
+        if self._next_call != len(self.stage.flow.calls) and not self.stage.is_whole:
+            raise DesyncError(f"the model called {self._next_call} layers, not {len(self.stage.flow.calls)}")
+        if self.stage.is_first:
+            self.logits = logits
+
+    def _accept(self, cut: int, incoming: Sequence[mx.array] | None) -> None:
+        """Hold what arrived at the cut before call `cut`."""
+        places = crossing(self.stage.flow, cut)
+        if incoming is None or len(incoming) != len(places):
+            got = "nothing" if incoming is None else f"{len(incoming)} arrays"
+            raise DesyncError(f"the cut before layer {cut} hands on {len(places)} arrays, but got {got}")
+        self._held.update(zip(places, incoming, strict=True))
+
+    def _on_layer(self, layer: Any, index: int, args: Any, kwargs: Any, real: Any) -> Any:
+        """Stand in for the call of layer `index`: run it if it lives here, else act as its phantom."""
+        number, self._next_call = self._next_call, self._next_call + 1
+        flow = self.stage.flow
+        if number >= len(flow.calls) or flow.calls[number].layer != index:
+            raise DesyncError(f"the model called layer {index} as its call {number}, unlike when it was traced")
+        call, inputs = flow.calls[number], {"args": args, "kwargs": kwargs}
+        if self.stage.is_local(index):
+            for path in call.prepared:
+                if (number, path) in self._held:
+                    _put(inputs, path, self._held[number, path])
+            result = real(layer, *inputs["args"], **inputs["kwargs"])
+            if index == self.stage.stop - 1:
+                self._keep_outputs(number, result, inputs)
+                if not self.stage.is_first:
+                    self.outgoing = self._collect(number + 1)
+            return result
+        if self.stage.is_first:
+            self._keep_prepared(number, call, inputs)
+        for effect in call.effects:
+            _apply(effect, inputs, self.num_rows_tokens)
+        self._maybe_wait(number)
+        return self._stand_in(number, call, inputs)
+
+    def _keep_outputs(self, number: int, result: Any, inputs: dict[str, Any]) -> None:
+        for call, path in crossing(self.stage.flow, number + 1):
+            if call == number:
+                self._held[call, path] = _get({"return": result, **inputs}, path)
+
+    def _keep_prepared(self, number: int, call: LayerCall, inputs: dict[str, Any]) -> None:
+        for path in call.prepared:
+            self._held[number, path] = _get(inputs, path)
+
+    def _collect(self, cut: int) -> list[mx.array] | None:
+        """What the next stage needs: the result's way back to the first stage is left out if nobody wants it."""
+        if cut == len(self.stage.flow.calls) and not self.wants_logits:
+            return None
+        return [self._held[place] for place in crossing(self.stage.flow, cut)]
+
+    def _maybe_wait(self, number: int) -> None:
+        """In the last phantom before this stage's next part: send what is due, wait for what comes."""
+        flow, stage = self.stage.flow, self.stage
+        next_is_local = number + 1 < len(flow.calls) and flow.calls[number + 1].layer == stage.start
+        is_last = number + 1 == len(flow.calls)
+        if stage.is_first and (next_is_local or is_last):
+            self.outgoing = self._collect(number + 1 - (flow.num_layers - stage.stop))
+            if is_last and not self.wants_logits:
+                return
+        elif not next_is_local or number < flow.num_layers:
+            return
+        self._accept(number + 1, self._greenlet.parent.switch())
+
+    def _stand_in(self, number: int, call: LayerCall, inputs: dict[str, Any]) -> Any:
+        """What the phantom returns: arrays that arrived, or zeros of the same shape."""
+
+        def array(path: Path) -> mx.array:
+            held = self._held.get((number, path))
+            if held is not None:
+                return held
+            shape = call.outputs[path]
+            return mx.zeros(shape(*self.num_rows_tokens), shape.dtype)
+
+        def build(returned: Returned) -> Any:
+            if isinstance(returned, ReturnedArray):
+                return array(returned.path)
+            if isinstance(returned, ArgumentRef):
+                return _get(inputs, returned.path)
+            if isinstance(returned, ReturnedSequence):
+                items = [build(item) for item in returned.items]
+                return returned.kind(*items) if hasattr(returned.kind, "_fields") else returned.kind(items)
+            return returned.value
+
+        for path in call.outputs:
+            if path[0] != "return":
+                _put(inputs, path, array(path))
+        return build(call.returns)
+
+
+def crossing(flow: Dataflow, cut: int) -> list[Place]:
+    """What crosses the cut before call `cut`, in the order in which it is sent.
+
+    The outputs of the call before that the next one (or the head) reads, then inputs of later calls of the
+    same round that the first stage has prepared.
+    """
+    last = cut == len(flow.calls)
+    reads = flow.head_reads if last else flow.calls[cut].reads
+    places: list[Place] = [(cut - 1, path) for path in sorted(reads, key=repr)]
+    round_end = cut if cut % flow.num_layers == 0 else cut - cut % flow.num_layers + flow.num_layers
+    for number in range(cut, round_end):
+        places += [(number, path) for path in sorted(flow.calls[number].prepared, key=repr)]
+    return places
+
+
+def _hooked(kind: type, index: int, stage: Stage) -> type:
+    """A subclass of a layer's class whose calls go through the running Forward of `stage`."""
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        assert stage._running is not None, "a layer of a stage was called outside a step"
+        return stage._running._on_layer(layer, index, args, kwargs, kind.__call__)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _get(root: Any, path: Path) -> Any:
+    for key in path:
+        root = root[key] if isinstance(root, dict | list | tuple) else getattr(root, str(key))
+    return root
+
+
+def _put(inputs: dict[str, Any], path: Path, value: Any) -> None:
+    """Set an argument, or what is inside one."""
+    if len(path) == 2 and path[0] == "args":
+        values = list(inputs["args"])
+        values[int(path[1])] = value
+        inputs["args"] = tuple(values)
+    else:
+        arrays_in.assign(_get(inputs, path[:-1]), path[-1], value)
+
+
+def _apply(effect: CacheEffect, inputs: dict[str, Any], rows_tokens: tuple[int, int]) -> None:
+    """Do to the cache what the real layer does, with rows of width 0."""
+    cache = _get(inputs, effect.cache)
+    if cache is None:
+        return
+
+    def argument(value: Any) -> Any:
+        if isinstance(value, Shape):
+            return mx.zeros(value(*rows_tokens), value.dtype)
+        return value(*rows_tokens) if isinstance(value, Dim) else value
+
+    getattr(cache, effect.method)(*(argument(value) for value in effect.arguments))
