@@ -266,7 +266,9 @@ class _Tracer:
         def enter(path: Path, array: mx.array) -> mx.array:
             seen.inputs[path] = array.shape
             self._name(("made", number, path), mx.stop_gradient(array))
-            return self._fresh(("in", number, path), array)
+            handle = self._fresh(("in", number, path), array)
+            self._name(("handle", number, path), handle)
+            return handle
 
         arrays_in.replace(inputs, self.opaque, enter)
         args, kwargs = inputs["args"], inputs["kwargs"]
@@ -482,6 +484,9 @@ class _Conclusion:
             for path in seen.outputs:
                 used |= needs[("made-out", number, path)]
             used |= needs[("made-cache", number)]
+            # A layer that looks at values (dbrx picks its experts in Python) evaluates its inputs, and the
+            # graph ends there: then the handle given to it has lost its leaf.
+            used |= {("in", number, path) for path in seen.inputs if not needs[("handle", number, path)]}
             self._follow_call(number, used, needs, call)
         return call
 

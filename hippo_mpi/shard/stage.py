@@ -150,11 +150,11 @@ class Forward:
     def _keep_outputs(self, number: int, result: Any, inputs: dict[str, Any]) -> None:
         for call, path in crossing(self.stage.flow, number + 1):
             if call == number:
-                self._held[call, path] = _get({"return": result, **inputs}, path)
+                self._held[call, path] = _own(_get({"return": result, **inputs}, path))
 
     def _keep_prepared(self, number: int, call: LayerCall, inputs: dict[str, Any]) -> None:
         for path in call.prepared:
-            self._held[number, path] = _get(inputs, path)
+            self._held[number, path] = _own(_get(inputs, path))
 
     def _collect(self, cut: int) -> list[mx.array] | None:
         """What the next stage needs: the result's way back to the first stage is left out if nobody wants it."""
@@ -224,6 +224,11 @@ def _hooked(kind: type, index: int, stage: Stage) -> type:
         return stage._running._on_layer(layer, index, args, kwargs, kind.__call__)
 
     return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _own(array: mx.array) -> mx.array:
+    """A handle of our own: models change arrays in place (gemma3n's head changes the last layer's output)."""
+    return mx.stop_gradient(array)
 
 
 def _get(root: Any, path: Path) -> Any:
