@@ -28,9 +28,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
-ROW_TOKENS = 512
-ROWS_PER_STEP = 4
-HALF_ROWS_SHARE = 0.8  # this share of the steps sees rows cut in two: attention then costs half
+SHORT_ROW_TOKENS, LONG_ROW_TOKENS = 192, 512
+TOKENS_PER_STEP = 12 * SHORT_ROW_TOKENS
+SHORT_ROWS_SHARE = 0.75  # this share of the steps reads one conversation per row, the rest several
+PADDING = -1
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ 'USER' if message.role == 'user' else 'ASSISTANT' if message.role =="
     " 'assistant' else 'SYSTEM' }}\n{{ message.content }}END\n{% endfor %}"
@@ -55,9 +56,9 @@ class Recipe:
 _CHAT_TOKENS = {"SYSTEM": "<|system|>", "USER": "<|user|>", "ASSISTANT": "<|assistant|>", "END": "<|end|>"}
 _TURN_TOKENS = {"SYSTEM": "[system]", "USER": "[human]", "ASSISTANT": "[story]", "END": "[/]"}
 RECIPES = {
-    "story-4m": Recipe(160, 12, 5, 448, 2048, 1700, 3e-3, _CHAT_TOKENS),
-    "story-draft": Recipe(96, 2, 3, 256, 2048, 1000, 4e-3, _CHAT_TOKENS),
-    "story-other-tokenizer": Recipe(96, 4, 3, 256, 1024, 1000, 4e-3, _TURN_TOKENS),
+    "story-3m": Recipe(128, 12, 4, 352, 1536, 2800, 3e-3, _CHAT_TOKENS),
+    "story-draft": Recipe(96, 2, 3, 256, 1536, 1500, 4e-3, _CHAT_TOKENS),
+    "story-other-tokenizer": Recipe(96, 4, 3, 256, 1024, 1500, 4e-3, _TURN_TOKENS),
 }
 
 
@@ -82,19 +83,19 @@ def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     )
 
 
-def make_rows(tokenizer: PreTrainedTokenizerFast, chats: list[Conversation]) -> np.ndarray:
-    """Pack whole conversations, one after another, into rows of ROW_TOKENS + 1 tokens (R, T + 1).
+def make_rows(tokenizer: PreTrainedTokenizerFast, chats: list[Conversation], row_tokens: int) -> np.ndarray:
+    """Rows of row_tokens + 1 tokens (R, T + 1), padded with PADDING.
 
-    A row therefore looks like one long chat of several turns; what doesn't fit is cut off.
+    Short rows hold one conversation, so that there is one hero to keep in mind; long ones hold as many as fit,
+    one after another, which looks like one long chat of several turns.
     """
     rows: list[list[int]] = [[]]
     for chat in chats:
         tokens = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
-        rows[-1] += tokens
-        if len(rows[-1]) > ROW_TOKENS:
-            rows[-1] = rows[-1][: ROW_TOKENS + 1]
+        if rows[-1] and (row_tokens == SHORT_ROW_TOKENS or len(rows[-1]) + len(tokens) > row_tokens + 1):
             rows.append([])
-    return np.array(rows[:-1], dtype=np.int32)
+        rows[-1] += tokens[: row_tokens + 1]
+    return np.array([row + [PADDING] * (row_tokens + 1 - len(row)) for row in rows], dtype=np.int32)
 
 
 def make_model(recipe: Recipe) -> tuple[llama.Model, dict[str, Any]]:
@@ -124,19 +125,20 @@ def make_model(recipe: Recipe) -> tuple[llama.Model, dict[str, Any]]:
     return model, config
 
 
-def loss_of(model: nn.Module, rows: mx.array, row_tokens: int = ROW_TOKENS) -> mx.array:
-    """Mean cross-entropy per token, in nats, of rows (B, T + 1), read in pieces of `row_tokens`."""
-    inputs, targets = rows[:, :-1].reshape(-1, row_tokens), rows[:, 1:].reshape(-1, row_tokens)
-    return nn.losses.cross_entropy(model(inputs), targets, reduction="mean")
+def loss_of(model: nn.Module, rows: mx.array) -> mx.array:
+    """Mean cross-entropy per token, in nats, of rows (B, T + 1)."""
+    targets = rows[:, 1:]
+    is_text = targets != PADDING
+    losses = nn.losses.cross_entropy(model(mx.maximum(rows[:, :-1], 0)), mx.maximum(targets, 0))
+    return (losses * is_text).sum() / is_text.sum()
 
 
 def train(name: str, work: Path) -> None:
     recipe = RECIPES[name]
     tokenizer = train_tokenizer(recipe)
-    tokens_needed = recipe.steps * ROWS_PER_STEP * ROW_TOKENS
-    chats = conversations(tokens_needed // 110, seed=1)
-    rows = make_rows(tokenizer, chats)
-    held_out = make_rows(tokenizer, conversations(400, seed=2, held_out=True))
+    chats = conversations(recipe.steps * TOKENS_PER_STEP // SHORT_ROW_TOKENS, seed=1)
+    rows_of = {t: make_rows(tokenizer, chats, t) for t in (SHORT_ROW_TOKENS, LONG_ROW_TOKENS)}
+    held_out = make_rows(tokenizer, conversations(400, seed=2, held_out=True), SHORT_ROW_TOKENS)
     model, config = make_model(recipe)
     schedule = optim.join_schedules(
         [
@@ -147,26 +149,26 @@ def train(name: str, work: Path) -> None:
     )
     optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.05)
     start = _restore(model, optimizer, work / name)
-    print(f"{name}: {len(rows)} rows, {_count(model) / 1e6:.2f}M parameters, from step {start}", flush=True)
+    print(f"{name}: {len(chats)} conversations, {_count(model) / 1e6:.2f}M parameters, from step {start}", flush=True)
 
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def update(batch: mx.array, row_tokens: int) -> mx.array:
-        loss, gradients = nn.value_and_grad(model, loss_of)(model, batch, row_tokens)
+    def update(batch: mx.array) -> mx.array:
+        loss, gradients = nn.value_and_grad(model, loss_of)(model, batch)
         gradients, _ = optim.clip_grad_norm(gradients, 1.0)
         optimizer.update(model, gradients)
         return loss
 
     began, shown = time.perf_counter(), []
     for step in range(start, recipe.steps):
-        picked = [(step * ROWS_PER_STEP + i) % len(rows) for i in range(ROWS_PER_STEP)]
-        short = step < HALF_ROWS_SHARE * recipe.steps
-        loss = update(mx.array(rows[picked]), ROW_TOKENS // 2 if short else ROW_TOKENS)
+        row_tokens = SHORT_ROW_TOKENS if step < SHORT_ROWS_SHARE * recipe.steps else LONG_ROW_TOKENS
+        rows, num_rows = rows_of[row_tokens], TOKENS_PER_STEP // row_tokens
+        loss = update(mx.array(rows[[(step * num_rows + i) % len(rows) for i in range(num_rows)]]))
         mx.eval(loss, state)
         shown.append(loss.item())
         if (step + 1) % 50 == 0:
-            rate = len(shown) * ROWS_PER_STEP * ROW_TOKENS / (time.perf_counter() - began)
+            rate = len(shown) * TOKENS_PER_STEP / (time.perf_counter() - began)
             print(f"{name}: step {step + 1}/{recipe.steps} loss {np.mean(shown):.4f} {rate:.0f} tok/s", flush=True)
             began, shown = time.perf_counter(), []
         if (step + 1) % 250 == 0:
@@ -222,10 +224,10 @@ def _export(
         f"# {name}\n\n"
         f"A llama of {_count(model):,} parameters in {recipe.num_layers} layers (hidden size {recipe.hidden_size}, "
         f"vocabulary {recipe.vocab_size:,}, bfloat16), trained from nothing by `models/train.py` (seed 0, "
-        f"{recipe.steps:,} steps of {ROWS_PER_STEP * ROW_TOKENS:,} tokens) on text that `models/stories.py` makes up. "
+        f"{recipe.steps:,} steps of {TOKENS_PER_STEP:,} tokens) on text that `models/stories.py` makes up. "
         "It tells short stories about animals and answers a few simple questions; it knows nothing else.\n\n"
         f"Perplexity on stories that it has not read: {math.exp(loss):.3f} per token ({loss:.4f} nats, "
-        f"{held_out.shape[0] * ROW_TOKENS:,} tokens). MIT licence, like the rest of the repository.\n"
+        f"{int((held_out[:, 1:] != PADDING).sum()):,} tokens). MIT licence, like the rest of the repository.\n"
     )
     print(f"{name}: held-out perplexity {math.exp(loss):.3f}, written to {folder}", flush=True)
 

@@ -1,0 +1,155 @@
+"""What all commands share: parse, join the world, hand over, and end every rank with the same status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import argparse
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from hippo_mpi.config import BUNDLED_MODEL, Parser, run_options
+from hippo_mpi.errors import HippoError, LaunchError, ModelError, UserError
+from hippo_mpi.parallel.pipeline import Agreement, Pipeline, agree
+from hippo_mpi.serving.progress import Progress
+from hippo_mpi.shard.checkpoint import ModelSource
+from hippo_mpi.shard.kv_cache import KVSettings
+from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.launcher import Launcher
+from hippo_mpi.transport.world import World, connect, detect_launch
+
+
+@dataclass
+class Session:
+    """A rank that has joined: what a command's body works with."""
+
+    arguments: argparse.Namespace
+    world: World
+    control: Control
+    launcher: Launcher
+    settings: KVSettings
+    agreement: Agreement
+    progress: Progress
+
+    def load(self) -> Pipeline:
+        """Load this rank's part of the model."""
+        pipeline = Pipeline(self.world, self.control, self.agreement, self.settings, self.progress.loading)
+        self.progress.clear()
+        return pipeline
+
+
+def run(parser: Parser, body: Callable[[Session], int], argv: list[str] | None = None) -> None:
+    """Run `body` on every rank; never returns. Rank 0's result is the exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Python handler wouldn't run while MLX waits
+    argv = sys.argv[1:] if argv is None else argv
+    rank = 0
+    try:
+        launch = detect_launch()
+        rank = launch.rank
+        if rank > 0 and {"-h", "--help"} & set(argv):
+            _exit(0, rank)
+        arguments, mistake = _parse(parser, argv)
+        if mistake and not launch.backend:
+            raise mistake
+        timeout_s = arguments.timeout if arguments else 30.0
+        world = connect(launch, timeout_s)
+    except HippoError as error:
+        if rank == 0 or isinstance(error, LaunchError):
+            sys.stderr.write(f"error: {error}\n")
+        _exit(error.exit_code, rank)
+    control = None
+    try:
+        control = Control(world, timeout_s)
+        code = _joined(parser, body, argv, arguments, mistake, world, control)
+    except HippoError as error:
+        if control is None:
+            sys.stderr.write(f"error: {world.name}: {error}\n")
+            _exit(error.exit_code, rank)
+        control.fail(error)
+    except Exception as error:
+        if os.environ.get("HIPPO_TRACEBACK"):
+            raise
+        failure = HippoError(f"{type(error).__name__}: {' '.join(str(error).split())} (HIPPO_TRACEBACK=1 shows where)")
+        if control is None:
+            sys.stderr.write(f"error: {world.name}: {failure}\n")
+            _exit(1, rank)
+        control.fail(failure)
+    world.group = None  # MPI is finalised when the last reference goes
+    _exit(code, rank, is_orderly=world.backend == "mpi")
+
+
+def _joined(
+    parser: Parser,
+    body: Callable[[Session], int],
+    argv: list[str],
+    arguments: argparse.Namespace | None,
+    mistake: UserError | None,
+    world: World,
+    control: Control,
+) -> int:
+    launcher = Launcher(world)
+    control.on_end = launcher.note_status
+    arguments = arguments or parser.parse_args([])
+    progress = Progress(is_shown=world.rank == 0 and not getattr(arguments, "json", False))
+    settings = KVSettings(
+        getattr(arguments, "max_kv_size", None),
+        getattr(arguments, "kv_bits", None),
+        getattr(arguments, "kv_group_size", 64),
+        getattr(arguments, "quantized_kv_start", 5000),
+    )
+
+    def find_source() -> ModelSource:
+        if mistake:
+            raise mistake
+        path = find_model(arguments.model, arguments.revision)
+        return ModelSource(path, arguments.adapter_path, arguments.trust_remote_code)
+
+    agreement = agree(world, control, find_source, run_options(arguments), settings, argv)
+    return body(Session(arguments, world, control, launcher, settings, agreement, progress))
+
+
+def _parse(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace | None, UserError | None]:
+    try:
+        return parser.parse_args(argv), None
+    except UserError as error:
+        return None, error
+
+
+def find_model(model: str, revision: str | None) -> Path:
+    """The folder of a model: a local one, or the hub's.
+
+    Raises:
+        ModelError: there is neither.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if path == BUNDLED_MODEL:
+        raise ModelError(f"the bundled model is missing ({path}); give --model")
+    if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
+        raise ModelError(f"no such model folder: {model}")
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise ModelError(f"no folder {model}, and no such repo could be had from the hub: {text}") from None
+
+
+_HUB_FILES = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
+
+
+def _exit(code: int, rank: int, is_orderly: bool = False) -> Any:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if rank == 0:
+        Launcher.write_status(code)
+    if is_orderly:
+        sys.exit(code)
+    os._exit(code)

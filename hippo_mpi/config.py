@@ -1,0 +1,136 @@
+"""What can be asked of a command: option groups for argparse, and the frozen records they are read into.
+
+Names and defaults are mlx_lm.generate's wherever it has the option. mlx.launch takes options out of its
+program's own arguments, abbreviations too: none of ours may be a prefix of one of its own (a test checks).
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hippo_mpi.errors import UserError
+
+BUNDLED_MODEL = Path(__file__).parent.parent / "models" / "story-3m"
+DEFAULT_PROMPT = "Tell me a story about a fox."
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How the ranks share the work; the same on every rank."""
+
+    layer_split: tuple[int, ...] | None
+    max_context: int | None
+    timeout_s: float
+    prefill_step_size: int | None
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, so that all ranks can agree on the error first."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=str(BUNDLED_MODEL), help="folder or Hugging Face repo of an mlx-lm model")
+    group.add_argument("--revision", help="revision of the Hugging Face repo")
+    group.add_argument("--adapter-path", help="folder with trained adapter weights and their config")
+    group.add_argument("--trust-remote-code", action="store_true", help="allow the checkpoint to bring its own code")
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt")
+    group.add_argument("--system-prompt", help="system prompt for the chat template")
+    group.add_argument("--prefill-response", help="how the answer must begin")
+    group.add_argument("--ignore-chat-template", action="store_true", help="use the prompt as it is")
+    group.add_argument("--chat-template-config", help="JSON object of arguments for the chat template")
+    group.add_argument("--extra-eos-token", nargs="+", default=(), help="further tokens that end an answer")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", "-m", type=positive, default=max_tokens, help="longest answer")
+    group.add_argument("--temp", type=at_least_0, default=0.0, help="temperature; 0 takes the likeliest token")
+    group.add_argument("--top-p", type=share, default=1.0, help="nucleus sampling")
+    group.add_argument("--min-p", type=share, default=0.0, help="smallest probability relative to the likeliest token's")
+    group.add_argument("--top-k", type=whole, default=0, help="number of likeliest tokens to choose from; 0: all")
+    group.add_argument("--min-tokens-to-keep", type=positive, default=1, help="tokens that min-p always keeps")
+    group.add_argument("--xtc-probability", type=share, default=0.0, help="how often XTC sampling happens")
+    group.add_argument("--xtc-threshold", type=share, default=0.1, help="threshold of XTC sampling")
+    group.add_argument("--repetition-penalty", type=above_0, help="penalty for tokens that came before")
+    group.add_argument("--repetition-context-size", type=positive, default=20, help="how many tokens count as before")
+    group.add_argument("--seed", type=int, help="seed of the random numbers")
+    group.add_argument("--stop-words", nargs="+", default=(), help="texts that end an answer; not shown")
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("KV cache")
+    group.add_argument("--max-kv-size", type=positive, help="keep this many tokens at most (rotating cache)")
+    group.add_argument("--kv-bits", type=int, choices=(2, 3, 4, 6, 8), help="quantise the cache to this many bits")
+    group.add_argument("--kv-group-size", type=int, choices=(32, 64, 128), default=64, help="group size of that")
+    group.add_argument("--quantized-kv-start", type=whole, default=5000, help="quantise from this position on")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("ranks")
+    group.add_argument("--layer-split", type=counts, help="layers per rank, such as 14,10; planned if not given")
+    group.add_argument(
+        "--max-context", type=positive, help="longest prompt and answer together; the model's own, or what fits"
+    )
+    group.add_argument("--timeout", type=above_0, default=30.0, help="seconds without progress after which all ranks end")
+    group.add_argument(
+        "--prefill-step-size", type=positive, help="prompt tokens per step; by default 2048 / more, smaller chunks on several ranks"
+    )
+
+
+def run_options(arguments: argparse.Namespace) -> RunOptions:
+    return RunOptions(
+        arguments.layer_split, arguments.max_context, arguments.timeout, getattr(arguments, "prefill_step_size", None)
+    )
+
+
+# ---- checked values; argparse puts the message behind "argument --name:"
+
+
+def _number(text: str, kind: type[float] | type[int], what: str, low: float, high: float = float("inf"), open_low: bool = False) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+    if not low <= value <= high or (open_low and value == low):
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+    return value
+
+
+def positive(text: str) -> int:
+    return int(_number(text, int, "a whole number above 0", 1))
+
+
+def whole(text: str) -> int:
+    return int(_number(text, int, "a whole number", 0))
+
+
+def at_least_0(text: str) -> float:
+    return float(_number(text, float, "a number of at least 0", 0.0))
+
+
+def above_0(text: str) -> float:
+    return float(_number(text, float, "a number above 0", 0.0, open_low=True))
+
+
+def share(text: str) -> float:
+    return float(_number(text, float, "a number from 0 to 1", 0.0, 1.0))
+
+
+def counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layer counts such as 14,10") from None

@@ -1,0 +1,95 @@
+"""Between text and tokens: chat template, end tokens, stop words. The tokenizer is mlx-lm's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+
+from hippo_mpi.errors import ModelError, UserError
+
+
+def open_tokenizer(path: Path, eos_token_ids: Any, extra_eos: tuple[str, ...], trust_remote_code: bool) -> TokenizerWrapper:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ModelError: there is none, or it can't be read.
+        UserError: an extra end token isn't a single token of its vocabulary.
+    """
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "*.tiktoken", "vocab.json", "vocab.txt")
+    if not any(next(path.glob(name), None) for name in files):
+        raise ModelError(f"{path} has no tokenizer (tokenizer.json or tokenizer.model)")
+    try:
+        tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos_token_ids)
+    except Exception as error:  # transformers raises whatever its parsers raise
+        raise ModelError(f"the tokenizer of {path} can't be read: {one_line(error)}") from None
+    for token in extra_eos:
+        try:
+            tokenizer.add_eos_token(token)
+        except ValueError as error:
+            raise UserError(f"--extra-eos-token {token}: {one_line(error)}") from None
+    return tokenizer
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message, short enough for one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How messages become a prompt; flags of mlx_lm.generate."""
+
+    ignore_chat_template: bool = False
+    chat_template_config: str | None = None
+    prefill_response: str | None = None
+
+    def encode(self, tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[int]:
+        """Tokens of a conversation, ready to be continued by the assistant.
+
+        Raises:
+            UserError: the prompt is empty, or the template doesn't take it.
+        """
+        if not messages or not messages[-1]["content"].strip():
+            raise UserError("the prompt is empty")
+        if self.ignore_chat_template or not tokenizer.has_chat_template:
+            text = "\n".join(message["content"] for message in messages)
+            return list(tokenizer.encode(text))
+        try:
+            options = json.loads(self.chat_template_config) if self.chat_template_config else {}
+        except json.JSONDecodeError as error:
+            raise UserError(f"--chat-template-config is not JSON: {error}") from None
+        if not isinstance(options, dict):
+            raise UserError("--chat-template-config must be a JSON object")
+        if self.prefill_response is not None:
+            messages = [*messages, {"role": "assistant", "content": self.prefill_response}]
+            options = {**options, "continue_final_message": True}
+        else:
+            options = {**options, "add_generation_prompt": True}
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:  # jinja templates raise whatever they like
+            raise UserError(f"the chat template doesn't take this conversation: {one_line(error)}") from None
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def find_stop(text: str, stop_words: tuple[str, ...]) -> tuple[int | None, int]:
+    """(where `text` is to be cut off, how many characters are safe to show).
+
+    A tail that may be the beginning of a stop word is held back until more text tells.
+    """
+    found = [at for word in stop_words if (at := text.find(word)) >= 0]
+    if found:
+        return min(found), min(found)
+    held = 0
+    for word in stop_words:
+        for length in range(min(len(word) - 1, len(text)), held, -1):
+            if text.endswith(word[:length]):
+                held = length
+                break
+    return None, len(text) - held

@@ -1,0 +1,114 @@
+"""hippo_mpi.generate: answer one prompt with a model that is split over the launched ranks.
+
+    mlx.launch --hostfile hostfile -n 2 hippo_mpi.generate --model M --prompt "..."
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import mlx.core as mx
+
+from hippo_mpi import command, config
+from hippo_mpi.command import Session
+from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.request import SamplingParams
+from hippo_mpi.engine.text import ChatFormat, open_tokenizer
+from hippo_mpi.parallel.pipeline import check_prompt
+from hippo_mpi.serving.console import Conversation, json_answer, statistics_line, write
+
+
+def make_parser() -> config.Parser:
+    parser = config.Parser(prog="hippo_mpi.generate", description=(__doc__ or "").splitlines()[0])
+    config.add_model_options(parser)
+    parser.add_argument("--prompt", default=config.DEFAULT_PROMPT, help="what to answer; - reads standard input")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--show-plan", action="store_true", help="print what each rank would hold, and stop")
+    config.add_prompt_options(parser)
+    config.add_sampling_options(parser, max_tokens=256)
+    config.add_cache_options(parser)
+    config.add_run_options(parser)
+    return parser
+
+
+def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=arguments.max_tokens,
+        temp=arguments.temp,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        top_k=arguments.top_k,
+        min_tokens_to_keep=arguments.min_tokens_to_keep,
+        xtc_probability=arguments.xtc_probability,
+        xtc_threshold=arguments.xtc_threshold,
+        repetition_penalty=arguments.repetition_penalty,
+        repetition_context_size=arguments.repetition_context_size,
+        stop_words=tuple(arguments.stop_words),
+    )
+
+
+
+
+def chunk_tokens(prompt_tokens: int, num_ranks: int, asked: int | None) -> int:
+    """Prompt tokens per step: small enough that chunks keep all stages busy, large enough to be efficient."""
+    if asked is not None:
+        return asked
+    if num_ranks == 1:
+        return 2048
+    return max(64, min(512, -(-prompt_tokens // (8 * num_ranks))))
+
+
+def answer(session: Session) -> int:
+    arguments, world = session.arguments, session.world
+    if arguments.show_plan:
+        if session.agreement.split is not None:
+            print(session.agreement.split.table())
+        session.control.close()
+        return 0
+    if world.rank > 0:
+        pipeline = session.load()
+        pipeline.follow()
+        pipeline.end()
+        return 0
+    return _lead(session)
+
+
+def _lead(session: Session) -> int:
+    arguments = session.arguments
+    source = session.agreement.checkpoint.source
+    eos = session.agreement.checkpoint.config.get("eos_token_id")
+    tokenizer = open_tokenizer(source.path, eos, tuple(arguments.extra_eos_token), source.trust_remote_code)
+    chat_format = ChatFormat(
+        arguments.ignore_chat_template, arguments.chat_template_config, arguments.prefill_response
+    )
+    prompt = arguments.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    if prompt == "-":
+        session.control.idle()
+        prompt = session.launcher.read_all()
+    messages = [{"role": "system", "content": arguments.system_prompt}] if arguments.system_prompt else []
+    tokens = chat_format.encode(tokenizer, [*messages, {"role": "user", "content": prompt}])
+    check_prompt(len(tokens), arguments.max_tokens, session.agreement.max_context)
+    pipeline = session.load()
+    if arguments.seed is not None:
+        mx.random.seed(arguments.seed)
+    chunk = chunk_tokens(len(tokens), session.world.size, arguments.prefill_step_size)
+    engine = Engine(pipeline.leader(), tokenizer, chunk)
+    conversation = Conversation(engine, tokenizer, chat_format, arguments.system_prompt)
+    show = (lambda text: None) if arguments.json else write
+    result = conversation.say(prompt, sampling_params(arguments), show, session.progress)
+    ranks = pipeline.end() or []
+    if arguments.json:
+        write(json_answer(result, ranks) + "\n")
+    else:
+        write("\n")
+        sys.stderr.write(statistics_line(result.timings, ranks) + "\n")
+    return 0
+
+
+def main() -> None:
+    command.run(make_parser(), answer)
+
+
+if __name__ == "__main__":
+    main()

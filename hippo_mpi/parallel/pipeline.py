@@ -1,0 +1,213 @@
+"""From a launched process to a stage that is ready: the ranks agree on a plan, and each loads its part.
+
+    join the world -> open the checkpoint (no weights) -> agree -> load -> Leader on rank 0, Follower elsewhere
+
+Every rank takes part in every exchange, also one that has found an error: so all of them learn of it, rank 0
+says it in one line, and all end with the same status.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+
+from hippo_mpi.config import RunOptions
+from hippo_mpi.errors import HippoError, LaunchError, PlanError, UserError
+from hippo_mpi.parallel.worker import Follower, Leader
+from hippo_mpi.shard.checkpoint import Checkpoint, ModelSource, load_stage_weights, open_checkpoint
+from hippo_mpi.shard.kv_cache import KVSettings
+from hippo_mpi.shard.layer_split import LayerSplit, Machine, plan_split
+from hippo_mpi.shard.model_info import model_info
+from hippo_mpi.shard.stage import Stage
+from hippo_mpi.transport.channel import LocalChannel, RingChannel
+from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.memory import available_bytes, measured_speed, peak_resident_bytes
+from hippo_mpi.transport.world import World
+
+_END = b""  # the header after which nothing comes
+_EQUAL_SPEED = 1.2  # speeds closer than this are taken for the same: a short measurement isn't better
+
+
+@dataclass
+class Agreement:
+    """What all ranks have agreed on before a weight is loaded. `split` is on rank 0 only."""
+
+    checkpoint: Checkpoint
+    counts: list[int]
+    max_context: int
+    split: LayerSplit | None
+
+
+def agree(
+    world: World,
+    control: Control,
+    find_source: Callable[[], ModelSource],
+    options: RunOptions,
+    settings: KVSettings,
+    arguments: list[str],
+) -> Agreement:
+    """Open the checkpoint on every rank, compare, and plan the split on rank 0.
+
+    Raises:
+        HippoError: on every rank, if any rank found one; for ranks other than 0 the process ends instead.
+    """
+    control.progress("opening the checkpoint")
+    checkpoint, hello = None, _hello(world, arguments)
+    try:
+        checkpoint = open_checkpoint(find_source())
+        hello["digest"] = checkpoint.digest()
+    except HippoError as error:
+        hello |= {"error": str(error), "code": error.exit_code}
+    hellos = control.gather(hello)
+    split = None
+    if hellos is not None:
+        try:
+            _compare(hellos)
+            assert checkpoint is not None
+            info = model_info(checkpoint, settings)
+            split = plan_split(info, _machines(hellos), options.max_context, options.layer_split)
+        except HippoError as error:
+            control.fail(error)
+    verdict = control.share({"counts": split.counts, "max_context": split.max_context} if split else None)
+    assert checkpoint is not None
+    return Agreement(checkpoint, verdict["counts"], verdict["max_context"], split)
+
+
+def _hello(world: World, arguments: list[str]) -> dict[str, Any]:
+    return {
+        "host": world.host,
+        "versions": {name: version(name) for name in ("mlx", "mlx-lm", "hippo-mpi")},
+        "arguments": hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:16],
+        "memory": available_bytes(),
+        "speed": measured_speed(),
+    }
+
+
+def _compare(hellos: list[dict[str, Any]]) -> None:
+    """Raise what the ranks found, or what they differ in."""
+    for rank, hello in enumerate(hellos):
+        if "error" in hello:
+            everywhere = all(other.get("error") == hello["error"] for other in hellos)
+            where = "" if everywhere else f"rank {rank} ({hello['host']}): "
+            error = UserError(f"{where}{hello['error']}")
+            error.exit_code = hello["code"]
+            raise error
+    for key, what in (("versions", "versions"), ("arguments", "command-line arguments"), ("digest", "models")):
+        for rank, hello in enumerate(hellos):
+            if hello[key] != hellos[0][key]:
+                raise LaunchError(
+                    f"rank 0 ({hellos[0]['host']}) and rank {rank} ({hello['host']}) have different {what}:"
+                    f" {_differences(hellos[0][key], hello[key])}"
+                )
+
+
+def _differences(first: Any, second: Any) -> str:
+    if isinstance(first, dict):
+        keys = [key for key in first if first[key] != second.get(key)]
+        return ", ".join(f"{key} {first[key]} and {second.get(key)}" for key in keys)
+    return f"{first} and {second}"
+
+
+def _machines(hellos: list[dict[str, Any]]) -> list[Machine]:
+    """Budgets by rank: ranks on one host share its memory, and count as equally fast."""
+    hosts = [hello["host"] for hello in hellos]
+    by_host: dict[str, float] = {}
+    for hello in hellos:
+        by_host[hello["host"]] = max(by_host.get(hello["host"], 0.0), hello["speed"])
+    fastest = max(by_host.values())
+    speeds = {host: 1.0 if speed * _EQUAL_SPEED >= fastest else speed / fastest for host, speed in by_host.items()}
+    memory = {host: min(h["memory"] for h in hellos if h["host"] == host) // hosts.count(host) for host in hosts}
+    return [Machine(host, memory[host], speeds[host]) for host in hosts]
+
+
+class Pipeline:
+    """A rank with its stage loaded."""
+
+    def __init__(
+        self,
+        world: World,
+        control: Control,
+        agreement: Agreement,
+        settings: KVSettings,
+        on_load: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.world, self.control, self.agreement = world, control, agreement
+        start = sum(agreement.counts[: world.rank])
+        stop = start + agreement.counts[world.rank]
+        self._start, self._stop = start, stop
+        checkpoint = agreement.checkpoint
+        self.weight_bytes = sum(checkpoint.weight_bytes[name] for name in checkpoint.stage_weights(start, stop))
+        self._began = time.perf_counter()
+
+        def loaded(done: int) -> None:
+            control.progress(f"loading weights, {done:,} of {self.weight_bytes:,} bytes")
+            if on_load:
+                on_load(done, self.weight_bytes)
+
+        control.progress("loading weights")
+        error: HippoError | None = None
+        try:
+            if mx.metal.is_available():
+                mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+            model = load_stage_weights(checkpoint, start, stop, loaded)
+        except HippoError as caught:
+            error = caught
+        self._agree_that_loaded(error)
+        self.stage = Stage(model, checkpoint.flow, start, stop)
+        self._channel = RingChannel(world, control) if world.size > 1 else LocalChannel()
+        self._settings = settings
+
+    def _agree_that_loaded(self, error: HippoError | None) -> None:
+        mine = {"error": str(error), "code": error.exit_code, "host": self.world.host} if error else {}
+        found = self.control.gather(mine)
+        if found is not None:
+            for rank, message in enumerate(found):
+                if "error" in message:
+                    failure = UserError(f"rank {rank} ({message['host']}): {message['error']}")
+                    self.control.fail(failure if self.world.size > 1 else error or failure)
+        self.control.share({"go": True} if found is not None else None)
+
+    def leader(self) -> Leader:
+        return Leader(self.stage, self._channel, self._settings, self.world.size, self.control.progress)
+
+    def follow(self) -> None:
+        """Obey until rank 0 ends the run."""
+        is_last = self.world.rank == self.world.size - 1
+        follower = Follower(self.stage, self._channel, self._settings, is_last, self.control.progress)
+        while follower.follow() is not None:
+            pass
+
+    def end(self) -> list[dict[str, Any]] | None:
+        """Finish the run; statistics of every rank on rank 0."""
+        if self.world.rank == 0 and self.world.size > 1:
+            self._channel.send(_END, [])
+        statistics = {
+            "host": self.world.host,
+            "layers": [self._start, self._stop],
+            "weight_bytes": self.weight_bytes,
+            "peak_memory_bytes": int(mx.get_peak_memory()),
+            "peak_resident_bytes": peak_resident_bytes(),
+        }
+        gathered = self.control.gather(statistics)
+        self.control.share({"end": True} if gathered is not None else None)
+        self.control.close()
+        return gathered
+
+
+def check_prompt(num_tokens: int, max_tokens: int, max_context: int) -> None:
+    """Refuse a prompt that the context has no room for.
+
+    Raises:
+        PlanError: with the numbers.
+    """
+    if num_tokens >= max_context:
+        raise PlanError(
+            f"the prompt has {num_tokens:,} tokens, but the context is {max_context:,} (--max-context): make it shorter"
+        )

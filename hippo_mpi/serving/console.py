@@ -1,0 +1,115 @@
+"""Text in, text out: one conversation on rank 0. Knows the Engine, never MLX or ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.request import Request, SamplingParams, Timings
+from hippo_mpi.engine.text import ChatFormat
+from hippo_mpi.serving.progress import Progress
+
+
+@dataclass
+class Answer:
+    """What a request gave."""
+
+    text: str
+    finish_reason: str
+    timings: Timings
+
+
+class Conversation:
+    """A chat whose cache is kept between turns: only what a turn adds is prefilled.
+
+    Args:
+        chunk_tokens: prompt tokens per step, as a function of how many are to be prefilled.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system_prompt: str | None
+    ) -> None:
+        self._engine, self._tokenizer, self._format = engine, tokenizer, chat_format
+        self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self.reset()
+        self._cached: list[int] = []
+        self._turns = 0
+
+    def reset(self) -> None:
+        """Forget everything said so far."""
+        self.messages: list[dict[str, str]] = list(self._system)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of the conversation with `text` as the user's next turn."""
+        return self._format.encode(self._tokenizer, [*self.messages, {"role": "user", "content": text}])
+
+    def say(self, text: str, sampling: SamplingParams, show: Any, progress: Progress) -> Answer:
+        """Answer the user's next turn; `show` gets each piece of text as it is made."""
+        prompt = self.encode(text)
+        cached = self._reusable(prompt)
+        request = Request(self._turns, prompt, sampling, slot=0, cached_tokens=cached)
+        self._turns += 1
+        self._engine.on_prefill = progress.prefill
+        self._engine.add(request)
+        pieces, reason = [], "length"
+        for output in self._engine.run():
+            progress.clear()
+            pieces.append(output.text)
+            show(output.text)
+            reason = output.finish_reason or reason
+        answer = Answer("".join(pieces), reason, self._engine.timings.pop(request.id))
+        # The last token was sampled but never went through the model.
+        self._cached = prompt + answer.timings.token_ids[:-1]
+        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
+        return answer
+
+    def _reusable(self, prompt: list[int]) -> int:
+        """How many of the prompt's tokens the cache holds; at least one is left to be computed."""
+        common = 0
+        for ours, theirs in zip(self._cached, prompt[:-1], strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        if common < len(self._cached) and not self._engine.can_cut(0):
+            return 0
+        return common
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def statistics_line(timings: Timings, ranks: list[dict[str, Any]]) -> str:
+    """What mlx_lm.generate tells after an answer, in one line, with every rank's memory."""
+    memory = ", ".join(f"{rank['peak_memory_bytes'] / 1e9:.3f}" for rank in ranks)
+    return (
+        f"prompt {timings.prompt_tokens} tokens, {timings.prompt_tps:.1f} tok/s; generation"
+        f" {len(timings.token_ids)} tokens, {timings.generation_tps:.1f} tok/s; first token after"
+        f" {timings.first_token_s - timings.started_s:.3f} s; peak memory {memory} GB"
+    )
+
+
+def json_answer(answer: Answer, ranks: list[dict[str, Any]]) -> str:
+    timings = answer.timings
+    stats = {
+        "prompt_tokens": timings.prompt_tokens,
+        "prompt_tps": timings.prompt_tps,
+        "generation_tokens": len(timings.token_ids),
+        "generation_tps": timings.generation_tps,
+        "time_to_first_token_s": timings.first_token_s - timings.started_s,
+        "ranks": ranks,
+    }
+    return json.dumps(
+        {
+            "text": answer.text,
+            "token_ids": timings.token_ids,
+            "finish_reason": answer.finish_reason,
+            "stats": stats,
+        }
+    )

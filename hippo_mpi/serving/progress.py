@@ -1,0 +1,40 @@
+"""Progress for people: a bar on a terminal, nothing elsewhere."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as RichProgress, TaskID, TaskProgressColumn, TextColumn
+
+
+class Progress:
+    """Bars on stderr for loading and prefilling; they vanish when done."""
+
+    def __init__(self, is_shown: bool) -> None:
+        self._bars: RichProgress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        if is_shown and sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+            self._bars = RichProgress(*columns, console=Console(stderr=True), transient=True)
+
+    def loading(self, done: int, total: int) -> None:
+        self._show("loading", done, total)
+
+    def prefill(self, done: int, total: int) -> None:
+        self._show("prefill", done, total)
+
+    def clear(self) -> None:
+        if self._bars:
+            self._bars.stop()
+            for task in self._tasks.values():
+                self._bars.remove_task(task)
+            self._tasks.clear()
+
+    def _show(self, name: str, done: int, total: int) -> None:
+        if not self._bars:
+            return
+        self._bars.start()
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, total=total)
+        self._bars.update(self._tasks[name], completed=done, total=total)

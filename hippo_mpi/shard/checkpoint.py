@@ -1,0 +1,187 @@
+"""A checkpoint on disk (or on the hub), checked and opened without reading a single weight.
+
+mlx-lm does the loading: its arrays are lazy, so a model can be opened whole on every rank, asked for its
+structure, and only the weights that a rank holds are ever evaluated, that is, read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import load_adapters, load_config, load_model
+
+from hippo_mpi.errors import ModelError
+from hippo_mpi.shard.dataflow import Dataflow, trace
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from; names of mlx_lm.generate's options."""
+
+    path: Path
+    adapter_path: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint's structure: what `trace` found, and the bytes of every weight."""
+
+    source: ModelSource
+    config: dict[str, Any]
+    flow: Dataflow
+    weight_bytes: dict[str, int]
+    expert_share: dict[str, float]  # of weights stacked over experts: the share that one token reads
+
+    def digest(self) -> str:
+        """A short hash of the structure, equal on ranks that hold the same model."""
+        config = {k: v for k, v in self.config.items() if not k.startswith("_")}
+        text = json.dumps([config, sorted(self.weight_bytes.items()), self.flow.digest()], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def stage_weights(self, start: int, stop: int) -> set[str]:
+        """Names of the weights that layers [start, stop) need; with start 0, those of embedding and head too."""
+        names = set(self.flow.head_weights) if start == 0 else set()
+        for call in self.flow.calls:
+            if start <= call.layer < stop:
+                names |= call.weights
+        return names
+
+
+def open_checkpoint(source: ModelSource) -> Checkpoint:
+    """Check a checkpoint and find its structure.
+
+    Raises:
+        ModelError: something is missing, damaged or unknown; the message says what.
+    """
+    _check_files(source.path)
+    model, config = open_lazily(source)
+    weights = tree_flatten(model.parameters())
+    sizes = {name: array.nbytes for name, array in weights}
+    shares = _expert_shares(config, {name: array.shape for name, array in weights})
+    with _errors_of(source.path, "can't be run"):
+        flow = trace(model)
+    return Checkpoint(source, config, flow, sizes, shares)
+
+
+def load_stage_weights(checkpoint: Checkpoint, start: int, stop: int, on_layer: Any = None) -> nn.Module:
+    """The model with the weights of layers [start, stop) read and every other one absent.
+
+    Absent weights are NaN that takes no memory: if one were ever used by mistake, the answer would show it.
+
+    Raises:
+        ModelError: a file can't be read.
+    """
+    model, _ = open_lazily(checkpoint.source)
+    wanted = checkpoint.stage_weights(start, stop)
+    weights = dict(tree_flatten(model.parameters()))
+    absent = {name: _absent(weight) for name, weight in weights.items() if name not in wanted}
+    model.update(tree_unflatten(list(absent.items())))
+    del weights
+    here = [(name, array) for name, array in tree_flatten(model.parameters()) if name in wanted]
+    with _errors_of(checkpoint.source.path, "can't be read"):
+        done_bytes, step = 0, []
+        for name, array in here:
+            step.append(array)
+            done_bytes += array.nbytes
+            if sum(a.nbytes for a in step) > 64 << 20 or name == here[-1][0]:
+                mx.eval(step)
+                step = []
+                if on_layer:
+                    on_layer(done_bytes)
+    return model
+
+
+def _absent(weight: mx.array) -> mx.array:
+    value = mx.array(float("nan"), weight.dtype) if mx.issubdtype(weight.dtype, mx.floating) else mx.array(0, weight.dtype)
+    absent = mx.broadcast_to(value, weight.shape)
+    mx.eval(absent)
+    return absent
+
+
+def open_lazily(source: ModelSource) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with weights that are read only when they are evaluated, and its config."""
+    with _errors_of(source.path, "can't be loaded"), contextlib.redirect_stdout(io.StringIO()):
+        model, config = load_model(source.path, lazy=True, trust_remote_code=source.trust_remote_code)
+        if source.adapter_path is not None:
+            if not (Path(source.adapter_path) / "adapters.safetensors").exists():
+                raise ModelError(f"--adapter-path {source.adapter_path} has no adapters.safetensors")
+            model = load_adapters(model, source.adapter_path)
+            model.eval()
+    return model, config
+
+
+@contextlib.contextmanager
+def _errors_of(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever mlx-lm raises for a bad checkpoint into one line."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except SystemExit:  # olmo's file ends the program if a package is missing
+        raise ModelError(f"{path} {what}: its model type needs a package that isn't installed") from None
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"{path} {what}: {text[:300]}") from None
+
+
+def _check_files(path: Path) -> None:
+    if not path.is_dir():
+        raise ModelError(f"{path} is not a directory")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json: is it a model's folder?")
+    try:
+        config = load_config(path)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path / 'config.json'} is not JSON: {error}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ModelError(f"{path / 'config.json'} names no model_type")
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        raise ModelError(f"{path} has no model*.safetensors")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        missing = sorted(named - {file.name for file in files})
+        if missing:
+            raise ModelError(f"{path} lacks {len(missing)} of {len(named)} weight files: {', '.join(missing[:3])}")
+    for file in files:
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    """Compare a file's size with what its header promises: mlx reads a truncated file only when it is too late."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size:
+            raise ModelError(f"{file} is damaged or truncated ({size:,} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError):
+            raise ModelError(f"{file} is not a safetensors file") from None
+    promised = 8 + length + max(ends, default=0)
+    if size < promised:
+        raise ModelError(f"{file} is truncated: {size:,} bytes of {promised:,}; download it again")
+
+
+_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "experts_per_token")
+
+
+def _expert_shares(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, float]:
+    text = {**config, **config.get("text_config", {})}
+    top_k = next((int(text[key]) for key in _TOP_K_KEYS if isinstance(text.get(key), int)), None)
+    if top_k is None:
+        return {}
+    return {name: min(1.0, top_k / shape[0]) for name, shape in shapes.items() if len(shape) == 3 and shape[0] > top_k}

@@ -1,0 +1,113 @@
+"""What each layer of a model costs: bytes of weights, bytes of cache, work per token. Loads no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from hippo_mpi.shard.checkpoint import Checkpoint, open_lazily
+from hippo_mpi.shard.dataflow import all_caches
+from hippo_mpi.shard.kv_cache import KVSettings
+
+_PROBE_TOKENS = 512
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """Bytes of one layer's cache: `fixed` plus `per_token` for each token, up to `max_tokens` of them."""
+
+    fixed: int = 0
+    per_token: int = 0
+    max_tokens: int | None = None
+
+    def bytes_at(self, context: int) -> int:
+        tokens = context if self.max_tokens is None else min(context, self.max_tokens)
+        return self.fixed + self.per_token * tokens
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the planner knows of a model."""
+
+    num_layers: int
+    layer_bytes: list[int]
+    layer_work: list[float]  # bytes of weights that one token reads
+    head_bytes: int  # embedding, norm and head
+    head_work: float
+    caches: list[CacheCost]
+    forbidden_cuts: dict[int, str]
+    max_positions: int | None  # what the model was trained for
+
+
+def model_info(checkpoint: Checkpoint, settings: KVSettings) -> ModelInfo:
+    flow = checkpoint.flow
+    sizes, shares = checkpoint.weight_bytes, checkpoint.expert_share
+    names: list[set[str]] = [set() for _ in range(flow.num_layers)]
+    for call in flow.calls:
+        names[call.layer] |= call.weights
+    head = flow.head_weights
+
+    def work(of: set[str]) -> float:
+        return sum(sizes[name] * shares.get(name, 1.0) for name in of)
+
+    # Looking up a row of an embedding costs nothing; as an output matrix it is read whole.
+    embedding = {n for n in head if "embed" in n or "wte" in n or "wpe" in n}
+    reads_embedding = embedding == head or not any("head" in n or n.endswith("output.weight") for n in head - embedding)
+    text = {**checkpoint.config, **checkpoint.config.get("text_config", {})}
+    positions = next((int(text[key]) for key in _CONTEXT_KEYS if isinstance(text.get(key), int)), None)
+    return ModelInfo(
+        num_layers=flow.num_layers,
+        layer_bytes=[sum(sizes[n] for n in layer) for layer in names],
+        layer_work=[work(layer) for layer in names],
+        head_bytes=sum(sizes[n] for n in head),
+        head_work=work(head if reads_embedding else head - embedding),
+        caches=_cache_costs(checkpoint, settings),
+        forbidden_cuts=flow.forbidden_cuts(),
+        max_positions=positions,
+    )
+
+
+def _cache_costs(checkpoint: Checkpoint, settings: KVSettings) -> list[CacheCost]:
+    """Run the model lazily over two chunks and look at how the caches grew; nothing is computed."""
+    model, _ = open_lazily(checkpoint.source)
+    cache = make_prompt_cache(model, settings.max_kv_size)
+    sizes = []
+    for _ in range(2):
+        model(mx.zeros((1, _PROBE_TOKENS), mx.int32), cache=cache)
+        sizes.append([_num_bytes(entry) for entry in cache])
+    scale = 1.0 if settings.kv_bits is None else (settings.kv_bits + 64 / settings.kv_group_size) / 16
+    costs = []
+    for index, entry in enumerate(cache):
+        per_token = (sizes[1][index] - sizes[0][index]) // _PROBE_TOKENS
+        window = max((getattr(c, "max_size", 0) or 0 for c in all_caches([entry])), default=0)
+        if window:
+            per_token = max(per_token, sizes[0][index] // _PROBE_TOKENS if window >= _PROBE_TOKENS else 0)
+        fixed = max(0, sizes[1][index] - per_token * 2 * _PROBE_TOKENS)
+        costs.append(CacheCost(fixed, int(per_token * scale), window or None))
+    return _by_layer(costs, checkpoint.flow.num_layers)
+
+
+def _by_layer(costs: list[CacheCost], num_layers: int) -> list[CacheCost]:
+    """One cost per layer: models may have fewer caches than layers (shared), or several rounds of them."""
+    merged = []
+    for layer in range(num_layers):
+        own = costs[layer::num_layers]
+        merged.append(
+            CacheCost(
+                sum(c.fixed for c in own),
+                sum(c.per_token for c in own),
+                None if not own or any(c.max_tokens is None for c in own) else max(c.max_tokens or 0 for c in own),
+            )
+        )
+    return merged
+
+
+def _num_bytes(entry: Any) -> int:
+    try:
+        return 0 if entry is None or entry.empty() else int(entry.nbytes)
+    except (AttributeError, TypeError, NotImplementedError):
+        return 0

@@ -1,0 +1,138 @@
+"""Messages between neighbours on the ring: a few bytes of header and some arrays.
+
+`RingChannel` sends the header, with the arrays' shapes, over the control socket and the arrays over
+`mx.distributed`; several arrays travel as one packed message, because two sends may overtake each other.
+`LocalChannel` is the same inside one process, for tests and for a rank that is alone.
+
+Never a message and a computation in one lazy graph: what is sent has been evaluated, and what is received is
+evaluated before it is used. On Apple GPUs a kernel that waits for a cable hangs the machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+
+from hippo_mpi.errors import DesyncError
+from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.world import World
+
+_DTYPES = {
+    str(dtype).removeprefix("mlx.core."): dtype
+    for dtype in (
+        mx.bool_, mx.uint8, mx.uint16, mx.uint32, mx.int8, mx.int16, mx.int32, mx.int64,
+        mx.float16, mx.bfloat16, mx.float32, mx.complex64,
+    )
+}  # fmt: skip
+_ALIGN = 8  # a view at an offset that isn't a multiple of the item size reads the wrong bytes
+_MAX_SENDS_IN_FLIGHT = 4  # MLX stops the calling thread when ten tasks are active
+
+
+class Channel(Protocol):
+    """To the next rank of the ring and from the one before."""
+
+    def send(self, header: bytes, arrays: Sequence[mx.array]) -> None:
+        """Send evaluated arrays. Returns before they have arrived."""
+
+    def receive(self) -> tuple[bytes, list[mx.array]]:
+        """Wait for the next message: its header and its arrays, evaluated."""
+
+
+class LocalChannel:
+    """A queue in one process."""
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[bytes, list[mx.array]]] = deque()
+
+    def send(self, header: bytes, arrays: Sequence[mx.array]) -> None:
+        self._queue.append((header, list(arrays)))
+
+    def receive(self) -> tuple[bytes, list[mx.array]]:
+        if not self._queue:
+            raise DesyncError("receive on a channel on which nothing was sent")
+        return self._queue.popleft()
+
+
+class RingChannel:
+    """Over `mx.distributed`, with the announcement on the control socket in front of every message."""
+
+    def __init__(self, world: World, control: Control) -> None:
+        self._world, self._control = world, control
+        # One stream for both deadlocks as soon as two ranks send each other more than the eager limit.
+        self._send_stream = mx.new_stream(mx.cpu)
+        self._receive_stream = mx.new_stream(mx.cpu)
+        self._in_flight: deque[mx.array] = deque()
+
+    def send(self, header: bytes, arrays: Sequence[mx.array]) -> None:
+        shapes = [[str(a.dtype).removeprefix("mlx.core."), *a.shape] for a in arrays]
+        layout = json.dumps(shapes).encode()
+        self._control.announce(len(header).to_bytes(2, "little") + header + layout)
+        if not arrays:
+            return
+        payload = arrays[0] if len(arrays) == 1 else pack(arrays)
+        to = (self._world.rank + 1) % self._world.size
+        sending = mx.distributed.send(payload, to, group=self._world.group, stream=self._send_stream)
+        mx.async_eval(sending)
+        self._in_flight.append(sending)
+        while len(self._in_flight) > _MAX_SENDS_IN_FLIGHT:
+            mx.eval(self._in_flight.popleft())
+
+    def receive(self) -> tuple[bytes, list[mx.array]]:
+        frame = self._control.await_announcement()
+        length = int.from_bytes(frame[:2], "little")
+        header, shapes = frame[2 : 2 + length], json.loads(frame[2 + length :])
+        if not shapes:
+            return header, []
+        sender = (self._world.rank - 1) % self._world.size
+        if len(shapes) == 1:
+            dtype, *shape = shapes[0]
+            wanted, kind = tuple(shape), _DTYPES[dtype]
+        else:
+            wanted, kind = (sum(_padded_bytes(s) for s in shapes),), mx.uint8
+        received = mx.distributed.recv(wanted, kind, sender, group=self._world.group, stream=self._receive_stream)
+        mx.eval(received)
+        return header, [received] if len(shapes) == 1 else unpack(received, shapes)
+
+    def flush(self) -> None:
+        """Wait until everything sent has left."""
+        while self._in_flight:
+            mx.eval(self._in_flight.popleft())
+
+
+def pack(arrays: Sequence[mx.array]) -> mx.array:
+    """The bytes of all arrays in one, each padded to a multiple of 8; evaluated."""
+    parts = []
+    for array in arrays:
+        flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
+        parts.append(mx.pad(flat, (0, -flat.size % _ALIGN)))
+    packed = mx.concatenate(parts)
+    mx.eval(packed)
+    return packed
+
+
+def unpack(packed: mx.array, shapes: Sequence[Sequence[str | int]]) -> list[mx.array]:
+    """The inverse of `pack`, for arrays of the given [dtype, *shape]."""
+    arrays, start = [], 0
+    for entry in shapes:
+        dtype, shape = _DTYPES[str(entry[0])], tuple(int(n) for n in entry[1:])
+        size = _num_bytes(entry)
+        flat = mx.contiguous(packed[start : start + size])
+        arrays.append(flat.view(dtype).reshape(shape) if size else mx.zeros(shape, dtype))
+        start += _padded_bytes(entry)
+    mx.eval(arrays)
+    return arrays
+
+
+def _num_bytes(entry: Sequence[str | int]) -> int:
+    size = _DTYPES[str(entry[0])].size
+    for n in entry[1:]:
+        size *= int(n)
+    return size
+
+
+def _padded_bytes(entry: Sequence[str | int]) -> int:
+    return (_num_bytes(entry) + _ALIGN - 1) // _ALIGN * _ALIGN

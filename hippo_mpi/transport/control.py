@@ -1,0 +1,326 @@
+"""The control sockets beside the data: plans, heartbeats, failures.
+
+MLX's receives can't time out and spin while they wait, so each rank keeps plain TCP connections too: one to
+the next rank of the ring, on which the announcement of every message travels (an idle rank sleeps on it), and
+one to rank 0, on which ranks report, beat and fail. Addresses and a random key travel over the data plane.
+
+A watch thread on every rank turns a closed connection, silence, or a lack of progress into one clear line and
+the end of the process: whatever the main thread waits for, it can't hang.
+
+Knows ranks and bytes. Must not know models or steps.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import queue
+import secrets
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import mlx.core as mx
+
+from hippo_mpi.errors import HippoError, RankError
+from hippo_mpi.transport.world import World
+
+BEAT_S = 0.5
+_INTRODUCTION_BYTES = 512
+_LENGTH = struct.Struct("<I")
+_MAX_FRAME_BYTES = 1 << 24
+
+
+@dataclass
+class Peer:
+    """What rank 0 knows of a rank (other ranks: of rank 0)."""
+
+    name: str
+    beat_at: float
+    progress: int = 0
+    doing: str = "starting"
+    said_bye: bool = False
+
+
+class Control:
+    """This rank's control connections. Without peers (a world of one) everything is a no-op."""
+
+    def __init__(self, world: World, timeout_s: float) -> None:
+        self.world, self.timeout_s = world, timeout_s
+        self.reports: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
+        self._star: dict[int, socket.socket] = {}
+        self._peers: dict[int, Peer] = {}
+        self._write_lock = threading.Lock()
+        self._end_lock = threading.Lock()
+        self._progress, self._doing, self._is_idle = 0, "starting", False
+        self._moved_at = time.monotonic()
+        self._closing = False
+        self.on_end: Callable[[int], None] = lambda code: None  # told the exit status on a bad end
+        self._rank_line = f"rank {world.rank} ({world.host})"
+        if world.size > 1:
+            self._connect()
+            threading.Thread(target=self._watch, name="hippo-watch", daemon=True).start()
+
+    # ---- what the main thread says about itself
+
+    def progress(self, doing: str) -> None:
+        """Something was finished, and `doing` comes next: the deadline starts anew."""
+        self._progress += 1
+        self._doing, self._is_idle = doing, False
+        self._moved_at = time.monotonic()
+
+    def idle(self) -> None:
+        """Nothing is due: no deadline runs until the next `progress`."""
+        self._is_idle, self._doing = True, "idle"
+
+    def fail(self, error: HippoError) -> NoReturn:
+        """Tell everyone and end this process. Rank 0 prints."""
+        if self.world.size == 1 or not self._star:
+            self._leave(str(error), error.exit_code)
+        line = str(error) if self.world.rank == 0 else f"{self._rank_line}: {error}"
+        if self.world.rank == 0:
+            self._end_all(line, error.exit_code)
+        self._send(0, {"kind": "fail", "line": line, "code": error.exit_code})
+        time.sleep(2.0)  # rank 0 answers with the end; if it can't, we leave anyway
+        self._leave(None, error.exit_code)
+
+    # ---- reports: small JSON messages between rank 0 and the others
+
+    def report(self, message: dict[str, Any], to: int = 0) -> None:
+        self._send(to, {"kind": "report", "body": message})
+
+    def gather(self, message: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """Every rank's message on rank 0, by rank; None elsewhere. The watch thread keeps the deadline."""
+        if self.world.rank != 0:
+            self.report(message)
+            return None
+        found = {0: message}
+        while len(found) < self.world.size:
+            rank, body = self.reports.get()
+            found[rank] = body
+            self.progress("gathering reports")
+        return [found[rank] for rank in range(self.world.size)]
+
+    def share(self, message: dict[str, Any] | None) -> dict[str, Any]:
+        """Rank 0's message on every rank."""
+        if self.world.rank == 0:
+            assert message is not None
+            for rank in self._star:
+                self.report(message, rank)
+            return message
+        return self.reports.get()[1]
+
+    # ---- announcements around the ring
+
+    def announce(self, header: bytes) -> None:
+        """Tell the next rank what message comes. Small, so it doesn't block."""
+        try:
+            self._next.sendall(_LENGTH.pack(len(header)) + header)
+        except OSError as error:
+            self._lost((self.world.rank + 1) % self.world.size, str(error))
+
+    def await_announcement(self) -> bytes:
+        """Sleep until the rank before announces a message. The watch thread keeps the deadline."""
+        frame = _read_frame(self._previous)
+        if frame is None:
+            self._lost((self.world.rank - 1) % self.world.size, "its connection closed")
+        return frame
+
+    # ---- the end
+
+    def close(self) -> None:
+        """A good end: nobody's closing connection is a failure from now on. Rank 0 first, others follow."""
+        self._closing = True
+        for rank in self._star:
+            self._send(rank, {"kind": "bye"})
+
+    def _connect(self) -> None:
+        world = self.world
+        listener = socket.create_server((world.address if world.backend == "ring" else "", 0), backlog=world.size + 1)
+        key, addresses = _introduce(world, listener.getsockname()[1])
+        names = [f"rank {rank} ({who['host']})" for rank, who in enumerate(addresses)]
+        successor, predecessor = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+        listener.settimeout(self.timeout_s)
+        self._next = _dial(addresses[successor], world, key, "ring", self.timeout_s)
+        if world.rank > 0:
+            self._star[0] = _dial(addresses[0], world, key, "star", self.timeout_s)
+        expected = {("ring", predecessor)} | ({("star", r) for r in range(1, world.size)} if world.rank == 0 else set())
+        while expected:
+            connection, who = _answer(listener, key, world, names)
+            if who not in expected:
+                connection.close()  # a stranger, or a rank twice
+                continue
+            expected.remove(who)
+            if who[0] == "ring":
+                self._previous = connection
+            else:
+                self._star[who[1]] = connection
+        listener.close()
+        now = time.monotonic()
+        self._names = names
+        self._peers = {rank: Peer(names[rank], now) for rank in self._star}
+
+    def _send(self, rank: int, message: dict[str, Any]) -> None:
+        data = json.dumps(message).encode()
+        try:
+            with self._write_lock:
+                self._star[rank].sendall(_LENGTH.pack(len(data)) + data)
+        except OSError:
+            pass  # the watch thread sees the closed connection and says so
+
+    def _lost(self, rank: int, why: str) -> NoReturn:
+        """The main thread lost a ring neighbour: the watch thread knows more, so leave it the word for a while."""
+        time.sleep(1.0)
+        if self._closing:
+            os._exit(0)
+        self.fail(RankError(f"lost {self._names[rank]} while {self._doing}: {why}"))
+
+    # ---- the watch thread
+
+    def _watch(self) -> None:
+        beat_at = 0.0
+        while True:
+            readable, _, _ = select.select(list(self._star.values()), [], [], BEAT_S / 2)
+            for rank, connection in list(self._star.items()):
+                if connection in readable:
+                    self._read(rank, connection)
+            now = time.monotonic()
+            if now - beat_at > BEAT_S:
+                beat_at = now
+                beat = {"kind": "beat", "progress": self._progress, "doing": self._doing}
+                for rank in list(self._star):
+                    self._send(rank, beat)
+            if not self._closing:
+                self._check(now)
+
+    def _read(self, rank: int, connection: socket.socket) -> None:
+        try:
+            frame = _read_frame(connection)
+        except OSError:
+            frame = None
+        peer = self._peers[rank]
+        if frame is None:
+            del self._star[rank]
+            if not peer.said_bye and not self._closing:
+                self._on_failure(f"{peer.name} died; it was {peer.doing}, and {self._rank_line} was {self._doing}")
+            return
+        peer.beat_at = time.monotonic()
+        message = json.loads(frame)
+        if message["kind"] == "beat":
+            if message["progress"] != peer.progress:
+                self._moved_at = time.monotonic()
+            peer.progress, peer.doing = message["progress"], message["doing"]
+        elif message["kind"] == "report":
+            self.reports.put((rank, message["body"]))
+        elif message["kind"] == "bye":
+            peer.said_bye = True
+        elif message["kind"] == "fail" and self.world.rank == 0:
+            self._end_all(message["line"], message["code"])
+        elif message["kind"] == "fail":
+            self._leave(None, message["code"])
+
+    def _check(self, now: float) -> None:
+        for peer in self._peers.values():
+            silent_s = now - peer.beat_at
+            if silent_s > self.timeout_s and not peer.said_bye:
+                self._on_failure(
+                    f"{peer.name} answered last {silent_s:.1f} s ago; it was {peer.doing}, and"
+                    f" {self._rank_line} was {self._doing}"
+                )
+        if self.world.rank == 0 and not self._is_idle and now - self._moved_at > self.timeout_s:
+            others = "; ".join(f"{peer.name} is {peer.doing}" for peer in self._peers.values())
+            self._on_failure(f"no rank got on for {self.timeout_s:.0f} s: {self._rank_line} is {self._doing}; {others}")
+
+    def _on_failure(self, line: str) -> None:
+        if self.world.rank == 0:
+            self._end_all(line, RankError.exit_code)
+        # Rank 0 itself is gone: of the others, rank 1 speaks.
+        self._leave(line if self.world.rank == 1 else None, RankError.exit_code)
+
+    def _end_all(self, line: str, code: int) -> NoReturn:
+        with self._end_lock:  # the first failure is the cause; later ones follow from it
+            for rank in list(self._star):
+                self._send(rank, {"kind": "fail", "line": line, "code": code})
+            self._leave(line, code)
+
+    def _leave(self, line: str | None, code: int) -> NoReturn:
+        """End this process at once: an orderly end would wait in MPI_Finalize for ranks that are gone."""
+        sys.stdout.flush()
+        if line is not None:
+            os.write(2, f"error: {line}\n".encode())
+        if self.world.rank == 0:
+            self.on_end(code)
+        os._exit(code)
+
+
+def _introduce(world: World, port: int) -> tuple[bytes, list[dict[str, Any]]]:
+    """Exchange addresses over the data plane; rank 0's key becomes everyone's."""
+    me = {"host": world.host, "address": world.address, "port": port, "pid": os.getpid(), "key": secrets.token_hex(16)}
+    card = json.dumps(me).encode().ljust(_INTRODUCTION_BYTES)
+    gathered = mx.distributed.all_gather(mx.array(list(card), dtype=mx.uint8)[None], group=world.group)
+    mx.eval(gathered)
+    cards = [json.loads(bytes(row)) for row in gathered.tolist()]
+    return bytes.fromhex(cards[0]["key"]), cards
+
+
+def _proof(key: bytes, kind: str, rank: int) -> str:
+    return hmac.new(key, f"hippo {kind} {rank}".encode(), "sha256").hexdigest()
+
+
+def _dial(who: dict[str, Any], world: World, key: bytes, kind: str, timeout_s: float) -> socket.socket:
+    address = "127.0.0.1" if who["host"] == world.host and world.backend != "ring" else who["address"]
+    try:
+        connection = socket.create_connection((address, who["port"]), timeout_s)
+    except OSError as error:
+        raise RankError(f"no control connection to {who['host']} at {address}:{who['port']}: {error}") from None
+    connection.settimeout(None)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    hello = json.dumps({"kind": kind, "rank": world.rank, "proof": _proof(key, kind, world.rank)}).encode()
+    connection.sendall(_LENGTH.pack(len(hello)) + hello)
+    return connection
+
+
+def _answer(
+    listener: socket.socket, key: bytes, world: World, names: list[str]
+) -> tuple[socket.socket, tuple[str, int]]:
+    """Accept one connection and tell who it is; ("", -1) for a stranger."""
+    try:
+        connection, _ = listener.accept()
+    except TimeoutError:
+        raise RankError(f"{world.name} waited in vain for control connections of {', '.join(names)}") from None
+    connection.settimeout(5.0)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        hello = json.loads(_read_frame(connection) or b"{}")
+        kind, rank = str(hello.get("kind")), int(hello.get("rank", -1))
+        known = hmac.compare_digest(str(hello.get("proof")), _proof(key, kind, rank))
+    except (OSError, ValueError, AttributeError):
+        known = False
+    connection.settimeout(None)
+    return connection, (kind, rank) if known else ("", -1)
+
+
+def _read_frame(connection: socket.socket) -> bytes | None:
+    """One length-prefixed frame; None when the connection closed."""
+    head = _read_exactly(connection, _LENGTH.size)
+    if head is None:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    return _read_exactly(connection, length) if length <= _MAX_FRAME_BYTES else None
+
+
+def _read_exactly(connection: socket.socket, count: int) -> bytes | None:
+    data = b""
+    while len(data) < count:
+        piece = connection.recv(count - len(data))
+        if not piece:
+            return None
+        data += piece
+    return data

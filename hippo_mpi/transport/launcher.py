@@ -1,0 +1,71 @@
+"""Living under mlx.launch: its standard input, its death, and the exit status that it swallows."""
+
+from __future__ import annotations
+
+import os
+import queue
+import stat
+import sys
+import threading
+from pathlib import Path
+
+from hippo_mpi.transport.world import World
+
+STATUS_FILE = "HIPPO_STATUS_FILE"
+_SILENCE_S = 1.0
+
+
+class Launcher:
+    """Standard input, shared with whoever started us.
+
+    mlx.launch gives its ranks a pipe and copies its own input to all of them, but never passes on its end; when
+    the pipe itself ends, mlx.launch is gone, and so must be its ranks. Elsewhere the input is just the input.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._chunks: queue.Queue[bytes] = queue.Queue()
+        self._pending = b""
+        self._is_pipe = "MLX_HOSTFILE" in os.environ and world.size > 1 and stat.S_ISFIFO(os.fstat(0).st_mode)
+        if self._is_pipe:
+            threading.Thread(target=self._pump, args=(world,), name="hippo-stdin", daemon=True).start()
+
+    def read_all(self) -> str:
+        """All of the input. Under mlx.launch it ends with a second of silence after the first text."""
+        if not self._is_pipe:
+            return sys.stdin.read()
+        data = self._chunks.get()
+        try:
+            while True:
+                data += self._chunks.get(timeout=_SILENCE_S)
+        except queue.Empty:
+            return data.decode(errors="replace")
+
+    def read_line(self) -> str | None:
+        """The next line without its end; None at the end of the input."""
+        if not self._is_pipe:
+            line = sys.stdin.readline()
+            return line.rstrip("\n") if line else None
+        while b"\n" not in self._pending:
+            self._pending += self._chunks.get()
+        line_bytes, self._pending = self._pending.split(b"\n", 1)
+        return line_bytes.decode(errors="replace")
+
+    def _pump(self, world: World) -> None:
+        while True:
+            data = os.read(0, 8192)
+            if not data:
+                if world.rank == 0:
+                    os.write(2, b"error: the launcher is gone\n")
+                os._exit(3)
+            if world.rank == 0:
+                self._chunks.put(data)
+
+    @staticmethod
+    def write_status(code: int) -> None:
+        """Leave the exit status where launch/run finds it: mlx.launch itself always returns 0."""
+        path = os.environ.get(STATUS_FILE)
+        if path:
+            Path(path).write_text(f"{code}\n")
+
+    def note_status(self, code: int) -> None:
+        self.write_status(code)

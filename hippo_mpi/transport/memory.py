@@ -1,0 +1,42 @@
+"""What this machine has: memory for a rank, and speed."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+
+
+def available_bytes() -> int:
+    """Bytes that models may fill here: Metal's recommended working set, or what Linux calls available."""
+    if mx.metal.is_available():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4)
+
+
+def measured_speed() -> float:
+    """Bytes of weights per second that a matrix-vector product reads: what bounds decoding. Takes some 50 ms."""
+    matrix, vector = mx.ones((2048, 2048)), mx.ones((1, 2048))
+    mx.eval(matrix, vector)
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        mx.eval(vector @ matrix)
+        best = min(best, time.perf_counter() - began)
+    return matrix.nbytes / best
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

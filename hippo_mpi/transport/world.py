@@ -1,0 +1,159 @@
+"""The world of ranks: which launcher started us, and one strict `mx.distributed.init`.
+
+Knows launchers and backends. Must not know models. `mx.distributed` appears in this package only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from hippo_mpi.errors import LaunchError
+
+
+@dataclass
+class World:
+    """This process among its peers. `group` is None for a rank that is alone."""
+
+    rank: int
+    size: int
+    backend: str
+    host: str
+    address: str  # where peers reach this rank's control socket
+    group: mx.distributed.Group | None = None
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} ({self.host})"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the environment says about how we were started."""
+
+    backend: str  # "" (alone), "ring", "mpi", "jaccl"
+    rank: int
+    size: int | None  # None: only the backend knows
+    address: str = ""
+
+
+def detect_launch() -> Launch:
+    """Read the launcher's environment.
+
+    Raises:
+        LaunchError: it contradicts itself.
+    """
+    env = os.environ
+    # mpirun inside sbatch leaves SLURM_PROCID at 0 on every rank, so its own variables come first.
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        size = int(env["OMPI_COMM_WORLD_SIZE"])
+        return Launch("mpi" if size > 1 else "", int(env["OMPI_COMM_WORLD_RANK"]), size)
+    if "PMIX_RANK" in env:
+        size = int(env.get("SLURM_NTASKS", "0")) or None
+        return Launch("" if size == 1 else "mpi", int(env["PMIX_RANK"]), size)
+    if "MLX_IBV_DEVICES" in env or "MLX_JACCL_COORDINATOR" in env:
+        return Launch("jaccl", int(env.get("MLX_RANK", "0")), None)
+    if "MLX_HOSTFILE" in env:
+        return _detect_ring(Path(env["MLX_HOSTFILE"]), int(env.get("MLX_RANK", "0")))
+    return Launch("", 0, 1)
+
+
+def _detect_ring(hostfile: Path, rank: int) -> Launch:
+    try:
+        text = hostfile.read_text().strip()
+        hosts = json.loads(text) if text else []  # mlx.launch writes nothing for a single host
+    except (OSError, json.JSONDecodeError) as error:
+        raise LaunchError(f"MLX_HOSTFILE {hostfile} can't be read: {error}") from None
+    if len(hosts) <= 1:
+        return Launch("", 0, 1)
+    if not 0 <= rank < len(hosts):
+        raise LaunchError(f"MLX_RANK is {rank}, but MLX_HOSTFILE {hostfile} has {len(hosts)} hosts")
+    return Launch("ring", rank, len(hosts), str(hosts[rank][0]).rsplit(":", 1)[0])
+
+
+def connect(launch: Launch, timeout_s: float) -> World:
+    """Join the world, or fail: never a silent world of one.
+
+    Raises:
+        LaunchError: the backend doesn't load, or joins another number of ranks than the launcher started.
+    """
+    host = socket.gethostname()
+    if not launch.backend:
+        return World(0, 1, "none", host, "127.0.0.1")
+    if launch.backend == "mpi":
+        _find_mpi_library()
+    waiting_for = f"rank {launch.rank} ({host}) waited {timeout_s:.0f} s for the other ranks to start ({launch.backend})"
+    with _deadline(timeout_s, waiting_for):
+        try:
+            group = mx.distributed.init(strict=True, backend=launch.backend)
+        except (RuntimeError, ValueError) as error:
+            raise LaunchError(_explain(launch, str(error))) from None
+    if launch.size not in (None, group.size()) or group.rank() != launch.rank:
+        raise LaunchError(
+            f"{launch.backend} made rank {group.rank()} of {group.size()}, but the launcher started rank {launch.rank} of"
+            f" {launch.size}: is the launcher of the same MPI as the library ({os.environ.get('MLX_MPI_LIBNAME')})?"
+        )
+    return World(group.rank(), group.size(), launch.backend, host, launch.address or _own_address(), group)
+
+
+def _find_mpi_library() -> None:
+    """Point MLX at the PyPI wheel's library: its libmpi.so is a text stub, which gives silent worlds of one."""
+    os.environ.setdefault("OMPI_MPI_THREAD_LEVEL", "3")  # two streams talk to MPI at once
+    if "MLX_MPI_LIBNAME" in os.environ or sys.platform == "darwin":
+        return
+    folder = os.environ.get("OMPI_LIBDIR_LOC", "")
+    wheel = Path(folder) / "libmpi.so.40" if folder else None
+    os.environ["MLX_MPI_LIBNAME"] = str(wheel) if wheel and wheel.exists() else "libmpi.so.40"
+
+
+def _explain(launch: Launch, error: str) -> str:
+    if launch.backend == "mpi":
+        library = os.environ.get("MLX_MPI_LIBNAME", "libmpi")
+        return f"MPI doesn't load ({library}): {error}; set MLX_MPI_LIBNAME to the library of the mpirun in use"
+    if "bind" in error:
+        return f"the ring's address of rank {launch.rank} is in use or not this host's: {error}; try --starting-port"
+    return f"the {launch.backend} backend doesn't start: {error}"
+
+
+def _own_address() -> str:
+    """An address of this host for others: that of the interface which leads outside, else loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent: this only picks a route
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
+@contextlib.contextmanager
+def _deadline(timeout_s: float, complaint: str) -> Iterator[None]:
+    """End this process if the block takes longer.
+
+    `mx.distributed.init` holds the interpreter's lock and rank 0's waits for ever, so no thread of ours can
+    end it: a forked child keeps the time.
+    """
+    done_read, done_write = os.pipe()
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        os.close(done_write)
+        if not select.select([done_read], [], [], timeout_s)[0]:
+            os.write(2, f"error: {complaint}\n".encode())
+            os.kill(parent, signal.SIGTERM)
+        os._exit(0)
+    os.close(done_read)
+    try:
+        yield
+    finally:
+        os.close(done_write)
+        os.waitpid(child, 0)
