@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import argparse
+from typing import NoReturn
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from hippo_mpi.config import BUNDLED_MODEL, Parser, run_options
-from hippo_mpi.errors import HippoError, LaunchError, ModelError, UserError
+from hippo_mpi.errors import HippoError, ModelError, UserError
 from hippo_mpi.parallel.pipeline import Agreement, Pipeline, agree
 from hippo_mpi.serving.progress import Progress
 from hippo_mpi.shard.checkpoint import ModelSource
@@ -45,10 +45,37 @@ class Session:
         return pipeline
 
 
-def run(parser: Parser, body: Callable[[Session], int], argv: list[str] | None = None) -> None:
-    """Run `body` on every rank; never returns. Rank 0's result is the exit status."""
+def follow(session: Session) -> None:
+    """What every rank but the first does: load, obey, end."""
+    pipeline = session.load()
+    pipeline.follow()
+    pipeline.end()
+
+
+def run(parser: Parser, body: Callable[[Session], int], argv: list[str] | None = None) -> NoReturn:
+    """Run `body` on every rank. Rank 0's result is the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Python handler wouldn't run while MLX waits
     argv = sys.argv[1:] if argv is None else argv
+    world, arguments, mistake = _start(parser, argv)
+    try:
+        control = Control(world, arguments.timeout)
+    except HippoError as error:
+        _refuse(f"{world.name}: {error}", error.exit_code, world.rank)
+    try:
+        code = _joined(body, argv, arguments, mistake, world, control)
+    except HippoError as error:
+        control.fail(error)
+    except Exception as error:  # a worker's top frame: whatever went wrong, all ranks must end
+        if os.environ.get("HIPPO_TRACEBACK"):
+            traceback.print_exc()
+        line = f"{type(error).__name__}: {' '.join(str(error).split())} (HIPPO_TRACEBACK=1 shows where)"
+        control.fail(HippoError(line))
+    world.group = None  # MPI is finalised when the last reference goes
+    _exit(code, world.rank, is_orderly=world.backend == "mpi")
+
+
+def _start(parser: Parser, argv: list[str]) -> tuple[World, argparse.Namespace, UserError | None]:
+    """The world and the parsed arguments; a mistake in them is kept until all ranks can hear of it."""
     rank = 0
     try:
         launch = detect_launch()
@@ -58,45 +85,27 @@ def run(parser: Parser, body: Callable[[Session], int], argv: list[str] | None =
         arguments, mistake = _parse(parser, argv)
         if mistake and not launch.backend:
             raise mistake
-        timeout_s = arguments.timeout if arguments else 30.0
-        world = connect(launch, timeout_s)
+        return connect(launch, arguments.timeout), arguments, mistake
     except HippoError as error:
-        if rank == 0 or isinstance(error, LaunchError):
-            sys.stderr.write(f"error: {error}\n")
-        _exit(error.exit_code, rank)
-    control = None
-    try:
-        control = Control(world, timeout_s)
-        code = _joined(parser, body, argv, arguments, mistake, world, control)
-    except HippoError as error:
-        if control is None:
-            sys.stderr.write(f"error: {world.name}: {error}\n")
-            _exit(error.exit_code, rank)
-        control.fail(error)
-    except Exception as error:
-        if os.environ.get("HIPPO_TRACEBACK"):
-            raise
-        failure = HippoError(f"{type(error).__name__}: {' '.join(str(error).split())} (HIPPO_TRACEBACK=1 shows where)")
-        if control is None:
-            sys.stderr.write(f"error: {world.name}: {failure}\n")
-            _exit(1, rank)
-        control.fail(failure)
-    world.group = None  # MPI is finalised when the last reference goes
-    _exit(code, rank, is_orderly=world.backend == "mpi")
+        _refuse(str(error), error.exit_code, rank)
+
+
+def _refuse(line: str, code: int, rank: int) -> NoReturn:
+    """End a rank that has no connection to the others yet; each speaks for itself."""
+    sys.stderr.write(f"error: {line}\n")
+    _exit(code, rank)
 
 
 def _joined(
-    parser: Parser,
     body: Callable[[Session], int],
     argv: list[str],
-    arguments: argparse.Namespace | None,
+    arguments: argparse.Namespace,
     mistake: UserError | None,
     world: World,
     control: Control,
 ) -> int:
     launcher = Launcher(world)
     control.on_end = launcher.note_status
-    arguments = arguments or parser.parse_args([])
     progress = Progress(is_shown=world.rank == 0 and not getattr(arguments, "json", False))
     settings = KVSettings(
         getattr(arguments, "max_kv_size", None),
@@ -111,15 +120,17 @@ def _joined(
         path = find_model(arguments.model, arguments.revision)
         return ModelSource(path, arguments.adapter_path, arguments.trust_remote_code)
 
-    agreement = agree(world, control, find_source, run_options(arguments), settings, argv)
+    agreement = agree(
+        world, control, find_source, run_options(arguments), settings, argv, getattr(arguments, "machines", None)
+    )
     return body(Session(arguments, world, control, launcher, settings, agreement, progress))
 
 
-def _parse(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace | None, UserError | None]:
+def _parse(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, UserError | None]:
     try:
         return parser.parse_args(argv), None
     except UserError as error:
-        return None, error
+        return parser.parse_args([]), error
 
 
 def find_model(model: str, revision: str | None) -> Path:
@@ -145,7 +156,7 @@ def find_model(model: str, revision: str | None) -> Path:
 _HUB_FILES = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
 
 
-def _exit(code: int, rank: int, is_orderly: bool = False) -> Any:
+def _exit(code: int, rank: int, is_orderly: bool = False) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if rank == 0:

@@ -59,7 +59,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     group.add_argument("--max-tokens", "-m", type=positive, default=max_tokens, help="longest answer")
     group.add_argument("--temp", type=at_least_0, default=0.0, help="temperature; 0 takes the likeliest token")
     group.add_argument("--top-p", type=share, default=1.0, help="nucleus sampling")
-    group.add_argument("--min-p", type=share, default=0.0, help="smallest probability relative to the likeliest token's")
+    group.add_argument(
+        "--min-p", type=share, default=0.0, help="smallest probability relative to the likeliest token's"
+    )
     group.add_argument("--top-k", type=whole, default=0, help="number of likeliest tokens to choose from; 0: all")
     group.add_argument("--min-tokens-to-keep", type=positive, default=1, help="tokens that min-p always keeps")
     group.add_argument("--xtc-probability", type=share, default=0.0, help="how often XTC sampling happens")
@@ -84,9 +86,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-context", type=positive, help="longest prompt and answer together; the model's own, or what fits"
     )
-    group.add_argument("--timeout", type=above_0, default=30.0, help="seconds without progress after which all ranks end")
     group.add_argument(
-        "--prefill-step-size", type=positive, help="prompt tokens per step; by default 2048 / more, smaller chunks on several ranks"
+        "--timeout", type=above_0, default=30.0, help="seconds without progress after which all ranks end"
+    )
+    group.add_argument(
+        "--prefill-step-size",
+        type=positive,
+        help="prompt tokens per step; by default 2048 / more, smaller chunks on several ranks",
     )
 
 
@@ -99,7 +105,9 @@ def run_options(arguments: argparse.Namespace) -> RunOptions:
 # ---- checked values; argparse puts the message behind "argument --name:"
 
 
-def _number(text: str, kind: type[float] | type[int], what: str, low: float, high: float = float("inf"), open_low: bool = False) -> Any:
+def _number(
+    text: str, kind: type[float] | type[int], what: str, low: float, high: float = float("inf"), open_low: bool = False
+) -> Any:
     try:
         value = kind(text)
     except ValueError:

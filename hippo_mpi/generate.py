@@ -1,6 +1,6 @@
 """hippo_mpi.generate: answer one prompt with a model that is split over the launched ranks.
 
-    mlx.launch --hostfile hostfile -n 2 hippo_mpi.generate --model M --prompt "..."
+mlx.launch --hostfile hostfile -n 2 hippo_mpi.generate --model M --prompt "..."
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from hippo_mpi.command import Session
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.engine.text import ChatFormat, open_tokenizer
-from hippo_mpi.parallel.pipeline import check_prompt
+from hippo_mpi.parallel.pipeline import Pipeline
+from hippo_mpi.plan import show
 from hippo_mpi.serving.console import Conversation, json_answer, statistics_line, write
 
 
@@ -48,55 +49,38 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     )
 
 
-
-
-def chunk_tokens(prompt_tokens: int, num_ranks: int, asked: int | None) -> int:
-    """Prompt tokens per step: small enough that chunks keep all stages busy, large enough to be efficient."""
-    if asked is not None:
-        return asked
-    if num_ranks == 1:
-        return 2048
-    return max(64, min(512, -(-prompt_tokens // (8 * num_ranks))))
-
-
-def answer(session: Session) -> int:
-    arguments, world = session.arguments, session.world
-    if arguments.show_plan:
-        if session.agreement.split is not None:
-            print(session.agreement.split.table())
-        session.control.close()
-        return 0
-    if world.rank > 0:
-        pipeline = session.load()
-        pipeline.follow()
-        pipeline.end()
-        return 0
-    return _lead(session)
-
-
-def _lead(session: Session) -> int:
-    arguments = session.arguments
-    source = session.agreement.checkpoint.source
+def lead(session: Session) -> tuple[Pipeline, Conversation, Engine]:
+    """Rank 0's part of the model, loaded, with a conversation on top."""
+    arguments, source = session.arguments, session.agreement.checkpoint.source
     eos = session.agreement.checkpoint.config.get("eos_token_id")
     tokenizer = open_tokenizer(source.path, eos, tuple(arguments.extra_eos_token), source.trust_remote_code)
     chat_format = ChatFormat(
-        arguments.ignore_chat_template, arguments.chat_template_config, arguments.prefill_response
+        arguments.ignore_chat_template,
+        arguments.chat_template_config,
+        arguments.prefill_response,
     )
+    pipeline = session.load()
+    if arguments.seed is not None:
+        mx.random.seed(arguments.seed)
+    engine = Engine(pipeline.leader(), tokenizer, arguments.prefill_step_size)
+    limit = session.agreement.max_context
+    return pipeline, Conversation(engine, tokenizer, chat_format, arguments.system_prompt, limit), engine
+
+
+def answer(session: Session) -> int:
+    arguments = session.arguments
+    if arguments.show_plan:
+        return show(session)
+    if session.world.rank > 0:
+        command.follow(session)
+        return 0
     prompt = arguments.prompt.replace("\\n", "\n").replace("\\t", "\t")
     if prompt == "-":
         session.control.idle()
         prompt = session.launcher.read_all()
-    messages = [{"role": "system", "content": arguments.system_prompt}] if arguments.system_prompt else []
-    tokens = chat_format.encode(tokenizer, [*messages, {"role": "user", "content": prompt}])
-    check_prompt(len(tokens), arguments.max_tokens, session.agreement.max_context)
-    pipeline = session.load()
-    if arguments.seed is not None:
-        mx.random.seed(arguments.seed)
-    chunk = chunk_tokens(len(tokens), session.world.size, arguments.prefill_step_size)
-    engine = Engine(pipeline.leader(), tokenizer, chunk)
-    conversation = Conversation(engine, tokenizer, chat_format, arguments.system_prompt)
-    show = (lambda text: None) if arguments.json else write
-    result = conversation.say(prompt, sampling_params(arguments), show, session.progress)
+    pipeline, conversation, _ = lead(session)
+    show_text = (lambda text: None) if arguments.json else write
+    result = conversation.say(prompt, sampling_params(arguments), show_text, session.progress)
     ranks = pipeline.end() or []
     if arguments.json:
         write(json_answer(result, ranks) + "\n")

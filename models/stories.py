@@ -18,7 +18,7 @@ Conversation = list[dict[str, str]]
 """Messages with "role" ("user" or "assistant") and "content", as a chat template takes them."""
 
 HELD_OUT_PERCENT = 4
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 _grammar: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "stories.yaml").read_text())
 _PRONOUNS = {"he": ("he", "him", "his"), "she": ("she", "her", "her")}

@@ -21,17 +21,14 @@ class Engine:
     Args:
         leader: begins and finishes steps.
         tokenizer: for end tokens and text.
-        chunk_tokens: how many tokens of a prompt one step takes.
+        prefill_step_size: how many tokens of a prompt one step takes; None: as suits the number of stages.
     """
 
-    def __init__(self, leader: Leader, tokenizer: TokenizerWrapper, chunk_tokens: int) -> None:
+    def __init__(self, leader: Leader, tokenizer: TokenizerWrapper, prefill_step_size: int | None = None) -> None:
         self._leader, self._tokenizer = leader, tokenizer
-        self._scheduler = Scheduler(chunk_tokens)
+        self._scheduler = Scheduler(leader.max_in_flight, prefill_step_size)
         self.timings: dict[int, Timings] = {}
         self.on_prefill: Callable[[int, int], None] = lambda done, total: None
-
-    def set_chunk_tokens(self, chunk_tokens: int) -> None:
-        self._scheduler.chunk_tokens = chunk_tokens
 
     def can_cut(self, slot: int) -> bool:
         """Whether a slot's cache may lose tokens at its end."""

@@ -11,12 +11,15 @@ from collections import deque
 from hippo_mpi.engine.request import FinishReason, Sequence
 from hippo_mpi.parallel.step_plan import StepPlan
 
+_WHOLE_CHUNK_TOKENS = 2048  # mlx_lm.generate's
+_CHUNKS_PER_STAGE = 8  # with 8 chunks a stage, filling and draining the pipeline costs 1 part in 16 at 2 stages
+
 
 class Scheduler:
     """Makes the StepPlans for the sequences that run."""
 
-    def __init__(self, chunk_tokens: int) -> None:
-        self.chunk_tokens = chunk_tokens
+    def __init__(self, num_stages: int, prefill_step_size: int | None = None) -> None:
+        self._num_stages, self._prefill_step_size = num_stages, prefill_step_size
         self._turns: deque[Sequence] = deque()
         self._by_serial: dict[int, Sequence] = {}
         self._serial = 0
@@ -44,7 +47,7 @@ class Scheduler:
     def _plan(self, sequence: Sequence) -> tuple[StepPlan, list[int]]:
         # As mlx_lm.generate does, the prompt's last token is a step of its own.
         todo = len(sequence.tokens) - sequence.position
-        count = min(self.chunk_tokens, todo - 1) if todo > 1 else 1
+        count = min(self._chunk_tokens(sequence), todo - 1) if todo > 1 else 1
         plan = StepPlan(self._serial, sequence.request.slot, sequence.position, count, wants_logits=todo == 1)
         tokens = sequence.tokens[sequence.position : sequence.position + count]
         self._serial += 1
@@ -53,6 +56,15 @@ class Scheduler:
             sequence.awaits_logits = True
             self._by_serial[plan.serial] = sequence
         return plan, tokens
+
+    def _chunk_tokens(self, sequence: Sequence) -> int:
+        """Prompt tokens per step: few enough that the chunks keep all stages busy, enough to be efficient."""
+        if self._prefill_step_size is not None:
+            return self._prefill_step_size
+        if self._num_stages == 1:
+            return _WHOLE_CHUNK_TOKENS
+        prompt = len(sequence.request.prompt) - sequence.request.cached_tokens
+        return max(64, min(512, -(-prompt // (_CHUNKS_PER_STAGE * self._num_stages))))
 
     def sequence_of(self, plan: StepPlan) -> Sequence:
         return self._by_serial[plan.serial]

@@ -13,7 +13,9 @@ from mlx_lm.utils import load_tokenizer
 from hippo_mpi.errors import ModelError, UserError
 
 
-def open_tokenizer(path: Path, eos_token_ids: Any, extra_eos: tuple[str, ...], trust_remote_code: bool) -> TokenizerWrapper:
+def open_tokenizer(
+    path: Path, eos_token_ids: Any, extra_eos: tuple[str, ...], trust_remote_code: bool
+) -> TokenizerWrapper:
     """The tokenizer of a checkpoint.
 
     Raises:

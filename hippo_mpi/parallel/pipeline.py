@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,14 +18,14 @@ from typing import Any
 import mlx.core as mx
 
 from hippo_mpi.config import RunOptions
-from hippo_mpi.errors import HippoError, LaunchError, PlanError, UserError
+from hippo_mpi.errors import HippoError, LaunchError, UserError
 from hippo_mpi.parallel.worker import Follower, Leader
 from hippo_mpi.shard.checkpoint import Checkpoint, ModelSource, load_stage_weights, open_checkpoint
 from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.shard.layer_split import LayerSplit, Machine, plan_split
 from hippo_mpi.shard.model_info import model_info
 from hippo_mpi.shard.stage import Stage
-from hippo_mpi.transport.channel import LocalChannel, RingChannel
+from hippo_mpi.transport.channel import RingChannel
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.memory import available_bytes, measured_speed, peak_resident_bytes
 from hippo_mpi.transport.world import World
@@ -52,8 +51,9 @@ def agree(
     options: RunOptions,
     settings: KVSettings,
     arguments: list[str],
+    machines: list[Machine] | None = None,
 ) -> Agreement:
-    """Open the checkpoint on every rank, compare, and plan the split on rank 0.
+    """Open the checkpoint on every rank, compare, and plan the split on rank 0: for the ranks, or for `machines` instead.
 
     Raises:
         HippoError: on every rank, if any rank found one; for ranks other than 0 the process ends instead.
@@ -72,7 +72,7 @@ def agree(
             _compare(hellos)
             assert checkpoint is not None
             info = model_info(checkpoint, settings)
-            split = plan_split(info, _machines(hellos), options.max_context, options.layer_split)
+            split = plan_split(info, machines or _machines(hellos), options.max_context, options.layer_split)
         except HippoError as error:
             control.fail(error)
     verdict = control.share({"counts": split.counts, "max_context": split.max_context} if split else None)
@@ -144,7 +144,6 @@ class Pipeline:
         self._start, self._stop = start, stop
         checkpoint = agreement.checkpoint
         self.weight_bytes = sum(checkpoint.weight_bytes[name] for name in checkpoint.stage_weights(start, stop))
-        self._began = time.perf_counter()
 
         def loaded(done: int) -> None:
             control.progress(f"loading weights, {done:,} of {self.weight_bytes:,} bytes")
@@ -155,13 +154,13 @@ class Pipeline:
         error: HippoError | None = None
         try:
             if mx.metal.is_available():
-                mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+                mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
             model = load_stage_weights(checkpoint, start, stop, loaded)
         except HippoError as caught:
             error = caught
         self._agree_that_loaded(error)
         self.stage = Stage(model, checkpoint.flow, start, stop)
-        self._channel = RingChannel(world, control) if world.size > 1 else LocalChannel()
+        self._channel = RingChannel(world, control)
         self._settings = settings
 
     def _agree_that_loaded(self, error: HippoError | None) -> None:
@@ -184,30 +183,21 @@ class Pipeline:
         while follower.follow() is not None:
             pass
 
-    def end(self) -> list[dict[str, Any]] | None:
-        """Finish the run; statistics of every rank on rank 0."""
-        if self.world.rank == 0 and self.world.size > 1:
-            self._channel.send(_END, [])
-        statistics = {
+    def statistics(self) -> dict[str, Any]:
+        """This rank's layers and memory."""
+        return {
             "host": self.world.host,
             "layers": [self._start, self._stop],
             "weight_bytes": self.weight_bytes,
             "peak_memory_bytes": int(mx.get_peak_memory()),
             "peak_resident_bytes": peak_resident_bytes(),
         }
-        gathered = self.control.gather(statistics)
+
+    def end(self) -> list[dict[str, Any]] | None:
+        """Finish the run; statistics of every rank on rank 0."""
+        if self.world.rank == 0 and self.world.size > 1:
+            self._channel.send(_END, [])
+        gathered = self.control.gather(self.statistics())
         self.control.share({"end": True} if gathered is not None else None)
         self.control.close()
         return gathered
-
-
-def check_prompt(num_tokens: int, max_tokens: int, max_context: int) -> None:
-    """Refuse a prompt that the context has no room for.
-
-    Raises:
-        PlanError: with the numbers.
-    """
-    if num_tokens >= max_context:
-        raise PlanError(
-            f"the prompt has {num_tokens:,} tokens, but the context is {max_context:,} (--max-context): make it shorter"
-        )

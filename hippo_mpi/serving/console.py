@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -12,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.request import Request, SamplingParams, Timings
 from hippo_mpi.engine.text import ChatFormat
+from hippo_mpi.errors import UserError
 from hippo_mpi.serving.progress import Progress
 
 
@@ -28,13 +29,19 @@ class Conversation:
     """A chat whose cache is kept between turns: only what a turn adds is prefilled.
 
     Args:
-        chunk_tokens: prompt tokens per step, as a function of how many are to be prefilled.
+        max_context: most tokens that a prompt and its answer may have together.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system_prompt: str | None
+        self,
+        engine: Engine,
+        tokenizer: TokenizerWrapper,
+        chat_format: ChatFormat,
+        system_prompt: str | None,
+        max_context: int,
     ) -> None:
         self._engine, self._tokenizer, self._format = engine, tokenizer, chat_format
+        self._max_context = max_context
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self.reset()
         self._cached: list[int] = []
@@ -49,8 +56,19 @@ class Conversation:
         return self._format.encode(self._tokenizer, [*self.messages, {"role": "user", "content": text}])
 
     def say(self, text: str, sampling: SamplingParams, show: Any, progress: Progress) -> Answer:
-        """Answer the user's next turn; `show` gets each piece of text as it is made."""
+        """Answer the user's next turn; `show` gets each piece of text as it is made.
+
+        Raises:
+            UserError: the prompt is empty or too long.
+        """
         prompt = self.encode(text)
+        room = self._max_context - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"the prompt has {len(prompt):,} tokens, but the context is {self._max_context:,} (--max-context):"
+                " make it shorter"
+            )
+        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
         cached = self._reusable(prompt)
         request = Request(self._turns, prompt, sampling, slot=0, cached_tokens=cached)
         self._turns += 1

@@ -103,7 +103,9 @@ def load_stage_weights(checkpoint: Checkpoint, start: int, stop: int, on_layer: 
 
 
 def _absent(weight: mx.array) -> mx.array:
-    value = mx.array(float("nan"), weight.dtype) if mx.issubdtype(weight.dtype, mx.floating) else mx.array(0, weight.dtype)
+    value = (
+        mx.array(float("nan"), weight.dtype) if mx.issubdtype(weight.dtype, mx.floating) else mx.array(0, weight.dtype)
+    )
     absent = mx.broadcast_to(value, weight.shape)
     mx.eval(absent)
     return absent
@@ -176,7 +178,14 @@ def _check_safetensors(file: Path) -> None:
         raise ModelError(f"{file} is truncated: {size:,} bytes of {promised:,}; download it again")
 
 
-_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "experts_per_token")
+_TOP_K_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "top_k_experts",
+    "experts_per_token",
+)
 
 
 def _expert_shares(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, float]:

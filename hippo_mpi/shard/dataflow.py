@@ -122,7 +122,6 @@ class LayerCall:
     weights: set[str] = field(default_factory=set)
 
 
-
 @dataclass
 class Dataflow:
     """What `trace` found; the same on every rank for the same model (compare `digest()`)."""
@@ -142,7 +141,9 @@ class Dataflow:
     def forbidden_cuts(self) -> dict[int, str]:
         """Cuts (before layer c, 0 < c < num_layers) that can't be made, with the reason."""
         return {
-            cut: self.reason[a, b] for a, b in sorted(self.joined) for cut in range(a + 1, min(b, self.num_layers - 1) + 1)
+            cut: self.reason[a, b]
+            for a, b in sorted(self.joined)
+            for cut in range(a + 1, min(b, self.num_layers - 1) + 1)
         }
 
     def digest(self) -> str:
@@ -280,7 +281,7 @@ class _Tracer:
 
         arguments = {id(c): path for path, c in _mutable_arguments(inputs, self.opaque)}
         seen.returns = _returned(result, arguments, self.opaque)
-        made = {"return": result} | {path: c for path, c in _mutable_arguments(inputs, self.opaque)}  # type: ignore[dict-item]
+        made = {"return": result} | {path: c for path, c in _mutable_arguments(inputs, self.opaque)}
         ids_done: set[int] = set()
 
         def leave(path: Path, array: mx.array) -> mx.array:
@@ -292,7 +293,7 @@ class _Tracer:
             if path == "return":
                 continue
             ids_done.add(id(container))
-            arrays_in.replace(container, self.opaque, leave, path)  # type: ignore[arg-type]
+            arrays_in.replace(container, self.opaque, leave, path)
         if id(result) not in ids_done:
             result = _replace_unless(result, self.opaque, leave, ids_done)
         for _, c in caches:
@@ -373,9 +374,9 @@ def caches_among(inputs: dict[str, Any], opaque: Opaque) -> Iterator[tuple[Path,
 def _mutable_arguments(inputs: dict[str, Any], opaque: Opaque) -> Iterator[tuple[Path, Any]]:
     for kind, values in inputs.items():
         for key, value in arrays_in.children(values):
-            if value is not None and value not in opaque and not isinstance(value, mx.array):
-                if arrays_in.is_mutable_container(value):
-                    yield (kind, key), value
+            is_array = isinstance(value, mx.array)
+            if value is not None and value not in opaque and not is_array and arrays_in.is_mutable_container(value):
+                yield (kind, key), value
 
 
 def _returned(result: Any, arguments: dict[int, Path], opaque: Opaque, path: Path = ("return",)) -> Returned:
@@ -466,9 +467,8 @@ class _Conclusion:
 
     def _join(self, a: int, b: int, why: str) -> None:
         """Layers of calls a < b (b may be the head) can't be parted."""
-        first, second = self.first[a].layer, self.first[b].layer if b < len(self.first) else self.num_layers
-        if first >= second:  # across rounds: everything is on one rank
-            first, second = 0, self.num_layers
+        last = self.first[b].layer if b < len(self.first) else self.num_layers
+        first, second = sorted((self.first[a].layer, last))  # in a later round, b's layer may come first
         if first != second:
             self.joined.add((first, second))
             self.reason.setdefault((first, second), why)
@@ -531,7 +531,9 @@ class _Conclusion:
             for path in reads:
                 again = self.tracer.passes[1][number - 1].outputs[path].shape
                 if again != self.first[number - 1].outputs[path].shape:
-                    self._join(number - 1, number, f"what layer {calls[number - 1].layer} hands on grows with the context")
+                    self._join(
+                        number - 1, number, f"what layer {calls[number - 1].layer} hands on grows with the context"
+                    )
 
     def _shape(self, number: int, path: Path) -> Shape:
         arrays = [run[number].outputs.get(path) for run in self.tracer.passes]

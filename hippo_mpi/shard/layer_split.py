@@ -81,7 +81,10 @@ def show_bytes(count: int) -> str:
 
 
 def plan_split(
-    info: ModelInfo, machines: Sequence[Machine], max_context: int | None = None, layer_split: Sequence[int] | None = None
+    info: ModelInfo,
+    machines: Sequence[Machine],
+    max_context: int | None = None,
+    layer_split: Sequence[int] | None = None,
 ) -> LayerSplit:
     """The split that minimises the slowest stage's time per token within every machine's memory.
 
@@ -150,9 +153,7 @@ def _stage(info: ModelInfo, machine: Machine, start: int, stop: int, context: in
 
 
 def _explain(info: ModelInfo, machines: Sequence[Machine], bounds: list[int], context: int) -> LayerSplit:
-    stages = [
-        _stage(info, machine, bounds[i], bounds[i + 1], context, i == 0) for i, machine in enumerate(machines)
-    ]
+    stages = [_stage(info, machine, bounds[i], bounds[i + 1], context, i == 0) for i, machine in enumerate(machines)]
     total = sum(stage.work for stage in stages) or 1.0
     shared = [StagePlan(**{**vars(stage), "share": stage.work / total}) for stage in stages]
     return LayerSplit(shared, context, info)
@@ -169,7 +170,9 @@ def _check_layer_split(info: ModelInfo, num_ranks: int, counts: Sequence[int]) -
     text = ",".join(map(str, counts))
     even = ",".join(str(info.num_layers // num_ranks + (i < info.num_layers % num_ranks)) for i in range(num_ranks))
     if len(counts) != num_ranks:
-        raise PlanError(f"layer split {text} is for {len(counts)} ranks, but there are {num_ranks}; try --layer-split {even}")
+        raise PlanError(
+            f"layer split {text} is for {len(counts)} ranks, but there are {num_ranks}; try --layer-split {even}"
+        )
     if min(counts) < 1:
         raise PlanError(f"layer split {text} leaves a rank without layers; try --layer-split {even}")
     if sum(counts) != info.num_layers:

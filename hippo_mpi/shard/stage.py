@@ -13,8 +13,7 @@ Legend: B rows, L tokens per row, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -233,7 +232,8 @@ def _own(array: mx.array) -> mx.array:
 
 def _get(root: Any, path: Path) -> Any:
     for key in path:
-        root = root[key] if isinstance(root, dict | list | tuple) else getattr(root, str(key))
+        is_indexed = isinstance(root, dict | list | tuple)
+        root = cast(Any, root)[key] if is_indexed else getattr(root, str(key))
     return root
 
 

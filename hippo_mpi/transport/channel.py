@@ -2,7 +2,7 @@
 
 `RingChannel` sends the header, with the arrays' shapes, over the control socket and the arrays over
 `mx.distributed`; several arrays travel as one packed message, because two sends may overtake each other.
-`LocalChannel` is the same inside one process, for tests and for a rank that is alone.
+`LocalChannel` is the same inside one process, for tests.
 
 Never a message and a computation in one lazy graph: what is sent has been evaluated, and what is received is
 evaluated before it is used. On Apple GPUs a kernel that waits for a cable hangs the machine.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -32,6 +32,9 @@ _ALIGN = 8  # a view at an offset that isn't a multiple of the item size reads t
 _MAX_SENDS_IN_FLIGHT = 4  # MLX stops the calling thread when ten tasks are active
 
 
+Queue = deque[tuple[bytes, list[mx.array]]]
+
+
 class Channel(Protocol):
     """To the next rank of the ring and from the one before."""
 
@@ -43,18 +46,25 @@ class Channel(Protocol):
 
 
 class LocalChannel:
-    """A queue in one process."""
+    """The same inside one process.
 
-    def __init__(self) -> None:
-        self._queue: deque[tuple[bytes, list[mx.array]]] = deque()
+    Args:
+        inbox, outbox: queues shared with the neighbours' channels.
+        pump: makes the rank before do its next thing, when the inbox is empty.
+    """
+
+    def __init__(self, inbox: Queue, outbox: Queue, pump: Callable[[], object]) -> None:
+        self._inbox, self._outbox, self._pump = inbox, outbox, pump
 
     def send(self, header: bytes, arrays: Sequence[mx.array]) -> None:
-        self._queue.append((header, list(arrays)))
+        self._outbox.append((header, list(arrays)))
 
     def receive(self) -> tuple[bytes, list[mx.array]]:
-        if not self._queue:
-            raise DesyncError("receive on a channel on which nothing was sent")
-        return self._queue.popleft()
+        if not self._inbox:
+            self._pump()
+        if not self._inbox:
+            raise DesyncError("a receive, but nothing was sent")
+        return self._inbox.popleft()
 
 
 class RingChannel:
@@ -76,7 +86,7 @@ class RingChannel:
         payload = arrays[0] if len(arrays) == 1 else pack(arrays)
         to = (self._world.rank + 1) % self._world.size
         sending = mx.distributed.send(payload, to, group=self._world.group, stream=self._send_stream)
-        mx.async_eval(sending)
+        mx.async_eval(sending)  # type: ignore[no-untyped-call]
         self._in_flight.append(sending)
         while len(self._in_flight) > _MAX_SENDS_IN_FLIGHT:
             mx.eval(self._in_flight.popleft())

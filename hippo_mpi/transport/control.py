@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import mlx.core as mx
+import numpy as np
 
 from hippo_mpi.errors import HippoError, RankError
 from hippo_mpi.transport.world import World
@@ -254,7 +255,8 @@ class Control:
         """End this process at once: an orderly end would wait in MPI_Finalize for ranks that are gone."""
         sys.stdout.flush()
         if line is not None:
-            os.write(2, f"error: {line}\n".encode())
+            prompt_end = "\n" if self._is_idle else ""  # while a person is asked, the cursor is behind the prompt
+            os.write(2, f"{prompt_end}error: {line}\n".encode())
         if self.world.rank == 0:
             self.on_end(code)
         os._exit(code)
@@ -266,7 +268,7 @@ def _introduce(world: World, port: int) -> tuple[bytes, list[dict[str, Any]]]:
     card = json.dumps(me).encode().ljust(_INTRODUCTION_BYTES)
     gathered = mx.distributed.all_gather(mx.array(list(card), dtype=mx.uint8)[None], group=world.group)
     mx.eval(gathered)
-    cards = [json.loads(bytes(row)) for row in gathered.tolist()]
+    cards = [json.loads(bytes(np.array(row)).rstrip()) for row in gathered]
     return bytes.fromhex(cards[0]["key"]), cards
 
 

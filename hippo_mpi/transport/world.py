@@ -59,8 +59,8 @@ def detect_launch() -> Launch:
         size = int(env["OMPI_COMM_WORLD_SIZE"])
         return Launch("mpi" if size > 1 else "", int(env["OMPI_COMM_WORLD_RANK"]), size)
     if "PMIX_RANK" in env:
-        size = int(env.get("SLURM_NTASKS", "0")) or None
-        return Launch("" if size == 1 else "mpi", int(env["PMIX_RANK"]), size)
+        tasks = int(env.get("SLURM_NTASKS", "0")) or None
+        return Launch("" if tasks == 1 else "mpi", int(env["PMIX_RANK"]), tasks)
     if "MLX_IBV_DEVICES" in env or "MLX_JACCL_COORDINATOR" in env:
         return Launch("jaccl", int(env.get("MLX_RANK", "0")), None)
     if "MLX_HOSTFILE" in env:
@@ -92,7 +92,9 @@ def connect(launch: Launch, timeout_s: float) -> World:
         return World(0, 1, "none", host, "127.0.0.1")
     if launch.backend == "mpi":
         _find_mpi_library()
-    waiting_for = f"rank {launch.rank} ({host}) waited {timeout_s:.0f} s for the other ranks to start ({launch.backend})"
+    waiting_for = (
+        f"rank {launch.rank} ({host}) waited {timeout_s:.0f} s for the other ranks to start ({launch.backend})"
+    )
     with _deadline(timeout_s, waiting_for):
         try:
             group = mx.distributed.init(strict=True, backend=launch.backend)

@@ -84,9 +84,7 @@ def norm_add_norm(
     return new_stream, None if next_norm is None else pre_norm(new_stream, next_norm, dtype=dtype)
 
 
-def post_expert_norm_combine(
-    experts: mx.array, weights: mx.array, *, norm_weight: mx.array, eps: float
-) -> mx.array:
+def post_expert_norm_combine(experts: mx.array, weights: mx.array, *, norm_weight: mx.array, eps: float) -> mx.array:
     """Stands in for mlx_lm.kernels.post_expert_norm_combine."""
     scaled = _rms(experts.astype(mx.float32) * norm_weight.astype(mx.float32), eps)
     scaled = scaled * weights.astype(experts.dtype).astype(mx.float32)[..., None]
@@ -115,9 +113,7 @@ def qk_norm_rope(
 
     def rotate(x: mx.array) -> mx.array:
         heads_first = x.swapaxes(1, 2)
-        turned = mx.fast.rope(
-            heads_first, head_dim, traditional=True, base=rope_base, scale=1.0, offset=offset
-        )
+        turned = mx.fast.rope(heads_first, head_dim, traditional=True, base=rope_base, scale=1.0, offset=offset)
         return turned.swapaxes(1, 2)
 
     return [rotate(part) for part in qk_norm(qkvg, head_dim=head_dim, **norm_args)]

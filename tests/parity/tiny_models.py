@@ -321,9 +321,7 @@ SPARK_ROPE: Config = {
 }
 
 HADAMARD: Config = {
-    **_wrap(
-        {**QWEN35, "hidden_size": 128, "intermediate_size": 512, "tie_word_embeddings": True}, "qwen3_5_text"
-    ),
+    **_wrap({**QWEN35, "hidden_size": 128, "intermediate_size": 512, "tie_word_embeddings": True}, "qwen3_5_text"),
     "schema_version": 2,
     "tensor_namespace": "mlx-vlm-qwen3_5",
     "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
@@ -638,9 +636,7 @@ CONFIGS: dict[str, Config] = {
         num_key_value_heads=1,
         block_types=["recurrent", "recurrent", "attention"],
     ),
-    "rwkv7": _of(
-        a_low_rank_dim=64, v_low_rank_dim=64, gate_low_rank_dim=64, decay_low_rank_dim=64, head_dim=32
-    ),
+    "rwkv7": _of(a_low_rank_dim=64, v_low_rank_dim=64, gate_low_rank_dim=64, decay_low_rank_dim=64, head_dim=32),
     "seed_oss": _of(attention_bias=True),
     "smollm3": _of(no_rope_layer_interval=3),
     "solar_open": _of(MOE, partial_rotary_factor=0.5),

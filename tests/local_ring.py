@@ -1,0 +1,67 @@
+"""All stages of a pipeline in one process: the real Leader and Followers over in-process channels."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from hippo_mpi.parallel.step_plan import StepPlan
+from hippo_mpi.parallel.worker import Follower, Leader
+from hippo_mpi.shard.checkpoint import Checkpoint, ModelSource, load_stage_weights, open_checkpoint
+from hippo_mpi.shard.kv_cache import KVSettings
+from hippo_mpi.shard.stage import Stage
+from hippo_mpi.transport.channel import Channel, LocalChannel, Queue
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    return open_checkpoint(ModelSource(folder))
+
+
+def make_stages(checkpoint: Checkpoint, counts: Sequence[int]) -> list[Stage]:
+    """Stages with their own weights and NaN in every other."""
+    stages, start = [], 0
+    for count in counts:
+        model = load_stage_weights(checkpoint, start, start + count)
+        stages.append(Stage(model, checkpoint.flow, start, start + count))
+        start += count
+    return stages
+
+
+class LocalRing:
+    """A Leader whose neighbours are a function call away."""
+
+    def __init__(self, stages: list[Stage], settings: KVSettings | None = None) -> None:
+        size, settings = len(stages), settings or KVSettings()
+        self.queues: list[Queue] = [deque() for _ in range(size)]
+        self.followers: list[Follower] = []
+        channels: list[Channel] = [
+            LocalChannel(self.queues[rank], self.queues[(rank + 1) % size], self._pump(rank - 1))
+            for rank in range(size)
+        ]
+        self.leader = Leader(stages[0], channels[0], settings, size)
+        for rank in range(1, size):
+            self.followers.append(Follower(stages[rank], channels[rank], settings, rank == size - 1))
+        self._serial = 0
+
+    def _pump(self, rank: int) -> object:
+        def pump() -> None:
+            follower = self.followers[rank - 1 if rank > 0 else -1]
+            follower.follow()
+
+        return pump
+
+    def plan(self, slot: int, position: int, num_tokens: int, wants_logits: bool = True) -> StepPlan:
+        plan = StepPlan(self._serial, slot, position, num_tokens, wants_logits)
+        self._serial += 1
+        return plan
+
+    def logits(self, tokens: Sequence[int], position: int, slot: int = 0) -> mx.array:
+        """Run one step to its end: logits (1, L, V)."""
+        finished = self.leader.step(self.plan(slot, position, len(tokens)), list(tokens))
+        if finished is None:
+            finished = self.leader.step(None, [])
+        assert finished is not None
+        return finished[1]

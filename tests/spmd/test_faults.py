@@ -1,0 +1,135 @@
+"""A rank that dies, stops, raises or goes astray ends the job: on every rank, in time, with its name, leaving nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import ranks
+from tests.ranks import Rank
+
+TIMEOUT_S = 4
+DEATH_S = 2.0
+SLACK_S = 1.5  # two ranks on two shared cores, with the test beside them
+FAULTY = str(Path(__file__).parent / "faulty_rank.py")
+
+
+def endless(timeout_s: float = TIMEOUT_S) -> list[str]:
+    """A generation that goes on for long: end tokens are forbidden by nothing, so many short answers won't do."""
+    return [
+        str(ranks.BIN / "hippo_mpi.generate"), "--max-tokens", "1900", "--temp", "8", "--timeout", str(timeout_s),
+    ]  # fmt: skip
+
+
+def assert_ended(running: list[Rank], limit_s: float, named: str, survivors: list[int]) -> None:
+    began = time.monotonic()
+    for index in survivors:
+        code = running[index].wait(limit_s + 5)
+        assert code != 0, f"rank {index} ended with status 0"
+    took = time.monotonic() - began
+    assert took < limit_s + SLACK_S, f"took {took:.1f} s"
+    lines = [line for index in survivors for line in running[index].err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, f"expected one line, got {lines}"
+    assert named in lines[0]
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_killed_while_decoding(victim: int) -> None:
+    with ranks.ring([endless()] * 3) as running:
+        running[0].await_output()
+        running[victim].process.kill()
+        survivors = [i for i in range(3) if i != victim]
+        assert_ended(running, DEATH_S, f"rank {victim} (", survivors)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_stopped_while_decoding(victim: int) -> None:
+    with ranks.ring([endless()] * 2) as running:
+        running[0].await_output()
+        running[victim].process.send_signal(signal.SIGSTOP)
+        assert_ended(running, TIMEOUT_S, f"rank {victim} (", [1 - victim])
+
+
+@pytest.mark.parametrize("delay_s", [0.2, 0.8, 1.5, 2.2])
+def test_killed_while_starting_or_loading(delay_s: float) -> None:
+    with ranks.ring([endless()] * 2) as running:
+        time.sleep(delay_s)
+        running[1].process.kill()
+        code = running[0].wait(TIMEOUT_S + 10)
+        assert code != 0
+        assert "rank" in running[0].err
+
+
+def test_stopped_between_turns_of_a_chat() -> None:
+    command = [str(ranks.BIN / "hippo_mpi.chat"), "--timeout", str(TIMEOUT_S)]
+    with ranks.ring([command] * 2, first_stdin=subprocess.PIPE) as running:
+        running[0].await_output(">> ", "stderr")
+        running[1].process.send_signal(signal.SIGSTOP)
+        assert_ended(running, TIMEOUT_S, "rank 1 (", [0])
+
+
+def test_killed_between_turns_of_a_chat() -> None:
+    command = [str(ranks.BIN / "hippo_mpi.chat"), "--timeout", str(TIMEOUT_S)]
+    with ranks.ring([command] * 3, first_stdin=subprocess.PIPE) as running:
+        running[0].await_output(">> ", "stderr")
+        running[2].process.kill()
+        assert_ended(running, DEATH_S, "rank 2 (", [0, 1])
+
+
+@pytest.mark.parametrize("what", ["raise", "exit", "hang", "skip"])
+def test_rank_goes_astray(what: str) -> None:
+    """Rank 1 raises, exits, stops getting on (its heart still beats), or loses a step."""
+    faulty = [sys.executable, FAULTY, what, *endless()[1:]]
+    with ranks.ring([endless(), faulty]) as running:
+        running[0].await_output()
+        limit = TIMEOUT_S if what == "hang" else DEATH_S
+        assert_ended(running, limit, "rank 1", [0])
+        assert running[1].wait(5) != 0
+
+
+def test_killed_under_mpirun() -> None:
+    with ranks.single(ranks.mpirun(2, endless())) as launcher:
+        launcher.await_output()
+        below = ranks.descendants(launcher.process.pid)
+        victim = max(below)
+        subprocess.run(["kill", "-9", str(victim)], check=True)
+        assert launcher.wait(10) != 0
+        assert not ranks.await_end(below, 3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_launcher_ended(number: signal.Signals) -> None:
+    """mlx.launch leaves its ranks alone when it is ended; they see it. Ctrl-C reaches the whole group."""
+    command = [
+        str(ranks.BIN / "mlx.launch"),
+        "-n",
+        "2",
+        "--starting-port",
+        str(ranks.free_ports(1)[0]),
+        "--",
+        *endless(),
+    ]
+    with ranks.single(command, stdin=subprocess.PIPE) as launcher:
+        launcher.await_output()
+        below = ranks.descendants(launcher.process.pid)
+        if number == signal.SIGINT:
+            os.killpg(launcher.process.pid, number)
+        else:
+            launcher.process.send_signal(number)
+        assert not ranks.await_end(below, 5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_mpirun_ended(number: signal.Signals) -> None:
+    with ranks.single(ranks.mpirun(2, endless())) as launcher:
+        launcher.await_output()
+        below = ranks.descendants(launcher.process.pid)
+        launcher.process.send_signal(number)
+        assert launcher.wait(15) != 0
+        assert not ranks.await_end(below, 5)
