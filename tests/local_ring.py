@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 
+from hippo_mpi.errors import DesyncError
 from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.parallel.worker import Follower, Leader
 from hippo_mpi.shard.checkpoint import Checkpoint, ModelSource, load_stage_weights, open_checkpoint
@@ -38,7 +39,7 @@ class LocalRing:
         self.queues: list[Queue] = [deque() for _ in range(size)]
         self.followers: list[Follower] = []
         channels: list[Channel] = [
-            LocalChannel(self.queues[rank], self.queues[(rank + 1) % size], self._pump(rank - 1))
+            LocalChannel(self.queues[rank], self.queues[(rank + 1) % size], self._pump((rank - 1) % size))
             for rank in range(size)
         ]
         self.leader = Leader(stages[0], channels[0], settings, size)
@@ -46,10 +47,11 @@ class LocalRing:
             self.followers.append(Follower(stages[rank], channels[rank], settings, rank == size - 1))
         self._serial = 0
 
-    def _pump(self, rank: int) -> object:
-        def pump() -> None:
-            follower = self.followers[rank - 1 if rank > 0 else -1]
-            follower.follow()
+    def _pump(self, rank: int) -> Callable[[], object]:
+        def pump() -> object:
+            if rank == 0:
+                raise DesyncError("a receive from rank 0, but it sent nothing")
+            return self.followers[rank - 1].follow()
 
         return pump
 

@@ -276,26 +276,20 @@ class _Tracer:
         caches = list(caches_among(inputs, self.opaque))
         self.cache_paths = {id(c): path for path, c in caches}
         self.effect_log = seen.effects
-        result = kind.__call__(layer, *args, **kwargs)  # type: ignore[operator]
+        result = kind.__call__(layer, *args, **kwargs)
         self.effect_log = None
 
-        arguments = {id(c): path for path, c in _mutable_arguments(inputs, self.opaque)}
-        seen.returns = _returned(result, arguments, self.opaque)
-        made = {"return": result} | {path: c for path, c in _mutable_arguments(inputs, self.opaque)}
-        ids_done: set[int] = set()
+        mutable = list(_mutable_arguments(inputs, self.opaque))
+        seen.returns = _returned(result, {id(c): path for path, c in mutable}, self.opaque)
 
         def leave(path: Path, array: mx.array) -> mx.array:
             seen.outputs[path] = array
             self._name(("made-out", number, path), mx.stop_gradient(array))
             return self._fresh(("out", number, path), array)
 
-        for path, container in made.items():
-            if path == "return":
-                continue
-            ids_done.add(id(container))
+        for path, container in mutable:
             arrays_in.replace(container, self.opaque, leave, path)
-        if id(result) not in ids_done:
-            result = _replace_unless(result, self.opaque, leave, ids_done)
+        result = _replace_unless(result, self.opaque, leave, {id(c) for _, c in mutable})
         for _, c in caches:
             self._detach_cache(number, c)
         return result

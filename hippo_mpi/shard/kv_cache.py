@@ -57,8 +57,8 @@ class SlotCaches:
         settings = self._settings
         try:
             maybe_quantize_kv_cache(cache, settings.quantized_kv_start, settings.kv_group_size, settings.kv_bits)
-        except NotImplementedError:
-            raise UserError("--kv-bits doesn't work for this model's rotating cache (or with --max-kv-size)") from None
+        except (NotImplementedError, ValueError) as error:
+            raise UserError(f"--kv-bits doesn't work with this model's caches: {error}") from None
         self._slots[slot] = (cache, length)
         return [value for _, value in tree_flatten([c.state for c in cache]) if isinstance(value, mx.array)]
 

@@ -113,7 +113,7 @@ class Control:
         """Rank 0's message on every rank."""
         if self.world.rank == 0:
             assert message is not None
-            for rank in self._star:
+            for rank in list(self._star):
                 self.report(message, rank)
             return message
         return self.reports.get()[1]
@@ -139,7 +139,7 @@ class Control:
     def close(self) -> None:
         """A good end: nobody's closing connection is a failure from now on. Rank 0 first, others follow."""
         self._closing = True
-        for rank in self._star:
+        for rank in list(self._star):
             self._send(rank, {"kind": "bye"})
 
     def _connect(self) -> None:

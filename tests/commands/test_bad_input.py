@@ -1,0 +1,208 @@
+"""Every bad input gets one clear line from one rank, exit status 2 on all, and nothing is left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from hippo_mpi.config import BUNDLED_MODEL
+from tests import ranks
+
+GENERATE = str(ranks.BIN / "hippo_mpi.generate")
+SECONDS = 25.0  # starting Python and its libraries on two shared cores takes most of it
+
+
+def assert_refused(commands: list[list[str]], *expected: str) -> None:
+    with ranks.ring(commands) as running:
+        codes = [rank.wait(SECONDS) for rank in running]
+    lines = [line for rank in running for line in rank.err.splitlines() if line.strip()]
+    assert codes == [2] * len(commands), lines
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, lines
+    for text in expected:
+        assert text in errors[0]
+    assert not any(rank.out for rank in running)
+    assert not any("Traceback" in line for line in lines)
+
+
+def copied(folder: Path) -> Path:
+    shutil.copytree(BUNDLED_MODEL, folder)
+    return folder
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def with_text(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def edit_config(**changes: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+def edit_weights(change: Callable[[dict[str, mx.array]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = str(folder / "model.safetensors")
+        weights = mx.load(path)
+        assert isinstance(weights, dict)
+        mx.eval(weights)
+        change(weights)
+        mx.save_safetensors(path, weights)
+
+    return edit
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+
+
+NORM = "model.layers.7.input_layernorm.weight"
+CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "no config": (without("config.json"), ["has no config.json"]),
+    "config not JSON": (with_text("config.json", "{not json"), ["config.json is not JSON"]),
+    "config without a type": (with_text("config.json", "{}"), ["names no model_type"]),
+    "unknown type": (edit_config(model_type="nonesuch"), ["nonesuch not supported"]),
+    "no weights": (without("model.safetensors"), ["has no model*.safetensors"]),
+    "truncated weights": (truncate, ["is truncated", "bytes of"]),
+    "tensor missing": (edit_weights(lambda w: w.pop(NORM)), ["Missing 1 parameters", NORM]),
+    "tensor of wrong shape": (edit_weights(lambda w: w.update({NORM: mx.zeros(3)})), ["(3,)", NORM]),
+    "no tokenizer": (no_tokenizer, ["has no tokenizer"]),
+    "broken tokenizer": (with_text("tokenizer.json", "{"), ["tokenizer", "can't be read"]),
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_bad_checkpoint(case: str, tmp_path: Path) -> None:
+    damage, expected = CHECKPOINTS[case]
+    folder = copied(tmp_path / "model")
+    damage(folder)
+    assert_refused([[GENERATE, "--model", str(folder)]] * 2, *expected)
+
+
+ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
+    "no such folder": (["--model", "/no/such/folder"], ["no such model folder: /no/such/folder"]),
+    "a file": (["--model", __file__], ["is not a directory"]),
+    "empty prompt": (["--prompt", " "], ["the prompt is empty"]),
+    "long prompt": (["--prompt", "fox " * 3000], ["tokens, but the context is 2,048"]),
+    "short context": (["--max-context", "8"], ["the prompt has", "but the context is 8"]),
+    "split too short": (["--layer-split", "5,6"], ["covers 11 layers but the model has 12; try --layer-split 6,6"]),
+    "split with zero": (["--layer-split", "12,0"], ["leaves a rank without layers"]),
+    "split for more ranks": (["--layer-split", "4,4,4"], ["is for 3 ranks, but there are 2"]),
+    "split not numbers": (["--layer-split", "a,b"], ["is not a list of layer counts"]),
+    "unknown option": (["--nonesuch"], ["unrecognized arguments: --nonesuch"]),
+    "bad number": (["--temp", "-1"], ["--temp", "-1 is not a number of at least 0"]),
+    "bad template arguments": (["--chat-template-config", "{"], ["--chat-template-config is not JSON"]),
+    "context too large": (["--max-context", "2000000000"], ["the model doesn't fit", "shorter --max-context"]),
+    "no adapter": (["--adapter-path", "/no/such"], ["--adapter-path /no/such has no adapters.safetensors"]),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_bad_arguments(case: str) -> None:
+    options, expected = ARGUMENTS[case]
+    assert_refused([[GENERATE, *options]] * 2, *expected)
+
+
+def test_more_ranks_than_layers(tmp_path: Path) -> None:
+    draft = BUNDLED_MODEL.parent / "story-draft"
+    assert_refused([[GENERATE, "--model", str(draft)]] * 3, "3 ranks, but the model has 2 layers")
+
+
+def test_a_cut_where_the_model_cannot_be_cut(tmp_path: Path) -> None:
+    from tests.parity.tiny_models import make_checkpoint
+
+    folder = make_checkpoint("gemma3n", tmp_path)
+    assert_refused([[GENERATE, "--model", str(folder), "--layer-split", "3,3"]] * 2, "can't be cut", "reads the cache")
+
+
+def test_ranks_with_different_arguments() -> None:
+    commands = [[GENERATE, "--max-tokens", "5"], [GENERATE, "--max-tokens", "6"]]
+    assert_refused(commands, "rank 0", "rank 1", "different command-line arguments")
+
+
+def test_ranks_with_different_models(tmp_path: Path) -> None:
+    """The same path, but another model behind it: here, by way of the working folder."""
+    for name, other in (("a", BUNDLED_MODEL), ("b", BUNDLED_MODEL.parent / "story-draft")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").symlink_to(other)
+    shell = 'cd "$0" && exec "$@"'
+    commands = [["sh", "-c", shell, str(tmp_path / n), GENERATE, "--model", "./model"] for n in ("a", "b")]
+    assert_refused(commands, "different models")
+
+
+def test_ranks_with_different_versions() -> None:
+    fake = (
+        "import importlib.metadata as m, sys; v = m.version;"
+        "m.version = lambda name: '0.0.1' if name == 'hippo-mpi' else v(name);"
+        "from hippo_mpi import generate; generate.main()"
+    )
+    assert_refused([[GENERATE], [sys.executable, "-c", fake]], "different versions", "hippo-mpi 0.1.0 and 0.0.1")
+
+
+def test_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        hostfile = tmp_path / "hosts.json"  # as mlx.launch writes it
+        hosts = [[f"127.0.0.1:{taken.getsockname()[1]}"], [f"127.0.0.1:{ranks.free_ports(1)[0]}"]]
+        hostfile.write_text(json.dumps(hosts))
+        with ranks.single([GENERATE], env={"MLX_RANK": "0", "MLX_HOSTFILE": str(hostfile)}) as running:
+            assert running.wait(SECONDS) == 2
+            assert "is in use" in running.err
+            assert len(running.err.splitlines()) == 1
+
+
+def test_mpi_library_that_does_not_load() -> None:
+    """Never a silent world of one."""
+    command = ranks.mpirun(2, ["env", "MLX_MPI_LIBNAME=libnonesuch.so", GENERATE])
+    with ranks.single(command) as running:
+        assert running.wait(SECONDS) == 2
+        assert "MPI doesn't load (libnonesuch.so)" in running.err
+        assert not running.out
+
+
+HOSTFILES = {
+    "not JSON": ("[", "is not JSON"),
+    "empty": ("[]", "lists no host"),
+    "without ssh": ('[{"ips": ["127.0.0.1"]}]', 'rank 0 has no "ssh"'),
+    "not an IP": ('[{"ssh": "127.0.0.1", "ips": ["mini1"]}]', "'mini1' of rank 0 is not an IP address"),
+    "no such host": ('[{"ssh": "no-such-host.invalid", "ips": ["127.0.0.1"]}]', "no-such-host.invalid"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTFILES)
+def test_bad_hostfile(case: str, tmp_path: Path) -> None:
+    text, expected = HOSTFILES[case]
+    path = tmp_path / "hostfile"
+    path.write_text(text)
+    command = [sys.executable, "-m", "hippo_mpi.run", "--hostfile", str(path)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL)
+    assert found.returncode == 2
+    assert expected in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_run_passes_on_the_exit_status() -> None:
+    command = [sys.executable, "-m", "hippo_mpi.run", "--model", "/no/such/folder"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert found.returncode == 2
+    assert "error: no such model folder: /no/such/folder" in found.stderr

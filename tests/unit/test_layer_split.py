@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hippo_mpi.errors import PlanError
+from hippo_mpi.shard.layer_split import Machine, plan_split
+from hippo_mpi.shard.model_info import CacheCost, ModelInfo
+
+GIB = 1 << 30
+
+
+def info(work: list[float], head: float = 0.0, forbidden: dict[int, str] | None = None, size: int = 1000) -> ModelInfo:
+    num = len(work)
+    return ModelInfo(num, [size] * num, work, size, head, [CacheCost(0, 10)] * num, forbidden or {}, 4096)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(1, 9), min_size=3, max_size=8),
+    st.floats(0, 20),
+    st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=1, max_size=3),
+)
+def test_split_is_the_best_one(work: list[float], head: float, speeds: list[float]) -> None:
+    """Against all possible splits: none has a faster slowest stage."""
+    machines = [Machine(f"m{i}", GIB, speed) for i, speed in enumerate(speeds)]
+    found = plan_split(info(work, head), machines)
+    assert sum(found.counts) == len(work)
+    assert min(found.counts) > 0
+
+    def slowest(bounds: tuple[int, ...]) -> float:
+        edges = [0, *bounds, len(work)]
+        parts = [sum(work[a:b]) for a, b in itertools.pairwise(edges)]
+        parts[0] += head
+        return max(part / speed for part, speed in zip(parts, speeds, strict=True))
+
+    best = min(slowest(cuts) for cuts in itertools.combinations(range(1, len(work)), len(speeds) - 1))
+    assert max(stage.work for stage in found.stages) == pytest.approx(best)
+
+
+def test_memory_moves_layers() -> None:
+    small = Machine("small", (256 << 20) + 1000 + 2000 + 2 * 40960 + 500)
+    found = plan_split(info([1.0] * 8), [small, Machine("large", GIB)])
+    assert found.counts == [2, 6]
+    assert found.fits
+
+
+def test_forbidden_cuts_are_avoided() -> None:
+    found = plan_split(
+        info([1.0] * 8, forbidden={3: "why", 4: "why", 5: "why"}), [Machine("a", GIB), Machine("b", GIB)]
+    )
+    assert found.counts[0] in (2, 6)
+
+
+def test_context_shrinks_until_it_fits() -> None:
+    machine = Machine("m", (256 << 20) + 9000 + 8 * 10 * 2048)
+    assert plan_split(info([1.0] * 8), [machine]).max_context == 2048
+    with pytest.raises(PlanError, match="doesn't fit"):
+        plan_split(info([1.0] * 8), [machine], max_context=4096)
+
+
+@pytest.mark.parametrize(
+    ("split", "complaint"),
+    [
+        ((4, 3), "covers 7 layers but the model has 8; try --layer-split 4,4"),
+        ((8, 0), "leaves a rank without layers"),
+        ((4, 2, 2), "is for 3 ranks, but there are 2"),
+        ((3, 5), "can't be cut .because.; it can before 1, 2, 4, 5, 6, 7"),
+    ],
+)
+def test_impossible_layer_split(split: tuple[int, ...], complaint: str) -> None:
+    machines = [Machine("a", GIB), Machine("b", GIB)]
+    with pytest.raises(PlanError, match=complaint):
+        plan_split(info([1.0] * 8, forbidden={3: "because"}), machines, layer_split=split)
+
+
+def test_more_ranks_than_stages() -> None:
+    machines = [Machine(f"m{i}", GIB) for i in range(4)]
+    with pytest.raises(PlanError, match="4 ranks, but the model has 3 layers"):
+        plan_split(info([1.0] * 3), machines)
+    with pytest.raises(PlanError, match="can be cut into 2 stages at most"):
+        plan_split(info([1.0] * 3, forbidden={1: "why"}), machines[:3])

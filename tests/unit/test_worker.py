@@ -1,0 +1,165 @@
+"""Several sequences through the real stages at once, over in-process channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+from hippo_mpi.errors import DesyncError, UserError
+from hippo_mpi.parallel.schedule import actions
+from hippo_mpi.parallel.step_plan import decode
+from hippo_mpi.shard.kv_cache import KVSettings
+from hippo_mpi.transport.channel import LocalChannel
+from tests.local_ring import LocalRing, make_stages, open_folder
+from tests.parity import tiny_models
+from tests.parity.tiny_models import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llama-full", tmp_path_factory.mktemp("llama"))
+
+
+def greedy(folder: Path, prompt: Sequence[int], count: int) -> list[int]:
+    model, _ = load_model(folder)
+    cache = make_prompt_cache(model)
+    logits = model(mx.array([list(prompt)]), cache=cache)
+    made = []
+    for _ in range(count):
+        made.append(int(mx.argmax(logits[0, -1]).item()))
+        logits = model(mx.array([[made[-1]]]), cache=cache)
+    return made
+
+
+@pytest.mark.parametrize("split", [[2, 4], [1, 2, 3], [1, 1, 2, 2]])
+def test_two_sequences_in_flight(folder: Path, split: list[int]) -> None:
+    """Two sequences take turns, with as many steps in flight as there are stages."""
+    ring = LocalRing(make_stages(open_folder(folder), split))
+    prompts = {0: [3, 1, 4, 1, 5, 9], 1: [2, 7, 1]}
+    tokens = {slot: list(prompt) for slot, prompt in prompts.items()}
+    ready = {0: 0, 1: 0}  # slot -> position of its next step; a slot in flight is not in it
+    while any(len(tokens[slot]) < len(prompts[slot]) + 12 for slot in prompts):
+        if ready:
+            slot, position = next(iter(ready.items()))
+            del ready[slot]
+            chunk = tokens[slot][position:]
+            finished = ring.leader.step(ring.plan(slot, position, len(chunk)), chunk)
+        else:
+            finished = ring.leader.step(None, [])
+        if finished is not None:
+            plan, logits = finished
+            tokens[plan.slot].append(int(mx.argmax(logits[0, -1]).item()))
+            ready[plan.slot] = plan.position + plan.num_tokens
+    for slot, prompt in prompts.items():
+        expected = greedy(folder, prompt, 12)
+        assert tokens[slot][len(prompt) :][:12] == expected
+
+
+def test_chunks_follow_each_other(folder: Path) -> None:
+    """Chunks of a prompt go through without coming back; only the last step's result does."""
+    ring = LocalRing(make_stages(open_folder(folder), [2, 2, 2]))
+    prompt = list(range(1, 30))
+    for start in range(0, 28, 7):
+        ring.leader.step(ring.plan(0, start, 7, wants_logits=False), prompt[start : start + 7])
+    logits = ring.logits(prompt[28:], 28)
+    assert not ring.queues[0]
+    assert int(mx.argmax(logits[0, -1]).item()) == greedy(folder, prompt, 1)[0]
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+def test_worker_follows_the_schedule(folder: Path, num_stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Leader really does, in order, is what schedule.actions says."""
+    done: list[str] = []
+    ring = LocalRing(make_stages(open_folder(folder), [6 - (num_stages - 1), *[1] * (num_stages - 1)]))
+    leader = ring.leader
+    channel = leader._channel
+    assert isinstance(channel, LocalChannel)
+    send, receive, begin = channel.send, channel.receive, leader._begin
+
+    def note_send(header: bytes, arrays: Sequence[mx.array]) -> None:
+        done.append(f"S{decode(header).serial}")
+        send(header, arrays)
+
+    def note_receive() -> tuple[bytes, list[mx.array]]:
+        header, arrays = receive()
+        done.append(f"R{decode(header).serial}")
+        return header, arrays
+
+    def note_begin(plan: object, tokens: list[int]) -> object:
+        done.append(f"F{plan.serial}")  # type: ignore[attr-defined]
+        return begin(plan, tokens)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(channel, "send", note_send)
+    monkeypatch.setattr(channel, "receive", note_receive)
+    monkeypatch.setattr(leader, "_begin", note_begin)
+    for slot in range(6):
+        leader.step(ring.plan(slot, 0, 3), [1, 2, 3])
+    while leader.num_in_flight:
+        leader.step(None, [])
+    assert done == [str(a) for a in actions(0, num_stages, 6) if a.kind != "head"]
+
+
+def test_positions_trim_what_is_longer(folder: Path) -> None:
+    ring = LocalRing(make_stages(open_folder(folder), [3, 3]))
+    ring.logits([1, 2, 3, 4, 5, 6], 0)
+    again = ring.logits([7, 8], 4)
+    fresh = LocalRing(make_stages(open_folder(folder), [3, 3]))
+    fresh.logits([1, 2, 3, 4], 0)
+    assert mx.array_equal(again, fresh.logits([7, 8], 4)).item()
+
+
+def test_a_gap_in_positions_is_an_error(folder: Path) -> None:
+    ring = LocalRing(make_stages(open_folder(folder), [3, 3]))
+    ring.logits([1, 2, 3], 0)
+    with pytest.raises(DesyncError, match="holds 3 tokens, but the step begins at 5"):
+        ring.logits([1], 5)
+
+
+def test_a_gap_in_serials_is_an_error(folder: Path) -> None:
+    ring = LocalRing(make_stages(open_folder(folder), [3, 3]))
+    ring.logits([1, 2, 3], 0)
+    ring.plan(0, 3, 1)  # made, but never sent
+    with pytest.raises(DesyncError, match="expected step 1, got 2"):
+        ring.logits([4], 3)
+
+
+def test_released_slots_are_gone_everywhere(folder: Path) -> None:
+    ring = LocalRing(make_stages(open_folder(folder), [2, 2, 2]))
+    ring.logits([1, 2, 3], 0, slot=5)
+    ring.leader.step(ring.plan(5, 0, 0, wants_logits=False), [])
+    for follower in ring.followers:
+        follower.follow()
+        assert not follower._caches._slots
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 64, as quantised caches need."""
+    config = {**tiny_models.VARIANTS["llama-full"][1], "head_dim": 64}
+    tiny_models.VARIANTS["llama-wide"] = ("llama", config)
+    try:
+        return tiny_models.make_checkpoint("llama-wide", tmp_path_factory.mktemp("wide"))
+    finally:
+        del tiny_models.VARIANTS["llama-wide"]
+
+
+@pytest.mark.parametrize("settings", [KVSettings(kv_bits=8, quantized_kv_start=4), KVSettings(max_kv_size=16)])
+def test_cache_settings(wide_folder: Path, settings: KVSettings) -> None:
+    """Quantised and rotating caches give what they give on one rank, phantoms and all."""
+    checkpoint = open_folder(wide_folder)
+    rings = [LocalRing(make_stages(checkpoint, split), settings) for split in ([6], [2, 4], [1, 2, 3])]
+    for position, chunk in ((0, [5, 4, 3, 2, 1, 6, 7, 8, 9, 1]), (10, [2] * 8), (18, [3]), (19, [4])):
+        logits = [ring.logits(chunk, position) for ring in rings]
+        for other in logits[1:]:
+            assert mx.array_equal(logits[0], other).item()
+
+
+def test_cache_that_cannot_be_quantised(folder: Path) -> None:
+    ring = LocalRing(make_stages(open_folder(folder), [3, 3]), KVSettings(kv_bits=8, quantized_kv_start=0))
+    with pytest.raises(UserError, match="--kv-bits"):
+        ring.logits([1, 2, 3], 0)
