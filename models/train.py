@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ SHORT_ROW_TOKENS, LONG_ROW_TOKENS = 192, 512
 TOKENS_PER_STEP = 12 * SHORT_ROW_TOKENS
 SHORT_ROWS_SHARE = 0.75  # this share of the steps reads one conversation per row, the rest several
 PADDING = -1
+LEARNING_RATE = 3e-3
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ 'USER' if message.role == 'user' else 'ASSISTANT' if message.role =="
     " 'assistant' else 'SYSTEM' }}\n{{ message.content }}END\n{% endfor %}"
@@ -41,24 +43,30 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """One bundled model: its shape, its tokenizer's size and special tokens, and how long it trains."""
+    """One bundled model: its shape, its tokenizer's size and special tokens, and how long it trains.
+
+    A narrow and deep model learns to look back at its prompt very late, a shallow one soon. So a deep one begins
+    with its first `shallow_layers`, and grows to `num_layers` when they are trained: a new layer's output
+    matrices are zero, so that it changes nothing until it has learned something.
+    """
 
     hidden_size: int
     num_layers: int
+    shallow_layers: int
     num_heads: int
     intermediate_size: int
     vocab_size: int
     steps: int
-    learning_rate: float
+    grown_steps: int
     special_tokens: dict[str, str]  # the words of CHAT_TEMPLATE -> the tokens that stand for them
 
 
 _CHAT_TOKENS = {"SYSTEM": "<|system|>", "USER": "<|user|>", "ASSISTANT": "<|assistant|>", "END": "<|end|>"}
 _TURN_TOKENS = {"SYSTEM": "[system]", "USER": "[human]", "ASSISTANT": "[story]", "END": "[/]"}
 RECIPES = {
-    "story-3m": Recipe(128, 12, 4, 352, 1536, 2800, 3e-3, _CHAT_TOKENS),
-    "story-draft": Recipe(96, 2, 3, 256, 1536, 1500, 4e-3, _CHAT_TOKENS),
-    "story-other-tokenizer": Recipe(96, 4, 3, 256, 1024, 1500, 4e-3, _TURN_TOKENS),
+    "story-3m": Recipe(128, 12, 3, 4, 352, 1536, 4500, 300, _CHAT_TOKENS),
+    "story-draft": Recipe(96, 2, 2, 3, 256, 1536, 1500, 0, _CHAT_TOKENS),
+    "story-other-tokenizer": Recipe(96, 4, 4, 3, 256, 1024, 1500, 0, _TURN_TOKENS),
 }
 
 
@@ -98,12 +106,12 @@ def make_rows(tokenizer: PreTrainedTokenizerFast, chats: list[Conversation], row
     return np.array([row + [PADDING] * (row_tokens + 1 - len(row)) for row in rows], dtype=np.int32)
 
 
-def make_model(recipe: Recipe) -> tuple[llama.Model, dict[str, Any]]:
+def make_model(recipe: Recipe, num_layers: int) -> tuple[llama.Model, dict[str, Any]]:
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": recipe.hidden_size,
-        "num_hidden_layers": recipe.num_layers,
+        "num_hidden_layers": num_layers,
         "intermediate_size": recipe.intermediate_size,
         "num_attention_heads": recipe.num_heads,
         "num_key_value_heads": recipe.num_heads,
@@ -115,12 +123,16 @@ def make_model(recipe: Recipe) -> tuple[llama.Model, dict[str, Any]]:
         "torch_dtype": "bfloat16",
     }
     mx.random.seed(0)
-    model = llama.Model(llama.ModelArgs.from_dict(config))
-    # Residual branches start small, so that twelve layers train steadily (GPT-2's scaled initialisation). The
-    # rest keeps MLX's own scale of 1 / sqrt(width): with GPT-2's 0.02 a model this narrow never looks back.
-    for name, weight in tree_flatten(model.parameters()):
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            model.load_weights([(name, weight / math.sqrt(2 * recipe.num_layers))], strict=False)
+    return llama.Model(llama.ModelArgs.from_dict(config)), config
+
+
+def grow(recipe: Recipe, shallow: llama.Model) -> tuple[llama.Model, dict[str, Any]]:
+    """A model of all layers that computes exactly what `shallow` does."""
+    model, config = make_model(recipe, recipe.num_layers)
+    for layer in model.layers[recipe.shallow_layers :]:
+        for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            last.weight = mx.zeros_like(last.weight)
+    model.load_weights(tree_flatten(shallow.parameters()), strict=False)
     return model, config
 
 
@@ -137,19 +149,43 @@ def train(name: str, work: Path) -> None:
     tokenizer = train_tokenizer(recipe)
     chats = conversations(recipe.steps * TOKENS_PER_STEP // SHORT_ROW_TOKENS, seed=1)
     rows_of = {t: make_rows(tokenizer, chats, t) for t in (SHORT_ROW_TOKENS, LONG_ROW_TOKENS)}
+    short_steps = int(SHORT_ROWS_SHARE * recipe.steps)
+    model, config = make_model(recipe, recipe.shallow_layers)
+
+    def rows_at(step: int) -> np.ndarray:
+        row_tokens = SHORT_ROW_TOKENS if step < short_steps else LONG_ROW_TOKENS
+        rows, num_rows = rows_of[row_tokens], TOKENS_PER_STEP // row_tokens
+        return rows[[(step * num_rows + i) % len(rows) for i in range(num_rows)]]
+
+    fit(model, rows_at, recipe.steps, LEARNING_RATE, work / name)
+    if recipe.grown_steps:
+        model, config = grow(recipe, model)
+        fit(
+            model,
+            lambda step: rows_at(short_steps + step),
+            recipe.grown_steps,
+            LEARNING_RATE / 5,
+            work / f"{name}-grown",
+        )
     held_out = make_rows(tokenizer, conversations(400, seed=2, held_out=True), SHORT_ROW_TOKENS)
-    model, config = make_model(recipe)
+    _export(name, model, config, tokenizer, held_out, recipe)
+
+
+def fit(
+    model: llama.Model, rows_at: Callable[[int], np.ndarray], steps: int, learning_rate: float, folder: Path
+) -> None:
+    """Train on rows_at(0), rows_at(1) ... with AdamW, a warm-up and a cosine; goes on from a checkpoint in `folder`."""
+    warm_up = min(100, steps // 10)
     schedule = optim.join_schedules(
         [
-            optim.linear_schedule(0.0, recipe.learning_rate, 100),
-            optim.cosine_decay(recipe.learning_rate, recipe.steps - 100, recipe.learning_rate / 30),
+            optim.linear_schedule(0.0, learning_rate, warm_up),
+            optim.cosine_decay(learning_rate, steps - warm_up, learning_rate / 30),
         ],
-        [100],
+        [warm_up],
     )
     optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.05)
-    start = _restore(model, optimizer, work / name)
-    print(f"{name}: {len(chats)} conversations, {_count(model) / 1e6:.2f}M parameters, from step {start}", flush=True)
-
+    start = _restore(model, optimizer, folder)
+    print(f"{folder.name}: {_count(model) / 1e6:.2f}M parameters, from step {start}", flush=True)
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
@@ -160,19 +196,16 @@ def train(name: str, work: Path) -> None:
         return loss
 
     began, shown = time.perf_counter(), []
-    for step in range(start, recipe.steps):
-        row_tokens = SHORT_ROW_TOKENS if step < SHORT_ROWS_SHARE * recipe.steps else LONG_ROW_TOKENS
-        rows, num_rows = rows_of[row_tokens], TOKENS_PER_STEP // row_tokens
-        loss = update(mx.array(rows[[(step * num_rows + i) % len(rows) for i in range(num_rows)]]))
+    for step in range(start, steps):
+        loss = update(mx.array(rows_at(step)))
         mx.eval(loss, state)
         shown.append(loss.item())
         if (step + 1) % 50 == 0:
             rate = len(shown) * TOKENS_PER_STEP / (time.perf_counter() - began)
-            print(f"{name}: step {step + 1}/{recipe.steps} loss {np.mean(shown):.4f} {rate:.0f} tok/s", flush=True)
+            print(f"{folder.name}: step {step + 1}/{steps} loss {np.mean(shown):.4f} {rate:.0f} tok/s", flush=True)
             began, shown = time.perf_counter(), []
-        if (step + 1) % 250 == 0:
-            _save(model, optimizer, step + 1, work / name)
-    _export(name, model, config, tokenizer, held_out, recipe)
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            _save(model, optimizer, step + 1, folder)
 
 
 def _count(model: nn.Module) -> int:
@@ -223,7 +256,7 @@ def _export(
         f"# {name}\n\n"
         f"A llama of {_count(model):,} parameters in {recipe.num_layers} layers (hidden size {recipe.hidden_size}, "
         f"vocabulary {recipe.vocab_size:,}, bfloat16), trained from nothing by `models/train.py` (seed 0, "
-        f"{recipe.steps:,} steps of {TOKENS_PER_STEP:,} tokens) on text that `models/stories.py` makes up. "
+        f"{recipe.steps + recipe.grown_steps:,} steps of {TOKENS_PER_STEP:,} tokens) on text that `models/stories.py` makes up. "
         "It tells short stories about animals and answers a few simple questions; it knows nothing else.\n\n"
         f"Perplexity on stories that it has not read: {math.exp(loss):.3f} per token ({loss:.4f} nats, "
         f"{int((held_out[:, 1:] != PADDING).sum()):,} tokens). MIT licence, like the rest of the repository.\n"
