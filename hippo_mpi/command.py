@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from hippo_mpi.config import BUNDLED_MODEL, Parser, run_options
 from hippo_mpi.errors import HippoError, ModelError, UserError
 from hippo_mpi.parallel.pipeline import Agreement, Pipeline, agree
 from hippo_mpi.serving.progress import Progress
 from hippo_mpi.shard.checkpoint import ModelSource
+from hippo_mpi.shard.hub import open_repo
 from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.launcher import Launcher
@@ -146,14 +144,7 @@ def find_model(model: str, revision: str | None) -> Path:
         raise ModelError(f"the bundled model is missing ({path}); give --model")
     if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
         raise ModelError(f"no such model folder: {model}")
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise ModelError(f"no folder {model}, and no such repo could be had from the hub: {text}") from None
-
-
-_HUB_FILES = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
+    return open_repo(model, revision)
 
 
 def _exit(code: int, rank: int, is_orderly: bool = False) -> NoReturn:

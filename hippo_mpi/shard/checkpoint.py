@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_adapters, load_config, load_model
 
 from hippo_mpi.errors import ModelError
-from hippo_mpi.shard.dataflow import Dataflow, trace
+from hippo_mpi.shard.dataflow import Dataflow, ancestors, trace
+from hippo_mpi.shard.hub import fetch, is_view
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Checkpoint:
         text = json.dumps([config, sorted(self.weight_bytes.items()), self.flow.digest()], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def stage_files(self, start: int, stop: int) -> set[str]:
+        """Names of the weight files that layers [start, stop) are made from (with start 0, embedding and head too)."""
+        return _files_of(self.source, self.stage_weights(start, stop))
+
     def stage_weights(self, start: int, stop: int) -> set[str]:
         """Names of the weights that layers [start, stop) need; with start 0, those of embedding and head too."""
         names = set(self.flow.head_weights) if start == 0 else set()
@@ -74,14 +79,20 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     return Checkpoint(source, config, flow, sizes, shares)
 
 
-def load_stage_weights(checkpoint: Checkpoint, start: int, stop: int, on_layer: Any = None) -> nn.Module:
+def load_stage_weights(
+    checkpoint: Checkpoint, start: int, stop: int, on_progress: Callable[[int], None] = lambda done_bytes: None
+) -> nn.Module:
     """The model with the weights of layers [start, stop) read and every other one absent.
+
+    From the hub, only the files that hold those are downloaded.
 
     Absent weights are NaN that takes no memory: if one were ever used by mistake, the answer would show it.
 
     Raises:
         ModelError: a file can't be read.
     """
+    if is_view(checkpoint.source.path):
+        fetch(checkpoint.source.path, checkpoint.stage_files(start, stop), lambda: on_progress(0))
     model, _ = open_lazily(checkpoint.source)
     wanted = checkpoint.stage_weights(start, stop)
     weights = dict(tree_flatten(model.parameters()))
@@ -97,8 +108,7 @@ def load_stage_weights(checkpoint: Checkpoint, start: int, stop: int, on_layer: 
             if sum(a.nbytes for a in step) > 64 << 20 or name == here[-1][0]:
                 mx.eval(step)
                 step = []
-                if on_layer:
-                    on_layer(done_bytes)
+                on_progress(done_bytes)
     return model
 
 
@@ -109,6 +119,32 @@ def _absent(weight: mx.array) -> mx.array:
     absent = mx.broadcast_to(value, weight.shape)
     mx.eval(absent)
     return absent
+
+
+def _files_of(source: ModelSource, wanted: set[str]) -> set[str]:
+    """The files from which the weights `wanted` come; mlx-lm renames, stacks and splits what it loads."""
+    loaded: dict[str, str] = {}
+    arrays: dict[str, mx.array] = {}
+    load = mx.load
+
+    def noting_load(file: Any, *args: Any, **kwargs: Any) -> Any:
+        found: Any = load(file, *args, **kwargs)
+        for array in found.values():
+            name = f"from_{len(arrays)}"
+            arrays[name], loaded[name] = array, Path(file).name
+        return found
+
+    mx.load = noting_load
+    try:
+        model, _ = open_lazily(source)
+    finally:
+        mx.load = load
+    targets = {
+        f"to_{i}": mx.stop_gradient(weight)
+        for i, (name, weight) in enumerate(tree_flatten(model.parameters()))
+        if name in wanted
+    }
+    return {loaded[name] for name in ancestors(targets, arrays)}
 
 
 def open_lazily(source: ModelSource) -> tuple[nn.Module, dict[str, Any]]:

@@ -305,37 +305,44 @@ class _Tracer:
 
     def _read_graph(self) -> dict[Any, set[Any]]:
         """For every named array: the leaves that it is made from."""
-        text = io.StringIO()
-        mx.export_to_dot(text, **self.roots)
-        parents: dict[str, list[str]] = defaultdict(list)
-        for line in text.getvalue().splitlines():
-            edge = re.match(r'"?(\w+)"? -> "?(\w+)"?$', line)
-            if edge:
-                parents[edge[2]].append(edge[1])
+        parents = _parents(self.roots)
         needs: dict[Any, set[Any]] = defaultdict(set)
         for key, name in self.names.items():
             if parents.get(key):
-                found = _leaves(key, parents)
-                needs[name] |= {self.names[leaf] for leaf in found if leaf in self.names}
+                needs[name] |= {self.names[node] for node in _above(key, parents) if node in self.names}
         return needs
 
     def conclude(self) -> Dataflow:
         return _Conclusion(self).dataflow()
 
 
-def _leaves(start: str, parents: dict[str, list[str]]) -> set[str]:
-    seen, todo, leaves = {start}, [start], set()
+def ancestors(targets: dict[str, mx.array], sources: dict[str, mx.array]) -> set[str]:
+    """Names of those `sources` that any of the (unevaluated) `targets` is made from."""
+    parents = _parents({**sources, **targets})
+    return {node for target in targets for node in _above(target, parents)} & set(sources)
+
+
+def _parents(named: dict[str, mx.array]) -> dict[str, list[str]]:
+    """The edges of MLX's graph above the named arrays, read off its drawing of it."""
+    drawing = io.StringIO()
+    mx.export_to_dot(drawing, **named)
+    parents: dict[str, list[str]] = defaultdict(list)
+    for line in drawing.getvalue().splitlines():
+        edge = re.match(r'"?(\w+)"? -> "?(\w+)"?$', line)
+        if edge:
+            parents[edge[2]].append(edge[1])
+    return parents
+
+
+def _above(start: str, parents: dict[str, list[str]]) -> set[str]:
+    """Every node that `start` is made from."""
+    seen, todo = {start}, [start]
     while todo:
-        node = todo.pop()
-        above = parents.get(node)
-        if not above:
-            leaves.add(node)
-            continue
-        for parent in above:
+        for parent in parents.get(todo.pop(), ()):
             if parent not in seen:
                 seen.add(parent)
                 todo.append(parent)
-    return leaves
+    return seen - {start}
 
 
 def _leaf(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

@@ -1,0 +1,128 @@
+"""Models from the Hugging Face hub: everything small at once, of the weights only the files that a rank needs.
+
+To plan, a model's structure must be known before it is decided who needs what. So a repo becomes a folder, a
+*view*, in which weight files that aren't here are stand-ins: the real header, fetched alone, and a hole where
+the data would be. mlx-lm opens such a folder like any other, because it reads weights only when they are used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from tqdm import tqdm
+
+from hippo_mpi.errors import ModelError
+
+_SMALL_FILES = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
+_NOTE = ".hippo-hub.json"
+_HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+
+
+def open_repo(repo: str, revision: str | None) -> Path:
+    """The view of a repo: all its small files, and its weight files, real ones or stand-ins.
+
+    Raises:
+        ModelError: the hub has no such repo or can't be reached, and the cache doesn't have it either.
+    """
+    try:
+        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=_SMALL_FILES))
+        view = Path(constants.HF_HOME) / "hippo_mpi" / f"{repo.replace('/', '--')}--{snapshot.name}"
+        if not is_view(view):
+            _make_view(view, repo, snapshot)
+    except _HUB_ERRORS as error:
+        text = " ".join(str(error).split())[:200]
+        raise ModelError(f"no folder {repo}, and no such repo could be had from the hub: {text}") from None
+    return view
+
+
+def is_view(folder: Path) -> bool:
+    return (folder / _NOTE).exists()
+
+
+def fetch(folder: Path, files: Iterable[str], on_progress: Callable[[], None]) -> None:
+    """Replace stand-ins in a view by the real files.
+
+    Raises:
+        ModelError: a download fails.
+    """
+    note = json.loads((folder / _NOTE).read_text())
+
+    class Ticker(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            on_progress()
+            return super().update(n)
+
+    for name in sorted(files):
+        if (folder / name).is_symlink():
+            continue
+        try:
+            path = hf_hub_download(note["repo"], name, revision=note["commit"], tqdm_class=Ticker)
+        except _HUB_ERRORS as error:
+            raise ModelError(
+                f"{name} of {note['repo']} can't be downloaded: {' '.join(str(error).split())[:200]}"
+            ) from None
+        on_progress()
+        _link(folder / name, Path(path))
+
+
+def _make_view(view: Path, repo: str, snapshot: Path) -> None:
+    view.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=view.parent))  # ranks of one host may do this at the same time
+    try:
+        for path in snapshot.iterdir():
+            if path.suffix != ".safetensors":
+                (folder / path.name).symlink_to(path.resolve())
+        for name in _weight_files(repo, snapshot):
+            cached = try_to_load_from_cache(repo, name, revision=snapshot.name)
+            if isinstance(cached, str):
+                (folder / name).symlink_to(Path(cached).resolve())
+            else:
+                _make_stand_in(folder / name, repo, snapshot.name)
+        (folder / _NOTE).write_text(json.dumps({"repo": repo, "commit": snapshot.name}))
+        os.rename(folder, view)
+    except OSError:
+        if not is_view(view):  # else another rank was faster
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _weight_files(repo: str, snapshot: Path) -> list[str]:
+    index = snapshot / "model.safetensors.index.json"
+    if index.exists():
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    names = HfApi().list_repo_files(repo, revision=snapshot.name)
+    return [name for name in names if name.startswith("model") and name.endswith(".safetensors")]
+
+
+def _make_stand_in(path: Path, repo: str, commit: str) -> None:
+    """A sparse file of the real one's tensors, without their data."""
+    found = HfApi().parse_safetensors_file_metadata(repo, path.name, revision=commit)
+    header: dict[str, Any] = {
+        name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
+        for name, tensor in found.tensors.items()
+    }
+    if found.metadata:
+        header["__metadata__"] = found.metadata
+    text = json.dumps(header).encode()
+    data_bytes = max((tensor.data_offsets[1] for tensor in found.tensors.values()), default=0)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + data_bytes)
+
+
+def _link(place: Path, target: Path) -> None:
+    temporary = place.with_suffix(f".{os.getpid()}")
+    temporary.symlink_to(target.resolve())
+    os.replace(temporary, place)
