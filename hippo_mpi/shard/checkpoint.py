@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_adapters, load_config, load_model
 
 from hippo_mpi.errors import ModelError
+from hippo_mpi.shard.adapters import adapt
 from hippo_mpi.shard.dataflow import Dataflow, ancestors, trace
 from hippo_mpi.shard.hub import fetch, is_view
 
@@ -156,6 +157,7 @@ def open_lazily(source: ModelSource) -> tuple[nn.Module, dict[str, Any]]:
                 raise ModelError(f"--adapter-path {source.adapter_path} has no adapters.safetensors")
             model = load_adapters(model, source.adapter_path)
             model.eval()
+        adapt(model, str(config["model_type"]))
     return model, config
 
 

@@ -1,0 +1,85 @@
+"""hippo_mpi.chat as a person uses it: turns, a kept cache, and no work while nobody speaks."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+
+import pytest
+from mlx_lm import load, stream_generate
+
+from hippo_mpi.config import BUNDLED_MODEL
+from tests import ranks
+from tests.ranks import Rank
+
+CHAT = [str(ranks.BIN / "hippo_mpi.chat"), "--max-tokens", "200"]
+TURNS = ["Tell me a story about a fox.", "What does a cow say?", "Thank you!"]
+
+
+def say(rank: Rank, line: str) -> str:
+    """Type a line and wait for the answer."""
+    asked, shown = rank.err.count(">> "), len(rank.out)
+    assert rank.process.stdin is not None
+    rank.process.stdin.write(f"{line}\n".encode())
+    rank.process.stdin.flush()
+    ends = time.monotonic() + 60
+    while rank.err.count(">> ") == asked:
+        assert time.monotonic() < ends, rank.err
+        assert rank.process.poll() is None, rank.err
+        time.sleep(0.02)
+    return rank.out[shown:].rstrip("\n")
+
+
+def test_turns_are_those_of_mlx_lm_and_the_cache_is_kept() -> None:
+    model, tokenizer = load(str(BUNDLED_MODEL))
+    messages: list[dict[str, str]] = []
+    with ranks.ring([CHAT] * 2, first_stdin=subprocess.PIPE) as running:
+        first = running[0]
+        first.await_output(">> ", "stderr")
+        for turn in TURNS:
+            messages.append({"role": "user", "content": turn})
+            tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            expected = "".join(p.text for p in stream_generate(model, tokenizer, tokens, max_tokens=200))
+            assert say(first, turn) == expected
+            messages.append({"role": "assistant", "content": expected})
+        say(first, "r")
+        alone = tokenizer.apply_chat_template([{"role": "user", "content": TURNS[1]}], add_generation_prompt=True)
+        expected = "".join(p.text for p in stream_generate(model, tokenizer, alone, max_tokens=200))
+        assert say(first, TURNS[1]) == expected
+        first.process.stdin.write(b"q\n")  # type: ignore[union-attr]
+        first.process.stdin.flush()  # type: ignore[union-attr]
+        assert [rank.wait() for rank in running] == [0, 0]
+
+
+def cpu_seconds(pid: int) -> float:
+    with open(f"/proc/{pid}/stat") as stream:
+        fields = stream.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads CPU time from /proc")
+def test_idle_ranks_take_no_cpu() -> None:
+    with ranks.ring([CHAT] * 2, first_stdin=subprocess.PIPE) as running:
+        running[0].await_output(">> ", "stderr")
+        say(running[0], TURNS[1])
+        before = [cpu_seconds(rank.process.pid) for rank in running]
+        time.sleep(5)
+        used = [cpu_seconds(rank.process.pid) - b for rank, b in zip(running, before, strict=True)]
+    assert max(used) < 0.15  # 3 % of a core; what is measured is in the figures of tests/measure
+
+
+def test_a_turn_that_is_too_long_is_refused_and_the_chat_goes_on() -> None:
+    with ranks.single([*CHAT, "--max-context", "40"], stdin=subprocess.PIPE) as running:
+        running.await_output(">> ", "stderr")
+        say(running, "fox " * 200)
+        assert "error: the prompt has" in running.err
+        assert say(running, TURNS[1])
+
+
+def test_statistics_follow_every_answer() -> None:
+    with ranks.single(CHAT, stdin=subprocess.PIPE) as running:
+        running.await_output(">> ", "stderr")
+        say(running, TURNS[1])
+        assert re.search(r"prompt \d+ tokens, .* generation \d+ tokens", running.err)

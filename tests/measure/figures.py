@@ -1,0 +1,224 @@
+"""Print the figures that the project claims: python tests/measure/figures.py [what ...]
+
+    decode   tokens per second of one stream, 2 ranks against 1
+    prefill  tokens per second of a 4,096-token prompt, 2 ranks against 1
+    hop      time per hop of an 8 KiB hidden state, on the ring and on MPI
+    memory   peak resident memory of each rank against the bytes of its own tensors
+    start    seconds from the command to the first token of the bundled model
+    idle     CPU of the ranks of a chat that waits
+
+Ratios come from runs side by side, in turn (1, 2, 1, 2 ...), medians of --trials. Each rank has one core and one
+BLAS thread. On Linux, give --preload /usr/lib/x86_64-linux-gnu/libopenblas.so.0: decoding is then bound by memory,
+as on a Mac's GPU, and not by the wheel's slow BLAS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+
+from tests import ranks
+from tests.tiny_tokenizer import save_tokenizer
+
+GENERATE = str(ranks.BIN / "hippo_mpi.generate")
+PROMPT_TOKENS = 4096
+
+
+def make_llama(folder: Path, num_layers: int, hidden: int, vocab: int, dtype: mx.Dtype) -> int:
+    """A llama with random weights; returns the number of its parameters."""
+    config: dict[str, Any] = {
+        "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": num_layers,
+        "intermediate_size": hidden * 8 // 3 // 64 * 64, "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 64, "rms_norm_eps": 1e-5, "vocab_size": vocab,
+        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    }  # fmt: skip
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    weights = {name: array.astype(dtype) for name, array in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    save_tokenizer(folder)
+    return sum(array.size for array in weights.values())
+
+
+def run_generate(num_ranks: int, options: list[str], preload: str) -> dict[str, Any]:
+    """The --json object of a run with each rank on a core of its own."""
+    cores = os.cpu_count() or 1
+    env = ["env", "OPENBLAS_NUM_THREADS=1", *([f"LD_PRELOAD={preload}"] if preload else [])]
+    pin = (lambda rank: ["taskset", "-c", str(rank % cores)]) if sys.platform == "linux" else (lambda rank: [])
+    commands = [[*pin(rank), *env, GENERATE, "--json", "--ignore-chat-template", *options] for rank in range(num_ranks)]
+    with ranks.ring(commands) as running:
+        codes = [rank.wait(900) for rank in running]
+        if any(codes):
+            raise SystemExit(running[0].err)
+        return dict(json.loads(running[0].out))
+
+
+def compare(options: list[str], figure: str, preload: str, trials: int) -> None:
+    """Print the medians of `figure` for 1 and 2 ranks, and of the ratio pair by pair."""
+    found: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(trials):
+        for num_ranks in (1, 2):
+            found[num_ranks].append(run_generate(num_ranks, options, preload)["stats"][figure])
+    ratios = [two / one for one, two in zip(found[1], found[2], strict=True)]
+    one, two = statistics.median(found[1]), statistics.median(found[2])
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+    print(
+        f"  1 rank {one:.1f} tok/s, 2 ranks {two:.1f} tok/s: ratio {statistics.median(ratios):.3f} ({spread}, n={trials})"
+    )
+
+
+def measure_speed(what: str, preload: str, trials: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parameters = make_llama(folder, 12, 768, 32000, mx.float32)
+        print(f"{what}, llama of {parameters / 1e6:.0f}M parameters, float32, {preload or 'the wheel’s own BLAS'}")
+        prompt = " ".join(f"w{i % 97}" for i in range(PROMPT_TOKENS if what == "prefill" else 16))
+        options = ["--model", name, "--prompt", prompt, "--timeout", "120", "--max-context", "5000"]
+        if what == "prefill":
+            compare([*options, "--max-tokens", "1"], "prompt_tps", preload, trials)
+        else:
+            compare([*options, "--max-tokens", "64"], "generation_tps", preload, trials)
+
+
+_HOP = """
+import sys, time, statistics
+import mlx.core as mx
+from hippo_mpi.transport.channel import RingChannel
+from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.world import connect, detect_launch
+world = connect(detect_launch(), 30)
+control = Control(world, 30)
+channel = RingChannel(world, control)
+hidden = mx.random.normal((1, 1, 2048)); mx.eval(hidden)
+times = []
+for _ in range(2000):
+    began = time.perf_counter()
+    if world.rank == 0:
+        channel.send(b"step", [hidden]); channel.receive()
+        times.append((time.perf_counter() - began) / 2)
+    else:
+        header, arrays = channel.receive(); channel.send(header, arrays)
+if world.rank == 0:
+    times.sort()
+    print(f"  {world.backend}: median {statistics.median(times) * 1e6:.0f} us, p95 {times[1900] * 1e6:.0f} us")
+control.gather({}); control.share({} if world.rank == 0 else None); control.close()
+channel = None; world.group = None
+"""
+
+
+def measure_hop(*_: Any) -> None:
+    print("time per hop of 8 KiB, with its announcement on the control socket, half a round trip, n=2000")
+    command = [sys.executable, "-c", _HOP]
+    with ranks.ring([command] * 2) as running:
+        running[0].wait(120)
+        print(running[0].out, end="")
+    with ranks.single(ranks.mpirun(2, command)) as launcher:
+        launcher.wait(120)
+        print(launcher.out, end="")
+
+
+def measure_memory(*_: Any) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parameters = make_llama(folder, 24, 1536, 32000, mx.float16)
+        empty = "import hippo_mpi.generate, hippo_mpi.transport.memory as m; print(m.peak_resident_bytes())"
+        empty_bytes = int(subprocess.run([sys.executable, "-c", empty], capture_output=True, text=True).stdout)
+        size = (folder / "model.safetensors").stat().st_size
+        print(
+            f"llama of {parameters / 1e6:.0f}M parameters, float16, {size / 2**20:.0f} MiB; an empty process {empty_bytes / 2**20:.0f} MiB"
+        )
+        print("  ranks  rank  layers  own tensors  peak resident  less empty  of own tensors")
+        for num_ranks in (1, 2, 3):
+            options = [
+                "--model",
+                name,
+                "--prompt",
+                "w1 w2 w3",
+                "--max-tokens",
+                "4",
+                "--max-context",
+                "64",
+                "--timeout",
+                "300",
+            ]
+            found = run_generate(num_ranks, options, "")["stats"]["ranks"]
+            for rank, part in enumerate(found):
+                own, peak = part["weight_bytes"], part["peak_resident_bytes"]
+                less = peak - empty_bytes
+                print(
+                    f"  {num_ranks:>5}  {rank:>4}  {part['layers'][0]:>2}-{part['layers'][1] - 1:<3}  {own / 2**20:>7.0f} MiB"
+                    f"  {peak / 2**20:>9.0f} MiB  {less / 2**20:>6.0f} MiB  {less / own:>13.2f}"
+                )
+            print(f"         sum of own tensors {sum(part['weight_bytes'] for part in found) / 2**20:.0f} MiB")
+
+
+def measure_start(_: str, __: str, trials: int) -> None:
+    run = Path(__file__).parents[2] / "launch" / "run"
+    for label, command in (("./launch/run", [str(run)]), ("hippo_mpi.generate alone", [GENERATE])):
+        times = []
+        for _ in range(trials):
+            began = time.perf_counter()
+            with ranks.single(command, stdin=subprocess.PIPE) as running:
+                running.await_output()
+                times.append(time.perf_counter() - began)
+                running.wait()
+        print(
+            f"  {label}: first token after {statistics.median(times):.2f} s ({min(times):.2f} to {max(times):.2f}, n={trials})"
+        )
+
+
+def measure_idle(*_: Any) -> None:
+    chat = [str(ranks.BIN / "hippo_mpi.chat")]
+    ticks = os.sysconf("SC_CLK_TCK")
+    with ranks.ring([chat] * 2, first_stdin=subprocess.PIPE) as running:
+        running[0].await_output(">> ", "stderr")
+        time.sleep(1)
+
+        def used(rank: ranks.Rank) -> float:
+            fields = Path(f"/proc/{rank.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+            return (int(fields[11]) + int(fields[12])) / ticks
+
+        before = [used(rank) for rank in running]
+        time.sleep(30)
+        shares = [(used(rank) - b) / 30 for rank, b in zip(running, before, strict=True)]
+    print("  " + ", ".join(f"rank {rank}: {share:.2%} of a core" for rank, share in enumerate(shares)) + " over 30 s")
+
+
+MEASURES: dict[str, Callable[[str, str, int], None]] = {
+    "decode": measure_speed,
+    "prefill": measure_speed,
+    "hop": measure_hop,
+    "memory": measure_memory,
+    "start": measure_start,
+    "idle": measure_idle,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=[], help="figures to print; all if none is named")
+    parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--preload", default="", help="a BLAS library to preload into the ranks")
+    arguments = parser.parse_args()
+    for what in arguments.what or MEASURES:
+        print(f"{what}:", flush=True)
+        MEASURES[what](what, arguments.preload, arguments.trials)
+
+
+if __name__ == "__main__":
+    main()
