@@ -16,6 +16,7 @@ from typing import Any
 
 from hippo_mpi.config import Parser, positive
 from hippo_mpi.errors import HippoError, LaunchError
+from hippo_mpi.serving.progress import TERMINAL
 from hippo_mpi.transport.launcher import STATUS_FILE
 
 HOSTFILE = Path(__file__).parent.parent / "hostfile"
@@ -111,7 +112,8 @@ def start(command_line: list[str]) -> int:
         status = Path(folder) / "status"
         # mlx.launch lives on after SIGINT, with nobody to read its ranks' output; after SIGTERM the ranks see
         # their input end, and go.
-        launcher = subprocess.Popen(command_line, env={**os.environ, STATUS_FILE: str(status)})
+        env = {**os.environ, STATUS_FILE: str(status), TERMINAL: str(int(sys.stderr.isatty()))}
+        launcher = subprocess.Popen(command_line, env=env)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: launcher.terminate())
         code = launcher.wait()

@@ -11,9 +11,8 @@ import mlx.core as mx
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.parallel.worker import Follower, Leader
-from hippo_mpi.shard.checkpoint import Checkpoint, ModelSource, load_stage_weights, open_checkpoint
+from hippo_mpi.shard import Checkpoint, ModelSource, Stage, open_checkpoint, pipeline
 from hippo_mpi.shard.kv_cache import KVSettings
-from hippo_mpi.shard.stage import Stage
 from hippo_mpi.transport.channel import Channel, LocalChannel, Queue
 
 
@@ -23,12 +22,7 @@ def open_folder(folder: Path) -> Checkpoint:
 
 def make_stages(checkpoint: Checkpoint, counts: Sequence[int]) -> list[Stage]:
     """Stages with their own weights and NaN in every other."""
-    stages, start = [], 0
-    for count in counts:
-        model = load_stage_weights(checkpoint, start, start + count)
-        stages.append(Stage(model, checkpoint.flow, start, start + count))
-        start += count
-    return stages
+    return [pipeline(checkpoint, counts, rank) for rank in range(len(counts))]
 
 
 class LocalRing:

@@ -20,11 +20,10 @@ import mlx.core as mx
 from hippo_mpi.config import RunOptions
 from hippo_mpi.errors import HippoError, LaunchError, UserError
 from hippo_mpi.parallel.worker import Follower, Leader
-from hippo_mpi.shard.checkpoint import Checkpoint, ModelSource, load_stage_weights, open_checkpoint
+from hippo_mpi.shard import Checkpoint, ModelSource, open_checkpoint, pipeline
 from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.shard.layer_split import LayerSplit, Machine, plan_split
 from hippo_mpi.shard.model_info import model_info
-from hippo_mpi.shard.stage import Stage
 from hippo_mpi.transport.channel import RingChannel
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.memory import available_bytes, measured_speed, peak_resident_bytes
@@ -155,11 +154,10 @@ class Pipeline:
         try:
             if mx.metal.is_available():
                 mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-            model = load_stage_weights(checkpoint, start, stop, loaded)
+            self.stage = pipeline(checkpoint, agreement.counts, world.rank, loaded)
         except HippoError as caught:
             error = caught
         self._agree_that_loaded(error)
-        self.stage = Stage(model, checkpoint.flow, start, stop)
         self._channel = RingChannel(world, control)
         self._settings = settings
 
