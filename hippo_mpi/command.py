@@ -103,7 +103,7 @@ def _joined(
     control: Control,
 ) -> int:
     launcher = Launcher(world)
-    control.on_end = launcher.note_status
+    control.on_end = Launcher.write_status
     progress = Progress(is_shown=world.rank == 0 and not getattr(arguments, "json", False))
     settings = KVSettings(
         getattr(arguments, "max_kv_size", None),

@@ -158,3 +158,9 @@ def await_end(pids: Sequence[int], limit_s: float = 10.0) -> list[int]:
     while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < ends:
         time.sleep(0.05)
     return left
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

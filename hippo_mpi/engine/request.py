@@ -46,14 +46,9 @@ class Sequence:
     sampler: Any  # mlx_lm.sample_utils.Sampler
     logits_processors: list[Any]
     detokenizer: Any
-    text: str = ""
     emitted_chars: int = 0
     finish_reason: FinishReason | None = None
     awaits_logits: bool = False
-
-    @property
-    def generated(self) -> list[int]:
-        return self.tokens[len(self.request.prompt) :]
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,9 @@ class Leader:
             return finished
         if begun.outgoing is not None:
             self._send(plan, begun.outgoing)
+        state = self.caches.advance(plan.slot, plan.position + plan.num_tokens)
+        if not self._stage.is_whole or not plan.wants_logits:
+            mx.eval(state)  # while the step is on its way; on a rank that is alone, sampling evaluates it
         if not begun.is_done and not self._is_looped:
             self._in_flight.append((plan, begun))
             return finished
@@ -80,11 +83,8 @@ class Leader:
         cache = self.caches.at(plan.slot, plan.position)
         forward = self._stage.forward(mx.array([tokens], mx.int32), cache, plan.wants_logits)
         forward.run(None)
-        state = self.caches.advance(plan.slot, plan.position + plan.num_tokens)
         if forward.outgoing is not None:
             mx.eval(forward.outgoing)
-        if not self._stage.is_whole or not plan.wants_logits:
-            mx.eval(state)
         return forward
 
     def _finish(self, plan: StepPlan, forward: Forward) -> tuple[StepPlan, mx.array]:

@@ -22,8 +22,10 @@ from mlx_lm.utils import load_adapters, load_config, load_model
 
 from hippo_mpi.errors import ModelError
 from hippo_mpi.shard.adapters import adapt
-from hippo_mpi.shard.dataflow import Dataflow, ancestors, trace
+from hippo_mpi.shard.dataflow import Dataflow
+from hippo_mpi.shard.graph import ancestors
 from hippo_mpi.shard.hub import fetch, is_view
+from hippo_mpi.shard.tracing import trace
 
 
 @dataclass(frozen=True)

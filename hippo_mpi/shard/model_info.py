@@ -9,8 +9,8 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from hippo_mpi.shard.checkpoint import Checkpoint, open_lazily
-from hippo_mpi.shard.dataflow import all_caches
 from hippo_mpi.shard.kv_cache import KVSettings
+from hippo_mpi.shard.observing import all_caches
 
 _PROBE_TOKENS = 512
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")

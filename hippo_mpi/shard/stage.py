@@ -3,7 +3,7 @@
 The model keeps its own `__call__`, its full list of layers and its full list of caches. A layer that lives on
 another rank becomes a *phantom*: the same object, whose call returns what arrived from the rank before (or
 zeros, where nobody looks) and feeds its cache rows of width 0, so that masks, positions and look-ups such as
-`cache[self.fa_idx]` stay right on every rank. What crosses a cut is known from `dataflow.trace`.
+`cache[self.fa_idx]` stay right on every rank. What crosses a cut is known from `tracing.trace`.
 
 Knows one model and one split. Must not know ranks, messages, sequences or sampling.
 
@@ -32,8 +32,8 @@ from hippo_mpi.shard.dataflow import (
     ReturnedArray,
     ReturnedSequence,
     Shape,
-    all_caches,
 )
+from hippo_mpi.shard.observing import all_caches
 
 Place = tuple[int, Path]
 """Where an array that crosses a cut belongs: (call, path of an output or of a prepared input)."""
@@ -52,6 +52,7 @@ class Stage:
         self.model, self.flow, self.start, self.stop = model, flow, start, stop
         self.is_first = start == 0
         self.is_whole = stop - start == flow.num_layers
+        self.crossing = {cut: crossing(flow, cut) for cut in range(1, len(flow.calls) + 1)}
         self._running: Forward | None = None
         if not self.is_whole:
             for index, layer in enumerate(model.layers):
@@ -116,7 +117,7 @@ class Forward:
 
     def _accept(self, cut: int, incoming: Sequence[mx.array] | None) -> None:
         """Hold what arrived at the cut before call `cut`."""
-        places = crossing(self.stage.flow, cut)
+        places = self.stage.crossing[cut]
         if incoming is None or len(incoming) != len(places):
             got = "nothing" if incoming is None else f"{len(incoming)} arrays"
             raise DesyncError(f"the cut before layer {cut} hands on {len(places)} arrays, but got {got}")
@@ -147,7 +148,7 @@ class Forward:
         return self._stand_in(number, call, inputs)
 
     def _keep_outputs(self, number: int, result: Any, inputs: dict[str, Any]) -> None:
-        for call, path in crossing(self.stage.flow, number + 1):
+        for call, path in self.stage.crossing[number + 1]:
             if call == number:
                 self._held[call, path] = _own(_get({"return": result, **inputs}, path))
 
@@ -159,7 +160,7 @@ class Forward:
         """What the next stage needs: the result's way back to the first stage is left out if nobody wants it."""
         if cut == len(self.stage.flow.calls) and not self.wants_logits:
             return None
-        return [self._held[place] for place in crossing(self.stage.flow, cut)]
+        return [self._held[place] for place in self.stage.crossing[cut]]
 
     def _maybe_wait(self, number: int) -> None:
         """In the last phantom before this stage's next part: send what is due, wait for what comes."""

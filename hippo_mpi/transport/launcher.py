@@ -66,6 +66,3 @@ class Launcher:
         path = os.environ.get(STATUS_FILE)
         if path:
             Path(path).write_text(f"{code}\n")
-
-    def note_status(self, code: int) -> None:
-        self.write_status(code)

@@ -53,20 +53,14 @@ def test_turns_are_those_of_mlx_lm_and_the_cache_is_kept() -> None:
         assert [rank.wait() for rank in running] == [0, 0]
 
 
-def cpu_seconds(pid: int) -> float:
-    with open(f"/proc/{pid}/stat") as stream:
-        fields = stream.read().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads CPU time from /proc")
 def test_idle_ranks_take_no_cpu() -> None:
     with ranks.ring([CHAT] * 2, first_stdin=subprocess.PIPE) as running:
         running[0].await_output(">> ", "stderr")
         say(running[0], TURNS[1])
-        before = [cpu_seconds(rank.process.pid) for rank in running]
+        before = [ranks.cpu_seconds(rank.process.pid) for rank in running]
         time.sleep(5)
-        used = [cpu_seconds(rank.process.pid) - b for rank, b in zip(running, before, strict=True)]
+        used = [ranks.cpu_seconds(rank.process.pid) - b for rank, b in zip(running, before, strict=True)]
     assert max(used) < 0.15  # 3 % of a core; what is measured is in the figures of tests/measure
 
 

@@ -184,18 +184,13 @@ def measure_start(_: str, __: str, trials: int) -> None:
 
 def measure_idle(*_: Any) -> None:
     chat = [str(ranks.BIN / "hippo_mpi.chat")]
-    ticks = os.sysconf("SC_CLK_TCK")
     with ranks.ring([chat] * 2, first_stdin=subprocess.PIPE) as running:
         running[0].await_output(">> ", "stderr")
         time.sleep(1)
 
-        def used(rank: ranks.Rank) -> float:
-            fields = Path(f"/proc/{rank.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-            return (int(fields[11]) + int(fields[12])) / ticks
-
-        before = [used(rank) for rank in running]
+        before = [ranks.cpu_seconds(rank.process.pid) for rank in running]
         time.sleep(30)
-        shares = [(used(rank) - b) / 30 for rank, b in zip(running, before, strict=True)]
+        shares = [(ranks.cpu_seconds(rank.process.pid) - b) / 30 for rank, b in zip(running, before, strict=True)]
     print("  " + ", ".join(f"rank {rank}: {share:.2%} of a core" for rank, share in enumerate(shares)) + " over 30 s")
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests import ranks
+from tests.parity.tiny_models import make_checkpoint
 from tests.ranks import Rank
+from tests.tiny_tokenizer import save_tokenizer
 
 TIMEOUT_S = 4
 DEATH_S = 2.0
@@ -64,6 +66,33 @@ def test_killed_while_starting_or_loading(delay_s: float) -> None:
         code = running[0].wait(TIMEOUT_S + 10)
         assert code != 0
         assert "rank" in running[0].err
+
+
+@pytest.mark.parametrize("delay_s", [0.5, 2.0])
+def test_stopped_while_starting_or_loading(delay_s: float) -> None:
+    with ranks.ring([endless()] * 2) as running:
+        time.sleep(delay_s)
+        running[1].process.send_signal(signal.SIGSTOP)
+        assert running[0].wait(2 * TIMEOUT_S + 8) != 0
+        assert len([line for line in running[0].err.splitlines() if line.startswith("error:")]) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads CPU time from /proc")
+@pytest.mark.parametrize("delay_s", [0.0, 0.3])
+def test_killed_while_prefilling(delay_s: float, tmp_path: Path) -> None:
+    """A prompt of 7,900 tokens in small chunks takes many seconds; rank 1 dies among them."""
+    folder = make_checkpoint("llama-full", tmp_path)
+    save_tokenizer(folder)
+    prompt = " ".join(f"w{i % 99}" for i in range(7900))
+    command = [*endless(), "--model", str(folder), "--prompt", prompt, "--ignore-chat-template"]
+    command += ["--prefill-step-size", "4", "--max-context", "8000"]
+    with ranks.ring([command] * 2) as running:
+        while not running[1].err and ranks.cpu_seconds(running[1].process.pid) < 3.0 + delay_s:
+            time.sleep(0.02)
+        running[1].process.kill()
+        assert_ended(running, DEATH_S, "rank 1 (", [0])
+        assert "prefill" in running[0].err
+        assert not running[0].out
 
 
 def test_stopped_between_turns_of_a_chat() -> None:

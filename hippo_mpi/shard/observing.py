@@ -1,0 +1,253 @@
+"""Run a model's own code without computing anything, and note what each layer call was given, made and changed.
+
+The weights are replaced by arrays that hold one number (stride 0), and every layer's inputs, outputs and cache
+arrays by named leaves. A forward pass then builds an MLX graph that is never evaluated; what each named array is
+made from is read off it. What the notes mean is concluded in `tracing`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from hippo_mpi.errors import ModelError
+from hippo_mpi.shard import arrays_in
+from hippo_mpi.shard.arrays_in import Opaque, Path
+from hippo_mpi.shard.dataflow import ArgumentRef, Returned, ReturnedArray, ReturnedSequence, ReturnedValue
+from hippo_mpi.shard.graph import above, leaf, parents_of
+
+_READS = {"make_mask", "size", "empty", "is_trimmable", "keys_and_values", "__getitem__", "__len__", "batch_size"}
+
+
+@dataclass
+class Seen:
+    """What one pass saw of one call."""
+
+    layer: int
+    inputs: dict[Path, tuple[int, ...]] = field(default_factory=dict)
+    outputs: dict[Path, mx.array] = field(default_factory=dict)
+    returns: Returned = field(default_factory=lambda: ReturnedValue(None))
+    effects: list[tuple[Path, str, tuple[Any, ...]]] = field(default_factory=list)
+
+
+class Observer:
+    """Runs passes over the model with named leaves, and keeps each pass's graph as sets of leaf names.
+
+    Names: ("weight", name), ("token",), ("in", call, path), ("out", call, path), ("cache", call).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = list(model.layers)
+        self.weights: dict[str, mx.array] = {}
+        weights = tree_flatten(model.parameters())
+        for name, weight in weights:
+            self.weights[name] = leaf(weight.shape, weight.dtype)
+        model.update(tree_unflatten(list(self.weights.items())))
+        self.layer_of_weight = _owning_layers(self.layers, self.weights)
+        self.passes: list[list[Seen]] = []
+        self.needs: list[dict[Any, set[Any]]] = []
+        self.current: list[Seen] = []
+        self.effect_log: list[tuple[Path, str, tuple[Any, ...]]] | None = None
+        self.roots: dict[str, mx.array] = {}
+        self.names: dict[str, Any] = {}
+
+    def run(self, cache: list[Any], num_rows: int, num_tokens: int) -> None:
+        self.current, self.roots, self.names = [], {}, {}
+        for name, weight in self.weights.items():
+            self._name(("weight", name), weight)
+        tokens = leaf((num_rows, num_tokens), mx.int32)
+        self._name(("token",), tokens)
+        self.opaque = Opaque(all_caches(cache))
+        plain = [type(layer) for layer in self.layers]
+        plain_caches = [(c, type(c)) for c in all_caches(cache)]
+        for index, layer in enumerate(self.layers):
+            layer.__class__ = self._spy_layer(type(layer), index)
+        for c, kind in plain_caches:
+            c.__class__ = _spy_cache(kind, self)
+        # Compiled functions share one graph node among all their calls, which would tie all layers together.
+        mx.disable_compile()
+        try:
+            logits = self.model(mx.stop_gradient(tokens), cache=cache)
+        finally:
+            if not os.environ.get("MLX_DISABLE_COMPILE"):
+                mx.enable_compile()
+            for layer, kind in zip(self.layers, plain, strict=True):
+                layer.__class__ = kind
+            for c, kind in plain_caches:
+                c.__class__ = kind
+        self._name(("logits",), mx.stop_gradient(logits))
+        self.passes.append(self.current)
+        self.needs.append(self._read_graph())
+
+    def _name(self, name: Any, array: mx.array) -> None:
+        key = f"n_{len(self.roots)}"
+        self.roots[key] = array
+        self.names[key] = name
+
+    def _fresh(self, name: Any, like: mx.array) -> mx.array:
+        """A leaf called `name` in place of `like`. In-place changes by the model must not rename it."""
+        fresh = leaf(like.shape, like.dtype)
+        self._name(name, fresh)
+        return mx.stop_gradient(fresh)
+
+    def _spy_layer(self, kind: type, index: int) -> type:
+        observer = self
+
+        def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return observer._on_call(kind, layer, index, args, kwargs)
+
+        return type(kind.__name__, (kind,), {"__call__": call})
+
+    def _on_call(self, kind: type, layer: Any, index: int, args: Any, kwargs: Any) -> Any:
+        number = len(self.current)
+        seen = Seen(index)
+        self.current.append(seen)
+        inputs = {"args": args, "kwargs": kwargs}
+
+        def enter(path: Path, array: mx.array) -> mx.array:
+            seen.inputs[path] = array.shape
+            self._name(("made", number, path), mx.stop_gradient(array))
+            handle = self._fresh(("in", number, path), array)
+            self._name(("handle", number, path), handle)
+            return handle
+
+        arrays_in.replace(inputs, self.opaque, enter)
+        args, kwargs = inputs["args"], inputs["kwargs"]
+        caches = list(caches_among(inputs, self.opaque))
+        self.cache_paths = {id(c): path for path, c in caches}
+        self.effect_log = seen.effects
+        result = kind.__call__(layer, *args, **kwargs)
+        self.effect_log = None
+
+        mutable = list(_mutable_arguments(inputs, self.opaque))
+        seen.returns = _returned(result, {id(c): path for path, c in mutable}, self.opaque)
+
+        def leave(path: Path, array: mx.array) -> mx.array:
+            seen.outputs[path] = array
+            self._name(("made-out", number, path), mx.stop_gradient(array))
+            return self._fresh(("out", number, path), array)
+
+        for path, container in mutable:
+            arrays_in.replace(container, self.opaque, leave, path)
+        result = _replace_unless(result, self.opaque, leave, {id(c) for _, c in mutable})
+        for _, c in caches:
+            self._detach_cache(number, c)
+        return result
+
+    def _detach_cache(self, number: int, cache: Any) -> None:
+        def new(path: Path, array: mx.array) -> mx.array:
+            self._name(("made-cache", number), mx.stop_gradient(array))
+            return self._fresh(("cache", number), array)
+
+        inside = {key: value for key, value in vars(cache).items() if key != "caches"}
+        arrays_in.replace(inside, self.opaque, new)
+        vars(cache).update(inside)
+
+    def _read_graph(self) -> dict[Any, set[Any]]:
+        """For every named array: the leaves that it is made from."""
+        parents = parents_of(self.roots)
+        needs: dict[Any, set[Any]] = defaultdict(set)
+        for key, name in self.names.items():
+            if parents.get(key):
+                needs[name] |= {self.names[node] for node in above(key, parents) if node in self.names}
+        return needs
+
+
+def _owning_layers(layers: list[Any], weights: dict[str, mx.array]) -> dict[str, int]:
+    """Which layer holds a weight, by name; weights outside the layers aren't in it."""
+    ids = {id(a): i for i, layer in enumerate(layers) for _, a in tree_flatten(layer.parameters())}
+    return {name: ids[id(weight)] for name, weight in weights.items() if id(weight) in ids}
+
+
+def caches_among(inputs: dict[str, Any], opaque: Opaque) -> Iterator[tuple[Path, Any]]:
+    """(path, cache) of every cache among a layer's arguments, those inside lists of caches too."""
+
+    def inside(cache: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+        yield path, cache
+        for i, child in enumerate(getattr(cache, "caches", [])):
+            yield from inside(child, (*path, "caches", i))
+
+    for kind, values in inputs.items():
+        for key, value in arrays_in.children(values):
+            if value in opaque and not isinstance(value, nn.Module):
+                yield from inside(value, (kind, key))
+
+
+def _mutable_arguments(inputs: dict[str, Any], opaque: Opaque) -> Iterator[tuple[Path, Any]]:
+    for kind, values in inputs.items():
+        for key, value in arrays_in.children(values):
+            is_array = isinstance(value, mx.array)
+            if value is not None and value not in opaque and not is_array and arrays_in.is_mutable_container(value):
+                yield (kind, key), value
+
+
+def _returned(result: Any, arguments: dict[int, Path], opaque: Opaque, path: Path = ("return",)) -> Returned:
+    """The nest that a layer returned, with paths for its arrays."""
+    if id(result) in arguments:
+        return ArgumentRef(arguments[id(result)])
+    if isinstance(result, mx.array):
+        return ReturnedArray(path)
+    if isinstance(result, list | tuple):
+        items = (_returned(v, arguments, opaque, (*path, i)) for i, v in enumerate(result))
+        return ReturnedSequence(type(result), tuple(items))
+    if arrays_in.is_container(result) and result not in opaque and any(arrays_in.find(result, opaque)):
+        raise ModelError(f"a layer returns a {type(result).__name__}, which the pipeline can't send")
+    return ReturnedValue(result)
+
+
+def _replace_unless(result: Any, opaque: Opaque, new: Any, done: set[int], path: Path = ("return",)) -> Any:
+    if id(result) in done:
+        return result
+    if isinstance(result, tuple | list):
+        values = [_replace_unless(v, opaque, new, done, (*path, i)) for i, v in enumerate(result)]
+        return type(result)(*values) if hasattr(result, "_fields") else type(result)(values)
+    return arrays_in.replace(result, opaque, new, path)
+
+
+def _spy_cache(kind: type, observer: Observer) -> type:
+    """A subclass of a cache's class that notes the outermost changing method calls of a layer."""
+
+    def spy(name: str) -> Any:
+        method = getattr(kind, name)
+
+        def call(cache: Any, *args: Any, **kwargs: Any) -> Any:
+            log, observer.effect_log = observer.effect_log, None
+            try:
+                if log is not None:
+                    if kwargs:
+                        raise ModelError(f"a layer calls {kind.__name__}.{name} with keywords {sorted(kwargs)}")
+                    log.append((observer.cache_paths[id(cache)], name, tuple(_described(a) for a in args)))
+                return method(cache, *args, **kwargs)
+            finally:
+                observer.effect_log = log
+
+        return call
+
+    public = [n for n in dir(kind) if callable(getattr(kind, n)) and (not n.startswith("_") or n == "__setitem__")]
+    methods = {n: spy(n) for n in public if n not in _READS and not isinstance(_static(kind, n), classmethod)}
+    return type(kind.__name__, (kind,), methods)
+
+
+def _static(kind: type, name: str) -> Any:
+    return next(vars(k)[name] for k in kind.__mro__ if name in vars(k))
+
+
+def _described(argument: Any) -> Any:
+    return (argument.shape, argument.dtype) if isinstance(argument, mx.array) else argument
+
+
+def all_caches(cache: list[Any]) -> list[Any]:
+    """The cache objects of a prompt cache, those inside lists of caches too."""
+    found = []
+    for entry in cache:
+        if entry is not None:
+            found += [entry, *all_caches(list(getattr(entry, "caches", [])))]
+    return found
