@@ -33,7 +33,7 @@ def chat(session: Session) -> int:
     if session.world.rank > 0:
         command.follow(session)
         return 0
-    pipeline, conversation, _ = lead(session)
+    pipeline, conversation = lead(session)
     sys.stderr.write(f"{_HELP}\n")
     while True:
         sys.stderr.write(">> ")

@@ -49,22 +49,24 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     )
 
 
-def lead(session: Session) -> tuple[Pipeline, Conversation, Engine]:
-    """Rank 0's part of the model, loaded, with a conversation on top."""
+def lead(session: Session, first_prompt: str | None = None) -> tuple[Pipeline, Conversation]:
+    """Rank 0's part of the model, loaded, with a conversation on top.
+
+    Raises:
+        UserError: the tokenizer can't be used, or `first_prompt` can't be answered; nothing is loaded then.
+    """
     arguments, source = session.arguments, session.agreement.checkpoint.source
     eos = session.agreement.checkpoint.config.get("eos_token_id")
     tokenizer = open_tokenizer(source.path, eos, tuple(arguments.extra_eos_token), source.trust_remote_code)
-    chat_format = ChatFormat(
-        arguments.ignore_chat_template,
-        arguments.chat_template_config,
-        arguments.prefill_response,
-    )
+    chat_format = ChatFormat(arguments.ignore_chat_template, arguments.chat_template_config, arguments.prefill_response)
+    conversation = Conversation(tokenizer, chat_format, arguments.system_prompt, session.agreement.max_context)
+    if first_prompt is not None:
+        conversation.encode(first_prompt)
     pipeline = session.load()
     if arguments.seed is not None:
         mx.random.seed(arguments.seed)
-    engine = Engine(pipeline.leader(), tokenizer, arguments.prefill_step_size)
-    limit = session.agreement.max_context
-    return pipeline, Conversation(engine, tokenizer, chat_format, arguments.system_prompt, limit), engine
+    conversation.engine = Engine(pipeline.leader(), tokenizer, arguments.prefill_step_size)
+    return pipeline, conversation
 
 
 def answer(session: Session) -> int:
@@ -78,7 +80,7 @@ def answer(session: Session) -> int:
     if prompt == "-":
         session.control.idle()
         prompt = session.launcher.read_all()
-    pipeline, conversation, _ = lead(session)
+    pipeline, conversation = lead(session, prompt)
     show_text = (lambda text: None) if arguments.json else write
     result = conversation.say(prompt, sampling_params(arguments), show_text, session.progress)
     ranks = pipeline.end() or []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,16 +33,12 @@ class Conversation:
         max_context: most tokens that a prompt and its answer may have together.
     """
 
+    engine: Engine  # set once the model is loaded
+
     def __init__(
-        self,
-        engine: Engine,
-        tokenizer: TokenizerWrapper,
-        chat_format: ChatFormat,
-        system_prompt: str | None,
-        max_context: int,
+        self, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system_prompt: str | None, max_context: int
     ) -> None:
-        self._engine, self._tokenizer, self._format = engine, tokenizer, chat_format
-        self._max_context = max_context
+        self._tokenizer, self._format, self._max_context = tokenizer, chat_format, max_context
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self.reset()
         self._cached: list[int] = []
@@ -52,35 +49,39 @@ class Conversation:
         self.messages: list[dict[str, str]] = list(self._system)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of the conversation with `text` as the user's next turn."""
-        return self._format.encode(self._tokenizer, [*self.messages, {"role": "user", "content": text}])
-
-    def say(self, text: str, sampling: SamplingParams, show: Any, progress: Progress) -> Answer:
-        """Answer the user's next turn; `show` gets each piece of text as it is made.
+        """The tokens of the conversation with `text` as the user's next turn.
 
         Raises:
-            UserError: the prompt is empty or too long.
+            UserError: it is empty or too long.
         """
-        prompt = self.encode(text)
-        room = self._max_context - len(prompt)
-        if room < 1:
+        prompt = self._format.encode(self._tokenizer, [*self.messages, {"role": "user", "content": text}])
+        if len(prompt) >= self._max_context:
             raise UserError(
                 f"the prompt has {len(prompt):,} tokens, but the context is {self._max_context:,} (--max-context):"
                 " make it shorter"
             )
-        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
+        return prompt
+
+    def say(self, text: str, sampling: SamplingParams, show: Callable[[str], None], progress: Progress) -> Answer:
+        """Answer the user's next turn; `show` gets each piece of text as it is made.
+
+        Raises:
+            UserError: the turn is empty or too long.
+        """
+        prompt = self.encode(text)
+        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, self._max_context - len(prompt)))
         cached = self._reusable(prompt)
         request = Request(self._turns, prompt, sampling, slot=0, cached_tokens=cached)
         self._turns += 1
-        self._engine.on_prefill = progress.prefill
-        self._engine.add(request)
+        self.engine.on_prefill = progress.prefill
+        self.engine.add(request)
         pieces, reason = [], "length"
-        for output in self._engine.run():
+        for output in self.engine.run():
             progress.clear()
             pieces.append(output.text)
             show(output.text)
             reason = output.finish_reason or reason
-        answer = Answer("".join(pieces), reason, self._engine.timings.pop(request.id))
+        answer = Answer("".join(pieces), reason, self.engine.timings.pop(request.id))
         # The last token was sampled but never went through the model.
         self._cached = prompt + answer.timings.token_ids[:-1]
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
@@ -93,7 +94,7 @@ class Conversation:
             if ours != theirs:
                 break
             common += 1
-        if common < len(self._cached) and not self._engine.can_cut(0):
+        if common < len(self._cached) and not self.engine.can_cut(0):
             return 0
         return common
 
