@@ -106,10 +106,7 @@ def _joined(
     control.on_end = Launcher.write_status
     progress = Progress(is_shown=world.rank == 0 and not getattr(arguments, "json", False))
     settings = KVSettings(
-        getattr(arguments, "max_kv_size", None),
-        getattr(arguments, "kv_bits", None),
-        getattr(arguments, "kv_group_size", 64),
-        getattr(arguments, "quantized_kv_start", 5000),
+        arguments.max_kv_size, arguments.kv_bits, arguments.kv_group_size, arguments.quantized_kv_start
     )
 
     def find_source() -> ModelSource:

@@ -104,9 +104,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_options(arguments: argparse.Namespace) -> RunOptions:
-    return RunOptions(
-        arguments.layer_split, arguments.max_context, arguments.timeout, getattr(arguments, "prefill_step_size", None)
-    )
+    return RunOptions(arguments.layer_split, arguments.max_context, arguments.timeout, arguments.prefill_step_size)
 
 
 # ---- checked values; argparse puts the message behind "argument --name:"

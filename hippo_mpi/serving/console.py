@@ -40,13 +40,15 @@ class Conversation:
     ) -> None:
         self._tokenizer, self._format, self._max_context = tokenizer, chat_format, max_context
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        self.reset()
+        self.messages = list(self._system)
         self._cached: list[int] = []
         self._turns = 0
 
     def reset(self) -> None:
-        """Forget everything said so far."""
-        self.messages: list[dict[str, str]] = list(self._system)
+        """Forget everything said so far, on every rank."""
+        self.messages = list(self._system)
+        self._cached = []
+        self.engine.release(0)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of the conversation with `text` as the user's next turn.

@@ -32,6 +32,7 @@ def say(rank: Rank, line: str) -> str:
     return rank.out[shown:].rstrip("\n")
 
 
+@pytest.mark.slow
 def test_turns_are_those_of_mlx_lm_and_the_cache_is_kept() -> None:
     model, tokenizer = load(str(BUNDLED_MODEL))
     messages: list[dict[str, str]] = []
@@ -72,6 +73,7 @@ def test_a_turn_that_is_too_long_is_refused_and_the_chat_goes_on() -> None:
         assert say(running, TURNS[1])
 
 
+@pytest.mark.slow
 def test_statistics_follow_every_answer() -> None:
     with ranks.single(CHAT, stdin=subprocess.PIPE) as running:
         running.await_output(">> ", "stderr")

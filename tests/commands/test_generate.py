@@ -66,6 +66,7 @@ def test_json_has_a_part_per_rank() -> None:
     assert len(stats["ranks"]) == 2
 
 
+@pytest.mark.slow
 def test_sampling_with_a_seed_is_that_of_mlx_lm() -> None:
     expected = reference(seed=7, sampler=make_sampler(1.0, 0.9, 0.0, 1, 20))
     assert answer("--seed", "7", "--temp", "1.0", "--top-p", "0.9", "--top-k", "20")["text"] == expected
@@ -85,6 +86,7 @@ def test_max_tokens_end_an_answer() -> None:
     assert len(found["token_ids"]) == 5  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["1,11", "11,1", "6,6"])
 def test_any_split_gives_the_same_text(split: str) -> None:
     assert answer("--layer-split", split)["text"] == reference()
@@ -99,6 +101,7 @@ def test_prompt_from_standard_input() -> None:
         assert running.out == reference() + "\n"
 
 
+@pytest.mark.slow
 def test_prompt_from_standard_input_under_mlx_launch() -> None:
     """mlx.launch copies its input to its ranks, but never its end."""
     with ranks.single([LAUNCH, *port(), "-n", "2", "--", GENERATE, "--prompt", "-"], stdin=subprocess.PIPE) as running:

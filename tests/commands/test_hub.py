@@ -131,6 +131,7 @@ def on_rank(home: Path, endpoint: str, *options: str) -> list[str]:
     return ["env", *settings, GENERATE, "--model", REPO, *options]
 
 
+@pytest.mark.slow
 def test_each_rank_downloads_only_its_files(hub: tuple[str, list[str]], tmp_path: Path) -> None:
     """Two ranks with a cache each, as on two machines; layers 0-5 and 6-11 share one file of four layers."""
     endpoint, downloads = hub
