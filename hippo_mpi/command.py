@@ -21,7 +21,7 @@ from hippo_mpi.shard.hub import open_repo
 from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.launcher import Launcher
-from hippo_mpi.transport.world import World, connect, detect_launch
+from hippo_mpi.transport.world import World, connect, detect_launch, write_status
 
 
 @dataclass
@@ -63,6 +63,8 @@ def run(parser: Parser, body: Callable[[Session], int], argv: list[str] | None =
         code = _joined(body, argv, arguments, mistake, world, control)
     except HippoError as error:
         control.fail(error)
+    except BrokenPipeError:  # whoever read our answer has enough
+        control.fail(HippoError("nobody reads the answer any more"))
     except Exception as error:  # a worker's top frame: whatever went wrong, all ranks must end
         if os.environ.get("HIPPO_TRACEBACK"):
             traceback.print_exc()
@@ -103,7 +105,7 @@ def _joined(
     control: Control,
 ) -> int:
     launcher = Launcher(world)
-    control.on_end = Launcher.write_status
+    control.on_end = write_status
     progress = Progress(is_shown=world.rank == 0 and not getattr(arguments, "json", False))
     settings = KVSettings(
         arguments.max_kv_size, arguments.kv_bits, arguments.kv_group_size, arguments.quantized_kv_start
@@ -112,7 +114,7 @@ def _joined(
     def find_source() -> ModelSource:
         if mistake:
             raise mistake
-        path = find_model(arguments.model, arguments.revision)
+        path = find_model(arguments.model, arguments.revision, lambda: control.progress("looking at the hub's files"))
         return ModelSource(path, arguments.adapter_path, arguments.trust_remote_code)
 
     agreement = agree(
@@ -124,11 +126,13 @@ def _joined(
 def _parse(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, UserError | None]:
     try:
         return parser.parse_args(argv), None
+    except SystemExit:  # --help
+        _exit(0, 0)
     except UserError as error:
         return parser.parse_args([]), error
 
 
-def find_model(model: str, revision: str | None) -> Path:
+def find_model(model: str, revision: str | None, on_progress: Callable[[], None]) -> Path:
     """The folder of a model: a local one, or the hub's.
 
     Raises:
@@ -141,14 +145,14 @@ def find_model(model: str, revision: str | None) -> Path:
         raise ModelError(f"the bundled model is missing ({path}); give --model")
     if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
         raise ModelError(f"no such model folder: {model}")
-    return open_repo(model, revision)
+    return open_repo(model, revision, on_progress)
 
 
 def _exit(code: int, rank: int, is_orderly: bool = False) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if rank == 0:
-        Launcher.write_status(code)
+        write_status(code)
     if is_orderly:
         sys.exit(code)
     os._exit(code)

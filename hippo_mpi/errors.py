@@ -6,7 +6,6 @@ HippoError                 one clear line for the user, no traceback
 |   |-- PlanError          the layers don't fit the ranks or their memory
 |   `-- LaunchError        the ranks don't form one world
 `-- RankError       3      a rank failed, fell silent, or lost its link
-    |-- DeadlineError      a wait took longer than --timeout
     `-- DesyncError        a rank got another step than it expected
 """
 
@@ -35,10 +34,6 @@ class LaunchError(UserError):
 
 class RankError(HippoError):
     exit_code = 3
-
-
-class DeadlineError(RankError):
-    pass
 
 
 class DesyncError(RankError):

@@ -17,7 +17,7 @@ from typing import Any
 from hippo_mpi.config import Parser, positive
 from hippo_mpi.errors import HippoError, LaunchError
 from hippo_mpi.serving.progress import TERMINAL
-from hippo_mpi.transport.launcher import STATUS_FILE
+from hippo_mpi.transport.world import STATUS_FILE
 
 HOSTFILE = Path(__file__).parent.parent / "hostfile"
 
@@ -113,6 +113,8 @@ def start(command_line: list[str]) -> int:
         # mlx.launch lives on after SIGINT, with nobody to read its ranks' output; after SIGTERM the ranks see
         # their input end, and go.
         env = {**os.environ, STATUS_FILE: str(status), TERMINAL: str(int(sys.stderr.isatty()))}
+        # A host that isn't called 127.0.0.1 is reached through ssh, which passes no environment on.
+        command_line = [command_line[0], "--env", f"{STATUS_FILE}={status}", *command_line[1:]]
         launcher = subprocess.Popen(command_line, env=env)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: launcher.terminate())

@@ -12,6 +12,13 @@ from rich.progress import Progress as RichProgress
 TERMINAL = "HIPPO_TERMINAL"
 
 
+class _Console(Console):
+    """Never hides the cursor: a rank that ends in the middle of a bar couldn't show it again."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
+
+
 class Progress:
     """Bars on stderr for loading and prefilling; they vanish when done."""
 
@@ -20,7 +27,7 @@ class Progress:
         self._tasks: dict[str, TaskID] = {}
         if is_shown and _is_terminal():
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-            self._bars = RichProgress(*columns, console=Console(stderr=True, force_terminal=True), transient=True)
+            self._bars = RichProgress(*columns, console=_Console(stderr=True, force_terminal=True), transient=True)
 
     def loading(self, done: int, total: int) -> None:
         self._show("loading", done, total)

@@ -92,7 +92,8 @@ class LayerCall:
     returns: Returned = ReturnedValue(None)
     outputs: dict[Path, Shape] = field(default_factory=dict)  # arrays that it made, by path
     reads: set[Path] = field(default_factory=set)  # outputs of the call before, that this one needs
-    prepared: dict[Path, Shape] = field(default_factory=dict)  # inputs made from the embedding, by path
+    prepared: set[Path] = field(default_factory=set)  # inputs made from the embedding
+    caches: set[int] = field(default_factory=set)  # entries of the prompt cache that it is given
     effects: list[CacheEffect] = field(default_factory=list)
     weights: set[str] = field(default_factory=set)
 
@@ -124,6 +125,6 @@ class Dataflow:
     def digest(self) -> str:
         """A short hash of everything found, for ranks to compare."""
         text = repr([(c.layer, sorted(map(repr, c.outputs.items())), sorted(map(repr, c.reads))) for c in self.calls])
-        text += repr([(sorted(map(repr, c.prepared.items())), c.effects, sorted(c.weights)) for c in self.calls])
+        text += repr([(sorted(map(repr, c.prepared)), c.effects, sorted(c.weights)) for c in self.calls])
         text += repr([sorted(map(repr, self.head_reads)), sorted(self.head_weights), sorted(self.joined)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]

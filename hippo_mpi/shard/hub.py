@@ -16,30 +16,31 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tqdm import tqdm
 
 from hippo_mpi.errors import ModelError
 
 _SMALL_FILES = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
 _NOTE = ".hippo-hub.json"
-_HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
 
 
-def open_repo(repo: str, revision: str | None) -> Path:
+def open_repo(repo: str, revision: str | None, on_progress: Callable[[], None]) -> Path:
     """The view of a repo: all its small files, and its weight files, real ones or stand-ins.
 
     Raises:
         ModelError: the hub has no such repo or can't be reached, and the cache doesn't have it either.
     """
     try:
-        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=_SMALL_FILES))
+        ticker = _ticker(on_progress)
+        small: Any = {"allow_patterns": _SMALL_FILES, "tqdm_class": ticker}
+        snapshot = Path(snapshot_download(repo, revision=revision, **small))
         view = Path(constants.HF_HOME) / "hippo_mpi" / f"{repo.replace('/', '--')}--{snapshot.name}"
+        if is_view(view) and any(path.is_symlink() and not path.exists() for path in view.iterdir()):
+            shutil.rmtree(view, ignore_errors=True)  # the cache was cleaned behind its back
         if not is_view(view):
-            _make_view(view, repo, snapshot)
-    except _HUB_ERRORS as error:
-        text = " ".join(str(error).split())[:200]
-        raise ModelError(f"no folder {repo}, and no such repo could be had from the hub: {text}") from None
+            _make_view(view, repo, snapshot, on_progress)
+    except Exception as error:  # the hub's client raises its own errors and those of two HTTP libraries
+        raise ModelError(f"no folder {repo}, and no such repo could be had from the hub: {_short(error)}") from None
     return view
 
 
@@ -55,6 +56,20 @@ def fetch(folder: Path, files: Iterable[str], on_progress: Callable[[], None]) -
     """
     note = json.loads((folder / _NOTE).read_text())
 
+    for name in sorted(files):
+        if (folder / name).is_symlink():
+            continue
+        try:
+            path = hf_hub_download(note["repo"], name, revision=note["commit"], tqdm_class=_ticker(on_progress))
+        except Exception as error:
+            raise ModelError(f"{name} of {note['repo']} can't be downloaded: {_short(error)}") from None
+        on_progress()
+        _link(folder / name, Path(path))
+
+
+def _ticker(on_progress: Callable[[], None]) -> type[tqdm]:  # type: ignore[type-arg]
+    """A silent progress bar that tells the watchdog of every piece that arrives."""
+
     class Ticker(tqdm):  # type: ignore[type-arg]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
@@ -63,20 +78,14 @@ def fetch(folder: Path, files: Iterable[str], on_progress: Callable[[], None]) -
             on_progress()
             return super().update(n)
 
-    for name in sorted(files):
-        if (folder / name).is_symlink():
-            continue
-        try:
-            path = hf_hub_download(note["repo"], name, revision=note["commit"], tqdm_class=Ticker)
-        except _HUB_ERRORS as error:
-            raise ModelError(
-                f"{name} of {note['repo']} can't be downloaded: {' '.join(str(error).split())[:200]}"
-            ) from None
-        on_progress()
-        _link(folder / name, Path(path))
+    return Ticker
 
 
-def _make_view(view: Path, repo: str, snapshot: Path) -> None:
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _make_view(view: Path, repo: str, snapshot: Path, on_progress: Callable[[], None]) -> None:
     view.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=view.parent))  # ranks of one host may do this at the same time
     try:
@@ -84,6 +93,7 @@ def _make_view(view: Path, repo: str, snapshot: Path) -> None:
             if path.suffix != ".safetensors":
                 (folder / path.name).symlink_to(path.resolve())
         for name in _weight_files(repo, snapshot):
+            on_progress()
             cached = try_to_load_from_cache(repo, name, revision=snapshot.name)
             if isinstance(cached, str):
                 (folder / name).symlink_to(Path(cached).resolve())
@@ -102,6 +112,8 @@ def _weight_files(repo: str, snapshot: Path) -> list[str]:
     index = snapshot / "model.safetensors.index.json"
     if index.exists():
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if isinstance(try_to_load_from_cache(repo, "model.safetensors", revision=snapshot.name), str):
+        return ["model.safetensors"]
     names = HfApi().list_repo_files(repo, revision=snapshot.name)
     return [name for name in names if name.startswith("model") and name.endswith(".safetensors")]
 

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
 from hippo_mpi.shard.checkpoint import Checkpoint, open_lazily
+from hippo_mpi.shard.dataflow import Dataflow
+from hippo_mpi.shard.graph import leaf
 from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.shard.observing import all_caches
 
@@ -74,6 +77,7 @@ def model_info(checkpoint: Checkpoint, settings: KVSettings) -> ModelInfo:
 def _cache_costs(checkpoint: Checkpoint, settings: KVSettings) -> list[CacheCost]:
     """Run the model lazily over two chunks and look at how the caches grew; nothing is computed."""
     model, _ = open_lazily(checkpoint.source)
+    model.update(tree_map(lambda weight: leaf(weight.shape, weight.dtype), model.parameters()))
     cache = make_prompt_cache(model, settings.max_kv_size)
     sizes = []
     for _ in range(2):
@@ -88,19 +92,25 @@ def _cache_costs(checkpoint: Checkpoint, settings: KVSettings) -> list[CacheCost
             per_token = max(per_token, sizes[0][index] // _PROBE_TOKENS if window >= _PROBE_TOKENS else 0)
         fixed = max(0, sizes[1][index] - per_token * 2 * _PROBE_TOKENS)
         costs.append(CacheCost(fixed, int(per_token * scale), window or None))
-    return _by_layer(costs, checkpoint.flow.num_layers)
+    return _by_layer(costs, checkpoint.flow)
 
 
-def _by_layer(costs: list[CacheCost], num_layers: int) -> list[CacheCost]:
-    """One cost per layer: models may have fewer caches than layers (shared), or several rounds of them."""
+def _by_layer(costs: list[CacheCost], flow: Dataflow) -> list[CacheCost]:
+    """What each layer's caches cost together: a cache that several layers read counts for the first of them."""
+    layer_of: dict[int, int] = {}
+    for call in flow.calls:
+        for index in call.caches:
+            layer_of.setdefault(index, call.layer)
     merged = []
-    for layer in range(num_layers):
-        own = costs[layer::num_layers]
+    for layer in range(flow.num_layers):
+        # What no layer is given belongs to the embedding, on rank 0.
+        own = [cost for index, cost in enumerate(costs) if layer_of.get(index, 0) == layer]
+        limits = [cost.max_tokens for cost in own if cost.per_token]
         merged.append(
             CacheCost(
-                sum(c.fixed for c in own),
-                sum(c.per_token for c in own),
-                None if not own or any(c.max_tokens is None for c in own) else max(c.max_tokens or 0 for c in own),
+                sum(cost.fixed for cost in own),
+                sum(cost.per_token for cost in own),
+                None if None in limits else max((limit for limit in limits if limit is not None), default=None),
             )
         )
     return merged

@@ -35,6 +35,7 @@ class Seen:
     outputs: dict[Path, mx.array] = field(default_factory=dict)
     returns: Returned = field(default_factory=lambda: ReturnedValue(None))
     effects: list[tuple[Path, str, tuple[Any, ...]]] = field(default_factory=list)
+    caches: set[int] = field(default_factory=set)
 
 
 class Observer:
@@ -66,6 +67,7 @@ class Observer:
         tokens = leaf((num_rows, num_tokens), mx.int32)
         self._name(("token",), tokens)
         self.opaque = Opaque(all_caches(cache))
+        self.cache_index = {id(c): index for index, entry in enumerate(cache) for c in all_caches([entry])}
         plain = [type(layer) for layer in self.layers]
         plain_caches = [(c, type(c)) for c in all_caches(cache)]
         for index, layer in enumerate(self.layers):
@@ -86,6 +88,15 @@ class Observer:
         self._name(("logits",), mx.stop_gradient(logits))
         self.passes.append(self.current)
         self.needs.append(self._read_graph())
+
+    def was_evaluated(self) -> bool:
+        """Whether a layer looked at values, which computes everything before."""
+        return any(
+            not needs[("handle", number, path)]
+            for run, needs in zip(self.passes, self.needs, strict=True)
+            for number, seen in enumerate(run)
+            for path in seen.inputs
+        )
 
     def _name(self, name: Any, array: mx.array) -> None:
         key = f"n_{len(self.roots)}"
@@ -123,6 +134,7 @@ class Observer:
         args, kwargs = inputs["args"], inputs["kwargs"]
         caches = list(caches_among(inputs, self.opaque))
         self.cache_paths = {id(c): path for path, c in caches}
+        seen.caches = {self.cache_index[id(c)] for _, c in caches}
         self.effect_log = seen.effects
         result = kind.__call__(layer, *args, **kwargs)
         self.effect_log = None

@@ -148,9 +148,13 @@ class Forward:
         return self._stand_in(number, call, inputs)
 
     def _keep_outputs(self, number: int, result: Any, inputs: dict[str, Any]) -> None:
-        for call, path in self.stage.crossing[number + 1]:
-            if call == number:
-                self._held[call, path] = _own(_get({"return": result, **inputs}, path))
+        made = {
+            (call, path): _own(_get({"return": result, **inputs}, path))
+            for call, path in self.stage.crossing[number + 1]
+            if call == number
+        }
+        mx.async_eval(*made.values())  # type: ignore[no-untyped-call]  # computing goes on while the model's code walks through the phantoms
+        self._held.update(made)
 
     def _keep_prepared(self, number: int, call: LayerCall, inputs: dict[str, Any]) -> None:
         for path in call.prepared:

@@ -24,9 +24,14 @@ from hippo_mpi.shard.arrays_in import Path
 from hippo_mpi.shard.dataflow import CacheEffect, Dataflow, Dim, LayerCall, Shape
 from hippo_mpi.shard.observing import Observer
 
-# (rows, tokens, on a fresh cache?) of the passes. The second repeats the shape of the first, so that a shape
-# that differs grows with the context; 1 token takes the decoding branch; 2 rows tell rows from constants.
-_PASSES = [(1, 5, True), (1, 5, False), (1, 1, False), (2, 3, True)]
+Pass = tuple[int, int, bool]
+"""Rows, tokens, and whether it begins on a fresh cache."""
+
+# The second repeats the shape of the first, so that a shape that differs grows with the context; 1 token takes
+# the decoding branch; 2 rows tell rows from constants.
+_SHORT_PASSES: list[Pass] = [(1, 5, True), (1, 5, False), (1, 1, False), (2, 3, True)]
+# Some layers begin to hand something on only after many tokens (deepseek_v41 compresses up to so many into one).
+_LONG_PASSES: list[Pass] = [(1, 1031, True), (1, 1031, False)]
 
 
 def trace(model: nn.Module) -> Dataflow:
@@ -36,19 +41,27 @@ def trace(model: nn.Module) -> Dataflow:
         ModelError: the model doesn't call its layers as layers, so that it can't be cut anywhere.
     """
     observer = Observer(model)
+    _run(observer, _SHORT_PASSES)
+    passes = list(_SHORT_PASSES)
+    if not observer.was_evaluated():  # a model that looks at values computes: its long passes would take long
+        _run(observer, _LONG_PASSES)
+        passes += _LONG_PASSES
+    return _Conclusion(observer, passes).dataflow()
+
+
+def _run(observer: Observer, passes: list[Pass]) -> None:
     cache: list[Any] = []
-    for num_rows, num_tokens, fresh in _PASSES:
+    for num_rows, num_tokens, fresh in passes:
         if fresh:
-            cache = make_prompt_cache(model)
+            cache = make_prompt_cache(observer.model)
         observer.run(cache, num_rows, num_tokens)
-    return _Conclusion(observer).dataflow()
 
 
 class _Conclusion:
     """Turns what the passes saw into a Dataflow."""
 
-    def __init__(self, observer: Observer) -> None:
-        self.observer = observer
+    def __init__(self, observer: Observer, passes: list[Pass]) -> None:
+        self.observer, self.passes = observer, passes
         self.num_layers = len(observer.layers)
         self.first = observer.passes[0]
         self.joined: set[tuple[int, int]] = set()
@@ -89,14 +102,15 @@ class _Conclusion:
         call.outputs = {path: self._shape(number, path) for path in seen.outputs}
         call.returns = seen.returns
         call.effects = self._effects(number)
-        for needs in self.observer.needs:
+        call.caches = seen.caches
+        for run, needs in zip(self.observer.passes, self.observer.needs, strict=True):
             used: set[Any] = set()
-            for path in seen.outputs:
+            for path in run[number].outputs:
                 used |= needs[("made-out", number, path)]
             used |= needs[("made-cache", number)]
             # A layer that looks at values (dbrx picks its experts in Python) evaluates its inputs, and the
             # graph ends there: then the handle given to it has lost its leaf.
-            used |= {("in", number, path) for path in seen.inputs if not needs[("handle", number, path)]}
+            used |= {("in", number, path) for path in run[number].inputs if not needs[("handle", number, path)]}
             self._follow_call(number, used, needs, call)
         return call
 
@@ -108,7 +122,7 @@ class _Conclusion:
                 call.weights.add(name[1])
             elif name[0] in ("cache", "out", "in") and name[1] < number:
                 self._join(name[1], number, f"layer {self.first[number].layer} reads the cache of another layer")
-        for path in self.first[number].inputs:
+        for path in {path for run in self.observer.passes for path in run[number].inputs}:
             for name in needs[("made", number, path)]:
                 if name[0] == "cache" and name[1] < number:
                     self._join(name[1], number, f"layer {self.first[number].layer} reads the cache of another layer")
@@ -117,7 +131,9 @@ class _Conclusion:
         from_calls = {n for n in made_from if n[0] == "out"}
         from_weights = {n[1] for n in made_from if n[0] == "weight"}
         if not from_calls and (from_weights or ("token",) in made_from):
-            call.prepared[path] = self._input_shape(number, path)
+            call.prepared.add(path)
+            if any(path not in run[number].inputs for run in self.observer.passes):
+                self._join(0, number, f"layer {call.layer} is sometimes given something made from the embedding")
             return
         self._follow(number, made_from, call.reads, call.weights, {})
 
@@ -139,20 +155,28 @@ class _Conclusion:
     def _join_growing(self, calls: list[LayerCall], head_reads: set[Path]) -> None:
         for number, reads in enumerate([*(c.reads for c in calls), head_reads]):
             for path in reads:
-                again = self.observer.passes[1][number - 1].outputs[path].shape
-                if again != self.first[number - 1].outputs[path].shape:
+                if self._grows(number - 1, path):
                     self._join(
                         number - 1, number, f"what layer {calls[number - 1].layer} hands on grows with the context"
                     )
+
+    def _grows(self, number: int, path: Path) -> bool:
+        """Whether an output is longer, or only there, when the same tokens come after others."""
+        found = [run[number].outputs.get(path) for run in self.observer.passes]
+        shapes: dict[tuple[int, int], set[tuple[int, ...]]] = {}
+        for (num_rows, num_tokens, _), array in zip(self.passes, found, strict=True):
+            if array is None:
+                return True
+            shapes.setdefault((num_rows, num_tokens), set()).add(array.shape)
+        return any(len(of_one_size) > 1 for of_one_size in shapes.values())
 
     def _shape(self, number: int, path: Path) -> Shape:
         arrays = [run[number].outputs.get(path) for run in self.observer.passes]
         if any(a is None for a in arrays):
             return Shape((Dim(),), self.first[number].outputs[path].dtype)
-        return Shape(_dims([a.shape for a in arrays if a is not None]), self.first[number].outputs[path].dtype)
-
-    def _input_shape(self, number: int, path: Path) -> Shape:
-        return Shape(_dims([run[number].inputs[path] for run in self.observer.passes]), mx.float32)
+        return Shape(
+            _dims([a.shape for a in arrays if a is not None], self.passes), self.first[number].outputs[path].dtype
+        )
 
     def _effects(self, number: int) -> list[CacheEffect]:
         runs = [run[number].effects for run in self.observer.passes]
@@ -161,33 +185,33 @@ class _Conclusion:
         effects = []
         for position, (path, method, arguments) in enumerate(runs[0]):
             seen = [effects[position][2] for effects in runs]
-            fitted = tuple(_fit_argument([s[i] for s in seen]) for i in range(len(arguments)))
+            fitted = tuple(_fit_argument([s[i] for s in seen], self.passes) for i in range(len(arguments)))
             effects.append(CacheEffect(path, method, fitted))
         return effects
 
 
-def _dims(shapes: list[tuple[int, ...]]) -> tuple[Dim, ...]:
+def _dims(shapes: list[tuple[int, ...]], passes: list[Pass]) -> tuple[Dim, ...]:
     if len({len(shape) for shape in shapes}) != 1:
         return (Dim(),)
-    return tuple(_fit_dim([shape[axis] for shape in shapes]) for axis in range(len(shapes[0])))
+    return tuple(_fit_dim([shape[axis] for shape in shapes], passes) for axis in range(len(shapes[0])))
 
 
-def _fit_dim(sizes: list[int]) -> Dim:
+def _fit_dim(sizes: list[int], passes: list[Pass]) -> Dim:
     """The Dim that gives `sizes` for the passes' rows and tokens (a dimension that grows: its tokens)."""
     for rows, tokens in ((False, False), (False, True), (True, False), (True, True)):
-        scales = [(b if rows else 1) * (t if tokens else 1) for b, t, _ in _PASSES]
+        scales = [(b if rows else 1) * (t if tokens else 1) for b, t, _ in passes]
         if sizes[0] % scales[0] == 0:
             dim = Dim(sizes[0] // scales[0], rows, tokens)
-            if all(dim(b, t) == size for size, (b, t, _) in zip(sizes, _PASSES, strict=True)):
+            if all(dim(b, t) == size for size, (b, t, _) in zip(sizes, passes, strict=True)):
                 return dim
     return Dim(tokens=True)
 
 
-def _fit_argument(values: list[Any]) -> Any:
+def _fit_argument(values: list[Any], passes: list[Pass]) -> Any:
     """An array argument becomes the Shape of rows of width 0; a count of tokens a Dim; else it stays."""
     first = values[0]
     if isinstance(first, tuple) and len(first) == 2 and isinstance(first[1], mx.Dtype):
-        dims = _dims([value[0] for value in values])
+        dims = _dims([value[0] for value in values], passes)
         if len(dims) == 4:  # keys or values (B, heads, L, head size): one head is enough
             dims = (dims[0], Dim(), dims[2], Dim(0))
         elif len(dims) == 3 and dims[1].tokens:  # rows of a window (B, L, width)
@@ -196,5 +220,5 @@ def _fit_argument(values: list[Any]) -> Any:
             dims = (dims[0], Dim(0))
         return Shape(dims, first[1])
     if isinstance(first, int) and not isinstance(first, bool) and any(v != first for v in values):
-        return _fit_dim(values)
+        return _fit_dim(values, passes)
     return first

@@ -12,6 +12,7 @@ Knows ranks and bytes. Must not know models or steps.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import os
@@ -31,7 +32,7 @@ import mlx.core as mx
 import numpy as np
 
 from hippo_mpi.errors import HippoError, RankError
-from hippo_mpi.transport.world import World
+from hippo_mpi.transport.world import World, deadline
 
 BEAT_S = 0.5
 _INTRODUCTION_BYTES = 512
@@ -73,9 +74,9 @@ class Control:
 
     def progress(self, doing: str) -> None:
         """Something was finished, and `doing` comes next: the deadline starts anew."""
+        self._moved_at = time.monotonic()  # first: the watch thread must not see an old time and "not idle"
         self._progress += 1
         self._doing, self._is_idle = doing, False
-        self._moved_at = time.monotonic()
 
     def idle(self) -> None:
         """Nothing is due: no deadline runs until the next `progress`."""
@@ -129,9 +130,13 @@ class Control:
 
     def await_announcement(self) -> bytes:
         """Sleep until the rank before announces a message. The watch thread keeps the deadline."""
-        frame = _read_frame(self._previous)
+        before = (self.world.rank - 1) % self.world.size
+        try:
+            frame = _read_frame(self._previous)
+        except OSError as error:
+            self._lost(before, str(error))
         if frame is None:
-            self._lost((self.world.rank - 1) % self.world.size, "its connection closed")
+            self._lost(before, "its connection closed")
         return frame
 
     # ---- the end
@@ -145,7 +150,9 @@ class Control:
     def _connect(self) -> None:
         world = self.world
         listener = socket.create_server((world.address if world.backend == "ring" else "", 0), backlog=world.size + 1)
-        key, addresses = _introduce(world, listener.getsockname()[1])
+        complaint = f"{world.name} waited {self.timeout_s:.0f} s for the addresses of the other ranks"
+        with deadline(self.timeout_s, complaint, world.rank):
+            key, addresses = _introduce(world, listener.getsockname()[1])
         names = [f"rank {rank} ({who['host']})" for rank, who in enumerate(addresses)]
         successor, predecessor = (world.rank + 1) % world.size, (world.rank - 1) % world.size
         listener.settimeout(self.timeout_s)
@@ -253,12 +260,14 @@ class Control:
 
     def _leave(self, line: str | None, code: int) -> NoReturn:
         """End this process at once: an orderly end would wait in MPI_Finalize for ranks that are gone."""
-        sys.stdout.flush()
         if line is not None:
             prompt_end = "\n" if self._is_idle else ""  # while a person is asked, the cursor is behind the prompt
             os.write(2, f"{prompt_end}error: {line}\n".encode())
         if self.world.rank == 0:
             self.on_end(code)
+        if threading.current_thread() is threading.main_thread():  # elsewhere a full pipe could hold us up
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
         os._exit(code)
 
 
@@ -267,7 +276,10 @@ def _introduce(world: World, port: int) -> tuple[bytes, list[dict[str, Any]]]:
     me = {"host": world.host, "address": world.address, "port": port, "pid": os.getpid(), "key": secrets.token_hex(16)}
     card = json.dumps(me).encode().ljust(_INTRODUCTION_BYTES)
     gathered = mx.distributed.all_gather(mx.array(list(card), dtype=mx.uint8)[None], group=world.group)
-    mx.eval(gathered)
+    try:
+        mx.eval(gathered)
+    except RuntimeError as error:
+        raise RankError(f"lost a rank while exchanging addresses: {error}") from None
     cards = [json.loads(bytes(np.array(row)).rstrip()) for row in gathered]
     return bytes.fromhex(cards[0]["key"]), cards
 

@@ -1,4 +1,4 @@
-"""Living under mlx.launch: its standard input, its death, and the exit status that it swallows."""
+"""Living under mlx.launch: its standard input and its death."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import queue
 import stat
 import sys
 import threading
-from pathlib import Path
 
 from hippo_mpi.transport.world import World
 
-STATUS_FILE = "HIPPO_STATUS_FILE"
 _SILENCE_S = 1.0
 
 
@@ -25,7 +23,9 @@ class Launcher:
     def __init__(self, world: World) -> None:
         self._chunks: queue.Queue[bytes] = queue.Queue()
         self._pending = b""
-        self._is_pipe = "MLX_HOSTFILE" in os.environ and world.size > 1 and stat.S_ISFIFO(os.fstat(0).st_mode)
+        self._is_pipe = bool({"MLX_HOSTFILE", "MLX_IBV_DEVICES"} & set(os.environ)) and stat.S_ISFIFO(
+            os.fstat(0).st_mode
+        )
         if self._is_pipe:
             threading.Thread(target=self._pump, args=(world,), name="hippo-stdin", daemon=True).start()
 
@@ -59,10 +59,3 @@ class Launcher:
                 os._exit(3)
             if world.rank == 0:
                 self._chunks.put(data)
-
-    @staticmethod
-    def write_status(code: int) -> None:
-        """Leave the exit status where launch/run finds it: mlx.launch itself always returns 0."""
-        path = os.environ.get(STATUS_FILE)
-        if path:
-            Path(path).write_text(f"{code}\n")

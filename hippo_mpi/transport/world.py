@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -18,7 +19,16 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from hippo_mpi.errors import LaunchError
+from hippo_mpi.errors import LaunchError, RankError
+
+STATUS_FILE = "HIPPO_STATUS_FILE"
+
+
+def write_status(code: int) -> None:
+    """Leave rank 0's exit status where launch/run finds it: mlx.launch itself always returns 0."""
+    path = os.environ.get(STATUS_FILE)
+    if path:
+        Path(path).write_text(f"{code}\n")
 
 
 @dataclass
@@ -65,6 +75,10 @@ def detect_launch() -> Launch:
         return Launch("jaccl", int(env.get("MLX_RANK", "0")), None)
     if "MLX_HOSTFILE" in env:
         return _detect_ring(Path(env["MLX_HOSTFILE"]), int(env.get("MLX_RANK", "0")))
+    # Under srun without PMIx, or another MPI, each task would be a world of its own.
+    tasks = int(env.get("PMI_SIZE", env.get("SLURM_STEP_NUM_TASKS", "1")))
+    if tasks > 1:
+        raise LaunchError(f"started as one of {tasks} tasks, but without PMIx: use srun --mpi=pmix, or mpirun")
     return Launch("", 0, 1)
 
 
@@ -95,7 +109,7 @@ def connect(launch: Launch, timeout_s: float) -> World:
     waiting_for = (
         f"rank {launch.rank} ({host}) waited {timeout_s:.0f} s for the other ranks to start ({launch.backend})"
     )
-    with _deadline(timeout_s, waiting_for):
+    with deadline(timeout_s, waiting_for, launch.rank):
         try:
             group = mx.distributed.init(strict=True, backend=launch.backend)
         except (RuntimeError, ValueError) as error:
@@ -105,13 +119,19 @@ def connect(launch: Launch, timeout_s: float) -> World:
             f"{launch.backend} made rank {group.rank()} of {group.size()}, but the launcher started rank {launch.rank} of"
             f" {launch.size}: is the launcher of the same MPI as the library ({os.environ.get('MLX_MPI_LIBNAME')})?"
         )
-    return World(group.rank(), group.size(), launch.backend, host, launch.address or _own_address(), group)
+    return World(group.rank(), group.size(), launch.backend, host, launch.address or _own_address(launch), group)
 
 
 def _find_mpi_library() -> None:
     """Point MLX at the PyPI wheel's library: its libmpi.so is a text stub, which gives silent worlds of one."""
     os.environ.setdefault("OMPI_MPI_THREAD_LEVEL", "3")  # two streams talk to MPI at once
-    if "MLX_MPI_LIBNAME" in os.environ or sys.platform == "darwin":
+    if "MLX_MPI_LIBNAME" in os.environ:
+        return
+    if sys.platform == "darwin":
+        mpirun = shutil.which("mpirun")
+        beside = sorted((Path(mpirun).resolve().parent.parent / "lib").glob("libmpi.*dylib")) if mpirun else []
+        if beside:
+            os.environ["MLX_MPI_LIBNAME"] = str(beside[0])
         return
     folder = os.environ.get("OMPI_LIBDIR_LOC", "")
     wheel = Path(folder) / "libmpi.so.40" if folder else None
@@ -127,18 +147,21 @@ def _explain(launch: Launch, error: str) -> str:
     return f"the {launch.backend} backend doesn't start: {error}"
 
 
-def _own_address() -> str:
-    """An address of this host for others: that of the interface which leads outside, else loopback."""
+def _own_address(launch: Launch) -> str:
+    """An address of this host for others: that of the interface which leads to them, or outside, else loopback."""
+    coordinator = os.environ.get("MLX_JACCL_COORDINATOR", "").rpartition(":")[0]
+    if launch.backend == "jaccl" and launch.rank == 0 and coordinator:
+        return coordinator
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # nothing is sent: this only picks a route
+            probe.connect((coordinator or "192.0.2.1", 9))  # nothing is sent: this only picks a route
             return str(probe.getsockname()[0])
         except OSError:
             return "127.0.0.1"
 
 
 @contextlib.contextmanager
-def _deadline(timeout_s: float, complaint: str) -> Iterator[None]:
+def deadline(timeout_s: float, complaint: str, rank: int) -> Iterator[None]:
     """End this process if the block takes longer.
 
     `mx.distributed.init` holds the interpreter's lock and rank 0's waits for ever, so no thread of ours can
@@ -151,6 +174,8 @@ def _deadline(timeout_s: float, complaint: str) -> Iterator[None]:
         os.close(done_write)
         if not select.select([done_read], [], [], timeout_s)[0]:
             os.write(2, f"error: {complaint}\n".encode())
+            if rank == 0:
+                write_status(RankError.exit_code)
             os.kill(parent, signal.SIGTERM)
         os._exit(0)
     os.close(done_read)

@@ -180,6 +180,13 @@ def test_mpi_library_that_does_not_load() -> None:
         assert not running.out
 
 
+def test_srun_without_pmix() -> None:
+    """Each task would be a world of its own."""
+    with ranks.single([GENERATE], env={"PMI_RANK": "1", "PMI_SIZE": "2"}) as running:
+        assert running.wait(SECONDS) == 2
+        assert running.err == "error: started as one of 2 tasks, but without PMIx: use srun --mpi=pmix, or mpirun\n"
+
+
 HOSTFILES = {
     "not JSON": ("[", "is not JSON"),
     "empty": ("[]", "lists no host"),
@@ -199,6 +206,13 @@ def test_bad_hostfile(case: str, tmp_path: Path) -> None:
     assert found.returncode == 2
     assert expected in found.stderr
     assert len(found.stderr.splitlines()) == 1
+
+
+def test_run_passes_on_success() -> None:
+    command = [sys.executable, "-m", "hippo_mpi.run", "--help"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert found.returncode == 0
+    assert found.stdout.startswith("usage: hippo_mpi.generate")
 
 
 def test_run_passes_on_the_exit_status() -> None:

@@ -71,6 +71,15 @@ def splits(checkpoint: Checkpoint) -> list[list[int]]:
     return [list(s) for s in {tuple(s) for s in found}]
 
 
+def test_what_is_handed_on_late_is_found(tmp_path: Path) -> None:
+    """Of deepseek_v41's layers those after the first must stay together, however late they begin to share."""
+    cuts = [
+        set(open_folder(tiny_models.make_checkpoint(name, tmp_path / name)).flow.forbidden_cuts())
+        for name in ("deepseek_v41", "deepseek_v41-slow")
+    ]
+    assert cuts[0] == cuts[1] != set()
+
+
 def tokens_for(name: str, seed: int = 0) -> list[int]:
     rng = random.Random(f"{name} {seed}")
     return [rng.randrange(1, 100) for _ in range(PREFILL + CHUNK + 2)]

@@ -33,6 +33,20 @@ def test_a_rank_whose_peer_never_starts(rank: int, tmp_path: Path) -> None:
     assert f"rank {rank} (" in lines[0] and "waited 4 s for the other ranks" in lines[0]
 
 
+def test_a_ring_of_three_whose_last_rank_never_starts(tmp_path: Path) -> None:
+    """Some ranks have joined by then, and wait for addresses: that wait has a deadline, too."""
+    hostfile = tmp_path / "hosts.json"
+    hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ranks.free_ports(4)]))
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(ranks.single(GENERATE, env={"MLX_RANK": str(i), "MLX_HOSTFILE": str(hostfile)}))
+            for i in (0, 1, 3)
+        ]
+        began = time.monotonic()
+        assert all(rank.wait(2 * TIMEOUT_S + 10) != 0 for rank in running)
+        assert time.monotonic() - began < 2 * TIMEOUT_S + 8
+
+
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 

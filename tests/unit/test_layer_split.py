@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hippo_mpi.errors import PlanError
+from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.shard.layer_split import Machine, plan_split
-from hippo_mpi.shard.model_info import CacheCost, ModelInfo
+from hippo_mpi.shard.model_info import CacheCost, ModelInfo, model_info
+from tests.local_ring import open_folder
+from tests.parity import tiny_models
+from tests.parity.tiny_models import make_checkpoint
 
 GIB = 1 << 30
 
@@ -83,3 +88,13 @@ def test_more_ranks_than_stages() -> None:
         plan_split(info([1.0] * 3), machines)
     with pytest.raises(PlanError, match="can be cut into 2 stages at most"):
         plan_split(info([1.0] * 3, forbidden={1: "why"}), machines[:3])
+
+
+def test_caches_count_for_the_layers_that_have_them(tmp_path: Path) -> None:
+    """nemotron_h has caches for some of its layers only: mamba and attention, not experts."""
+    checkpoint = open_folder(make_checkpoint("nemotron_h", tmp_path))
+    kinds = tiny_models.config_of("nemotron_h")["hybrid_override_pattern"]
+    caches = model_info(checkpoint, KVSettings()).caches
+    for kind, cache in zip(kinds, caches, strict=True):
+        assert (cache.fixed > 0) == (kind == "M")
+        assert (cache.per_token > 0) == (kind == "*")
