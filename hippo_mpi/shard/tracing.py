@@ -73,11 +73,10 @@ class _Conclusion:
 
     def dataflow(self) -> Dataflow:
         calls = [self._call(number) for number in range(len(self.first))]
-        last = len(calls) - 1
         head_reads: set[Path] = set()
         head_weights: set[str] = set()
         for needs in self.observer.needs:
-            self._follow(len(calls), needs[("logits",)], head_reads, head_weights, needs)
+            self._follow(len(calls), needs[("logits",)], head_reads, head_weights)
         for number, call in enumerate(calls):
             for path in call.prepared:
                 for needs in self.observer.needs:
@@ -85,7 +84,6 @@ class _Conclusion:
             # A weight of a layer belongs to its rank even if no pass read it.
             call.weights |= {n for n, layer in self.observer.layer_of_weight.items() if layer == call.layer}
         self._join_growing(calls, head_reads)
-        assert last >= 0
         return Dataflow(self.num_layers, calls, head_reads, head_weights, self.joined, self.reason)
 
     def _join(self, a: int, b: int, why: str) -> None:
@@ -135,11 +133,9 @@ class _Conclusion:
             if any(path not in run[number].inputs for run in self.observer.passes):
                 self._join(0, number, f"layer {call.layer} is sometimes given something made from the embedding")
             return
-        self._follow(number, made_from, call.reads, call.weights, {})
+        self._follow(number, made_from, call.reads, call.weights)
 
-    def _follow(
-        self, number: int, made_from: set[Any], reads: set[Path], weights: set[str], needs: dict[Any, set[Any]]
-    ) -> None:
+    def _follow(self, number: int, made_from: set[Any], reads: set[Path], weights: set[str]) -> None:
         """Sort what call `number` (or the head) is made from into reads of the call before, and weights."""
         for name in made_from:
             if name[0] == "weight":
