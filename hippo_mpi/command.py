@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hippo_mpi.config import BUNDLED_MODEL, Parser, run_options
-from hippo_mpi.errors import HippoError, ModelError, UserError
+from hippo_mpi.errors import HippoError, ModelError, UserError, print_error
 from hippo_mpi.parallel.pipeline import Agreement, Pipeline, agree
 from hippo_mpi.serving.progress import Progress
 from hippo_mpi.shard.checkpoint import ModelSource
@@ -92,7 +92,7 @@ def _start(parser: Parser, argv: list[str]) -> tuple[World, argparse.Namespace, 
 
 def _refuse(line: str, code: int, rank: int) -> NoReturn:
     """End a rank that has no connection to the others yet; each speaks for itself."""
-    sys.stderr.write(f"error: {line}\n")
+    print_error(line)
     _exit(code, rank)
 
 

@@ -11,6 +11,9 @@ HippoError                 one clear line for the user, no traceback
 
 from __future__ import annotations
 
+import contextlib
+import os
+
 
 class HippoError(Exception):
     exit_code = 1
@@ -38,3 +41,9 @@ class RankError(HippoError):
 
 class DesyncError(RankError):
     pass
+
+
+def print_error(line: str, starts_anew: bool = False) -> None:
+    """One line on stderr, a new one if asked. Nobody may be left to read it: that never raises."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{chr(10) * starts_anew}error: {line}\n".encode())

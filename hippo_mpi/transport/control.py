@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 import mlx.core as mx
 import numpy as np
 
-from hippo_mpi.errors import HippoError, RankError
+from hippo_mpi.errors import HippoError, RankError, print_error
 from hippo_mpi.transport.world import World, deadline
 
 BEAT_S = 0.5
@@ -261,8 +261,7 @@ class Control:
     def _leave(self, line: str | None, code: int) -> NoReturn:
         """End this process at once: an orderly end would wait in MPI_Finalize for ranks that are gone."""
         if line is not None:
-            prompt_end = "\n" if self._is_idle else ""  # while a person is asked, the cursor is behind the prompt
-            os.write(2, f"{prompt_end}error: {line}\n".encode())
+            print_error(line, starts_anew=self._is_idle)  # while a person is asked, the cursor is behind the prompt
         if self.world.rank == 0:
             self.on_end(code)
         if threading.current_thread() is threading.main_thread():  # elsewhere a full pipe could hold us up

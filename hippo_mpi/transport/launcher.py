@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import stat
 import sys
 import threading
+import time
+from pathlib import Path
+from typing import NoReturn
 
+from hippo_mpi.errors import RankError, print_error
 from hippo_mpi.transport.world import World
 
 _SILENCE_S = 1.0
+_LOOK_S = 0.5
+_FROZEN_LOOKS = 4
 
 
 class Launcher:
     """Standard input, shared with whoever started us.
 
     mlx.launch gives its ranks a pipe and copies its own input to all of them, but never passes on its end; when
-    the pipe itself ends, mlx.launch is gone, and so must be its ranks. Elsewhere the input is just the input.
+    the pipe itself ends, mlx.launch is gone, and so must be its ranks. A SIGINT sent to mlx.launch alone ends only
+    its main thread, while others keep the pipe open: rank 0, beside it, looks at that thread (on Linux; elsewhere
+    the ranks end with the answer). Where no mlx.launch started us, the input is just the input.
     """
 
     def __init__(self, world: World) -> None:
@@ -28,6 +37,8 @@ class Launcher:
         )
         if self._is_pipe:
             threading.Thread(target=self._pump, args=(world,), name="hippo-stdin", daemon=True).start()
+            if world.rank == 0 and _is_launched_here():
+                threading.Thread(target=self._watch, name="hippo-launcher", daemon=True).start()
 
     def read_all(self) -> str:
         """All of the input. Under mlx.launch it ends with a second of silence after the first text."""
@@ -54,8 +65,34 @@ class Launcher:
         while True:
             data = os.read(0, 8192)
             if not data:
-                if world.rank == 0:
-                    os.write(2, b"error: the launcher is gone\n")
-                os._exit(3)
+                _end(world.rank)
             if world.rank == 0:
                 self._chunks.put(data)
+
+    def _watch(self) -> None:
+        """End when the launcher's main thread, which wakes ten times a second, waits for its threads only."""
+        parent, seen, frozen = os.getppid(), "", 0
+        while frozen < _FROZEN_LOOKS:
+            time.sleep(_LOOK_S)
+            try:
+                waits_in = Path(f"/proc/{parent}/wchan").read_text()
+                status = Path(f"/proc/{parent}/task/{parent}/status").read_text()
+            except OSError:
+                return  # gone: the pipe says so
+            switches = re.findall(r"^voluntary_ctxt_switches:.*", status, re.MULTILINE)[0]
+            is_frozen = waits_in.startswith("futex") and switches == seen
+            seen, frozen = switches, frozen + 1 if is_frozen else 0
+        _end(0)
+
+
+def _is_launched_here() -> bool:
+    try:
+        return b"mlx.launch" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:  # no /proc, or a launcher that is gone
+        return False
+
+
+def _end(rank: int) -> NoReturn:
+    if rank == 0:
+        print_error("the launcher is gone")
+    os._exit(RankError.exit_code)

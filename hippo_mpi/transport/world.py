@@ -19,7 +19,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from hippo_mpi.errors import LaunchError, RankError
+from hippo_mpi.errors import LaunchError, RankError, print_error
 
 STATUS_FILE = "HIPPO_STATUS_FILE"
 
@@ -173,7 +173,7 @@ def deadline(timeout_s: float, complaint: str, rank: int) -> Iterator[None]:
     if child == 0:
         os.close(done_write)
         if not select.select([done_read], [], [], timeout_s)[0]:
-            os.write(2, f"error: {complaint}\n".encode())
+            print_error(complaint)
             if rank == 0:
                 write_status(RankError.exit_code)
             os.kill(parent, signal.SIGTERM)
