@@ -24,8 +24,10 @@ from hippo_mpi.errors import ModelError
 from hippo_mpi.shard.adapters import adapt
 from hippo_mpi.shard.dataflow import Dataflow
 from hippo_mpi.shard.graph import ancestors
-from hippo_mpi.shard.hub import fetch, is_view
+from hippo_mpi.shard.hub import commit_of, fetch, is_view
 from hippo_mpi.shard.tracing import trace
+
+_SAMPLES_PER_FILE, _SAMPLE_BYTES = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class Checkpoint:
     expert_share: dict[str, float]  # of weights stacked over experts: the share that one token reads
 
     def digest(self) -> str:
-        """A short hash of the structure, equal on ranks that hold the same model."""
+        """A short hash of structure and weights (samples of them), equal on ranks that hold the same model."""
         config = {k: v for k, v in self.config.items() if not k.startswith("_")}
-        text = json.dumps([config, sorted(self.weight_bytes.items()), self.flow.digest()], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        content = commit_of(self.source.path) or _sample_of_files(self.source)
+        found = [config, sorted(self.weight_bytes.items()), self.flow.digest(), content]
+        return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def stage_files(self, start: int, stop: int) -> set[str]:
         """Names of the weight files that layers [start, stop) are made from (with start 0, embedding and head too)."""
@@ -80,6 +83,19 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     with _errors_of(source.path, "can't be run"):
         flow = trace(model)
     return Checkpoint(source, config, flow, sizes, shares)
+
+
+def _sample_of_files(source: ModelSource) -> str:
+    """A hash over pieces of every weight file: fine-tunes of one model have the same structure."""
+    found = hashlib.sha256()
+    for folder in [source.path, *([Path(source.adapter_path)] if source.adapter_path else [])]:
+        for path in sorted(folder.glob("*.safetensors")):
+            size = path.stat().st_size
+            with path.open("rb") as stream:
+                for piece in range(_SAMPLES_PER_FILE):
+                    stream.seek(size * piece // _SAMPLES_PER_FILE)
+                    found.update(stream.read(_SAMPLE_BYTES))
+    return found.hexdigest()
 
 
 def load_stage_weights(

@@ -48,6 +48,11 @@ def is_view(folder: Path) -> bool:
     return (folder / _NOTE).exists()
 
 
+def commit_of(folder: Path) -> str | None:
+    """The commit that a view shows; None for an ordinary folder."""
+    return str(json.loads((folder / _NOTE).read_text())["commit"]) if is_view(folder) else None
+
+
 def fetch(folder: Path, files: Iterable[str], on_progress: Callable[[], None]) -> None:
     """Replace stand-ins in a view by the real files.
 

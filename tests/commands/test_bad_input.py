@@ -141,9 +141,23 @@ def test_ranks_with_different_arguments() -> None:
     assert_refused(commands, "rank 0", "rank 1", "different command-line arguments")
 
 
-def test_ranks_with_different_models(tmp_path: Path) -> None:
+def retrained(folder: Path) -> Path:
+    """The bundled model with other numbers in it: the same structure."""
+    folder.mkdir()
+    for path in BUNDLED_MODEL.iterdir():
+        (folder / path.name).symlink_to(path)
+    weights = mx.load(str(BUNDLED_MODEL / "model.safetensors"))
+    assert isinstance(weights, dict)
+    (folder / "model.safetensors").unlink()
+    mx.save_safetensors(str(folder / "model.safetensors"), {k: v * 1.01 for k, v in weights.items()})
+    return folder
+
+
+@pytest.mark.parametrize("is_same_structure", [False, True])
+def test_ranks_with_different_models(tmp_path: Path, is_same_structure: bool) -> None:
     """The same path, but another model behind it: here, by way of the working folder."""
-    for name, other in (("a", BUNDLED_MODEL), ("b", BUNDLED_MODEL.parent / "story-draft")):
+    second = retrained(tmp_path / "retrained") if is_same_structure else BUNDLED_MODEL.parent / "story-draft"
+    for name, other in (("a", BUNDLED_MODEL), ("b", second)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model").symlink_to(other)
     shell = 'cd "$0" && exec "$@"'
