@@ -12,8 +12,9 @@ import mlx.core as mx
 
 from hippo_mpi import command, config
 from hippo_mpi.command import Session
-from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.engine import Engine, check_context
 from hippo_mpi.engine.request import SamplingParams
+from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.parallel.pipeline import Pipeline
 from hippo_mpi.plan import show
@@ -59,13 +60,15 @@ def lead(session: Session, first_prompt: str | None = None) -> tuple[Pipeline, C
     eos = session.agreement.checkpoint.config.get("eos_token_id")
     tokenizer = open_tokenizer(source.path, eos, tuple(arguments.extra_eos_token), source.trust_remote_code)
     chat_format = ChatFormat(arguments.ignore_chat_template, arguments.chat_template_config, arguments.prefill_response)
-    conversation = Conversation(tokenizer, chat_format, arguments.system_prompt, session.agreement.max_context)
+    conversation = Conversation(tokenizer, chat_format, arguments.system_prompt)
+    max_context = session.agreement.max_context
     if first_prompt is not None:
-        conversation.encode(first_prompt)
+        check_context(len(conversation.encode(first_prompt)), max_context)
     pipeline = session.load()
     if arguments.seed is not None:
         mx.random.seed(arguments.seed)
-    conversation.engine = Engine(pipeline.leader(), tokenizer, arguments.prefill_step_size)
+    limits = Limits(prefill_chunk=arguments.prefill_step_size)
+    conversation.engine = Engine(pipeline.leader(), tokenizer, limits, max_context, prefix_tokens=max_context)
     return pipeline, conversation
 
 

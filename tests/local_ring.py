@@ -50,13 +50,13 @@ class LocalRing:
         return pump
 
     def plan(self, slot: int, position: int, num_tokens: int, wants_logits: bool = True) -> StepPlan:
-        plan = StepPlan(self._serial, slot, position, num_tokens, wants_logits)
+        plan = StepPlan(self._serial, (slot,), (position,), num_tokens, wants_logits)
         self._serial += 1
         return plan
 
     def logits(self, tokens: Sequence[int], position: int, slot: int = 0) -> mx.array:
         """Run one step to its end: logits (1, L, V)."""
-        finished = self.leader.step(self.plan(slot, position, len(tokens)), list(tokens))
+        finished = self.leader.step(self.plan(slot, position, len(tokens)), [list(tokens)])
         if finished is None:
             finished = self.leader.step(None, [])
         assert finished is not None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import count
 
-import mlx.core as mx
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from hippo_mpi.engine.request import FinishReason, Request, RequestOutput, Sequence, Timings
-from hippo_mpi.engine.scheduler import Scheduler
+from hippo_mpi.engine.prefix_cache import PrefixCache
+from hippo_mpi.engine.request import FinishReason, Request, RequestOutput, Sequence, Timings, TokenLogprobs
+from hippo_mpi.engine.sampling import Chooser, sample
+from hippo_mpi.engine.scheduler import Limits, Scheduler
 from hippo_mpi.engine.text import find_stop
+from hippo_mpi.errors import UserError
 from hippo_mpi.parallel.worker import Leader
 
 
@@ -21,69 +23,99 @@ class Engine:
     Args:
         leader: begins and finishes steps.
         tokenizer: for end tokens and text.
-        prefill_step_size: how many tokens of a prompt one step takes; None: as suits the number of stages.
+        limits: what may be in flight at once.
+        max_context: most tokens that a prompt and its answer may have together.
+        prefix_tokens: most tokens of ended requests that stay in the caches, for others that begin like them.
     """
 
-    def __init__(self, leader: Leader, tokenizer: TokenizerWrapper, prefill_step_size: int | None = None) -> None:
-        self._leader, self._tokenizer = leader, tokenizer
-        self._scheduler = Scheduler(leader.max_in_flight, prefill_step_size)
-        self.timings: dict[int, Timings] = {}
+    def __init__(
+        self, leader: Leader, tokenizer: TokenizerWrapper, limits: Limits, max_context: int, prefix_tokens: int = 0
+    ) -> None:
+        self._leader, self._tokenizer, self._max_context = leader, tokenizer, max_context
+        self._limits = limits
+        prefixes = PrefixCache(prefix_tokens, leader.caches.can_trim)
+        self._scheduler = Scheduler(leader.max_in_flight, limits, prefixes, count())
+        self._sequences: dict[int, Sequence] = {}
+        self._aborted: list[RequestOutput] = []
+        newline = list(tokenizer.encode("\n", add_special_tokens=False))
+        self._special_tokens = newline + list(tokenizer.eos_token_ids)
         self.on_prefill: Callable[[int, int], None] = lambda done, total: None
 
-    def can_cut(self, slot: int) -> bool:
-        """Whether a slot's cache may lose tokens at its end."""
-        return self._leader.caches.can_trim(slot)
+    @property
+    def is_idle(self) -> bool:
+        return self._scheduler.is_empty and not self._aborted
+
+    @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting
 
     def add(self, request: Request) -> None:
-        params = request.sampling
-        special = list(self._tokenizer.encode("\n", add_special_tokens=False)) + list(self._tokenizer.eos_token_ids)
-        sampler = make_sampler(
-            params.temp, params.top_p, params.min_p, params.min_tokens_to_keep, params.top_k,
-            xtc_probability=params.xtc_probability, xtc_threshold=params.xtc_threshold, xtc_special_tokens=special,
-        )  # fmt: skip
-        processors = make_logits_processors(
-            repetition_penalty=params.repetition_penalty, repetition_context_size=params.repetition_context_size
-        )
-        sequence = Sequence(
-            request, list(request.prompt), request.cached_tokens, sampler, processors, self._tokenizer.detokenizer
-        )
-        self._scheduler.add(sequence)
-        self.timings[request.id] = Timings(
-            time.perf_counter(), prompt_tokens=len(request.prompt), cached_tokens=request.cached_tokens
-        )
+        """Queue a request.
 
-    def release(self, slot: int) -> None:
-        self._leader.step(self._scheduler.release(slot), [])
+        Raises:
+            UserError: it can never be answered; the message has the numbers.
+        """
+        prompt_tokens, limit = len(request.prompt), self._limits.cache_tokens
+        check_context(prompt_tokens, self._max_context)
+        allowed = min(request.sampling.max_tokens, self._max_context - prompt_tokens)
+        if limit is not None and prompt_tokens + allowed > limit:
+            raise UserError(
+                f"prompt and answer may have {prompt_tokens + allowed:,} tokens, but the KV caches hold {limit:,}:"
+                " ask for fewer (--max-tokens), or use more ranks"
+            )
+        request = replace(request, sampling=replace(request.sampling, max_tokens=allowed))
+        sequence = Sequence(
+            request, list(request.prompt), Chooser(request.sampling, self._special_tokens),
+            self._tokenizer.detokenizer, Timings(prompt_tokens=len(request.prompt)),
+        )  # fmt: skip
+        self._sequences[request.id] = sequence
+        self._scheduler.add(sequence)
+
+    def abort(self, request_id: int) -> None:
+        """End a request early. Its last output comes with the next steps; unknown and ended ones are ignored."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and self._scheduler.abort(sequence):
+            self._aborted.append(self._ended(sequence))
+
+    def forget_prefixes(self) -> None:
+        """Free the caches of ended requests, on every rank."""
+        self._scheduler.forget_prefixes()
+        self.step()
 
     def run(self) -> Iterator[RequestOutput]:
         """Step until every request has finished."""
-        while not self._scheduler.is_empty:
-            planned = self._scheduler.next_plan()
-            finished = self._leader.step(*planned) if planned else self._leader.step(None, [])
-            if planned:
-                self._report_prefill(planned[0].position + planned[0].num_tokens)
-            if finished is None:
-                continue
-            plan, logits = finished
-            sequence = self._scheduler.sequence_of(plan)
-            token = _sample(sequence, logits)
-            output = self._emit(sequence, token)
-            self._scheduler.commit(plan, token, output.finish_reason)
-            yield output
+        while not self.is_idle:
+            yield from self.step()
 
-    def _report_prefill(self, position: int) -> None:
-        for sequence in self._scheduler.running:
-            if sequence.position == position <= len(sequence.request.prompt):
-                self.on_prefill(position, len(sequence.request.prompt))
+    def step(self) -> list[RequestOutput]:
+        """Begin a step, if any can be, and emit what an older one gave."""
+        outputs, self._aborted = self._aborted, []
+        planned = self._scheduler.next_plan()
+        if planned is None and not self._leader.num_in_flight:
+            return outputs
+        finished = self._leader.step(*planned) if planned else self._leader.step(None, [])
+        if self._scheduler.prefilling:
+            first = self._scheduler.prefilling[0]
+            self.on_prefill(first.position, len(first.request.prompt))
+        if finished is None:
+            return outputs
+        plan, logits = finished
+        rows = self._scheduler.rows_of(plan)
+        sampled = sample([row.chooser for row in rows], [row.tokens for row in rows], logits[:, -1, :])
+        emitted = [self._emit(row, *chosen) for row, chosen in zip(rows, sampled, strict=True)]
+        self._scheduler.commit(plan, [token for token, _ in sampled], [output.finish_reason for output in emitted])
+        return outputs + emitted
 
-    def _emit(self, sequence: Sequence, token: int) -> RequestOutput:
+    def _ended(self, sequence: Sequence) -> RequestOutput:
+        del self._sequences[sequence.request.id]
+        return RequestOutput(sequence.request.id, "", None, sequence.timings, finish_reason="abort")
+
+    def _emit(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> RequestOutput:
         """Text that is safe to show, and whether the answer ends with this token."""
-        timings = self.timings[sequence.request.id]
-        timings.finished_s = time.perf_counter()
-        if not timings.token_ids:
-            timings.first_token_s = timings.finished_s
-        timings.token_ids.append(token)
-        params = sequence.request.sampling
+        if sequence.is_aborted:
+            return self._ended(sequence)
+        timings, params = sequence.timings, sequence.request.sampling
+        timings.note(token)
         reason: FinishReason | None = None
         if token in self._tokenizer.eos_token_ids:
             reason = "stop"
@@ -99,13 +131,15 @@ class Engine:
             reason, text = "stop", text[:cut]
         end = len(text) if reason else safe
         shown, sequence.emitted_chars = text[sequence.emitted_chars : end], max(end, sequence.emitted_chars)
-        return RequestOutput(sequence.request.id, shown, token, reason)
+        if reason:
+            del self._sequences[sequence.request.id]
+        return RequestOutput(sequence.request.id, shown, token, timings, logprobs, reason)
 
 
-def _sample(sequence: Sequence, logits: mx.array) -> int:
-    """The next token, in the order of operations of mlx_lm.generate."""
-    last = logits[:, -1, :]
-    for processor in sequence.logits_processors:
-        last = processor(mx.array(sequence.tokens), last)
-    logprobs = last - mx.logsumexp(last, keepdims=True)
-    return int(sequence.sampler(logprobs).item())
+def check_context(prompt_tokens: int, max_context: int) -> None:
+    """Raise a UserError if a prompt leaves no room for an answer."""
+    if prompt_tokens >= max_context:
+        raise UserError(
+            f"the prompt has {prompt_tokens:,} tokens, but the context is {max_context:,} (--max-context):"
+            " make it shorter"
+        )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen; names and defaults are mlx_lm.generate's."""
+    """How tokens are chosen; names and defaults are mlx_lm.generate's, or else OpenAI's."""
 
     max_tokens: int = 100
     temp: float = 0.0
@@ -22,55 +23,47 @@ class SamplingParams:
     xtc_threshold: float = 0.1
     repetition_penalty: float | None = None
     repetition_context_size: int = 20
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None  # None: MLX's own random state goes on
+    logprobs: int | None = None  # how many likeliest tokens to tell of beside the chosen one; None: tell nothing
     stop_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to answer it. Tokens [0, cached_tokens) are in the slot's cache already."""
+    """A prompt (tokens) and how to answer it."""
 
     id: int
     prompt: list[int]
     sampling: SamplingParams
-    slot: int
-    cached_tokens: int = 0
-
-
-@dataclass
-class Sequence:
-    """A request under way. `tokens` is the prompt and what was generated; `position` is how many are in the cache."""
-
-    request: Request
-    tokens: list[int]
-    position: int
-    sampler: Any  # mlx_lm.sample_utils.Sampler
-    logits_processors: list[Any]
-    detokenizer: Any
-    emitted_chars: int = 0
-    finish_reason: FinishReason | None = None
-    awaits_logits: bool = False
 
 
 @dataclass(frozen=True)
-class RequestOutput:
-    """What a step added to an answer. The last one of a request has a finish reason."""
+class TokenLogprobs:
+    """Natural logarithms of probabilities: of the chosen token, and of the likeliest ones (token, logprob)."""
 
-    request_id: int
-    text: str
-    token: int
-    finish_reason: FinishReason | None = None
+    chosen: float
+    top: list[tuple[int, float]]
 
 
 @dataclass
 class Timings:
     """When a request's tokens were made, in seconds of the same clock."""
 
-    started_s: float = 0.0
+    started_s: float = field(default_factory=time.perf_counter)
     first_token_s: float = 0.0
     finished_s: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
+
+    def note(self, token: int) -> None:
+        self.finished_s = time.perf_counter()
+        if not self.token_ids:
+            self.first_token_s = self.finished_s
+        self.token_ids.append(token)
 
     @property
     def prompt_tps(self) -> float:
@@ -80,3 +73,35 @@ class Timings:
     def generation_tps(self) -> float:
         made = len(self.token_ids) - 1  # the first token is the prompt's
         return made / max(self.finished_s - self.first_token_s, 1e-9) if made > 0 else 0.0
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request under way. `tokens` is the prompt and what was generated; `position` is how many are in the cache."""
+
+    request: Request
+    tokens: list[int]
+    chooser: Any  # engine.sampling.Chooser
+    detokenizer: Any
+    timings: Timings
+    slot: int = -1  # given when the request is admitted
+    position: int = 0
+    emitted_chars: int = 0
+    is_aborted: bool = False
+
+    @property
+    def most_tokens(self) -> int:
+        """How long it can become."""
+        return len(self.request.prompt) + self.request.sampling.max_tokens
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What a step added to an answer. The last one of a request has a finish reason."""
+
+    request_id: int
+    text: str
+    token: int | None  # None when the request was aborted
+    timings: Timings
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None

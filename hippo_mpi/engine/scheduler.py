@@ -1,13 +1,19 @@
-"""Which sequence does what next. Sequences with work to do take turns; prompts are cut into chunks.
+"""Which rows take the next step: WAITING -> PREFILLING -> RUNNING -> finished.
 
-Chunks of a prompt follow one another through the stages without waiting for results; a sequence that decodes
-waits for its token. Knows positions and counts. Must not know MLX, text or ranks.
+Sequences that run are spread evenly over as many micro-batches as there are stages, so that every stage has one
+to work on: one request runs alone, many fill the batches. Prompts go through in chunks that follow one another
+without waiting for results; between two steps of running sequences at most `max_batch_tokens` prompt tokens go in.
+
+Knows positions and counts. Must not know MLX, text or ranks.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
+from hippo_mpi.engine.prefix_cache import PrefixCache
 from hippo_mpi.engine.request import FinishReason, Sequence
 from hippo_mpi.parallel.step_plan import StepPlan
 
@@ -15,71 +21,215 @@ _WHOLE_CHUNK_TOKENS = 2048  # mlx_lm.generate's
 _CHUNKS_PER_STAGE = 8  # with 8 chunks a stage, filling and draining the pipeline costs 1 part in 16 at 2 stages
 
 
-class Scheduler:
-    """Makes the StepPlans for the sequences that run."""
+@dataclass(frozen=True)
+class Limits:
+    """What may be in flight at once."""
 
-    def __init__(self, num_stages: int, prefill_step_size: int | None = None) -> None:
-        self._num_stages, self._prefill_step_size = num_stages, prefill_step_size
-        self._turns: deque[Sequence] = deque()
-        self._by_serial: dict[int, Sequence] = {}
-        self._serial = 0
+    max_batch_size: int = 1  # sequences that prefill or run
+    max_batch_tokens: int = 512  # prompt tokens between two steps of the running sequences
+    cache_tokens: int | None = None  # that all slots may hold together; None: no limit
+    prefill_chunk: int | None = None  # prompt tokens per step; None: as suits the number of stages
+    can_batch: bool = True  # whether rows may share a step
+
+
+@dataclass(eq=False)
+class _MicroBatch:
+    rows: list[Sequence] = field(default_factory=list)  # while in flight, those of the step
+    joining: list[Sequence] = field(default_factory=list)  # rows of its next step
+    is_in_flight: bool = False
 
     @property
-    def is_empty(self) -> bool:
-        return not self._turns
+    def size(self) -> int:
+        return len(self.rows) + len(self.joining)
+
+
+class Scheduler:
+    """Makes the StepPlans.
+
+    Args:
+        num_stages: steps that keep every stage busy.
+        serials: numbers for the plans.
+    """
+
+    def __init__(self, num_stages: int, limits: Limits, prefixes: PrefixCache, serials: Iterator[int]) -> None:
+        self._num_stages, self._limits, self._prefixes, self._serials = num_stages, limits, prefixes, serials
+        self._waiting: deque[Sequence] = deque()
+        self._prefilling: deque[Sequence] = deque()
+        # Rows that can't share a step take turns instead, each a micro-batch of its own.
+        count = num_stages if limits.can_batch else max(num_stages, limits.max_batch_size)
+        self._batches = deque(_MicroBatch() for _ in range(count))
+        self._in_flight: dict[int, _MicroBatch] = {}
+        self._free_slots: list[int] = []
+        self._num_slots = 0
+        self._forks: list[tuple[int, int]] = []
+        self._drops: list[int] = []
+        self._prompt_tokens = 0  # that went in since the last step of a running sequence
+
+    # ---- what there is
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     @property
     def running(self) -> list[Sequence]:
-        return list(self._turns)
+        return [sequence for batch in self._batches for sequence in (*batch.rows, *batch.joining)]
+
+    @property
+    def prefilling(self) -> list[Sequence]:
+        return list(self._prefilling)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._waiting and not self._prefilling and not self.running
+
+    # ---- what changes it
 
     def add(self, sequence: Sequence) -> None:
-        self._turns.append(sequence)
+        self._waiting.append(sequence)
 
-    def next_plan(self) -> tuple[StepPlan, list[int]] | None:
-        """The next step and its tokens; None while every sequence waits for a token."""
-        for _ in range(len(self._turns)):
-            sequence = self._turns[0]
-            self._turns.rotate(-1)
-            if not sequence.awaits_logits:
-                return self._plan(sequence)
+    def abort(self, sequence: Sequence) -> bool:
+        """Take a sequence out; False if it is in flight: then `commit` does it."""
+        resting = [batch.rows for batch in self._batches if not batch.is_in_flight]
+        for queue in (self._waiting, self._prefilling, *(batch.joining for batch in self._batches), *resting):
+            if sequence in queue:
+                queue.remove(sequence)
+                self._release(sequence)
+                return True
+        sequence.is_aborted = True
+        return False
+
+    def forget_prefixes(self) -> None:
+        self._drop(self._prefixes.clear())
+
+    def next_plan(self) -> tuple[StepPlan, list[list[int]]] | None:
+        """The next step and its tokens by row; None while every micro-batch is in flight or empty."""
+        self._admit()
+        self._balance()
+        self._begin_prompt()
+        batch = next((b for b in self._batches if b.size and not b.is_in_flight), None)
+        room = self._limits.max_batch_tokens // self._num_stages - self._prompt_tokens
+        if self._prefilling and (room > 0 or not self.running):
+            return self._prefill(room)
+        if batch is not None:
+            return self._decode(batch)
+        if self.is_empty and (self._drops or self._forks):
+            return self._plan(), []
         return None
 
-    def _plan(self, sequence: Sequence) -> tuple[StepPlan, list[int]]:
-        # As mlx_lm.generate does, the prompt's last token is a step of its own.
-        todo = len(sequence.tokens) - sequence.position
-        count = min(self._chunk_tokens(sequence), todo - 1) if todo > 1 else 1
-        plan = StepPlan(self._serial, sequence.request.slot, sequence.position, count, wants_logits=todo == 1)
-        tokens = sequence.tokens[sequence.position : sequence.position + count]
-        self._serial += 1
+    def rows_of(self, plan: StepPlan) -> list[Sequence]:
+        return self._in_flight[plan.serial].rows
+
+    def commit(self, plan: StepPlan, tokens: list[int], finished: list[FinishReason | None]) -> None:
+        """Append a step's tokens, one for each row; rows that have finished leave."""
+        batch = self._in_flight.pop(plan.serial)
+        batch.is_in_flight = False
+        for sequence, token in zip(batch.rows, tokens, strict=True):
+            sequence.tokens.append(token)
+        gone = [row for row, reason in zip(batch.rows, finished, strict=True) if reason is not None]
+        batch.rows = [row for row in batch.rows if row not in gone]
+        for sequence in gone:
+            self._release(sequence)
+
+    # ---- how it decides
+
+    def _admit(self) -> None:
+        """Let requests in while there is room; they come in order, so that none waits for ever."""
+        while self._waiting:
+            active = [*self._prefilling, *self.running]
+            held = sum(sequence.most_tokens for sequence in active)
+            limit = self._limits.cache_tokens
+            if len(active) >= self._limits.max_batch_size:
+                return
+            if limit is not None and held + self._waiting[0].most_tokens > limit:
+                return
+            self._prefilling.append(self._waiting.popleft())
+
+    def _prefill(self, room: int) -> tuple[StepPlan, list[list[int]]]:
+        """The next chunk of the first prompt. Its last token is a decoding step, as in mlx_lm.generate."""
+        sequence = self._prefilling[0]
+        start, todo = sequence.position, len(sequence.tokens) - 1 - sequence.position
+        count = min(todo, self._chunk_tokens(sequence), room if self.running else todo)
         sequence.position += count
-        if plan.wants_logits:
-            sequence.awaits_logits = True
-            self._by_serial[plan.serial] = sequence
-        return plan, tokens
+        self._prompt_tokens += count
+        plan = self._plan([sequence], [start], count, wants_logits=False)
+        if count == todo:
+            self._join(self._prefilling.popleft())
+        return plan, [sequence.tokens[start : start + count]]
+
+    def _begin_prompt(self) -> None:
+        """Give the first prompt a slot, with what is cached of it; one that is cached but for its last token runs."""
+        while self._prefilling and self._prefilling[0].slot < 0:
+            sequence = self._prefilling[0]
+            others = ((other.slot, other.tokens[: other.position]) for other in self.running)
+            slot, count = self._prefixes.match(sequence.tokens, others) or (-1, 0)
+            if self._prefixes.take(slot, count):
+                sequence.slot = slot
+            else:
+                sequence.slot = self._new_slot()
+                self._forks += [(slot, sequence.slot)] if count else []
+            sequence.position = sequence.timings.cached_tokens = count
+            if count == len(sequence.tokens) - 1:
+                self._join(self._prefilling.popleft())
+
+    def _join(self, sequence: Sequence) -> None:
+        """Put a prefilled sequence into the micro-batch with the fewest rows."""
+        min(self._batches, key=lambda batch: batch.size).joining.append(sequence)
+
+    def _balance(self) -> None:
+        """Rows leave by chance: move some, so that no stage waits for a fuller micro-batch than its own."""
+        smallest = min(self._batches, key=lambda batch: batch.size)
+        for batch in self._batches:
+            while not batch.is_in_flight and batch.size > smallest.size + 1:
+                smallest.joining.append((batch.joining or batch.rows).pop())
+
+    def _decode(self, batch: _MicroBatch) -> tuple[StepPlan, list[list[int]]]:
+        self._batches.remove(batch)
+        self._batches.append(batch)  # the others come first next time
+        self._prompt_tokens = 0
+        batch.rows, batch.joining = [*batch.rows, *batch.joining], []
+        starts = [sequence.position for sequence in batch.rows]
+        for sequence in batch.rows:
+            sequence.position += 1
+        plan = self._plan(batch.rows, starts, 1, wants_logits=True)
+        batch.is_in_flight = True
+        self._in_flight[plan.serial] = batch
+        return plan, [[sequence.tokens[-1]] for sequence in batch.rows]
+
+    def _plan(
+        self,
+        rows: list[Sequence] | None = None,
+        starts: list[int] | None = None,
+        count: int = 0,
+        wants_logits: bool = False,
+    ) -> StepPlan:
+        slots = tuple(sequence.slot for sequence in rows or [])
+        forks, drops = tuple(self._forks), tuple(self._drops)
+        self._forks, self._drops = [], []
+        self._free_slots += drops
+        return StepPlan(next(self._serials), slots, tuple(starts or []), count, wants_logits, forks, drops)
 
     def _chunk_tokens(self, sequence: Sequence) -> int:
         """Prompt tokens per step: few enough that the chunks keep all stages busy, enough to be efficient."""
-        if self._prefill_step_size is not None:
-            return self._prefill_step_size
+        if self._limits.prefill_chunk is not None:
+            return self._limits.prefill_chunk
         if self._num_stages == 1:
             return _WHOLE_CHUNK_TOKENS
-        prompt = len(sequence.request.prompt) - sequence.request.cached_tokens
+        prompt = len(sequence.request.prompt) - sequence.timings.cached_tokens
         return max(64, min(512, -(-prompt // (_CHUNKS_PER_STAGE * self._num_stages))))
 
-    def sequence_of(self, plan: StepPlan) -> Sequence:
-        return self._by_serial[plan.serial]
+    # ---- slots
 
-    def commit(self, plan: StepPlan, token: int, finish_reason: FinishReason | None) -> None:
-        """Append a step's token; a sequence that has finished leaves."""
-        sequence = self._by_serial.pop(plan.serial)
-        sequence.awaits_logits = False
-        sequence.tokens.append(token)
-        if finish_reason is not None:
-            sequence.finish_reason = finish_reason
-            self._turns.remove(sequence)
+    def _release(self, sequence: Sequence) -> None:
+        """A sequence has ended: its cache is kept for others to begin with, or freed."""
+        if sequence.slot >= 0:
+            self._drop(self._prefixes.keep(sequence.slot, sequence.tokens[: sequence.position]))
 
-    def release(self, slot: int) -> StepPlan:
-        """The plan that frees a slot on every rank."""
-        plan = StepPlan(self._serial, slot, 0, 0, wants_logits=False)
-        self._serial += 1
-        return plan
+    def _drop(self, slots: list[int]) -> None:
+        self._drops += slots
+
+    def _new_slot(self) -> int:
+        if self._free_slots:
+            return self._free_slots.pop()
+        self._num_slots += 1
+        return self._num_slots - 1

@@ -1,44 +1,70 @@
 """The one message that rank 0's decisions travel in, and its wire form.
 
-A step is one forward pass of one row of tokens through all stages. The row is addressed by position: these
-tokens belong at cache positions [position, position + num_tokens) of a slot. A rank whose cache for the slot is
-longer trims it first, so that taking tokens back needs no message of its own.
+A step is one forward pass of one micro-batch through all stages: some rows with the same number of tokens each.
+A row is addressed by position: its tokens belong at cache positions [position, position + num_tokens) of a slot.
+A rank whose cache for the slot is longer trims it first, and one that holds the rows in another grouping regroups
+them, so that taking tokens back, joining and leaving need no messages of their own.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
-_WIRE = struct.Struct("<IiiiB")
+from hippo_mpi.errors import DesyncError
+
+_HEAD = struct.Struct("<IiBHHH")
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What every rank does next. Without tokens, the slot's cache is dropped."""
+    """What every rank does next: forks, then drops, then the forward pass, if there are rows."""
 
     serial: int  # counts steps from 0: a gap means that ranks have lost each other
-    slot: int
-    position: int
-    num_tokens: int
-    wants_logits: bool  # whether the last stage sends its result to rank 0; nobody may leave it unread
+    slots: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    num_tokens: int = 0  # of each row
+    wants_logits: bool = False  # whether the last stage sends its result to rank 0; nobody may leave it unread
+    forks: tuple[tuple[int, int], ...] = ()  # (source, slot): the slot begins as a copy of the source
+    drops: tuple[int, ...] = ()  # slots whose caches are freed
 
     @property
-    def is_release(self) -> bool:
-        return self.num_tokens == 0
+    def has_rows(self) -> bool:
+        return bool(self.slots)
+
+    @property
+    def ends(self) -> list[int]:
+        """How many tokens each row's slot holds after the step."""
+        return [position + self.num_tokens for position in self.positions]
 
     def __str__(self) -> str:
-        if self.is_release:
-            return f"step {self.serial}, release of slot {self.slot}"
+        if not self.has_rows:
+            return f"step {self.serial}, release of slots {', '.join(map(str, self.drops))}"
+        if len(self.slots) > 1:
+            return f"step {self.serial}, {self.num_tokens} token of each of {len(self.slots)} rows"
         kind = "decode" if self.num_tokens == 1 else f"prefill of {self.num_tokens} tokens"
-        return f"step {self.serial}, {kind} at {self.position} in slot {self.slot}"
+        return f"step {self.serial}, {kind} at {self.positions[0]} in slot {self.slots[0]}"
 
 
 def encode(plan: StepPlan) -> bytes:
-    return _WIRE.pack(*astuple(plan))
+    counts = len(plan.slots), len(plan.forks), len(plan.drops)
+    numbers = [*plan.slots, *plan.positions, *(n for fork in plan.forks for n in fork), *plan.drops]
+    head = _HEAD.pack(plan.serial, plan.num_tokens, plan.wants_logits, *counts)
+    return head + struct.pack(f"<{len(numbers)}i", *numbers)
 
 
 def decode(wire: bytes) -> StepPlan:
-    """The inverse of `encode`."""
-    serial, slot, position, num_tokens, wants_logits = _WIRE.unpack(wire)
-    return StepPlan(serial, slot, position, num_tokens, bool(wants_logits))
+    """The inverse of `encode`.
+
+    Raises:
+        DesyncError: these bytes are no plan.
+    """
+    try:
+        serial, num_tokens, wants_logits, num_rows, num_forks, num_drops = _HEAD.unpack_from(wire)
+        numbers = struct.unpack(f"<{2 * num_rows + 2 * num_forks + num_drops}i", wire[_HEAD.size :])
+    except struct.error as error:
+        raise DesyncError(f"expected a step, got {len(wire)} other bytes: {error}") from None
+    slots, positions = numbers[:num_rows], numbers[num_rows : 2 * num_rows]
+    rest = numbers[2 * num_rows :]
+    forks = tuple(zip(rest[: 2 * num_forks : 2], rest[1 : 2 * num_forks : 2], strict=True))
+    return StepPlan(serial, slots, positions, num_tokens, bool(wants_logits), forks, rest[2 * num_forks :])

@@ -48,17 +48,17 @@ class Leader:
         """Steps that keep every stage busy: one per stage, the one being begun among them."""
         return self._num_stages
 
-    def step(self, plan: StepPlan | None, tokens: list[int]) -> tuple[StepPlan, mx.array] | None:
-        """Begin the step `plan` over `tokens` and finish the oldest one, if it is due.
+    def step(self, plan: StepPlan | None, tokens: list[list[int]]) -> tuple[StepPlan, mx.array] | None:
+        """Begin the step `plan` over `tokens` (a list per row) and finish the oldest one, if it is due.
 
         Order: compute the new step, receive the oldest result, then send the new one (schedule.py says why).
         Without a plan, the oldest step is waited for.
 
         Returns:
-            A step that wanted logits, with its logits (1, L, V), not yet evaluated; or None.
+            A step that wanted logits, with its logits (B, L, V), not yet evaluated; or None.
         """
-        if plan is not None and plan.is_release:
-            self.caches.release(plan.slot)
+        if plan is not None and not plan.has_rows:
+            rearrange(self.caches, plan)
             self._send(plan, [])
             return None
         begun = self._begin(plan, tokens) if plan is not None else None
@@ -69,7 +69,7 @@ class Leader:
             return finished
         if begun.outgoing is not None:
             self._send(plan, begun.outgoing)
-        state = self.caches.advance(plan.slot, plan.position + plan.num_tokens)
+        state = self.caches.advance(plan.slots, plan.ends)
         if not self._stage.is_whole or not plan.wants_logits:
             mx.eval(state)  # while the step is on its way; on a rank that is alone, sampling evaluates it
         if not begun.is_done and not self._is_looped:
@@ -78,10 +78,11 @@ class Leader:
         result = self._finish(plan, begun)
         return result if plan.wants_logits else finished
 
-    def _begin(self, plan: StepPlan, tokens: list[int]) -> Forward:
+    def _begin(self, plan: StepPlan, tokens: list[list[int]]) -> Forward:
         self._progress(f"computing {plan}")
-        cache = self.caches.at(plan.slot, plan.position)
-        forward = self._stage.forward(mx.array([tokens], mx.int32), cache, plan.wants_logits)
+        rearrange(self.caches, plan)
+        cache = self.caches.at(plan.slots, plan.positions)
+        forward = self._stage.forward(mx.array(tokens, mx.int32), cache, plan.wants_logits)
         forward.run(None)
         if forward.outgoing is not None:
             mx.eval(forward.outgoing)
@@ -132,24 +133,29 @@ class Follower:
             if plan.serial != self._next_serial:
                 raise DesyncError(f"expected step {self._next_serial}, got {plan.serial}")
             self._next_serial += 1
-            if plan.is_release:
-                self._release(plan)
+            rearrange(self._caches, plan)
+            if not plan.has_rows:
+                if not self._is_last:
+                    self._channel.send(header, [])
                 return plan
-            cache = self._caches.at(plan.slot, plan.position)
-            tokens = mx.zeros((1, plan.num_tokens), mx.int32)  # only their number matters here
+            cache = self._caches.at(plan.slots, plan.positions)
+            tokens = mx.zeros((len(plan.slots), plan.num_tokens), mx.int32)  # only their number matters here
             forward = self._stage.forward(tokens, cache, plan.wants_logits)
         forward.run(arrays)
         outgoing = forward.outgoing
         if outgoing is not None:
             mx.eval(outgoing)
             self._channel.send(header, outgoing)
-        mx.eval(self._caches.advance(plan.slot, plan.position + plan.num_tokens))
+        mx.eval(self._caches.advance(plan.slots, plan.ends))
         if not forward.is_done:
             self._halfway[plan.serial] = forward
         self._progress(f"waiting after {plan}")
         return plan
 
-    def _release(self, plan: StepPlan) -> None:
-        self._caches.release(plan.slot)
-        if not self._is_last:
-            self._channel.send(encode(plan), [])
+
+def rearrange(caches: SlotCaches, plan: StepPlan) -> None:
+    """What a plan does to the slots before its forward pass."""
+    for source, slot in plan.forks:
+        caches.fork(source, slot)
+    for slot in plan.drops:
+        caches.drop(slot)

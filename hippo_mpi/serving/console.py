@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -13,7 +13,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.request import Request, SamplingParams, Timings
 from hippo_mpi.engine.text import ChatFormat
-from hippo_mpi.errors import UserError
 from hippo_mpi.serving.progress import Progress
 
 
@@ -27,42 +26,28 @@ class Answer:
 
 
 class Conversation:
-    """A chat whose cache is kept between turns: only what a turn adds is prefilled.
-
-    Args:
-        max_context: most tokens that a prompt and its answer may have together.
-    """
+    """A chat. The engine keeps its cache between turns, so that only what a turn adds is prefilled."""
 
     engine: Engine  # set once the model is loaded
 
-    def __init__(
-        self, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system_prompt: str | None, max_context: int
-    ) -> None:
-        self._tokenizer, self._format, self._max_context = tokenizer, chat_format, max_context
+    def __init__(self, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system_prompt: str | None) -> None:
+        self._tokenizer, self._format = tokenizer, chat_format
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self.messages = list(self._system)
-        self._cached: list[int] = []
         self._turns = 0
 
     def reset(self) -> None:
         """Forget everything said so far, on every rank."""
         self.messages = list(self._system)
-        self._cached = []
-        self.engine.release(0)
+        self.engine.forget_prefixes()
 
     def encode(self, text: str) -> list[int]:
         """The tokens of the conversation with `text` as the user's next turn.
 
         Raises:
-            UserError: it is empty or too long.
+            UserError: it is empty.
         """
-        prompt = self._format.encode(self._tokenizer, [*self.messages, {"role": "user", "content": text}])
-        if len(prompt) >= self._max_context:
-            raise UserError(
-                f"the prompt has {len(prompt):,} tokens, but the context is {self._max_context:,} (--max-context):"
-                " make it shorter"
-            )
-        return prompt
+        return self._format.encode(self._tokenizer, [*self.messages, {"role": "user", "content": text}])
 
     def say(self, text: str, sampling: SamplingParams, show: Callable[[str], None], progress: Progress) -> Answer:
         """Answer the user's next turn; `show` gets each piece of text as it is made.
@@ -70,35 +55,18 @@ class Conversation:
         Raises:
             UserError: the turn is empty or too long.
         """
-        prompt = self.encode(text)
-        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, self._max_context - len(prompt)))
-        cached = self._reusable(prompt)
-        request = Request(self._turns, prompt, sampling, slot=0, cached_tokens=cached)
+        request = Request(self._turns, self.encode(text), sampling)
         self._turns += 1
         self.engine.on_prefill = progress.prefill
         self.engine.add(request)
-        pieces, reason = [], "length"
+        pieces = []
         for output in self.engine.run():
             progress.clear()
             pieces.append(output.text)
             show(output.text)
-            reason = output.finish_reason or reason
-        answer = Answer("".join(pieces), reason, self.engine.timings.pop(request.id))
-        # The last token was sampled but never went through the model.
-        self._cached = prompt + answer.timings.token_ids[:-1]
+        answer = Answer("".join(pieces), output.finish_reason or "length", output.timings)
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
         return answer
-
-    def _reusable(self, prompt: list[int]) -> int:
-        """How many of the prompt's tokens the cache holds; at least one is left to be computed."""
-        common = 0
-        for ours, theirs in zip(self._cached, prompt[:-1], strict=False):
-            if ours != theirs:
-                break
-            common += 1
-        if common < len(self._cached) and not self.engine.can_cut(0):
-            return 0
-        return common
 
 
 def write(text: str) -> None:

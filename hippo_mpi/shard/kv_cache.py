@@ -1,10 +1,13 @@
-"""The slots of one stage: a prompt cache per sequence, addressed by position.
+"""The slots of one stage: rows of prompt caches, addressed by position and grouped as the steps want them.
 
-Every cache is mlx-lm's own. A stage keeps the full list, for its phantoms too (their rows have width 0).
+Every cache is mlx-lm's own: an ordinary one for a row that runs alone, a batched one for rows that run together.
+A stage keeps the full list of layers' caches, for its phantoms too (their rows have width 0).
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,43 +30,152 @@ class KVSettings:
     quantized_kv_start: int = 5000
 
 
+@dataclass
+class _Block:
+    """Slots whose rows lie in one cache, in the order of its rows, with the number of tokens of each."""
+
+    slots: list[int]
+    lengths: list[int]
+    cache: list[Any]
+
+
 class SlotCaches:
     """Caches by slot, each with the number of tokens that it holds."""
 
     def __init__(self, model: nn.Module, settings: KVSettings) -> None:
         self._model, self._settings = model, settings
-        self._slots: dict[int, tuple[list[Any], int]] = {}
+        self._blocks: dict[int, _Block] = {}
 
-    def at(self, slot: int, position: int) -> list[Any]:
-        """The cache of `slot`, trimmed to hold `position` tokens; a fresh one for position 0.
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._blocks
+
+    def at(self, slots: Sequence[int], positions: Sequence[int]) -> list[Any]:
+        """The cache whose rows are `slots`, holding `positions` tokens; a fresh one for position 0.
 
         Raises:
-            DesyncError: it holds fewer tokens, or more and can't be trimmed.
+            DesyncError: a slot holds fewer tokens, or more and can't be trimmed.
         """
-        if position == 0:
-            self._slots[slot] = (make_prompt_cache(self._model, self._settings.max_kv_size), 0)
-        cache, length = self._slots.get(slot, ([], 0))
-        if length < position:
-            raise DesyncError(f"slot {slot} holds {length} tokens, but the step begins at {position}")
-        if length > position:
-            if not can_trim_prompt_cache(cache):
-                raise DesyncError(f"slot {slot} holds {length} tokens and can't be trimmed to {position}")
-            trim_prompt_cache(cache, length - position)
-        return cache
+        block = self._alone(slots[0], positions[0]) if len(slots) == 1 else self._together(list(slots))
+        for slot, length, position in zip(block.slots, block.lengths, positions, strict=True):
+            if length != position:
+                raise DesyncError(f"slot {slot} holds {length} tokens, but the step begins at {position}")
+        return block.cache
 
-    def advance(self, slot: int, length: int) -> list[mx.array]:
-        """Note that the slot now holds `length` tokens; returns its arrays, to be evaluated."""
-        cache, _ = self._slots[slot]
-        settings = self._settings
+    def advance(self, slots: Sequence[int], lengths: list[int]) -> list[mx.array]:
+        """Note that a step has filled `slots` up to `lengths`; returns the caches' arrays, to be evaluated."""
+        block, settings = self._blocks[slots[0]], self._settings
         try:
-            maybe_quantize_kv_cache(cache, settings.quantized_kv_start, settings.kv_group_size, settings.kv_bits)
+            maybe_quantize_kv_cache(block.cache, settings.quantized_kv_start, settings.kv_group_size, settings.kv_bits)
         except (NotImplementedError, ValueError) as error:
             raise UserError(f"--kv-bits doesn't work with this model's caches: {error}") from None
-        self._slots[slot] = (cache, length)
-        return [value for _, value in tree_flatten([c.state for c in cache]) if isinstance(value, mx.array)]
+        block.lengths = lengths
+        return [value for _, value in tree_flatten([c.state for c in block.cache]) if isinstance(value, mx.array)]
 
-    def release(self, slot: int) -> None:
-        self._slots.pop(slot, None)
+    def fork(self, source: int, slot: int) -> None:
+        """Let `slot` begin as a copy of `source`."""
+        length, block = self._length(source), self._blocks[source]
+        is_alone = len(block.slots) == 1
+        row = block.slots.index(source)
+        self._add(slot, copy.deepcopy(block.cache) if is_alone else [c.extract(row) for c in block.cache], length)
+
+    def drop(self, slot: int) -> None:
+        block = self._blocks.pop(slot, None)
+        if block is not None and len(block.slots) > 1:
+            self._keep_rows(block, [row for row, other in enumerate(block.slots) if other != slot])
 
     def can_trim(self, slot: int) -> bool:
-        return slot in self._slots and can_trim_prompt_cache(self._slots[slot][0])
+        return slot in self._blocks and can_trim_prompt_cache(self._blocks[slot].cache)
+
+    def _length(self, slot: int) -> int:
+        block = self._blocks.get(slot)
+        if block is None:
+            raise DesyncError(f"slot {slot} holds nothing")
+        return block.lengths[block.slots.index(slot)]
+
+    def _add(self, slot: int, cache: list[Any], length: int) -> _Block:
+        self._blocks[slot] = _Block([slot], [length], cache)
+        return self._blocks[slot]
+
+    def _alone(self, slot: int, position: int) -> _Block:
+        if position == 0:
+            self.drop(slot)
+            return self._add(slot, make_prompt_cache(self._model, self._settings.max_kv_size), 0)
+        length = self._length(slot)
+        block = self._blocks[slot]
+        if len(block.slots) > 1:
+            row = block.slots.index(slot)
+            cache = [c.extract(row) for c in block.cache]
+            self.drop(slot)
+            block = self._add(slot, cache, length)
+        if length > position:
+            if not can_trim_prompt_cache(block.cache):
+                raise DesyncError(f"slot {slot} holds {length} tokens and can't be trimmed to {position}")
+            trim_prompt_cache(block.cache, length - position)
+            block.lengths = [position]
+        return block
+
+    def _together(self, slots: list[int]) -> _Block:
+        """The block whose rows are exactly `slots`, made from those that hold them now."""
+        parts: list[_Block] = []
+        for slot in slots:
+            self._length(slot)
+            if not any(self._blocks[slot] is part for part in parts):
+                parts.append(self._blocks[slot])
+        if len(parts) == 1 and parts[0].slots == slots:
+            return parts[0]
+        for block in parts:
+            for other in [s for s in block.slots if s not in slots]:
+                self._alone(other, self._length(other))  # it stays here, in a cache of its own
+        parts = list({id(self._blocks[slot]): self._blocks[slot] for slot in slots}.values())
+        order = [slot for part in parts for slot in part.slots]
+        lengths = [length for part in parts for length in part.lengths]
+        cache = _joined([part.cache for part in parts], [len(part.slots) for part in parts])
+        if order != slots:
+            rows = [order.index(slot) for slot in slots]
+            for layer in cache:
+                layer.filter(mx.array(rows))
+            lengths = [lengths[row] for row in rows]
+        block = _Block(slots, lengths, cache)
+        self._blocks.update(dict.fromkeys(slots, block))
+        return block
+
+    def _keep_rows(self, block: _Block, rows: list[int]) -> None:
+        """Shrink a batched block; a row that is left alone gets an ordinary cache again."""
+        if len(rows) == 1:
+            cache = [c.extract(rows[0]) for c in block.cache]
+            self._add(block.slots[rows[0]], cache, block.lengths[rows[0]])
+            return
+        for layer in block.cache:
+            layer.filter(mx.array(rows))
+        block.slots, block.lengths = [block.slots[r] for r in rows], [block.lengths[r] for r in rows]
+
+
+def _joined(caches: list[list[Any]], num_rows: list[int]) -> list[Any]:
+    """One batched cache per layer from caches of one row (ordinary ones) or of several (batched ones)."""
+    joined = None
+    start = 0
+    while start < len(caches):
+        stop = start + 1
+        if num_rows[start] > 1:
+            part = caches[start]
+        else:
+            while stop < len(caches) and num_rows[stop] == 1:
+                stop += 1
+            part = merged(caches[start:stop])
+        if joined is None:
+            joined = part
+        else:
+            for layer, other in zip(joined, part, strict=True):
+                layer.extend(other)
+        start = stop
+    assert joined is not None
+    return joined
+
+
+def merged(caches: Sequence[list[Any]]) -> list[Any]:
+    """Caches of single rows as one batched cache per layer.
+
+    Raises:
+        AttributeError: mlx-lm can't batch one of them.
+    """
+    return [rows[0].merge(list(rows)) for rows in zip(*caches, strict=True)]

@@ -12,7 +12,7 @@ from mlx_lm.utils import load_model
 
 from hippo_mpi.errors import DesyncError, UserError
 from hippo_mpi.parallel.schedule import actions
-from hippo_mpi.parallel.step_plan import decode
+from hippo_mpi.parallel.step_plan import StepPlan, decode
 from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.transport.channel import LocalChannel
 from tests.local_ring import LocalRing, make_stages, open_folder
@@ -48,13 +48,13 @@ def test_two_sequences_in_flight(folder: Path, split: list[int]) -> None:
             slot, position = next(iter(ready.items()))
             del ready[slot]
             chunk = tokens[slot][position:]
-            finished = ring.leader.step(ring.plan(slot, position, len(chunk)), chunk)
+            finished = ring.leader.step(ring.plan(slot, position, len(chunk)), [chunk])
         else:
             finished = ring.leader.step(None, [])
         if finished is not None:
             plan, logits = finished
-            tokens[plan.slot].append(int(mx.argmax(logits[0, -1]).item()))
-            ready[plan.slot] = plan.position + plan.num_tokens
+            tokens[plan.slots[0]].append(int(mx.argmax(logits[0, -1]).item()))
+            ready[plan.slots[0]] = plan.ends[0]
     for slot, prompt in prompts.items():
         expected = greedy(folder, prompt, 12)
         assert tokens[slot][len(prompt) :][:12] == expected
@@ -65,7 +65,7 @@ def test_chunks_follow_each_other(folder: Path) -> None:
     ring = LocalRing(make_stages(open_folder(folder), [2, 2, 2]))
     prompt = list(range(1, 30))
     for start in range(0, 28, 7):
-        ring.leader.step(ring.plan(0, start, 7, wants_logits=False), prompt[start : start + 7])
+        ring.leader.step(ring.plan(0, start, 7, wants_logits=False), [prompt[start : start + 7]])
     logits = ring.logits(prompt[28:], 28)
     assert not ring.queues[0]
     assert int(mx.argmax(logits[0, -1]).item()) == greedy(folder, prompt, 1)[0]
@@ -90,7 +90,7 @@ def test_worker_follows_the_schedule(folder: Path, num_stages: int, monkeypatch:
         done.append(f"R{decode(header).serial}")
         return header, arrays
 
-    def note_begin(plan: object, tokens: list[int]) -> object:
+    def note_begin(plan: object, tokens: list[list[int]]) -> object:
         done.append(f"F{plan.serial}")  # type: ignore[attr-defined]
         return begin(plan, tokens)  # type: ignore[arg-type]
 
@@ -98,7 +98,7 @@ def test_worker_follows_the_schedule(folder: Path, num_stages: int, monkeypatch:
     monkeypatch.setattr(channel, "receive", note_receive)
     monkeypatch.setattr(leader, "_begin", note_begin)
     for slot in range(6):
-        leader.step(ring.plan(slot, 0, 3), [1, 2, 3])
+        leader.step(ring.plan(slot, 0, 3), [[1, 2, 3]])
     while leader.num_in_flight:
         leader.step(None, [])
     assert done == [str(a) for a in actions(0, num_stages, 6) if a.kind != "head"]
@@ -131,10 +131,10 @@ def test_a_gap_in_serials_is_an_error(folder: Path) -> None:
 def test_released_slots_are_gone_everywhere(folder: Path) -> None:
     ring = LocalRing(make_stages(open_folder(folder), [2, 2, 2]))
     ring.logits([1, 2, 3], 0, slot=5)
-    ring.leader.step(ring.plan(5, 0, 0, wants_logits=False), [])
+    ring.leader.step(StepPlan(1, drops=(5,)), [])
     for follower in ring.followers:
         follower.follow()
-        assert not follower._caches._slots
+        assert 5 not in follower._caches
 
 
 @pytest.fixture(scope="module")

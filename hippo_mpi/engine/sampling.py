@@ -1,0 +1,87 @@
+"""From logits to tokens, row by row, in the order of operations of mlx_lm.generate. Samplers are mlx-lm's.
+
+Legend: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import mlx.core as mx
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+from hippo_mpi.engine.request import SamplingParams, TokenLogprobs
+
+
+class Chooser:
+    """Chooses the tokens of one request: its sampler, its logits processors, its random numbers.
+
+    Args:
+        special_tokens: tokens that XTC sampling never excludes.
+    """
+
+    def __init__(self, params: SamplingParams, special_tokens: list[int]) -> None:
+        self.num_logprobs = params.logprobs
+        self._sampler = make_sampler(
+            params.temp, params.top_p, params.min_p, params.min_tokens_to_keep, params.top_k,
+            xtc_probability=params.xtc_probability, xtc_threshold=params.xtc_threshold,
+            xtc_special_tokens=special_tokens,
+        )  # fmt: skip
+        self._processors = make_logits_processors(
+            logit_bias=dict(params.logit_bias) or None,
+            repetition_penalty=params.repetition_penalty,
+            repetition_context_size=params.repetition_context_size,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+        )
+        self._key = None if params.seed is None else mx.random.key(params.seed)
+        self.is_greedy = params.temp == 0 and not self._processors
+
+    def logprobs(self, tokens: list[int], logits: mx.array) -> mx.array:
+        """Log-probabilities (1, V) of what follows `tokens`, from logits (1, V)."""
+        for processor in self._processors:
+            logits = processor(mx.array(tokens), logits)
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    def sample(self, logprobs: mx.array) -> mx.array:
+        """A token for each row of log-probabilities (B, V): (B,)."""
+        if self._key is None:
+            return cast(mx.array, self._sampler(logprobs))
+        # The samplers draw from MLX's one random state: lend it this request's.
+        state: list[mx.array] = mx.random.state  # type: ignore[assignment]
+        lent, state[0] = state[0], self._key
+        token = cast(mx.array, self._sampler(logprobs))
+        self._key, state[0] = state[0], lent
+        return token
+
+
+def sample(
+    choosers: Sequence[Chooser], tokens: Sequence[list[int]], logits: mx.array
+) -> list[tuple[int, TokenLogprobs | None]]:
+    """The next token of each row, with log-probabilities where they are wanted.
+
+    Args:
+        choosers, tokens: of each row; the tokens so far.
+        logits: (B, V).
+    """
+    if all(chooser.is_greedy for chooser in choosers):
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        chosen = choosers[0].sample(logprobs)
+    else:
+        rows = [c.logprobs(t, logits[row : row + 1]) for row, (c, t) in enumerate(zip(choosers, tokens, strict=True))]
+        chosen = mx.concatenate([c.sample(row) for c, row in zip(choosers, rows, strict=True)])
+        logprobs = mx.concatenate(rows)
+    ids = cast(list[int], chosen.tolist())
+    return [
+        (token, None if c.num_logprobs is None else _tell(logprobs[row], token, c.num_logprobs))
+        for row, (c, token) in enumerate(zip(choosers, ids, strict=True))
+    ]
+
+
+def _tell(logprobs: mx.array, token: int, count: int) -> TokenLogprobs:
+    count = min(count, logprobs.size)
+    top = mx.argsort(-logprobs)[:count] if count else mx.zeros((0,), mx.uint32)
+    ids, values = cast(list[int], top.tolist()), cast(list[float], logprobs[top].tolist())
+    (chosen,) = cast(list[float], logprobs[token : token + 1].tolist())
+    return TokenLogprobs(chosen, list(zip(ids, values, strict=True)))
