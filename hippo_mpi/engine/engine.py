@@ -10,6 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.prefix_cache import PrefixCache
 from hippo_mpi.engine.request import FinishReason, Request, RequestOutput, Sequence, Timings, TokenLogprobs
+from hippo_mpi.engine.row_check import rows_keep_apart
 from hippo_mpi.engine.sampling import Chooser, sample
 from hippo_mpi.engine.scheduler import Limits, Scheduler
 from hippo_mpi.engine.text import find_stop
@@ -32,9 +33,12 @@ class Engine:
         self, leader: Leader, tokenizer: TokenizerWrapper, limits: Limits, max_context: int, prefix_tokens: int = 0
     ) -> None:
         self._leader, self._tokenizer, self._max_context = leader, tokenizer, max_context
-        self._limits = limits
+        serials = count()
+        if limits.max_batch_size > 1 and limits.can_batch and not rows_keep_apart(leader, serials):
+            limits = replace(limits, can_batch=False)
         prefixes = PrefixCache(prefix_tokens, leader.caches.can_trim)
-        self._scheduler = Scheduler(leader.max_in_flight, limits, prefixes, count())
+        self._scheduler = Scheduler(leader.max_in_flight, limits, prefixes, serials)
+        self._limits = limits
         self._sequences: dict[int, Sequence] = {}
         self._aborted: list[RequestOutput] = []
         newline = list(tokenizer.encode("\n", add_special_tokens=False))

@@ -76,7 +76,7 @@ class SlotCaches:
         length, block = self._length(source), self._blocks[source]
         is_alone = len(block.slots) == 1
         row = block.slots.index(source)
-        self._add(slot, copy.deepcopy(block.cache) if is_alone else [c.extract(row) for c in block.cache], length)
+        self._add(slot, copy.deepcopy(block.cache) if is_alone else self._extract(block, row), length)
 
     def drop(self, slot: int) -> None:
         block = self._blocks.pop(slot, None)
@@ -104,7 +104,7 @@ class SlotCaches:
         block = self._blocks[slot]
         if len(block.slots) > 1:
             row = block.slots.index(slot)
-            cache = [c.extract(row) for c in block.cache]
+            cache = self._extract(block, row)
             self.drop(slot)
             block = self._add(slot, cache, length)
         if length > position:
@@ -139,11 +139,15 @@ class SlotCaches:
         self._blocks.update(dict.fromkeys(slots, block))
         return block
 
+    def _extract(self, block: _Block, row: int) -> list[Any]:
+        """A row of a batched block as ordinary caches; a layer that never uses its cache has a new one."""
+        fresh = make_prompt_cache(self._model, self._settings.max_kv_size)
+        return [new if c.empty() else c.extract(row) for c, new in zip(block.cache, fresh, strict=True)]
+
     def _keep_rows(self, block: _Block, rows: list[int]) -> None:
         """Shrink a batched block; a row that is left alone gets an ordinary cache again."""
         if len(rows) == 1:
-            cache = [c.extract(rows[0]) for c in block.cache]
-            self._add(block.slots[rows[0]], cache, block.lengths[rows[0]])
+            self._add(block.slots[rows[0]], self._extract(block, rows[0]), block.lengths[rows[0]])
             return
         for layer in block.cache:
             layer.filter(mx.array(rows))

@@ -54,6 +54,20 @@ class LayerSplit:
     def fits(self) -> bool:
         return all(stage.margin_bytes >= 0 for stage in self.stages)
 
+    def cache_tokens(self, num_rows: int) -> int | None:
+        """How many tokens the KV caches of `num_rows` sequences may hold together; None: any number.
+
+        Half of the memory is left over: rows of different lengths are padded, and regrouping copies them.
+        """
+        found: list[int] = []
+        for stage in self.stages:
+            caches = self.info.caches[stage.start : stage.stop]
+            per_token = sum(cache.per_token for cache in caches)
+            room = (stage.margin_bytes + stage.cache_bytes) // 2 - num_rows * sum(cache.fixed for cache in caches)
+            if per_token:
+                found.append(max(room // per_token, self.max_context))
+        return min(found, default=None)
+
     def table(self) -> str:
         """The plan for people: a line per rank."""
         head = f"{'rank':>4}  {'host':<16} {'layers':<9} {'weights':>9} {'KV cache':>9} {'memory':>9} {'margin':>9} {'work':>5}"

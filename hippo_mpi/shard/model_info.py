@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from hippo_mpi.shard.checkpoint import Checkpoint, open_lazily
 from hippo_mpi.shard.dataflow import Dataflow
 from hippo_mpi.shard.graph import leaf
-from hippo_mpi.shard.kv_cache import KVSettings
+from hippo_mpi.shard.kv_cache import KVSettings, merged
 from hippo_mpi.shard.observing import all_caches
 
 _PROBE_TOKENS = 512
@@ -44,6 +44,7 @@ class ModelInfo:
     caches: list[CacheCost]
     forbidden_cuts: dict[int, str]
     max_positions: int | None  # what the model was trained for
+    can_batch: bool = True  # whether mlx-lm can run rows of different lengths together
 
 
 def model_info(checkpoint: Checkpoint, settings: KVSettings) -> ModelInfo:
@@ -71,13 +72,34 @@ def model_info(checkpoint: Checkpoint, settings: KVSettings) -> ModelInfo:
         caches=_cache_costs(checkpoint, settings),
         forbidden_cuts=flow.forbidden_cuts(),
         max_positions=positions,
+        can_batch=_can_batch(checkpoint, settings),
     )
+
+
+def _lazy_model(checkpoint: Checkpoint) -> Any:
+    model, _ = open_lazily(checkpoint.source)
+    model.update(tree_map(lambda weight: leaf(weight.shape, weight.dtype), model.parameters()))
+    return model
+
+
+def _can_batch(checkpoint: Checkpoint, settings: KVSettings) -> bool:
+    """Try it, on arrays that hold nothing: some caches can't be merged, and some models count on one position."""
+    if settings.kv_bits is not None:
+        return False
+    model, caches = _lazy_model(checkpoint), []
+    for num_tokens in (2, 3):
+        caches.append(make_prompt_cache(model, settings.max_kv_size))
+        model(mx.zeros((1, num_tokens), mx.int32), cache=caches[-1])
+    try:
+        model(mx.zeros((2, 1), mx.int32), cache=merged(caches))
+    except Exception:  # whatever a model's own code raises: then its rows take turns
+        return False
+    return True
 
 
 def _cache_costs(checkpoint: Checkpoint, settings: KVSettings) -> list[CacheCost]:
     """Run the model lazily over two chunks and look at how the caches grew; nothing is computed."""
-    model, _ = open_lazily(checkpoint.source)
-    model.update(tree_map(lambda weight: leaf(weight.shape, weight.dtype), model.parameters()))
+    model = _lazy_model(checkpoint)
     cache = make_prompt_cache(model, settings.max_kv_size)
     sizes = []
     for _ in range(2):

@@ -7,6 +7,7 @@ second chunk and in decode; after a trim; with bfloat16 and 4-bit weights; with 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.utils import load_model
 
+from hippo_mpi.engine.row_check import rows_keep_apart
 from hippo_mpi.errors import ModelError
 from hippo_mpi.shard.checkpoint import Checkpoint
+from hippo_mpi.shard.kv_cache import KVSettings
+from hippo_mpi.shard.model_info import model_info
 from hippo_mpi.shard.stage import Forward, Stage
 from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity import tiny_models
@@ -220,6 +224,17 @@ def test_ragged_batch(name: str, tmp_path: Path) -> None:
             lambda stages=stages: [make_prompt_cache(stage.model) for stage in stages],
         )
         assert_same(ours, theirs, f"split {split}, ragged batch")
+
+
+@every([n for n in NAMES if n not in UNCUT and not fails_upstream(n, "chunk")])
+def test_batching_is_found_out(name: str, tmp_path: Path) -> None:
+    """Models whose rows mlx-lm can't run together, or runs together wrongly, are known before a request comes."""
+    checkpoint = open_folder(tiny_models.make_checkpoint(name, tmp_path))
+    can_batch = model_info(checkpoint, KVSettings()).can_batch
+    if can_batch:
+        ring = LocalRing(make_stages(checkpoint, [checkpoint.flow.num_layers]))
+        can_batch = rows_keep_apart(ring.leader, itertools.count())
+    assert can_batch == (not fails_upstream(name, "batch"))
 
 
 @pytest.mark.slow
