@@ -87,11 +87,11 @@ def _can_batch(checkpoint: Checkpoint, settings: KVSettings) -> bool:
     if settings.kv_bits is not None:
         return False
     model, caches = _lazy_model(checkpoint), []
-    for num_tokens in (2, 3):
+    for num_tokens in (2, 3, 4):
         caches.append(make_prompt_cache(model, settings.max_kv_size))
         model(mx.zeros((1, num_tokens), mx.int32), cache=caches[-1])
     try:
-        model(mx.zeros((2, 1), mx.int32), cache=merged(caches))
+        model(mx.zeros((3, 1), mx.int32), cache=merged(caches))
     except Exception:  # whatever a model's own code raises: then its rows take turns
         return False
     return True

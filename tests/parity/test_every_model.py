@@ -22,6 +22,7 @@ from mlx_lm.utils import load_model
 
 from hippo_mpi.engine.row_check import rows_keep_apart
 from hippo_mpi.errors import ModelError
+from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.shard.checkpoint import Checkpoint
 from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.shard.model_info import model_info
@@ -224,6 +225,46 @@ def test_ragged_batch(name: str, tmp_path: Path) -> None:
             lambda stages=stages: [make_prompt_cache(stage.model) for stage in stages],
         )
         assert_same(ours, theirs, f"split {split}, ragged batch")
+
+
+def regrouped(ring: LocalRing, name: str) -> list[mx.array]:
+    """Logits of steps whose rows join, leave, part and are copied."""
+    serials = itertools.count()
+    lengths = {0: 6, 1: 9, 2: 4}
+    for slot, length in lengths.items():
+        tokens = tokens_for(name, seed=slot)[:length]
+        ring.leader.step(StepPlan(next(serials), (slot,), (0,), length), [tokens])
+    found = []
+    for slots, forks, drops in (
+        ((0, 1), (), ()),
+        ((0, 1, 2), (), ()),
+        ((0, 2), ((1, 3),), (1,)),
+        ((3, 2, 0), (), ()),
+        ((2,), (), ()),
+        ((0, 3), (), (2,)),
+    ):
+        for source, slot in forks:
+            lengths[slot] = lengths[source]
+        positions = tuple(lengths[slot] for slot in slots)
+        plan = StepPlan(next(serials), slots, positions, 1, True, forks, drops)
+        finished = ring.leader.step(plan, [[11 + slot] for slot in slots]) or ring.leader.step(None, [])
+        assert finished is not None
+        mx.eval(finished[1])
+        found.append(finished[1])
+        for slot in slots:
+            lengths[slot] += 1
+    return found
+
+
+@every([n for n in BATCHED if not fails_upstream(n, "batch")])
+def test_regrouping(name: str, tmp_path: Path) -> None:
+    """Rows that join, leave, part and are copied give the same logits on one stage and on several."""
+    checkpoint = open_folder(tiny_models.make_checkpoint(name, tmp_path))
+    theirs = regrouped(LocalRing(make_stages(checkpoint, [checkpoint.flow.num_layers])), name)
+    for split in splits(checkpoint)[:2]:
+        ours = regrouped(LocalRing(make_stages(checkpoint, split)), name)
+        for step, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(our, their, f"split {split}, step {step}")
 
 
 @every([n for n in NAMES if n not in UNCUT and not fails_upstream(n, "chunk")])
