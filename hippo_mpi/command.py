@@ -60,7 +60,8 @@ def run(parser: Parser, body: Callable[[Session], int], argv: list[str] | None =
     except HippoError as error:
         _refuse(f"{world.name}: {error}", error.exit_code, world.rank)
     try:
-        code = _joined(body, argv, arguments, mistake, world, control)
+        given = {k: str(v) for k, v in vars(arguments).items() if v != parser.get_default(k)}
+        code = _joined(body, given, arguments, mistake, world, control)
     except HippoError as error:
         control.fail(error)
     except BrokenPipeError:  # whoever read our answer has enough
@@ -98,7 +99,7 @@ def _refuse(line: str, code: int, rank: int) -> NoReturn:
 
 def _joined(
     body: Callable[[Session], int],
-    argv: list[str],
+    given: dict[str, str],
     arguments: argparse.Namespace,
     mistake: UserError | None,
     world: World,
@@ -118,7 +119,7 @@ def _joined(
         return ModelSource(path, arguments.adapter_path, arguments.trust_remote_code)
 
     agreement = agree(
-        world, control, find_source, run_options(arguments), settings, argv, getattr(arguments, "machines", None)
+        world, control, find_source, run_options(arguments), settings, given, getattr(arguments, "machines", None)
     )
     return body(Session(arguments, world, control, launcher, settings, agreement, progress))
 

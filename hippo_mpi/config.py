@@ -87,6 +87,22 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quantized-kv-start", type=whole, default=5000, help="quantise from this position on")
 
 
+def add_batch_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("requests in flight")
+    group.add_argument("--max-batch-size", type=positive, default=32, help="most requests that are answered at once")
+    group.add_argument(
+        "--max-batch-tokens",
+        type=positive,
+        default=512,
+        help="most prompt tokens between two steps of running requests",
+    )
+    group.add_argument(
+        "--prefix-tokens",
+        type=whole,
+        help="most tokens of ended requests kept in the caches for prompts that begin alike; 0: none",
+    )
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ranks")
     group.add_argument("--layer-split", type=counts, help="layers per rank, such as 14,10; planned if not given")
@@ -98,6 +114,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--prefill-step-size",
+        "--prefill-chunk",
         type=positive,
         help="prompt tokens per step; by default 2048 / more, smaller chunks on several ranks",
     )

@@ -9,6 +9,7 @@ import argparse
 import sys
 
 import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi import command, config
 from hippo_mpi.command import Session
@@ -50,16 +51,28 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     )
 
 
+def open_text(session: Session) -> tuple[TokenizerWrapper, ChatFormat]:
+    """The model's tokenizer, and how messages become a prompt.
+
+    Raises:
+        UserError: the tokenizer can't be used.
+    """
+    arguments, checkpoint = session.arguments, session.agreement.checkpoint
+    eos, trusts = checkpoint.config.get("eos_token_id"), checkpoint.source.trust_remote_code
+    tokenizer = open_tokenizer(checkpoint.source.path, eos, tuple(arguments.extra_eos_token), trusts)
+    return tokenizer, ChatFormat(
+        arguments.ignore_chat_template, arguments.chat_template_config, arguments.prefill_response
+    )
+
+
 def lead(session: Session, first_prompt: str | None = None) -> tuple[Pipeline, Conversation]:
     """Rank 0's part of the model, loaded, with a conversation on top.
 
     Raises:
         UserError: the tokenizer can't be used, or `first_prompt` can't be answered; nothing is loaded then.
     """
-    arguments, source = session.arguments, session.agreement.checkpoint.source
-    eos = session.agreement.checkpoint.config.get("eos_token_id")
-    tokenizer = open_tokenizer(source.path, eos, tuple(arguments.extra_eos_token), source.trust_remote_code)
-    chat_format = ChatFormat(arguments.ignore_chat_template, arguments.chat_template_config, arguments.prefill_response)
+    arguments = session.arguments
+    tokenizer, chat_format = open_text(session)
     conversation = Conversation(tokenizer, chat_format, arguments.system_prompt)
     max_context = session.agreement.max_context
     if first_prompt is not None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
+_LEAST_TOKENS = 16  # shorter ones cost more to copy than to compute
+
 
 class PrefixCache:
     """Slots kept for requests to come.
@@ -33,7 +35,7 @@ class PrefixCache:
             return None
         for slot, tokens in [*self._kept.items(), *running]:
             common = min(_common(tokens, prompt), len(prompt) - 1)
-            if common > (best[1] if best else 0) and (common == len(tokens) or self._can_cut(slot)):
+            if common >= (best[1] + 1 if best else _LEAST_TOKENS) and (common == len(tokens) or self._can_cut(slot)):
                 best = slot, common
         if best is not None and best[0] in self._kept:
             self._kept.move_to_end(best[0])

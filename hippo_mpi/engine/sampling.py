@@ -45,14 +45,16 @@ class Chooser:
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
     def sample(self, logprobs: mx.array) -> mx.array:
-        """A token for each row of log-probabilities (B, V): (B,)."""
+        """A token from log-probabilities (1, V): (1,). With a seed, the numbers that mlx_lm.generate draws with it."""
         if self._key is None:
             return cast(mx.array, self._sampler(logprobs))
         # The samplers draw from MLX's one random state: lend it this request's.
-        state: list[mx.array] = mx.random.state  # type: ignore[assignment]
-        lent, state[0] = state[0], self._key
+        state = cast(list[mx.array], mx.random.state)
+        others = mx.array(state[0])
+        state[0][:] = self._key
         token = cast(mx.array, self._sampler(logprobs))
-        self._key, state[0] = state[0], lent
+        self._key = mx.array(state[0])
+        state[0][:] = others
         return token
 
 
@@ -67,7 +69,7 @@ def sample(
     """
     if all(chooser.is_greedy for chooser in choosers):
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        chosen = choosers[0].sample(logprobs)
+        chosen = mx.argmax(logprobs, axis=-1)
     else:
         rows = [c.logprobs(t, logits[row : row + 1]) for row, (c, t) in enumerate(zip(choosers, tokens, strict=True))]
         chosen = mx.concatenate([c.sample(row) for c, row in zip(choosers, rows, strict=True)])

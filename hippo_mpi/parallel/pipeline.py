@@ -8,8 +8,6 @@ says it in one line, and all end with the same status.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -49,7 +47,7 @@ def agree(
     find_source: Callable[[], ModelSource],
     options: RunOptions,
     settings: KVSettings,
-    arguments: list[str],
+    arguments: dict[str, str],
     machines: list[Machine] | None = None,
 ) -> Agreement:
     """Open the checkpoint on every rank, compare, and plan the split on rank 0: for the ranks, or for `machines` instead.
@@ -79,11 +77,11 @@ def agree(
     return Agreement(checkpoint, verdict["counts"], verdict["max_context"], split)
 
 
-def _hello(world: World, arguments: list[str]) -> dict[str, Any]:
+def _hello(world: World, arguments: dict[str, str]) -> dict[str, Any]:
     return {
         "host": world.host,
         "versions": {name: version(name) for name in ("mlx", "mlx-lm", "hippo-mpi")},
-        "arguments": hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:16],
+        "arguments": arguments,
         "memory": available_bytes(),
         "speed": measured_speed(),
     }
@@ -109,8 +107,8 @@ def _compare(hellos: list[dict[str, Any]]) -> None:
 
 def _differences(first: Any, second: Any) -> str:
     if isinstance(first, dict):
-        keys = [key for key in first if first[key] != second.get(key)]
-        return ", ".join(f"{key} {first[key]} and {second.get(key)}" for key in keys)
+        keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+        return ", ".join(f"{key} {first.get(key)} and {second.get(key)}" for key in keys)
     return f"{first} and {second}"
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 TERMINAL = "HIPPO_TERMINAL"
+_LINE_EVERY_S = 10.0
 
 
 class _Console(Console):
@@ -49,6 +51,54 @@ class Progress:
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(name, total=total)
         self._bars.update(self._tasks[name], completed=done, total=total)
+
+
+class BatchProgress:
+    """How far a batch is: a bar on a terminal, a line now and then elsewhere; both on stderr.
+
+    Args:
+        total: number of requests.
+        done: how many were done before this run.
+    """
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.done, self.failed, self.num_tokens = total, done, 0, 0
+        self.began_s = self._told_s = time.monotonic()
+        self._before = done
+        self._bar: RichProgress | None = None
+        if _is_terminal():
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = RichProgress(*columns, console=_Console(stderr=True, force_terminal=True))
+            self._task = self._bar.add_task("", total=total, completed=done)
+            self._bar.start()
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / max(time.monotonic() - self.began_s, 1e-9)
+
+    def count(self, num_tokens: int) -> None:
+        """Tokens were made."""
+        self.num_tokens += num_tokens
+
+    def finish_one(self, is_failed: bool) -> None:
+        self.done, self.failed = self.done + 1, self.failed + is_failed
+        text = f"{self.tokens_per_s:.1f} tok/s" + (f", {self.failed:,} failed" if self.failed else "")
+        now = time.monotonic()
+        if self._bar:
+            self._bar.update(self._task, completed=self.done, description=text)
+        elif now - self._told_s > _LINE_EVERY_S:
+            self._told_s = now
+            left_s = (self.total - self.done) * (now - self.began_s) / max(self.done - self._before, 1)
+            sys.stderr.write(f"{self.done:,} of {self.total:,} done, {text}, {left_s / 60:.0f} min left\n")
+
+    def end(self) -> None:
+        if self._bar:
+            self._bar.stop()
+        took_s = time.monotonic() - self.began_s
+        sys.stderr.write(
+            f"{self.done:,} of {self.total:,} done ({self._before:,} of them before), {self.failed:,} failed;"
+            f" {self.num_tokens:,} tokens in {took_s:.1f} s, {self.tokens_per_s:.1f} tok/s\n"
+        )
 
 
 def _is_terminal() -> bool:

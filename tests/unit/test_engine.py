@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm import stream_generate
+from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
@@ -16,13 +18,15 @@ from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import open_tokenizer
+from hippo_mpi.errors import UserError
+from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.shard import Checkpoint
 from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity.tiny_models import make_checkpoint
 from tests.tiny_tokenizer import save_tokenizer
 
 SPLITS = [[6], [2, 4], [1, 2, 3], [1, 1, 2, 2]]
-CONTEXT = 400
+CONTEXT = 5000
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +153,150 @@ def test_company_changes_nothing(
             follower.follow()
     for follower in bench.ring.followers:
         assert not follower._caches._blocks
+
+
+def ask(bench: Bench, number: int, prompt: list[int], **sampling: Any) -> None:
+    bench.engine.add(Request(number, prompt, SamplingParams(**sampling)))
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_a_long_prompt_stalls_nobody(checkpoint: Checkpoint, tokenizer: TokenizerWrapper, split: list[int]) -> None:
+    """While 4,096 tokens are read, every running stream goes on, at most `max_batch_tokens` of them later."""
+    bench = Bench(checkpoint, tokenizer, split, max_batch_size=8, max_batch_tokens=128)
+    plans: list[StepPlan] = []
+    step = bench.ring.leader.step
+
+    def noting_step(plan: StepPlan | None, tokens: list[list[int]]) -> Any:
+        plans.extend([plan] if plan else [])
+        return step(plan, tokens)
+
+    bench.ring.leader.step = noting_step  # type: ignore[method-assign]
+    goes_on = ((tokenizer.eos_token_id, -1000.0),)
+    for number in range(4):
+        ask(bench, number, prompt_of(number, 8), max_tokens=300, logit_bias=goes_on)
+    while len(bench.tokens) < 4:
+        bench.note(bench.engine.step())
+    ask(bench, 4, prompt_of(4, 4096), max_tokens=2)
+    while 4 not in bench.tokens:
+        bench.note(bench.engine.step())
+    reading = [index for index, plan in enumerate(plans) if plan.slots == (4,) and plan.num_tokens > 1]
+    assert sum(plans[index].num_tokens for index in reading) == 4095
+    for slot in range(4):
+        between_tokens = between_steps = 0
+        for plan in plans[reading[0] : reading[-1]]:
+            between_tokens += plan.num_tokens if plan.slots == (4,) else 0
+            between_steps += 1
+            assert between_tokens <= 128
+            assert between_steps <= 3 * len(split)
+            if slot in plan.slots:
+                between_tokens = between_steps = 0
+
+
+def test_seeded_requests_don_t_depend_on_company(
+    folder: Path, checkpoint: Checkpoint, tokenizer: TokenizerWrapper
+) -> None:
+    sampling = {"max_tokens": 12, "temp": 1.0, "top_p": 0.9, "seed": 7}
+    single = Bench(checkpoint, tokenizer, [6])
+    ask(single, 0, prompt_of(0, 9), **sampling)
+    single.run()
+    crowd = Bench(checkpoint, tokenizer, [2, 4], max_batch_size=8)
+    for number in range(6):
+        seed = None if number == 5 else 7 + number
+        ask(crowd, number, prompt_of(number, 9), **{**sampling, "seed": seed})
+    crowd.run()
+    model, _ = load_model(folder)
+    mx.random.seed(7)
+    pieces = stream_generate(model, tokenizer, prompt_of(0, 9), 12, sampler=make_sampler(temp=1.0, top_p=0.9))
+    assert crowd.tokens[0] == single.tokens[0] == [piece.token for piece in pieces]
+    assert len({tuple(tokens) for tokens in crowd.tokens.values()}) == 6
+
+
+def test_logprobs_are_the_model_s(folder: Path, checkpoint: Checkpoint, tokenizer: TokenizerWrapper) -> None:
+    bench = Bench(checkpoint, tokenizer, [2, 4], max_batch_size=4)
+    for number in range(3):
+        ask(bench, number, prompt_of(number, 7), max_tokens=1, logprobs=3)
+    model, _ = load_model(folder)
+    for output in bench.engine.run():
+        logits = model(mx.array([prompt_of(output.request_id, 7)]))[0, -1]
+        expected = logits - mx.logsumexp(logits)
+        assert output.logprobs is not None
+        assert output.logprobs.top[0][0] == output.token
+        assert output.logprobs.chosen == pytest.approx(expected[output.token].item(), abs=1e-4)
+        assert [token for token, _ in output.logprobs.top] == mx.argsort(-expected)[:3].tolist()
+
+
+def test_stop_words_and_processors_work_per_row(checkpoint: Checkpoint, tokenizer: TokenizerWrapper) -> None:
+    plain = Bench(checkpoint, tokenizer, [2, 4], max_batch_size=4)
+    for number in range(3):
+        ask(plain, number, prompt_of(number, 7), max_tokens=8)
+    plain.run()
+    word = tokenizer.decode([plain.tokens[1][3]])
+    changed = Bench(checkpoint, tokenizer, [2, 4], max_batch_size=4)
+    ask(changed, 0, prompt_of(0, 7), max_tokens=8)
+    ask(changed, 1, prompt_of(1, 7), max_tokens=8, stop_words=(word,))
+    ask(changed, 2, prompt_of(2, 7), max_tokens=8, logit_bias=((42, 1000.0),))
+    changed.run()
+    assert changed.tokens[0] == plain.tokens[0]
+    assert changed.texts[1] == plain.texts[1][: plain.texts[1].index(word)]
+    assert changed.reasons[1] == "stop"
+    assert changed.tokens[2] == [42] * 8
+
+
+def test_what_does_not_fit_waits_or_is_refused(checkpoint: Checkpoint, tokenizer: TokenizerWrapper) -> None:
+    bench = Bench(checkpoint, tokenizer, [2, 4], max_batch_size=8, cache_tokens=60)
+    with pytest.raises(UserError, match="prompt and answer may have 70 tokens, but the KV caches hold 60"):
+        ask(bench, 0, prompt_of(0, 50), max_tokens=20)
+    with pytest.raises(UserError, match="the prompt has 5,000 tokens, but the context is 5,000"):
+        ask(bench, 0, prompt_of(0, 5000), max_tokens=20)
+    for number in range(4):
+        ask(bench, number, prompt_of(number, 20), max_tokens=10)
+    bench.note(bench.engine.step())
+    assert bench.engine.num_waiting == 2
+    bench.run()
+    assert sorted(bench.tokens) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_prefixes_are_prefilled_once(
+    folder: Path, checkpoint: Checkpoint, tokenizer: TokenizerWrapper, split: list[int]
+) -> None:
+    """A shared header while its first user still runs; then a conversation's next turn; least recently used goes."""
+    bench = Bench(checkpoint, tokenizer, split, max_batch_size=4, prefix_tokens=120)
+    header = prompt_of(0, 40)
+    prompts = {number: [*header, 90 + number, 3] for number in range(4)}
+    for number, prompt in prompts.items():
+        ask(bench, number, prompt, max_tokens=5)
+    cached: dict[int, int] = {}
+
+    def run() -> None:
+        for output in bench.engine.run():
+            bench.note([output])
+            cached[output.request_id] = output.timings.cached_tokens
+
+    run()
+    assert cached == {0: 0, 1: 40, 2: 40, 3: 40}
+    prompts[4] = [*prompts[0], *bench.tokens[0], 7, 8]
+    ask(bench, 4, prompts[4], max_tokens=5)
+    run()
+    assert cached[4] == 40 + 2 + 4 or cached[4] == 40  # kept to the last token, or cut by the budget to the header
+    for number, prompt in prompts.items():
+        assert bench.tokens[number] == alone(folder, tokenizer, prompt, 5)
+
+
+def test_state_space_models_reuse_whole_prefixes_only(tmp_path: Path) -> None:
+    folder = make_checkpoint("mamba2", tmp_path)
+    save_tokenizer(folder)
+    tokenizer, checkpoint = open_tokenizer(folder, None, (), False), open_folder(folder)
+    bench = Bench(checkpoint, tokenizer, [1, checkpoint.flow.num_layers - 1], prefix_tokens=500)
+    first = prompt_of(1, 30)
+    prompts = {0: first, 1: [*first[:-3], 5, 6]}
+    for number, prompt in prompts.items():
+        ask(bench, number, prompt, max_tokens=4)
+        bench.run()
+    prompts[2] = [*first, *bench.tokens[0], 9]
+    bench.engine.add(Request(2, prompts[2], SamplingParams(max_tokens=4)))
+    outputs = list(bench.engine.run())
+    bench.note(outputs)
+    assert outputs[-1].timings.cached_tokens == 33
+    for number, prompt in prompts.items():
+        assert bench.tokens[number] == alone(folder, tokenizer, prompt, 4)

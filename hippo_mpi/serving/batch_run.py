@@ -1,0 +1,86 @@
+"""Answering a batch: tasks into the engine as it has room, answers into the file as they end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.request import Request, RequestOutput
+from hippo_mpi.engine.text import ChatFormat
+from hippo_mpi.errors import UserError
+from hippo_mpi.serving.batch_file import AnswerFile, Task
+from hippo_mpi.serving.openai_protocol import answer_object
+from hippo_mpi.serving.progress import BatchProgress
+
+_BACKLOG = 4  # requests that wait in the engine: enough that it never runs dry, few enough for any length of file
+
+
+class BatchRun:
+    """One run over a batch of tasks.
+
+    Args:
+        model: the name that answers carry.
+        system_prompt: for chats that bring none of their own.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: TokenizerWrapper,
+        chat_format: ChatFormat,
+        answers: AnswerFile,
+        progress: BatchProgress,
+        model: str,
+        system_prompt: str | None = None,
+    ) -> None:
+        self._engine, self._tokenizer, self._format = engine, tokenizer, chat_format
+        self._answers, self._progress, self._model = answers, progress, model
+        self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self._running: dict[int, tuple[Task, list[RequestOutput]]] = {}
+
+    def run(self, tasks: Iterable[Task]) -> None:
+        """Answer every task that isn't answered yet.
+
+        Raises:
+            UserError: the answers can't be written.
+        """
+        todo = (task for task in tasks if task.custom_id not in self._answers.done)
+        while self._fill(todo) or not self._engine.is_idle:
+            for output in self._engine.step():
+                self._take(output)
+        self._progress.end()
+
+    def _fill(self, todo: Iterator[Task]) -> bool:
+        """Hand tasks to the engine while it has room; False when there are no more."""
+        while self._engine.num_waiting < _BACKLOG:
+            task = next(todo, None)
+            if task is None:
+                return False
+            self._begin(task)
+        return True
+
+    def _begin(self, task: Task) -> None:
+        try:
+            if task.asked is None:
+                raise UserError(task.mistake)
+            prompt = task.asked.encode(self._tokenizer, self._format, self._system)
+            self._engine.add(Request(task.line, prompt, task.asked.sampling))
+        except UserError as error:
+            mistake = task.mistake or f"line {task.line}: {error}"
+            self._answers.write(task.custom_id, None, mistake, task.line)
+            self._progress.finish_one(is_failed=True)
+            return
+        self._running[task.line] = task, []
+
+    def _take(self, output: RequestOutput) -> None:
+        task, outputs = self._running[output.request_id]
+        outputs.append(output)
+        self._progress.count(1)
+        if output.finish_reason is not None:
+            assert task.asked is not None
+            del self._running[output.request_id]
+            name = f"req-{task.line}"
+            self._answers.write(task.custom_id, answer_object(task.asked, self._model, name, outputs, self._tokenizer))
+            self._progress.finish_one(is_failed=False)

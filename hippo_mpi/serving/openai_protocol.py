@@ -1,0 +1,217 @@
+"""OpenAI's words for requests and answers: bodies in, objects out. Every field is honoured, refused, or has no effect
+on an answer; none is silently dropped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from hippo_mpi.engine.request import RequestOutput, SamplingParams
+from hippo_mpi.engine.text import ChatFormat
+from hippo_mpi.errors import UserError
+
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+_WITHOUT_EFFECT = {"model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier"}
+_MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A checked body: messages of a chat, or a prompt (text or tokens) to be continued."""
+
+    url: str
+    sampling: SamplingParams
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    prompt: str | list[int] = ""
+
+    def encode(
+        self, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system: list[dict[str, str]] | None = None
+    ) -> list[int]:
+        """The prompt's tokens; `system` goes in front of messages that have no system message.
+
+        Raises:
+            UserError: there are none, or the chat template doesn't take the messages.
+        """
+        if self.url == CHAT:
+            has_system = any(message.get("role") == "system" for message in self.messages)
+            return chat_format.encode(tokenizer, [*([] if has_system else system or []), *self.messages])
+        tokens = self.prompt if isinstance(self.prompt, list) else list(tokenizer.encode(self.prompt))
+        if not tokens or self.prompt == "":
+            raise UserError("the prompt is empty")
+        return tokens
+
+
+def read_body(url: str, body: Any, defaults: SamplingParams) -> Asked:
+    """Check a request body.
+
+    Raises:
+        UserError: what is wrong with it, with the name of the field.
+    """
+    if url not in (CHAT, COMPLETION):
+        raise UserError(f"url must be {CHAT} or {COMPLETION}, not {url!r}")
+    if not isinstance(body, dict):
+        raise UserError("body must be a JSON object")
+    rest = {name: value for name, value in body.items() if name not in _WITHOUT_EFFECT and value is not None}
+    if url == CHAT:
+        asked = Asked(url, defaults, messages=_messages(rest.pop("messages", None)))
+    else:
+        asked = Asked(url, defaults, prompt=_prompt(rest.pop("prompt", None)))
+    return replace(asked, sampling=_sampling(rest, defaults, url == CHAT))
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        raise UserError("messages must be a list of objects with role and content")
+    return [{**message, "content": _content(message.get("content"))} for message in value]
+
+
+def _content(value: Any) -> str:
+    """The text of a message: a string, or OpenAI's list of parts."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
+        return "".join(part["text"] for part in value)
+    raise UserError("messages: content must be a string or a list of text parts")
+
+
+def _prompt(value: Any) -> str | list[int]:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(type(token) is int and token >= 0 for token in value):
+        return value
+    raise UserError("prompt must be a string or a list of tokens")
+
+
+def _sampling(fields: dict[str, Any], defaults: SamplingParams, is_chat: bool) -> SamplingParams:
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name == "logprobs" and is_chat:
+            found["logprobs"] = 0 if _boolean(name, value) else None
+        elif name == "top_logprobs" and is_chat:
+            continue  # below: it needs logprobs
+        elif name in _FIELDS:
+            target, check = _FIELDS[name]
+            found[target] = check(name, value)
+        elif name in _ONLY:
+            if value != _ONLY[name]:
+                raise UserError(f"{name} must be {_ONLY[name]!r} here, not {value!r}")
+        else:
+            raise UserError(f"unknown field {name!r}")
+    if is_chat and "top_logprobs" in fields:
+        if found.get("logprobs") is None:
+            raise UserError("top_logprobs needs logprobs: true")
+        found["logprobs"] = _whole(0, _MAX_LOGPROBS)("top_logprobs", fields["top_logprobs"])
+    return replace(defaults, **found)
+
+
+_Check = Callable[[str, Any], Any]
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be true or false, not {value!r}")
+    return value
+
+
+def _whole(low: int, high: int) -> _Check:
+    def check(name: str, value: Any) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise UserError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+        return value
+
+    return check
+
+
+def _number(low: float, high: float) -> _Check:
+    def check(name: str, value: Any) -> float:
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise UserError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
+        return float(value)
+
+    return check
+
+
+def _stop(name: str, value: Any) -> tuple[str, ...]:
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
+        raise UserError(f"{name} must be a text or a list of texts")
+    return tuple(words)
+
+
+def _bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    try:
+        return tuple((int(token), float(amount)) for token, amount in value.items())
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{name} must be an object of tokens and numbers, not {value!r}") from None
+
+
+_FIELDS: dict[str, tuple[str, _Check]] = {
+    "max_tokens": ("max_tokens", _whole(1, 1 << 30)),
+    "max_completion_tokens": ("max_tokens", _whole(1, 1 << 30)),
+    "temperature": ("temp", _number(0, 100)),
+    "top_p": ("top_p", _number(0, 1)),
+    "min_p": ("min_p", _number(0, 1)),
+    "top_k": ("top_k", _whole(0, 1 << 30)),
+    "seed": ("seed", _whole(0, 2**63 - 1)),
+    "stop": ("stop_words", _stop),
+    "presence_penalty": ("presence_penalty", _number(-2, 2)),
+    "frequency_penalty": ("frequency_penalty", _number(-2, 2)),
+    "repetition_penalty": ("repetition_penalty", _number(0.01, 100)),
+    "logit_bias": ("logit_bias", _bias),
+    "logprobs": ("logprobs", _whole(0, _MAX_LOGPROBS)),
+}
+_ONLY: dict[str, Any] = {"n": 1, "best_of": 1, "stream": False, "echo": False, "tool_choice": "none", "tools": []}
+
+
+def answer_object(
+    asked: Asked, model: str, request_id: str, outputs: list[RequestOutput], tokenizer: TokenizerWrapper
+) -> dict[str, Any]:
+    """The chat completion or text completion that a request's outputs amount to."""
+    text, last = "".join(output.text for output in outputs), outputs[-1]
+    is_chat = asked.url == CHAT
+    told = None
+    if asked.sampling.logprobs is not None:
+        told = (_chat_logprobs if is_chat else _completion_logprobs)(outputs, tokenizer)
+    content: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+    timings = last.timings
+    return {
+        "id": request_id,
+        "object": "chat.completion" if is_chat else "text_completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [{"index": 0, **content, "logprobs": told, "finish_reason": last.finish_reason}],
+        "usage": {
+            "prompt_tokens": timings.prompt_tokens,
+            "completion_tokens": len(timings.token_ids),
+            "total_tokens": timings.prompt_tokens + len(timings.token_ids),
+            "prompt_tokens_details": {"cached_tokens": timings.cached_tokens},
+        },
+    }
+
+
+def _chat_logprobs(outputs: list[RequestOutput], tokenizer: TokenizerWrapper) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.decode([token])
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    content = []
+    for output in outputs:
+        if output.token is not None and output.logprobs is not None:
+            top = [entry(token, logprob) for token, logprob in output.logprobs.top]
+            content.append({**entry(output.token, output.logprobs.chosen), "top_logprobs": top})
+    return {"content": content}
+
+
+def _completion_logprobs(outputs: list[RequestOutput], tokenizer: TokenizerWrapper) -> dict[str, Any]:
+    told = [(o.token, o.logprobs) for o in outputs if o.token is not None and o.logprobs is not None]
+    texts = [tokenizer.decode([token]) for token, _ in told]
+    return {
+        "tokens": texts,
+        "token_logprobs": [logprobs.chosen for _, logprobs in told],
+        "top_logprobs": [{tokenizer.decode([t]): value for t, value in logprobs.top} for _, logprobs in told],
+        "text_offset": [len("".join(texts[:i])) for i in range(len(texts))],
+    }
