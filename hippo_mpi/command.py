@@ -121,7 +121,10 @@ def _joined(
     agreement = agree(
         world, control, find_source, run_options(arguments), settings, given, getattr(arguments, "machines", None)
     )
-    return body(Session(arguments, world, control, launcher, settings, agreement, progress))
+    try:
+        return body(Session(arguments, world, control, launcher, settings, agreement, progress))
+    finally:
+        progress.clear()  # what is said next begins on a line of its own
 
 
 def _parse(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, UserError | None]:

@@ -59,7 +59,12 @@ def start(command: Sequence[str], env: dict[str, str] | None = None, stdin: int 
     """Start a process in a group of its own."""
     process = subprocess.Popen(
         list(command),
-        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **(env or {})},
+        env={
+            **{k: v for k, v in os.environ.items() if k != "COLUMNS"},
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            **(env or {}),
+        },
         stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

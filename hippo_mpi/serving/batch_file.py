@@ -100,7 +100,7 @@ def _read_line(number: int, line: bytes, is_json: bool, defaults: SamplingParams
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         if not is_json:
             return Task(number, custom_id, Asked(CHAT, defaults, [{"role": "user", "content": text.strip()}]))
-        fields = json.loads(text)
+        fields = json.loads(text.strip())
         if not isinstance(fields, dict):
             raise UserError("not a JSON object")
         given = fields.pop("custom_id", custom_id)

@@ -47,10 +47,13 @@ class BatchRun:
             UserError: the answers can't be written.
         """
         todo = (task for task in tasks if task.custom_id not in self._answers.done)
-        while self._fill(todo) or not self._engine.is_idle:
-            for output in self._engine.step():
-                self._take(output)
-        self._progress.end()
+        try:
+            while self._fill(todo) or not self._engine.is_idle:
+                for output in self._engine.step():
+                    self._take(output)
+        finally:
+            self._progress.close()
+        self._progress.summarise()
 
     def _fill(self, todo: Iterator[Task]) -> bool:
         """Hand tasks to the engine while it has room; False when there are no more."""

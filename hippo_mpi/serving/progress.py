@@ -91,9 +91,12 @@ class BatchProgress:
             left_s = (self.total - self.done) * (now - self.began_s) / max(self.done - self._before, 1)
             sys.stderr.write(f"{self.done:,} of {self.total:,} done, {text}, {left_s / 60:.0f} min left\n")
 
-    def end(self) -> None:
+    def close(self) -> None:
+        """Leave the bar as it is: what is said next begins on a line of its own."""
         if self._bar:
             self._bar.stop()
+
+    def summarise(self) -> None:
         took_s = time.monotonic() - self.began_s
         sys.stderr.write(
             f"{self.done:,} of {self.total:,} done ({self._before:,} of them before), {self.failed:,} failed;"
