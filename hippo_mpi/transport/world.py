@@ -134,8 +134,11 @@ def _find_mpi_library() -> None:
             os.environ["MLX_MPI_LIBNAME"] = str(beside[0])
         return
     folder = os.environ.get("OMPI_LIBDIR_LOC", "")
-    wheel = Path(folder) / "libmpi.so.40" if folder else None
-    os.environ["MLX_MPI_LIBNAME"] = str(wheel) if wheel and wheel.exists() else "libmpi.so.40"
+    if "OMPI_COMM_WORLD_SIZE" not in os.environ:  # srun started us, which knows of no library: the wheel's is beside us
+        folder = f"{sys.prefix}/lib"
+        os.environ.setdefault("OPAL_PREFIX", sys.prefix)
+    library = Path(folder) / "libmpi.so.40"
+    os.environ["MLX_MPI_LIBNAME"] = str(library) if folder and library.exists() else "libmpi.so.40"
 
 
 def _explain(launch: Launch, error: str) -> str:
