@@ -89,7 +89,9 @@ def make_engine(session: Session, pipeline: Pipeline, tokenizer: TokenizerWrappe
     assert split is not None  # rank 0 has planned
     size, max_context = arguments.max_batch_size, session.agreement.max_context
     cache_tokens = split.cache_tokens(size)
-    limits = Limits(size, arguments.max_batch_tokens, cache_tokens, arguments.prefill_step_size, split.info.can_batch)
+    limits = Limits(
+        size, arguments.max_batch_tokens, cache_tokens, arguments.prefill_step_size, session.agreement.can_batch
+    )
     prefix_tokens = arguments.prefix_tokens
     if prefix_tokens is None:
         prefix_tokens = max_context if cache_tokens is None else cache_tokens // _PREFIX_SHARE

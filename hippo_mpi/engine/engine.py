@@ -34,11 +34,11 @@ class Engine:
     ) -> None:
         self._leader, self._tokenizer, self._max_context = leader, tokenizer, max_context
         serials = count()
-        if limits.max_batch_size > 1 and limits.can_batch and not rows_keep_apart(leader, serials):
-            limits = replace(limits, can_batch=False)
+        if limits.can_batch is None and limits.max_batch_size > 1:
+            limits = replace(limits, can_batch=rows_keep_apart(leader, serials))
         prefixes = PrefixCache(prefix_tokens, leader.caches.can_trim)
         self._scheduler = Scheduler(leader.max_in_flight, limits, prefixes, serials)
-        self._limits = limits
+        self.limits = limits
         self._sequences: dict[int, Sequence] = {}
         self._aborted: list[RequestOutput] = []
         newline = list(tokenizer.encode("\n", add_special_tokens=False))
@@ -59,7 +59,7 @@ class Engine:
         Raises:
             UserError: it can never be answered; the message has the numbers.
         """
-        prompt_tokens, limit = len(request.prompt), self._limits.cache_tokens
+        prompt_tokens, limit = len(request.prompt), self.limits.cache_tokens
         check_context(prompt_tokens, self._max_context)
         allowed = min(request.sampling.max_tokens, self._max_context - prompt_tokens)
         if limit is not None and prompt_tokens + allowed > limit:
@@ -121,7 +121,7 @@ class Engine:
         timings, params = sequence.timings, sequence.request.sampling
         timings.note(token)
         reason: FinishReason | None = None
-        if token in self._tokenizer.eos_token_ids:
+        if token in self._tokenizer.eos_token_ids and not params.ignore_eos:
             reason = "stop"
         else:
             sequence.detokenizer.add_token(token)

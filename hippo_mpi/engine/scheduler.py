@@ -29,7 +29,7 @@ class Limits:
     max_batch_tokens: int = 512  # prompt tokens between two steps of the running sequences
     cache_tokens: int | None = None  # that all slots may hold together; None: no limit
     prefill_chunk: int | None = None  # prompt tokens per step; None: as suits the number of stages
-    can_batch: bool = True  # whether rows may share a step
+    can_batch: bool | None = None  # whether rows may share a step; None: the engine asks the model
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from hippo_mpi.config import RunOptions
 from hippo_mpi.errors import HippoError, LaunchError, UserError
+from hippo_mpi.parallel.timeline import Timeline
 from hippo_mpi.parallel.worker import Follower, Leader
 from hippo_mpi.shard import Checkpoint, ModelSource, open_checkpoint, pipeline
 from hippo_mpi.shard.kv_cache import KVSettings
@@ -38,6 +39,7 @@ class Agreement:
     checkpoint: Checkpoint
     counts: list[int]
     max_context: int
+    can_batch: bool | None  # False: mlx-lm can't run rows together; None: the model must be asked
     split: LayerSplit | None
 
 
@@ -72,9 +74,13 @@ def agree(
             split = plan_split(info, machines or _machines(hellos), options.max_context, options.layer_split)
         except HippoError as error:
             control.fail(error)
-    verdict = control.share({"counts": split.counts, "max_context": split.max_context} if split else None)
+    plan = None
+    if split is not None:
+        plan = {"counts": split.counts, "max_context": split.max_context, "can_batch": split.info.can_batch}
+    verdict = control.share(plan)
     assert checkpoint is not None
-    return Agreement(checkpoint, verdict["counts"], verdict["max_context"], split)
+    can_batch = None if verdict["can_batch"] else False
+    return Agreement(checkpoint, verdict["counts"], verdict["max_context"], can_batch, split)
 
 
 def _hello(world: World, arguments: dict[str, str]) -> dict[str, Any]:
@@ -156,7 +162,8 @@ class Pipeline:
         except HippoError as caught:
             error = caught
         self._agree_that_loaded(error)
-        self._channel = RingChannel(world, control)
+        self.channel = RingChannel(world, control)
+        self.timeline = Timeline(control.progress)
         self._settings = settings
 
     def _agree_that_loaded(self, error: HippoError | None) -> None:
@@ -170,14 +177,19 @@ class Pipeline:
         self.control.share({"go": True} if found is not None else None)
 
     def leader(self) -> Leader:
-        return Leader(self.stage, self._channel, self._settings, self.world.size, self.control.progress)
+        return Leader(self.stage, self.channel, self._settings, self.world.size, self.timeline)
 
     def follow(self) -> None:
-        """Obey until rank 0 ends the run."""
+        """Obey until rank 0 calls `release`."""
         is_last = self.world.rank == self.world.size - 1
-        follower = Follower(self.stage, self._channel, self._settings, is_last, self.control.progress)
+        follower = Follower(self.stage, self.channel, self._settings, is_last, self.timeline)
         while follower.follow() is not None:
             pass
+
+    def release(self) -> None:
+        """Rank 0 takes no further steps with its leader: the others' `follow` returns."""
+        if self.world.size > 1:
+            self.channel.send(_END, [])
 
     def statistics(self) -> dict[str, Any]:
         """This rank's layers and memory."""
@@ -190,9 +202,9 @@ class Pipeline:
         }
 
     def end(self) -> list[dict[str, Any]] | None:
-        """Finish the run; statistics of every rank on rank 0."""
-        if self.world.rank == 0 and self.world.size > 1:
-            self._channel.send(_END, [])
+        """Finish the run, which releases the others; statistics of every rank on rank 0."""
+        if self.world.rank == 0:
+            self.release()
         gathered = self.control.gather(self.statistics())
         self.control.share({"end": True} if gathered is not None else None)
         self.control.close()

@@ -93,6 +93,7 @@ class Leader:
         while not forward.is_done:
             self._progress(f"waiting for {plan}")
             header, arrays = self._channel.receive()
+            self._progress(f"finishing {plan}")
             if decode(header) != plan:
                 raise DesyncError(f"rank 0 expected {plan}, got {decode(header)}")
             forward.run(arrays)

@@ -37,6 +37,9 @@ class Progress:
     def prefill(self, done: int, total: int) -> None:
         self._show("prefill", done, total)
 
+    def measuring(self, done: int, total: int, what: str) -> None:
+        self._show("measuring", done, total, f"measuring {what}")
+
     def clear(self) -> None:
         if self._bars:
             self._bars.stop()
@@ -44,13 +47,13 @@ class Progress:
                 self._bars.remove_task(task)
             self._tasks.clear()
 
-    def _show(self, name: str, done: int, total: int) -> None:
+    def _show(self, name: str, done: int, total: int, description: str = "") -> None:
         if not self._bars:
             return
         self._bars.start()
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(name, total=total)
-        self._bars.update(self._tasks[name], completed=done, total=total)
+        self._bars.update(self._tasks[name], completed=done, total=total, description=description or name)
 
 
 class BatchProgress:

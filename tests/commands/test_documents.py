@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hippo_mpi import batch, chat, errors, generate, plan, run
+from hippo_mpi import batch, benchmark, chat, errors, generate, plan, run
 from hippo_mpi.errors import HippoError
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PARSERS = {name.__name__.split(".")[-1]: name.make_parser() for name in (batch, chat, generate, plan)}
+PARSERS = {name.__name__.split(".")[-1]: name.make_parser() for name in (batch, benchmark, chat, generate, plan)}
 # Options that mlx.launch takes out of its program's arguments, read off its parser.
 LAUNCH_OPTIONS = set(
     re.findall(

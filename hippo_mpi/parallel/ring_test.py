@@ -1,0 +1,58 @@
+"""How long messages take around the ring: rank 0 times them, every other rank passes them on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from hippo_mpi.transport.channel import Channel
+
+_SIZES_BYTES = (8, 64, 512, 4 << 10, 8 << 10, 64 << 10, 512 << 10, 4 << 20, 64 << 20)
+_SMALL_BYTES = 1 << 20
+_NUM_SMALL, _NUM_LARGE = 200, 5
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One message from a rank to the next, with its announcement on the control socket."""
+
+    size_bytes: int
+    median_s: float
+    p95_s: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.size_bytes / self.median_s
+
+
+def echo(channel: Channel) -> None:
+    """Pass on what comes, until a message without a header."""
+    while True:
+        header, arrays = channel.receive()
+        channel.send(header, arrays)
+        if not header:
+            return
+
+
+def time_ring(channel: Channel, num_ranks: int, progress: Callable[[str], None]) -> list[Hop]:
+    """Send messages of growing size round the ring; every other rank must be in `echo`."""
+    hops = []
+    for size in _SIZES_BYTES:
+        progress(f"timing messages of {size} bytes")
+        message = mx.zeros((size // 4,), mx.float32)
+        mx.eval(message)
+        times = []
+        for _ in range(_NUM_SMALL if size <= _SMALL_BYTES else _NUM_LARGE):
+            began = time.perf_counter()
+            channel.send(b"ring", [message])
+            channel.receive()
+            times.append((time.perf_counter() - began) / num_ranks)
+        times.sort()
+        hops.append(Hop(size, statistics.median(times), times[len(times) * 95 // 100]))
+    channel.send(b"", [])
+    channel.receive()
+    return hops

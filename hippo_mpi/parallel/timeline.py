@@ -1,0 +1,64 @@
+"""What each rank was doing, when: busy shares, and a trace that Perfetto opens.
+
+The workers say what they begin to do ("computing step 7 ...") to their progress callback; a timeline listens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+Mark = tuple[float, str]
+"""(seconds of the wall clock, what began)"""
+
+
+class Timeline:
+    """A progress callback that notes what it is told, and passes it on.
+
+    Args:
+        progress: who is told, too.
+    """
+
+    def __init__(self, progress: Callable[[str], None]) -> None:
+        self._progress = progress
+        self._marks: list[Mark] | None = None
+
+    def __call__(self, doing: str) -> None:
+        if self._marks is not None:
+            self._marks.append((time.time(), doing))
+        self._progress(doing)
+
+    def start(self) -> None:
+        self._marks = []
+
+    def stop(self) -> list[Mark]:
+        """What was noted since `start`; the last mark ends it."""
+        found, self._marks = self._marks or [], None
+        return [*found, (time.time(), "end")]
+
+
+def busy_shares(marks_by_rank: list[list[Mark]]) -> list[dict[str, float]]:
+    """For each rank, the share of rank 0's time that went to each kind of doing (the first word of a mark)."""
+    begin, end = marks_by_rank[0][0][0], marks_by_rank[0][-1][0]
+    shares = []
+    for marks in marks_by_rank:
+        found: dict[str, float] = {}
+        for (start, doing), (stop, _) in pairwise(marks):
+            kind = doing.split()[0]
+            took_s = max(0.0, min(stop, end) - max(start, begin))
+            found[kind] = found.get(kind, 0.0) + took_s / max(end - begin, 1e-9)
+        shares.append(found)
+    return shares
+
+
+def trace_events(marks_by_rank: list[list[Mark]]) -> dict[str, Any]:
+    """A Chrome trace: a process per rank, times in microseconds."""
+    events: list[dict[str, Any]] = []
+    for rank, marks in enumerate(marks_by_rank):
+        events.append({"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}})
+        for (start, doing), (stop, _) in pairwise(marks):
+            span = {"name": doing, "cat": doing.split()[0], "ph": "X", "pid": rank, "tid": 0}
+            events.append({**span, "ts": start * 1e6, "dur": (stop - start) * 1e6})
+    return {"traceEvents": events}

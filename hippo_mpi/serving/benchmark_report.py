@@ -1,0 +1,94 @@
+"""What a benchmark found, for people: tables and a picture."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from hippo_mpi.errors import UserError
+
+
+def report(found: dict[str, Any], has_whole: bool) -> str:
+    """Tables: the ring, the rates by mode and load, and where each rank's time went."""
+    parts = [_ring_table(found["ring"])] if found["ring"] else []
+    parts += [_rate_table(found), _busy_table(found["busy"])]
+    if not has_whole:
+        parts.append(
+            "Whole models don't fit beside the pipeline's parts, or weren't wanted: only the pipeline is shown."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def medians(found: dict[str, Any], figure: str) -> dict[str, dict[int, tuple[float, float, float]]]:
+    """mode -> concurrent -> (median, lowest, highest) of a figure."""
+    table: dict[str, dict[int, tuple[float, float, float]]] = {}
+    for result in found["results"]:
+        values = [trial[figure] for trial in result["trials"]]
+        spread = statistics.median(values), min(values), max(values)
+        table.setdefault(result["mode"], {})[result["concurrent"]] = spread
+    return table
+
+
+def _ring_table(ring: list[dict[str, Any]]) -> str:
+    lines = ["one hop of the ring", f"{'size':>10} {'median':>10} {'p95':>10} {'bandwidth':>12}"]
+    for hop in ring:
+        rate = hop["size_bytes"] / hop["median_s"] / 1e6
+        size = f"{hop['size_bytes']:,} B" if hop["size_bytes"] < 1 << 20 else f"{hop['size_bytes'] >> 20} MiB"
+        lines.append(f"{size:>10} {hop['median_s'] * 1e6:>7.0f} us {hop['p95_s'] * 1e6:>7.0f} us {rate:>7.1f} MB/s")
+    return "\n".join(lines)
+
+
+def _rate_table(found: dict[str, Any]) -> str:
+    decode, prompt, first = (medians(found, name) for name in ("decode_tps", "prompt_tps", "first_token_s"))
+    head = (
+        f"{'at once':>7}  {'mode':<10} {'generation':>22} {'prompt':>14} {'first token':>12}  {'of the best other':>17}"
+    )
+    lines = [f"{found['ranks']} ranks over {found['backend']}", head]
+    for count in next(iter(decode.values())):
+        others = [decode[mode][count][0] for mode in decode if mode in ("standalone", "replicas")]
+        for mode in decode:
+            rate, low, high = decode[mode][count]
+            ratio = f"{rate / max(others):>17.3f}" if mode == "pipeline" and others and max(others) else ""
+            lines.append(
+                f"{count:>7}  {mode:<10} {rate:>7.1f} ({low:.1f}-{high:.1f}) tok/s {prompt[mode][count][0]:>8.1f} tok/s"
+                f" {first[mode][count][0]:>10.3f} s  {ratio}"
+            )
+    return "\n".join(lines)
+
+
+def _busy_table(busy: list[dict[str, float]]) -> str:
+    kinds = sorted({kind for rank in busy for kind in rank})
+    lines = ["where each rank's time went in the last run of the pipeline", "rank" + "".join(f"{k:>12}" for k in kinds)]
+    for rank, shares in enumerate(busy):
+        lines.append(f"{rank:>4}" + "".join(f"{shares.get(kind, 0.0):>12.1%}" for kind in kinds))
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Draw generated tokens per second against requests at once, one line per mode.
+
+    Raises:
+        UserError: matplotlib isn't installed, or the file can't be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('--plot needs matplotlib: pip install "hippo-mpi[plot]"') from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for mode, counts in medians(found, "decode_tps").items():
+        middle = [counts[count][0] for count in counts]
+        below = [counts[count][0] - counts[count][1] for count in counts]
+        above = [counts[count][2] - counts[count][0] for count in counts]
+        axes.errorbar(list(counts), middle, yerr=[below, above], marker="o", capsize=3, label=mode)
+    axes.set(xlabel="requests at once", ylabel="generated tokens per second", title=f"{found['ranks']} ranks")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be written: {error}") from None

@@ -1,0 +1,68 @@
+"""hippo_mpi.benchmark and what it writes; its figures themselves are nobody's promise here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import ranks
+
+BENCHMARK = str(ranks.BIN / "hippo_mpi.benchmark")
+SMALL = ["--trials", "2", "--concurrent", "1,3", "--prompt-tokens", "20", "--generation-tokens", "6"]
+
+
+def run(*options: str, num_ranks: int = 2) -> str:
+    with ranks.ring([[BENCHMARK, *SMALL, *options]] * num_ranks) as running:
+        assert [rank.wait() for rank in running] == [0] * num_ranks, running[0].err
+        return running[0].out
+
+
+def test_all_modes(tmp_path: Path) -> None:
+    picture, trace = tmp_path / "rates.png", tmp_path / "trace.json"
+    out = run("--json", "--compare", "mlx-lm", "--plot", str(picture), "--trace", str(trace))
+    found: dict[str, Any] = json.loads(out)
+    modes = ["standalone", "pipeline", "replicas", "mlx-lm"]
+    assert {(r["mode"], r["concurrent"]) for r in found["results"]} == {(m, c) for m in modes for c in (1, 3)}
+    for result in found["results"]:
+        assert len(result["trials"]) == 2
+        for trial in result["trials"]:
+            assert trial["prompt_tps"] > 0
+            assert trial["decode_tps"] > 0
+            assert trial["first_token_s"] > 0
+    assert [hop["size_bytes"] for hop in found["ring"]][::8] == [8, 64 << 20]
+    assert len(found["memory"]) == len(found["busy"]) == 2
+    assert all(0.9 < sum(shares.values()) < 1.01 and shares["computing"] > 0 for shares in found["busy"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    events = json.loads(trace.read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {event["pid"] for event in spans} == {0, 1}
+    assert all(event["dur"] >= 0 for event in spans)
+    assert any("of each of 2 rows" in event["name"] or "decode" in event["name"] for event in spans)
+
+
+@pytest.mark.slow
+def test_tables_of_the_pipeline_alone() -> None:
+    out = run("--pipeline-only", num_ranks=3)
+    assert "one hop of the ring" in out
+    assert "3 ranks over ring" in out
+    assert "pipeline" in out
+    assert "standalone " not in out
+    assert "only the pipeline is shown" in out
+
+
+@pytest.mark.slow
+def test_one_rank() -> None:
+    with ranks.single([BENCHMARK, *SMALL]) as running:
+        assert running.wait() == 0, running.err
+        assert "hop" not in running.out
+        assert "standalone" in running.out
+
+
+def test_more_than_the_context() -> None:
+    with ranks.ring([[BENCHMARK, *SMALL, "--max-context", "22"]] * 2) as running:
+        assert [rank.wait() for rank in running] == [2, 2]
+        line = "error: --prompt-tokens 20 and --generation-tokens 6 are more than the context of 22 (--max-context)"
+        assert running[0].err.splitlines()[-1] == line
