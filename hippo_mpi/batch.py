@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,26 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from hippo_mpi import command, config
 from hippo_mpi.command import Session
 from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.prefix_cache import PrefixBudget
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.errors import UserError
 from hippo_mpi.generate import open_text, sampling_params
 from hippo_mpi.parallel.pipeline import Pipeline
-from hippo_mpi.serving.batch_file import AnswerFile, count_tasks, job_options, read_tasks
+from hippo_mpi.serving.batch_file import AnswerFile, job_options, read_tasks
 from hippo_mpi.serving.batch_run import BatchRun
 from hippo_mpi.serving.progress import BatchProgress
 
 SOME_FAILED = 4
-_PREFIX_SHARE = 4  # of what the caches of running requests may hold, kept prefixes may hold a quarter more
 
 
 class _Parser(config.Parser):
-    """Puts the options of a job script in front of those of the command line, which win."""
+    """Takes the options of a job script, too; those of the command line win."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         found = super().parse_args(args, namespace)
         # Ranks that don't see the file say so by their arguments, if it had any to give.
         options = job_options(found.prompts) if found.prompts and found.prompts.exists() else []
-        return super().parse_args([*options, *args]) if options else found
+        return super().parse_args(args, super().parse_args(options)) if options else found
 
 
 def make_parser() -> config.Parser:
@@ -62,11 +63,16 @@ def answer_all(session: Session) -> int:
     arguments = session.arguments
     if arguments.prompts is None:
         raise UserError("no file of prompts was given (--help lists the options)")
-    total = count_tasks(arguments.prompts)
-    if not total:
-        raise UserError(f"{arguments.prompts} has no prompts")
+    session.control.idle()  # reading long files may take its time
+    # Each line draws numbers of its own, whatever runs beside it or has run before.
+    defaults = replace(sampling_params(arguments), seed=arguments.seed)
     output = arguments.output or arguments.prompts.with_suffix(".answers.jsonl")
+    if output.exists() and arguments.prompts.exists() and output.samefile(arguments.prompts):
+        raise UserError(f"{output} holds the prompts: give another file with --output")
+    if not any(True for _ in read_tasks(arguments.prompts, defaults)):
+        raise UserError(f"{arguments.prompts} has no prompts")
     answers = AnswerFile(output, arguments.restart)
+    total = answers.check(read_tasks(arguments.prompts, defaults))
     tokenizer, chat_format = open_text(session)
     pipeline = session.load()
     engine = make_engine(session, pipeline, tokenizer)
@@ -74,9 +80,10 @@ def answer_all(session: Session) -> int:
     run = BatchRun(
         engine, tokenizer, chat_format, answers, progress, Path(arguments.model).name, arguments.system_prompt
     )
-    run.run(read_tasks(arguments.prompts, sampling_params(arguments)))
+    run.run(read_tasks(arguments.prompts, defaults), lambda: session.control.progress("reading prompts"))
     if arguments.keep_order:
-        answers.sort(read_tasks(arguments.prompts, sampling_params(arguments)))
+        session.control.idle()
+        answers.sort(read_tasks(arguments.prompts, defaults))
     pipeline.end()
     if progress.failed:
         sys.stderr.write(f"{progress.failed:,} requests failed; {output} says why\n")
@@ -87,15 +94,15 @@ def make_engine(session: Session, pipeline: Pipeline, tokenizer: TokenizerWrappe
     """An engine for many requests, within what the memory guard leaves for caches."""
     arguments, split = session.arguments, session.agreement.split
     assert split is not None  # rank 0 has planned
-    size, max_context = arguments.max_batch_size, session.agreement.max_context
-    cache_tokens = split.cache_tokens(size)
+    size, cache_tokens = split.cache_room(arguments.max_batch_size)
     limits = Limits(
         size, arguments.max_batch_tokens, cache_tokens, arguments.prefill_step_size, session.agreement.can_batch
     )
-    prefix_tokens = arguments.prefix_tokens
-    if prefix_tokens is None:
-        prefix_tokens = max_context if cache_tokens is None else cache_tokens // _PREFIX_SHARE
-    return Engine(pipeline.leader(), tokenizer, limits, max_context, prefix_tokens)
+    num_bytes = arguments.prompt_cache_bytes
+    num_bytes = split.prefix_room_bytes() if num_bytes is None else num_bytes
+    budget = PrefixBudget(num_bytes, split.sequence_bytes) if num_bytes else None
+    agreement = session.agreement
+    return Engine(pipeline.leader(), tokenizer, limits, agreement.max_context, agreement.vocab_size, budget)
 
 
 def main() -> None:

@@ -130,9 +130,9 @@ class _Bench:
         return self._measure(leader, load)
 
     def _measure(self, leader: Leader, load: Load) -> Measured:
-        chunk = self.session.arguments.prefill_step_size
+        chunk, agreement = self.session.arguments.prefill_step_size, self.session.agreement
         limits = Limits(max(load.num_requests, 1), prefill_chunk=chunk, can_batch=self._can_batch)
-        engine = Engine(leader, self.tokenizer, limits, self.session.agreement.max_context)
+        engine = Engine(leader, self.tokenizer, limits, agreement.max_context, agreement.vocab_size)
         self._can_batch = engine.limits.can_batch  # asked once
         return measure(engine, load)
 

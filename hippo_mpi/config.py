@@ -72,7 +72,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     group.add_argument("--top-k", type=whole, default=0, help="number of likeliest tokens to choose from; 0: all")
     group.add_argument("--min-tokens-to-keep", type=positive, default=1, help="tokens that min-p always keeps")
     group.add_argument("--xtc-probability", type=share, default=0.0, help="how often XTC sampling happens")
-    group.add_argument("--xtc-threshold", type=share, default=0.1, help="threshold of XTC sampling")
+    group.add_argument("--xtc-threshold", type=half, default=0.1, help="threshold of XTC sampling")
     group.add_argument("--repetition-penalty", type=above_0, help="penalty for tokens that came before")
     group.add_argument("--repetition-context-size", type=positive, default=20, help="how many tokens count as before")
     group.add_argument("--seed", type=int, help="seed of the random numbers")
@@ -97,9 +97,10 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
         help="most prompt tokens between two steps of running requests",
     )
     group.add_argument(
-        "--prefix-tokens",
-        type=whole,
-        help="most tokens of ended requests kept in the caches for prompts that begin alike; 0: none",
+        "--prompt-cache-bytes",
+        type=size,
+        help="memory per rank for caches of ended requests, kept for prompts that begin alike, such as 512M or 2G;"
+        " 0: none; by default a part of what is free",
     )
 
 
@@ -157,6 +158,17 @@ def above_0(text: str) -> float:
 
 def share(text: str) -> float:
     return float(_number(text, float, "a number from 0 to 1", 0.0, 1.0))
+
+
+def half(text: str) -> float:
+    return float(_number(text, float, "a number from 0 to 0.5", 0.0, 0.5))
+
+
+def size(text: str) -> int:
+    """Bytes: a number, or one with K, M or G behind it, as for mlx_lm.server."""
+    shift = {"K": 10, "M": 20, "G": 30}.get(text.upper().removesuffix("B")[-1:], 0)
+    number = text.upper().removesuffix("B").rstrip("KMG") if shift else text
+    return int(_number(number, float, "a size such as 512M or 2G", 0.0) * (1 << shift))
 
 
 def counts(text: str) -> tuple[int, ...]:

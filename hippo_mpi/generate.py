@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from hippo_mpi import command, config
 from hippo_mpi.command import Session
 from hippo_mpi.engine.engine import Engine, check_context
+from hippo_mpi.engine.prefix_cache import PrefixBudget
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import ChatFormat, open_tokenizer
@@ -81,7 +82,10 @@ def lead(session: Session, first_prompt: str | None = None) -> tuple[Pipeline, C
     if arguments.seed is not None:
         mx.random.seed(arguments.seed)
     limits = Limits(prefill_chunk=arguments.prefill_step_size)
-    conversation.engine = Engine(pipeline.leader(), tokenizer, limits, max_context, prefix_tokens=max_context)
+    # The conversation so far is all that is kept, and at most the context: the plan has counted it.
+    budget = PrefixBudget(max_context, lambda num_tokens: num_tokens)
+    vocab_size = session.agreement.vocab_size
+    conversation.engine = Engine(pipeline.leader(), tokenizer, limits, max_context, vocab_size, budget)
     return pipeline, conversation
 
 

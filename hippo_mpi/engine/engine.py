@@ -8,7 +8,7 @@ from itertools import count
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from hippo_mpi.engine.prefix_cache import PrefixCache
+from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
 from hippo_mpi.engine.request import FinishReason, Request, RequestOutput, Sequence, Timings, TokenLogprobs
 from hippo_mpi.engine.row_check import rows_keep_apart
 from hippo_mpi.engine.sampling import Chooser, sample
@@ -26,17 +26,25 @@ class Engine:
         tokenizer: for end tokens and text.
         limits: what may be in flight at once.
         max_context: most tokens that a prompt and its answer may have together.
-        prefix_tokens: most tokens of ended requests that stay in the caches, for others that begin like them.
+        vocab_size: width of the logits; MLX doesn't check that tokens are below it.
+        prefix_budget: for the caches of ended requests that are kept for others that begin like them; None: none.
     """
 
     def __init__(
-        self, leader: Leader, tokenizer: TokenizerWrapper, limits: Limits, max_context: int, prefix_tokens: int = 0
+        self,
+        leader: Leader,
+        tokenizer: TokenizerWrapper,
+        limits: Limits,
+        max_context: int,
+        vocab_size: int,
+        prefix_budget: PrefixBudget | None = None,
     ) -> None:
-        self._leader, self._tokenizer, self._max_context = leader, tokenizer, max_context
+        self._leader, self._tokenizer = leader, tokenizer
+        self._max_context, self._vocab_size = max_context, vocab_size
         serials = count()
         if limits.can_batch is None and limits.max_batch_size > 1:
             limits = replace(limits, can_batch=rows_keep_apart(leader, serials))
-        prefixes = PrefixCache(prefix_tokens, leader.caches.can_trim)
+        prefixes = PrefixCache(prefix_budget, leader.caches.can_trim)
         self._scheduler = Scheduler(leader.max_in_flight, limits, prefixes, serials)
         self.limits = limits
         self._sequences: dict[int, Sequence] = {}
@@ -59,17 +67,14 @@ class Engine:
         Raises:
             UserError: it can never be answered; the message has the numbers.
         """
-        prompt_tokens, limit = len(request.prompt), self.limits.cache_tokens
-        check_context(prompt_tokens, self._max_context)
-        allowed = min(request.sampling.max_tokens, self._max_context - prompt_tokens)
-        if limit is not None and prompt_tokens + allowed > limit:
-            raise UserError(
-                f"prompt and answer may have {prompt_tokens + allowed:,} tokens, but the KV caches hold {limit:,}:"
-                " ask for fewer (--max-tokens), or use more ranks"
-            )
+        check_context(len(request.prompt), self._max_context)
+        for token in (*request.prompt, *(token for token, _ in request.sampling.logit_bias)):
+            if not 0 <= token < self._vocab_size:
+                raise UserError(f"token {token} is not in the vocabulary of {self._vocab_size:,} tokens")
+        allowed = min(request.sampling.max_tokens, self._max_context - len(request.prompt))
         request = replace(request, sampling=replace(request.sampling, max_tokens=allowed))
         sequence = Sequence(
-            request, list(request.prompt), Chooser(request.sampling, self._special_tokens),
+            request, list(request.prompt), Chooser(request.sampling, self._special_tokens, self._vocab_size),
             self._tokenizer.detokenizer, Timings(prompt_tokens=len(request.prompt)),
         )  # fmt: skip
         self._sequences[request.id] = sequence

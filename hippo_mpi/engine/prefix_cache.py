@@ -8,22 +8,31 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 _LEAST_TOKENS = 16  # shorter ones cost more to copy than to compute
+
+
+@dataclass(frozen=True)
+class PrefixBudget:
+    """Bytes that kept slots may take on the rank with the least room, and what one of so many tokens takes."""
+
+    num_bytes: int
+    bytes_of: Callable[[int], int]
 
 
 class PrefixCache:
     """Slots kept for requests to come.
 
     Args:
-        budget_tokens: most tokens that all kept slots may hold together; 0 keeps nothing.
+        budget: None keeps nothing.
         can_cut: whether a slot may lose tokens at its end; of one that can't, only the whole is of use.
     """
 
-    def __init__(self, budget_tokens: int, can_cut: Callable[[int], bool]) -> None:
-        self._budget, self._can_cut = budget_tokens, can_cut
+    def __init__(self, budget: PrefixBudget | None, can_cut: Callable[[int], bool]) -> None:
+        self._budget, self._can_cut = budget, can_cut
         self._kept: OrderedDict[int, list[int]] = OrderedDict()  # slot -> its tokens, oldest use first
-        self.num_tokens = 0
+        self._num_bytes = 0
 
     def match(self, prompt: list[int], running: Iterable[tuple[int, list[int]]]) -> tuple[int, int] | None:
         """(slot, number of tokens) of the longest usable prefix of `prompt`, among what is kept and what is running.
@@ -31,7 +40,7 @@ class PrefixCache:
         At least one token of the prompt is left over.
         """
         best: tuple[int, int] | None = None
-        if not self._budget:
+        if self._budget is None:
             return None
         for slot, tokens in [*self._kept.items(), *running]:
             common = min(_common(tokens, prompt), len(prompt) - 1)
@@ -50,7 +59,7 @@ class PrefixCache:
 
     def keep(self, slot: int, tokens: list[int]) -> list[int]:
         """Keep `slot`, which holds `tokens`; returns the slots that must go for it, perhaps itself."""
-        if len(tokens) > self._budget or not tokens or tokens in self._kept.values():
+        if self._budget is None or not tokens or tokens in self._kept.values():
             return [slot]
         gone = []
         if self._can_cut(slot):  # then it serves for all that it begins with
@@ -58,8 +67,8 @@ class PrefixCache:
         for other in gone:
             self._forget(other)
         self._kept[slot] = tokens
-        self.num_tokens += len(tokens)
-        while self.num_tokens > self._budget:
+        self._num_bytes += self._budget.bytes_of(len(tokens))
+        while self._num_bytes > self._budget.num_bytes:
             oldest = next(iter(self._kept))
             self._forget(oldest)
             gone.append(oldest)
@@ -68,12 +77,13 @@ class PrefixCache:
     def clear(self) -> list[int]:
         """Forget everything; returns the slots."""
         slots = list(self._kept)
-        self._kept.clear()
-        self.num_tokens = 0
+        for slot in slots:
+            self._forget(slot)
         return slots
 
     def _forget(self, slot: int) -> None:
-        self.num_tokens -= len(self._kept.pop(slot))
+        assert self._budget is not None
+        self._num_bytes -= self._budget.bytes_of(len(self._kept.pop(slot)))
 
 
 def _common(first: list[int], second: list[int]) -> int:

@@ -19,12 +19,14 @@ class Chooser:
 
     Args:
         special_tokens: tokens that XTC sampling never excludes.
+        vocab_size: width of the logits.
     """
 
-    def __init__(self, params: SamplingParams, special_tokens: list[int]) -> None:
+    def __init__(self, params: SamplingParams, special_tokens: list[int], vocab_size: int) -> None:
         self.num_logprobs = params.logprobs
         self._sampler = make_sampler(
-            params.temp, params.top_p, params.min_p, params.min_tokens_to_keep, params.top_k,
+            params.temp, params.top_p, params.min_p, params.min_tokens_to_keep,
+            params.top_k if params.top_k < vocab_size else 0,
             xtc_probability=params.xtc_probability, xtc_threshold=params.xtc_threshold,
             xtc_special_tokens=special_tokens,
         )  # fmt: skip

@@ -27,7 +27,7 @@ class Limits:
 
     max_batch_size: int = 1  # sequences that prefill or run
     max_batch_tokens: int = 512  # prompt tokens between two steps of the running sequences
-    cache_tokens: int | None = None  # that all slots may hold together; None: no limit
+    cache_tokens: int | None = None  # that sequences may need together, padded to the longest; None: no limit
     prefill_chunk: int | None = None  # prompt tokens per step; None: as suits the number of stages
     can_batch: bool | None = None  # whether rows may share a step; None: the engine asks the model
 
@@ -108,7 +108,7 @@ class Scheduler:
         self._balance()
         self._begin_prompt()
         batch = next((b for b in self._batches if b.size and not b.is_in_flight), None)
-        room = self._limits.max_batch_tokens // self._num_stages - self._prompt_tokens
+        room = max(1, self._limits.max_batch_tokens // self._num_stages) - self._prompt_tokens
         if self._prefilling and (room > 0 or not self.running):
             return self._prefill(room)
         if batch is not None:
@@ -135,13 +135,13 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let requests in while there is room; they come in order, so that none waits for ever."""
+        limit = self._limits.cache_tokens
         while self._waiting:
-            active = [*self._prefilling, *self.running]
-            held = sum(sequence.most_tokens for sequence in active)
-            limit = self._limits.cache_tokens
-            if len(active) >= self._limits.max_batch_size:
+            candidates = [*self._prefilling, *self.running, self._waiting[0]]
+            if len(candidates) > self._limits.max_batch_size:
                 return
-            if limit is not None and held + self._waiting[0].most_tokens > limit:
+            needed = len(candidates) * max(sequence.most_tokens for sequence in candidates)
+            if limit is not None and needed > limit and len(candidates) > 1:  # one alone fits by the plan
                 return
             self._prefilling.append(self._waiting.popleft())
 

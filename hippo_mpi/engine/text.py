@@ -61,7 +61,7 @@ class ChatFormat:
             raise UserError("the prompt is empty")
         if self.ignore_chat_template or not tokenizer.has_chat_template:
             text = "\n".join(message["content"] for message in messages)
-            return list(tokenizer.encode(text))
+            return encode(tokenizer, text)
         try:
             options = json.loads(self.chat_template_config) if self.chat_template_config else {}
         except json.JSONDecodeError as error:
@@ -77,7 +77,19 @@ class ChatFormat:
             text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # jinja templates raise whatever they like
             raise UserError(f"the chat template doesn't take this conversation: {one_line(error)}") from None
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        return encode(tokenizer, text, add_special_tokens=False)
+
+
+def encode(tokenizer: TokenizerWrapper, text: str, **options: bool) -> list[int]:
+    """The tokens of a text.
+
+    Raises:
+        UserError: the tokenizer doesn't take it.
+    """
+    try:
+        return list(tokenizer.encode(text, **options))
+    except Exception as error:  # tokenizers raise whatever they like
+        raise UserError(f"the tokenizer doesn't take this text: {one_line(error)}") from None
 
 
 def find_stop(text: str, stop_words: tuple[str, ...]) -> tuple[int | None, int]:

@@ -40,6 +40,7 @@ class Agreement:
     counts: list[int]
     max_context: int
     can_batch: bool | None  # False: mlx-lm can't run rows together; None: the model must be asked
+    vocab_size: int
     split: LayerSplit | None
 
 
@@ -76,11 +77,15 @@ def agree(
             control.fail(error)
     plan = None
     if split is not None:
-        plan = {"counts": split.counts, "max_context": split.max_context, "can_batch": split.info.can_batch}
+        plan = {
+            "counts": split.counts,
+            "max_context": split.max_context,
+            "can_batch": None if split.info.can_batch else False,
+            "vocab_size": split.info.vocab_size,
+        }
     verdict = control.share(plan)
     assert checkpoint is not None
-    can_batch = None if verdict["can_batch"] else False
-    return Agreement(checkpoint, verdict["counts"], verdict["max_context"], can_batch, split)
+    return Agreement(checkpoint, split=split, **verdict)
 
 
 def _hello(world: World, arguments: dict[str, str]) -> dict[str, Any]:

@@ -7,12 +7,14 @@ read as needed. Output lines are OpenAI's, each on disk when its request ends.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +31,7 @@ class Task:
 
     line: int  # counted from 1
     custom_id: str
+    digest: str  # of the line: tells another request with the same custom_id
     asked: Asked | None
     mistake: str = ""
 
@@ -66,21 +69,13 @@ def read_tasks(path: Path, defaults: SamplingParams) -> Iterator[Task]:
         if not line.strip() or (is_job and line.startswith(b"#")):
             continue
         is_json = line.lstrip().startswith(b"{") if is_json is None else is_json
-        task = _read_line(number, line, is_json, defaults)
+        seeded = defaults if defaults.seed is None else replace(defaults, seed=defaults.seed + number)
+        task = _read_line(number, line, is_json, seeded)
         if task.custom_id in seen:
             mistake = f"line {number}: custom_id {task.custom_id!r} was there before"
-            task = Task(number, f"line-{number}", None, mistake)
+            task = Task(number, f"{task.custom_id} (line {number})", task.digest, None, mistake)
         seen.add(task.custom_id)
         yield task
-
-
-def count_tasks(path: Path) -> int:
-    """How many tasks `read_tasks` gives."""
-    is_job, count = False, 0
-    for number, line in _lines(path):
-        is_job = line.startswith(b"#!") if number == 1 else is_job
-        count += bool(line.strip()) and not (is_job and line.startswith(b"#"))
-    return count
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -89,34 +84,37 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             number = 0
             while line := stream.readline(_MAX_LINE_BYTES):
                 number += 1
-                yield number, line
+                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
 
 
 def _read_line(number: int, line: bytes, is_json: bool, defaults: SamplingParams) -> Task:
-    custom_id = f"line-{number}"
+    custom_id, digest = f"line-{number}", hashlib.sha256(line.strip()).hexdigest()[:16]
     try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        text = line.decode().strip()
         if not is_json:
-            return Task(number, custom_id, Asked(CHAT, defaults, [{"role": "user", "content": text.strip()}]))
-        fields = json.loads(text.strip())
+            return Task(number, custom_id, digest, Asked(CHAT, defaults, [{"role": "user", "content": text}]))
+        fields = json.loads(text)
         if not isinstance(fields, dict):
             raise UserError("not a JSON object")
         given = fields.pop("custom_id", custom_id)
         if not isinstance(given, str) or not given:
             raise UserError("custom_id must be a text")
+        json.dumps([given, fields], ensure_ascii=False).encode()
         custom_id = given
-        return Task(number, custom_id, _read_fields(fields, defaults))
+        return Task(number, custom_id, digest, _read_fields(fields, defaults))
     except UnicodeDecodeError as error:
         mistake = f"not UTF-8 (byte {error.start + 1})"
+    except UnicodeEncodeError:
+        mistake = "half of a surrogate pair in a text"
     except json.JSONDecodeError as error:
         mistake = f"not JSON: {error.msg} at column {error.colno}"
-    except RecursionError:
-        mistake = "not JSON: nested too deeply"
+    except (ValueError, OverflowError, RecursionError) as error:
+        mistake = f"not JSON: {error}"
     except UserError as error:
         mistake = str(error)
-    return Task(number, custom_id, None, f"line {number}: {mistake}")
+    return Task(number, custom_id, digest, None, f"line {number}: {mistake}")
 
 
 def _read_fields(fields: dict[str, Any], defaults: SamplingParams) -> Asked:
@@ -146,12 +144,12 @@ class AnswerFile:
         restart: forget what is there.
 
     Raises:
-        UserError: it can't be read or written.
+        UserError: it can't be read or written, or holds something else.
     """
 
     def __init__(self, path: Path, restart: bool = False) -> None:
         self._path = path
-        self.done: set[str] = set()
+        self.done: dict[str, str] = {}  # custom_id -> id of the record, which holds the task's digest
         if path.exists() and not path.is_file():
             raise UserError(f"{path} can't be written: it isn't a file")
         try:
@@ -161,15 +159,31 @@ class AnswerFile:
         except OSError as error:
             raise UserError(f"{path} can't be written: {error.strerror}") from None
 
-    def write(self, custom_id: str, response: dict[str, Any] | None, mistake: str = "", line: int = 0) -> None:
+    def check(self, tasks: Iterable[Task]) -> int:
+        """The number of tasks.
+
+        Raises:
+            UserError: what is there answers another task under the same custom_id.
+        """
+        count = 0
+        for task in tasks:
+            count += 1
+            if self.done.get(task.custom_id, _record_id(task)) != _record_id(task):
+                raise UserError(
+                    f"{self._path} answers another request as {task.custom_id!r} than line {task.line} asks:"
+                    " give another --output, or --restart"
+                )
+        return count
+
+    def write(self, task: Task, response: dict[str, Any] | None, mistake: str = "") -> None:
         """Append a task's answer, or the mistake that prevents one.
 
         Raises:
             UserError: the disk is full, say; everything before is kept.
         """
-        error = None if response else {"code": "invalid_request", "message": mistake, "param": None, "line": line}
+        error = None if response else {"code": "invalid_request", "message": mistake, "param": None, "line": task.line}
         body = response and {"status_code": 200, "request_id": response["id"], "body": response}
-        record = {"id": f"batch_req_{custom_id}", "custom_id": custom_id, "response": body, "error": error}
+        record = {"id": _record_id(task), "custom_id": task.custom_id, "response": body, "error": error}
         try:
             self._stream.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
             self._stream.flush()
@@ -180,10 +194,10 @@ class AnswerFile:
                 " command goes on from there"
             ) from None
         if response:
-            self.done.add(custom_id)
+            self.done[task.custom_id] = _record_id(task)
 
-    def sort(self, order: Iterator[Task]) -> None:
-        """Put the lines into the order of the input."""
+    def sort(self, order: Iterable[Task]) -> None:
+        """Put the lines into the order of the input; lines of other tasks come last."""
         self._stream.close()
         places: dict[str, tuple[int, int]] = {}
         with self._path.open("rb") as old, _replacing(self._path) as new:
@@ -191,27 +205,37 @@ class AnswerFile:
             for line in old:
                 places[json.loads(line)["custom_id"]] = start, len(line)
                 start += len(line)
-            for task in order:
-                start, length = places.get(task.custom_id, (0, 0))
+            for name in (*(task.custom_id for task in order), *places):
+                start, length = places.pop(name, (0, 0))
                 old.seek(start)
                 new.write(old.read(length))
 
     def _take_over(self) -> None:
         with self._path.open("rb") as old, _replacing(self._path) as new:
-            for line in old:
+            for number, line in enumerate(old, 1):
                 record = _read_record(line)
-                if record is not None:
-                    self.done.add(record["custom_id"])
+                if record is None and line.endswith(b"\n"):
+                    raise UserError(
+                        f"{self._path}, line {number}, is no answer of a batch: give another --output, or --restart"
+                    )
+                if record is not None and record["error"] is None:
+                    self.done[record["custom_id"]] = record["id"]
                     new.write(line)
 
 
+def _record_id(task: Task) -> str:
+    return f"batch_req_{task.digest}"
+
+
 def _read_record(line: bytes) -> dict[str, Any] | None:
-    """A finished line; None for one that is torn or tells of an error."""
+    """A line of the output; None for one that is torn, or something else."""
     try:
-        record = json.loads(line)
-        return record if line.endswith(b"\n") and record["error"] is None and record["custom_id"] else None
-    except (ValueError, KeyError, TypeError):
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
         return None
+    if not isinstance(record, dict) or not {"id", "custom_id", "response", "error"} <= set(record):
+        return None
+    return record if isinstance(record["custom_id"], str) else None
 
 
 @contextlib.contextmanager

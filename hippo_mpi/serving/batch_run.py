@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -40,13 +40,13 @@ class BatchRun:
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self._running: dict[int, tuple[Task, list[RequestOutput]]] = {}
 
-    def run(self, tasks: Iterable[Task]) -> None:
-        """Answer every task that isn't answered yet.
+    def run(self, tasks: Iterable[Task], on_task: Callable[[], None]) -> None:
+        """Answer every task that isn't answered yet; `on_task` is called for each that is looked at.
 
         Raises:
             UserError: the answers can't be written.
         """
-        todo = (task for task in tasks if task.custom_id not in self._answers.done)
+        todo = self._unanswered(tasks, on_task)
         try:
             while self._fill(todo) or not self._engine.is_idle:
                 for output in self._engine.step():
@@ -55,9 +55,15 @@ class BatchRun:
             self._progress.close()
         self._progress.summarise()
 
+    def _unanswered(self, tasks: Iterable[Task], on_task: Callable[[], None]) -> Iterator[Task]:
+        for task in tasks:
+            on_task()
+            if task.custom_id not in self._answers.done:
+                yield task
+
     def _fill(self, todo: Iterator[Task]) -> bool:
-        """Hand tasks to the engine while it has room; False when there are no more."""
-        while self._engine.num_waiting < _BACKLOG:
+        """Hand some tasks to the engine, if it has room; False when there are no more."""
+        for _ in range(_BACKLOG - self._engine.num_waiting):
             task = next(todo, None)
             if task is None:
                 return False
@@ -72,7 +78,7 @@ class BatchRun:
             self._engine.add(Request(task.line, prompt, task.asked.sampling))
         except UserError as error:
             mistake = task.mistake or f"line {task.line}: {error}"
-            self._answers.write(task.custom_id, None, mistake, task.line)
+            self._answers.write(task, None, mistake)
             self._progress.finish_one(is_failed=True)
             return
         self._running[task.line] = task, []
@@ -85,5 +91,5 @@ class BatchRun:
             assert task.asked is not None
             del self._running[output.request_id]
             name = f"req-{task.line}"
-            self._answers.write(task.custom_id, answer_object(task.asked, self._model, name, outputs, self._tokenizer))
+            self._answers.write(task, answer_object(task.asked, self._model, name, outputs, self._tokenizer))
             self._progress.finish_one(is_failed=False)

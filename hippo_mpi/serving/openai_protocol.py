@@ -3,6 +3,7 @@ on an answer; none is silently dropped."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
-from hippo_mpi.engine.text import ChatFormat
+from hippo_mpi.engine.text import ChatFormat, encode
 from hippo_mpi.errors import UserError
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -39,7 +40,7 @@ class Asked:
         if self.url == CHAT:
             has_system = any(message.get("role") == "system" for message in self.messages)
             return chat_format.encode(tokenizer, [*([] if has_system else system or []), *self.messages])
-        tokens = self.prompt if isinstance(self.prompt, list) else list(tokenizer.encode(self.prompt))
+        tokens = self.prompt if isinstance(self.prompt, list) else encode(tokenizer, self.prompt)
         if not tokens or self.prompt == "":
             raise UserError("the prompt is empty")
         return tokens
@@ -144,9 +145,12 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
 
 def _bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     try:
-        return tuple((int(token), float(amount)) for token, amount in value.items())
-    except (AttributeError, TypeError, ValueError):
-        raise UserError(f"{name} must be an object of tokens and numbers, not {value!r}") from None
+        found = tuple((int(token), float(amount)) for token, amount in value.items())
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        found = ()
+    if not all(math.isfinite(amount) for _, amount in found) or (value and not found):
+        raise UserError(f"{name} must be an object of tokens and finite numbers")
+    return found
 
 
 _FIELDS: dict[str, tuple[str, _Check]] = {

@@ -18,6 +18,7 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from hippo_mpi.errors import DesyncError, UserError
+from hippo_mpi.shard.observing import all_caches
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class SlotCaches:
         Raises:
             DesyncError: a slot holds fewer tokens, or more and can't be trimmed.
         """
-        block = self._alone(slots[0], positions[0]) if len(slots) == 1 else self._together(list(slots))
+        block = self._alone(slots[0], positions[0]) if len(slots) == 1 else self._together(slots, positions)
         for slot, length, position in zip(block.slots, block.lengths, positions, strict=True):
             if length != position:
                 raise DesyncError(f"slot {slot} holds {length} tokens, but the step begins at {position}")
@@ -84,7 +85,7 @@ class SlotCaches:
             self._keep_rows(block, [row for row, other in enumerate(block.slots) if other != slot])
 
     def can_trim(self, slot: int) -> bool:
-        return slot in self._blocks and can_trim_prompt_cache(self._blocks[slot].cache)
+        return slot in self._blocks and _can_trim(self._blocks[slot].cache)
 
     def _length(self, slot: int) -> int:
         block = self._blocks.get(slot)
@@ -108,17 +109,20 @@ class SlotCaches:
             self.drop(slot)
             block = self._add(slot, cache, length)
         if length > position:
-            if not can_trim_prompt_cache(block.cache):
+            if not _can_trim(block.cache):
                 raise DesyncError(f"slot {slot} holds {length} tokens and can't be trimmed to {position}")
             trim_prompt_cache(block.cache, length - position)
             block.lengths = [position]
         return block
 
-    def _together(self, slots: list[int]) -> _Block:
-        """The block whose rows are exactly `slots`, made from those that hold them now."""
+    def _together(self, wanted: Sequence[int], positions: Sequence[int]) -> _Block:
+        """The block whose rows are exactly the slots `wanted`, made from those that hold them now."""
+        slots = list(wanted)
+        for slot, position in zip(slots, positions, strict=True):
+            if position == 0 or self._length(slot) > position:
+                self._alone(slot, position)
         parts: list[_Block] = []
         for slot in slots:
-            self._length(slot)
             if not any(self._blocks[slot] is part for part in parts):
                 parts.append(self._blocks[slot])
         if len(parts) == 1 and parts[0].slots == slots:
@@ -152,6 +156,11 @@ class SlotCaches:
         for layer in block.cache:
             layer.filter(mx.array(rows))
         block.slots, block.lengths = [block.slots[r] for r in rows], [block.lengths[r] for r in rows]
+
+
+def _can_trim(cache: list[Any]) -> bool:
+    """Whether a cache may lose tokens at its end. One that has dropped its beginning (llama4's) can't be cut there."""
+    return can_trim_prompt_cache(cache) and not any(getattr(c, "start_position", 0) for c in all_caches(cache))
 
 
 def _joined(caches: list[list[Any]], num_rows: list[int]) -> list[Any]:

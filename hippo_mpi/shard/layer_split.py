@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hippo_mpi.errors import PlanError
-from hippo_mpi.shard.model_info import ModelInfo
+from hippo_mpi.shard.model_info import CacheCost, ModelInfo
 
 # What a rank needs beside weights and cache: activations, the interpreter, the libraries.
 _WORKING_BYTES = 256 << 20
+_CACHE_STEP_TOKENS = 256  # mlx-lm's caches grow by so much
+_PREFIX_SHARE = 8  # of what is left for caches, kept prefixes may take this part
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,34 @@ class LayerSplit:
     def fits(self) -> bool:
         return all(stage.margin_bytes >= 0 for stage in self.stages)
 
-    def cache_tokens(self, num_rows: int) -> int | None:
-        """How many tokens the KV caches of `num_rows` sequences may hold together; None: any number.
+    def cache_room(self, most_rows: int) -> tuple[int, int | None]:
+        """(how many sequences may run at once, how many tokens they may have together; None: any number).
 
-        Half of the memory is left over: rows of different lengths are padded, and regrouping copies them.
+        Half of the memory is left over: regrouping copies caches.
         """
-        found: list[int] = []
+        rows, tokens = most_rows, []
         for stage in self.stages:
-            caches = self.info.caches[stage.start : stage.stop]
-            per_token = sum(cache.per_token for cache in caches)
-            room = (stage.margin_bytes + stage.cache_bytes) // 2 - num_rows * sum(cache.fixed for cache in caches)
-            if per_token:
-                found.append(max(room // per_token, self.max_context))
-        return min(found, default=None)
+            room = (stage.margin_bytes + stage.cache_bytes) // 2
+            fixed = sum(cache.fixed for cache in self._caches_of(stage))
+            rows = max(1, min(rows, room // fixed if fixed else rows))
+        for stage in self.stages:
+            caches = self._caches_of(stage)
+            room = (stage.margin_bytes + stage.cache_bytes) // 2 - rows * sum(cache.fixed for cache in caches)
+            if per_token := sum(cache.per_token for cache in caches):
+                tokens.append(max(0, room // per_token))
+        return rows, min(tokens, default=None)
+
+    def prefix_room_bytes(self) -> int:
+        """Bytes that each rank can spare for caches that are kept."""
+        return max(0, min((stage.margin_bytes + stage.cache_bytes) // _PREFIX_SHARE for stage in self.stages))
+
+    def sequence_bytes(self, num_tokens: int) -> int:
+        """What a sequence's caches take on the rank where they take most; they grow in steps."""
+        held = -(-num_tokens // _CACHE_STEP_TOKENS) * _CACHE_STEP_TOKENS
+        return max(sum(cache.bytes_at(held) for cache in self._caches_of(stage)) for stage in self.stages)
+
+    def _caches_of(self, stage: StagePlan) -> list[CacheCost]:
+        return self.info.caches[stage.start : stage.stop]
 
     def table(self) -> str:
         """The plan for people: a line per rank."""
@@ -136,8 +153,8 @@ def _best_bounds(info: ModelInfo, machines: Sequence[Machine], context: int) -> 
     allowed = [cut == num or cut not in info.forbidden_cuts for cut in range(num + 1)]
     best: list[tuple[float, float, list[int]] | None] = [None] * (num + 1)
     best[0] = (0.0, 0.0, [0])
-    for machine in machines:
-        first = machine is machines[0]
+    for rank, machine in enumerate(machines):
+        first = rank == 0
         nxt: list[tuple[float, float, list[int]] | None] = [None] * (num + 1)
         for start, before in enumerate(best):
             if before is None or (first and start > 0):

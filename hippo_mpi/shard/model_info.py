@@ -44,7 +44,8 @@ class ModelInfo:
     caches: list[CacheCost]
     forbidden_cuts: dict[int, str]
     max_positions: int | None  # what the model was trained for
-    can_batch: bool = True  # whether mlx-lm can run rows of different lengths together
+    can_batch: bool  # whether mlx-lm can run rows of different lengths together
+    vocab_size: int  # width of the logits
 
 
 def model_info(checkpoint: Checkpoint, settings: KVSettings) -> ModelInfo:
@@ -73,6 +74,7 @@ def model_info(checkpoint: Checkpoint, settings: KVSettings) -> ModelInfo:
         forbidden_cuts=flow.forbidden_cuts(),
         max_positions=positions,
         can_batch=_can_batch(checkpoint, settings),
+        vocab_size=_lazy_model(checkpoint)(mx.zeros((1, 1), mx.int32)).shape[-1],
     )
 
 
@@ -87,6 +89,8 @@ def _can_batch(checkpoint: Checkpoint, settings: KVSettings) -> bool:
     if settings.kv_bits is not None:
         return False
     model, caches = _lazy_model(checkpoint), []
+    if any(getattr(cache, "keep", 0) for cache in all_caches(make_prompt_cache(model, settings.max_kv_size))):
+        return False  # of a rotating cache's first tokens, which its batched form doesn't keep
     for num_tokens in (2, 3, 4):
         caches.append(make_prompt_cache(model, settings.max_kv_size))
         model(mx.zeros((1, num_tokens), mx.int32), cache=caches[-1])

@@ -179,6 +179,11 @@ def test_bad_lines_are_told_and_the_rest_goes_on(tmp_path: Path) -> None:
         (json.dumps({"prompt": ""}).encode(), "the prompt is empty"),
         (json.dumps({"prompt": "fox " * 3000}).encode(), "tokens, but the context is"),
         (json.dumps(good).encode(), ""),
+        (b'{"prompt": "a\\ud800b"}', "half of a surrogate pair in a text"),
+        (b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}", "not JSON: Exceeds the limit"),
+        (json.dumps({**good, "logit_bias": {"5": 10**400}}).encode(), "logit_bias must be an object of tokens and fin"),
+        (b'{"prompt": "a", "logit_bias": {"5": NaN}}', "logit_bias must be an object of tokens and finite numbers"),
+        (b'{"prompt": [5, 99999999]}', "token 99999999 is not in the vocabulary of"),
     ]  # fmt: skip
     source.write_bytes(b"".join(line + b"\n" for line, _ in lines))
     err = run(source, "-o", output, status=4)
@@ -231,6 +236,38 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert 0 < kept < len(PROMPTS)
     assert f"({kept} of them before)" in run(*options)
     assert [text_of(record) for _, record in sorted(records(output).items())] == reference(PROMPTS)
+
+
+def test_other_files_and_other_requests_are_safe(tmp_path: Path) -> None:
+    """An output that holds something else, or answers to other prompts, is refused and left as it is."""
+    source, output = tmp_path / "prompts", tmp_path / "out"
+    plain(source)
+    before = source.read_bytes()
+    assert "holds the prompts" in refused(source, "-o", source)
+    output.write_text("my diary\n")
+    assert refused(source, "-o", output).startswith(f"error: {output}, line 1, is no answer of a batch")
+    assert (source.read_bytes(), output.read_text()) == (before, "my diary\n")
+    output.unlink()
+    run(source, "-o", output, "--max-tokens", 2, num_ranks=1)
+    source.write_text("Another question\n")
+    assert "answers another request as 'line-1' than line 1 asks" in refused(source, "-o", output)
+    source.write_text(json.dumps({"prompt": "What does a dog say?", "custom_id": "dog"}))
+    run(source, "-o", output, "--keep-order", num_ranks=1)
+    assert next(iter(records(output))) == "dog"
+    assert len(records(output)) == 1 + len(PROMPTS)
+
+
+def test_seeds_are_a_line_s_own(tmp_path: Path) -> None:
+    source = tmp_path / "prompts"
+    source.write_bytes("\ufeff".encode() + f"{PROMPTS[0]}\n{PROMPTS[0]}\n".encode())
+    texts = []
+    for size in (1, 4):
+        output = tmp_path / f"out{size}"
+        run(source, "-o", output, "--temp", 1, "--seed", 5, "--max-batch-size", size, "--max-tokens", 20, num_ranks=1)
+        found = records(output)
+        texts.append([text_of(found["line-1"]), text_of(found["line-2"])])
+    assert texts[0] == texts[1]
+    assert texts[0][0] != texts[0][1]
 
 
 def test_restart(tmp_path: Path) -> None:

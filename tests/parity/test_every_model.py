@@ -242,10 +242,11 @@ def regrouped(ring: LocalRing, name: str) -> list[mx.array]:
         ((3, 2, 0), (), ()),
         ((2,), (), ()),
         ((0, 3), (), (2,)),
+        ((3, 4, 0), (), ()),  # one of them a prompt of one token
     ):
         for source, slot in forks:
             lengths[slot] = lengths[source]
-        positions = tuple(lengths[slot] for slot in slots)
+        positions = tuple(lengths.setdefault(slot, 0) for slot in slots)
         plan = StepPlan(next(serials), slots, positions, 1, True, forks, drops)
         finished = ring.leader.step(plan, [[11 + slot] for slot in slots]) or ring.leader.step(None, [])
         assert finished is not None

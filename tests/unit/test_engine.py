@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
 from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.prefix_cache import PrefixBudget
 from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import open_tokenizer
@@ -52,7 +53,9 @@ class Bench:
     def __init__(self, checkpoint: Checkpoint, tokenizer: TokenizerWrapper, split: list[int], **limits: Any) -> None:
         self.ring = LocalRing(make_stages(checkpoint, split))
         prefix_tokens = limits.pop("prefix_tokens", 0)
-        self.engine = Engine(self.ring.leader, tokenizer, Limits(**limits), CONTEXT, prefix_tokens)
+        budget = PrefixBudget(prefix_tokens, lambda num_tokens: num_tokens) if prefix_tokens else None
+        vocab_size = checkpoint.config["vocab_size"]
+        self.engine = Engine(self.ring.leader, tokenizer, Limits(**limits), CONTEXT, vocab_size, budget)
         self.tokens: dict[int, list[int]] = {}
         self.reasons: dict[int, str | None] = {}
         self.texts: dict[int, str] = {}
@@ -244,8 +247,12 @@ def test_stop_words_and_processors_work_per_row(checkpoint: Checkpoint, tokenize
 
 def test_what_does_not_fit_waits_or_is_refused(checkpoint: Checkpoint, tokenizer: TokenizerWrapper) -> None:
     bench = Bench(checkpoint, tokenizer, [2, 4], max_batch_size=8, cache_tokens=60)
-    with pytest.raises(UserError, match="prompt and answer may have 70 tokens, but the KV caches hold 60"):
-        ask(bench, 0, prompt_of(0, 50), max_tokens=20)
+    vocab_size = checkpoint.config["vocab_size"]
+    for wrong in (vocab_size, -1, 2**40):
+        with pytest.raises(UserError, match=f"token {wrong} is not in the vocabulary of {vocab_size:,} tokens"):
+            ask(bench, 0, [1, wrong, 2], max_tokens=20)
+        with pytest.raises(UserError, match=f"token {wrong} is not in the vocabulary"):
+            ask(bench, 0, [1, 2], max_tokens=20, logit_bias=((wrong, 1.0),))
     with pytest.raises(UserError, match="the prompt has 5,000 tokens, but the context is 5,000"):
         ask(bench, 0, prompt_of(0, 5000), max_tokens=20)
     for number in range(4):
@@ -300,3 +307,38 @@ def test_state_space_models_reuse_whole_prefixes_only(tmp_path: Path) -> None:
     assert outputs[-1].timings.cached_tokens == 33
     for number, prompt in prompts.items():
         assert bench.tokens[number] == alone(folder, tokenizer, prompt, 4)
+
+
+def test_rows_whose_first_step_is_a_shared_one(
+    folder: Path, checkpoint: Checkpoint, tokenizer: TokenizerWrapper
+) -> None:
+    """A prompt of one token, and one that is cached but for its last token, beside a row that runs."""
+    bench = Bench(checkpoint, tokenizer, [2, 4], max_batch_size=8, prefix_tokens=1000)
+    prompts = {0: prompt_of(0, 40), 1: prompt_of(1, 30), 2: prompt_of(0, 40), 3: [7], 4: prompt_of(1, 30), 5: [9]}
+    ask(bench, 0, prompts[0], max_tokens=6)
+    bench.run()
+    ask(bench, 1, prompts[1], max_tokens=30)
+    while 1 not in bench.tokens:
+        bench.note(bench.engine.step())
+    for number in (2, 3, 4, 5):
+        ask(bench, number, prompts[number], max_tokens=6)
+    bench.run()
+    for number, prompt in prompts.items():
+        assert bench.tokens[number] == alone(folder, tokenizer, prompt, 30 if number == 1 else 6)
+
+
+def test_top_k_above_the_vocabulary_is_all_of_it(checkpoint: Checkpoint, tokenizer: TokenizerWrapper) -> None:
+    bench = Bench(checkpoint, tokenizer, [2, 4], max_batch_size=2)
+    for number, top_k in enumerate((0, checkpoint.config["vocab_size"], 1 << 30)):
+        ask(bench, number, prompt_of(0, 9), max_tokens=8, temp=1.0, seed=3, top_k=top_k)
+    bench.run()
+    assert bench.tokens[0] == bench.tokens[1] == bench.tokens[2]
+
+
+def test_few_tokens_between_steps_still_let_prompts_in(checkpoint: Checkpoint, tokenizer: TokenizerWrapper) -> None:
+    bench = Bench(checkpoint, tokenizer, [1, 1, 2, 2], max_batch_size=4, max_batch_tokens=3)
+    for number in range(4):
+        ask(bench, number, prompt_of(number, 12), max_tokens=200)
+    for _ in range(120):
+        bench.note(bench.engine.step())
+    assert set(bench.tokens) == {0, 1, 2, 3}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ GIB = 1 << 30
 
 def info(work: list[float], head: float = 0.0, forbidden: dict[int, str] | None = None, size: int = 1000) -> ModelInfo:
     num = len(work)
-    return ModelInfo(num, [size] * num, work, size, head, [CacheCost(0, 10)] * num, forbidden or {}, 4096)
+    return ModelInfo(num, [size] * num, work, size, head, [CacheCost(0, 10)] * num, forbidden or {}, 4096, True, 100)
 
 
 @settings(max_examples=60, deadline=None)
@@ -98,3 +99,14 @@ def test_caches_count_for_the_layers_that_have_them(tmp_path: Path) -> None:
     for kind, cache in zip(kinds, caches, strict=True):
         assert (cache.fixed > 0) == (kind == "M")
         assert (cache.per_token > 0) == (kind == "*")
+
+
+def test_room_for_caches() -> None:
+    """Half of what is left, on the rank with the least; what sequences take at once comes off first."""
+    found = plan_split(replace(info([1.0] * 4), caches=[CacheCost(1000, 10)] * 4), [Machine("m", GIB)] * 2, 512)
+    stage = found.stages[0]
+    room = (stage.margin_bytes + stage.cache_bytes) // 2
+    assert found.cache_room(8) == (8, (room - 8 * 2000) // 20)
+    assert found.sequence_bytes(1) == found.sequence_bytes(256) == 2 * (1000 + 256 * 10)
+    large = replace(found, info=replace(found.info, caches=[CacheCost(room // 6, 0)] * 4))
+    assert large.cache_room(8) == (3, None)
