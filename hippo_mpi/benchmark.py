@@ -24,8 +24,8 @@ from hippo_mpi.engine.measuring import Load, Measured, measure, measure_mlx_lm
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.errors import UserError
+from hippo_mpi.parallel.hop_times import echo, time_ring
 from hippo_mpi.parallel.pipeline import Pipeline
-from hippo_mpi.parallel.ring_test import echo, time_ring
 from hippo_mpi.parallel.timeline import busy_shares, trace_events
 from hippo_mpi.parallel.worker import Leader
 from hippo_mpi.serving.benchmark_report import plot, report

@@ -96,33 +96,25 @@ def measure_speed(what: str, preload: str, trials: int) -> None:
 
 
 _HOP = """
-import sys, time, statistics
-import mlx.core as mx
+from hippo_mpi.parallel.hop_times import echo, time_ring
 from hippo_mpi.transport.channel import RingChannel
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.world import connect, detect_launch
 world = connect(detect_launch(), 30)
 control = Control(world, 30)
 channel = RingChannel(world, control)
-hidden = mx.random.normal((1, 1, 2048)); mx.eval(hidden)
-times = []
-for _ in range(2000):
-    began = time.perf_counter()
-    if world.rank == 0:
-        channel.send(b"step", [hidden]); channel.receive()
-        times.append((time.perf_counter() - began) / 2)
-    else:
-        header, arrays = channel.receive(); channel.send(header, arrays)
 if world.rank == 0:
-    times.sort()
-    print(f"  {world.backend}: median {statistics.median(times) * 1e6:.0f} us, p95 {times[1900] * 1e6:.0f} us")
+    hop = next(hop for hop in time_ring(channel, world.size, control.progress) if hop.size_bytes == 8192)
+    print(f"  {world.backend}: median {hop.median_s * 1e6:.0f} us, p95 {hop.p95_s * 1e6:.0f} us")
+else:
+    echo(channel)
 control.gather({}); control.share({} if world.rank == 0 else None); control.close()
 channel = None; world.group = None
 """
 
 
 def measure_hop(*_: Any) -> None:
-    print("time per hop of 8 KiB, with its announcement on the control socket, half a round trip, n=2000")
+    print("time per hop of 8 KiB, with its announcement on the control socket, half a round trip, n=200")
     command = [sys.executable, "-c", _HOP]
     with ranks.ring([command] * 2) as running:
         running[0].wait(120)
