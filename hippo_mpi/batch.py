@@ -76,6 +76,8 @@ def answer_all(session: Session) -> int:
     tokenizer, chat_format = open_text(session)
     pipeline = session.load()
     engine = make_engine(session, pipeline, tokenizer)
+    if engine.limits.can_batch is False:
+        sys.stderr.write("note: rows of this model can't share a step, so requests take turns\n")
     progress = BatchProgress(total, len(answers.done))
     run = BatchRun(
         engine, tokenizer, chat_format, answers, progress, Path(arguments.model).name, arguments.system_prompt

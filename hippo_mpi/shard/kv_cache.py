@@ -85,7 +85,11 @@ class SlotCaches:
             self._keep_rows(block, [row for row, other in enumerate(block.slots) if other != slot])
 
     def can_trim(self, slot: int) -> bool:
-        return slot in self._blocks and _can_trim(self._blocks[slot].cache)
+        """Whether a slot may lose any number of tokens at its end."""
+        if slot not in self._blocks:
+            return False
+        cache = self._blocks[slot].cache
+        return can_trim_prompt_cache(cache) and not _begins_at(cache)
 
     def _length(self, slot: int) -> int:
         block = self._blocks.get(slot)
@@ -109,7 +113,7 @@ class SlotCaches:
             self.drop(slot)
             block = self._add(slot, cache, length)
         if length > position:
-            if not _can_trim(block.cache):
+            if not can_trim_prompt_cache(block.cache) or _begins_at(block.cache) > position:
                 raise DesyncError(f"slot {slot} holds {length} tokens and can't be trimmed to {position}")
             trim_prompt_cache(block.cache, length - position)
             block.lengths = [position]
@@ -158,9 +162,9 @@ class SlotCaches:
         block.slots, block.lengths = [block.slots[r] for r in rows], [block.lengths[r] for r in rows]
 
 
-def _can_trim(cache: list[Any]) -> bool:
-    """Whether a cache may lose tokens at its end. One that has dropped its beginning (llama4's) can't be cut there."""
-    return can_trim_prompt_cache(cache) and not any(getattr(c, "start_position", 0) for c in all_caches(cache))
+def _begins_at(cache: list[Any]) -> int:
+    """The first position that a cache still holds: llama4's drop what lies before the current chunk."""
+    return max((getattr(c, "start_position", 0) for c in all_caches(cache)), default=0)
 
 
 def _joined(caches: list[list[Any]], num_rows: list[int]) -> list[Any]:
