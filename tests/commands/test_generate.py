@@ -20,7 +20,7 @@ LAUNCH = str(ranks.BIN / "mlx.launch")
 
 
 def port() -> list[str]:
-    return ["--starting-port", str(ranks.free_ports(1)[0])]
+    return ["--starting-port", str(ranks.consecutive_ports(3))]
 
 
 def reference(prompt: str = DEFAULT_PROMPT, seed: int = 0, **options: object) -> str:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from hippo_mpi.config import BUNDLED_MODEL
 from tests import ranks
 from tests.parity.tiny_models import make_checkpoint
 from tests.ranks import Rank
@@ -22,11 +28,28 @@ SLACK_S = 1.5  # two ranks on two shared cores, with the test beside them
 FAULTY = str(Path(__file__).parent / "faulty_rank.py")
 
 
+@functools.cache
+def endless_model() -> str:
+    """The bundled model with another end token, one that it never says."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    for path in BUNDLED_MODEL.iterdir():
+        (folder / path.name).symlink_to(path)
+    vocab_size = json.loads((BUNDLED_MODEL / "config.json").read_text())["vocab_size"]
+    for name, key, value in (
+        ("config.json", "eos_token_id", vocab_size - 1),
+        ("generation_config.json", "eos_token_id", vocab_size - 1),
+        ("tokenizer_config.json", "eos_token", None),
+    ):
+        (folder / name).unlink()
+        (folder / name).write_text(json.dumps({**json.loads((BUNDLED_MODEL / name).read_text()), key: value}))
+    return str(folder)
+
+
 def endless(timeout_s: float = TIMEOUT_S) -> list[str]:
-    """A generation that goes on for long: end tokens are forbidden by nothing, so many short answers won't do."""
-    return [
-        str(ranks.BIN / "hippo_mpi.generate"), "--max-tokens", "1900", "--temp", "8", "--timeout", str(timeout_s),
-    ]  # fmt: skip
+    """A generation that goes on for long."""
+    model = ["--model", endless_model(), "--max-tokens", "1900"]
+    return [str(ranks.BIN / "hippo_mpi.generate"), *model, "--timeout", str(timeout_s)]
 
 
 def assert_ended(running: list[Rank], limit_s: float, named: str, survivors: list[int]) -> None:
@@ -143,7 +166,15 @@ def test_launcher_ended(body: list[str], awaited: tuple[str, ...], number: signa
     """mlx.launch leaves its ranks alone when it is ended; they see it. Ctrl-C reaches the whole group."""
     if number == signal.SIGINT and not is_group and not Path("/proc/self/wchan").exists():
         pytest.skip("only /proc tells that mlx.launch's main thread has ended")
-    command = [str(ranks.BIN / "mlx.launch"), "-n", "2", "--starting-port", str(ranks.free_ports(1)[0]), "--", *body]
+    command = [
+        str(ranks.BIN / "mlx.launch"),
+        "-n",
+        "2",
+        "--starting-port",
+        str(ranks.consecutive_ports(2)),
+        "--",
+        *body,
+    ]
     with ranks.single(command, stdin=subprocess.PIPE) as launcher:
         launcher.await_output(*awaited)
         below = ranks.descendants(launcher.process.pid)
