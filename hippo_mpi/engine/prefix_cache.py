@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 _LEAST_TOKENS = 16  # shorter ones cost more to copy than to compute
+_MOST_SLOTS = 64  # each is compared with every prompt
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class PrefixCache:
             self._forget(other)
         self._kept[slot] = tokens
         self._num_bytes += self._budget.bytes_of(len(tokens))
-        while self._num_bytes > self._budget.num_bytes:
+        while self._num_bytes > self._budget.num_bytes or len(self._kept) > _MOST_SLOTS:
             oldest = next(iter(self._kept))
             self._forget(oldest)
             gone.append(oldest)
