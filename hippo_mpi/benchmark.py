@@ -22,8 +22,8 @@ from hippo_mpi.command import Session, run
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.measuring import Load, Measured, measure, measure_mlx_lm
 from hippo_mpi.engine.scheduler import Limits
-from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.errors import UserError
+from hippo_mpi.generate import open_model_tokenizer
 from hippo_mpi.parallel.hop_times import echo, time_ring
 from hippo_mpi.parallel.pipeline import Pipeline
 from hippo_mpi.parallel.timeline import busy_shares, trace_events
@@ -68,8 +68,10 @@ class _Bench:
         self.whole: Stage | None = None
         if self._has_room():
             checkpoint = session.agreement.checkpoint
-            loaded = lambda done: self.control.progress(f"loading the whole model, {done:,} bytes")  # noqa: E731
-            self.whole = pipeline(checkpoint, [checkpoint.flow.num_layers], 0, loaded)
+            self.whole = pipeline(checkpoint, [checkpoint.flow.num_layers], 0, self._loaded)
+
+    def _loaded(self, done_bytes: int) -> None:
+        self.control.progress(f"loading the whole model, {done_bytes:,} bytes")
 
     def _has_room(self) -> bool:
         """Whether a whole model fits beside its part on every rank: all must decide alike."""
@@ -139,14 +141,14 @@ class _Bench:
 
 def benchmark(session: Session) -> int:
     arguments, control = session.arguments, session.control
+    if min(arguments.concurrent) < 1:
+        raise UserError("--concurrent takes numbers of requests above 0, such as 1,4,16")
     if arguments.prompt_tokens + arguments.generation_tokens > session.agreement.max_context:
         raise UserError(
             f"--prompt-tokens {arguments.prompt_tokens} and --generation-tokens {arguments.generation_tokens} are more"
             f" than the context of {session.agreement.max_context:,} (--max-context)"
         )
-    checkpoint = session.agreement.checkpoint
-    eos, trusts = checkpoint.config.get("eos_token_id"), checkpoint.source.trust_remote_code
-    bench = _Bench(session, open_tokenizer(checkpoint.source.path, eos, (), trusts))
+    bench = _Bench(session, open_model_tokenizer(session))
     if session.world.rank > 0:
         bench.follow()
         return 0
@@ -174,12 +176,20 @@ def benchmark(session: Session) -> int:
     ]
     found["busy"] = busy_shares(bench.marks)
     found["memory"] = bench.pipeline.end()
+    sys.stdout.write(f"{json.dumps(found)}\n" if arguments.json else report(found, bench.whole is not None))
+    sys.stdout.flush()  # what was measured is not lost with a file that can't be written
     if arguments.trace:
-        arguments.trace.write_text(json.dumps(trace_events(bench.marks)))
+        _write_trace(arguments.trace, trace_events(bench.marks))
     if arguments.plot:
         plot(found, arguments.plot)
-    sys.stdout.write(f"{json.dumps(found)}\n" if arguments.json else report(found, bench.whole is not None))
     return 0
+
+
+def _write_trace(path: Path, trace: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(trace))
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}") from None
 
 
 def main() -> None:

@@ -52,16 +52,25 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     )
 
 
+def open_model_tokenizer(session: Session, extra_eos: tuple[str, ...] = ()) -> TokenizerWrapper:
+    """The tokenizer of the model that the ranks agreed on.
+
+    Raises:
+        UserError: it can't be used.
+    """
+    checkpoint = session.agreement.checkpoint
+    eos, trusts = checkpoint.config.get("eos_token_id"), checkpoint.source.trust_remote_code
+    return open_tokenizer(checkpoint.source.path, eos, extra_eos, trusts)
+
+
 def open_text(session: Session) -> tuple[TokenizerWrapper, ChatFormat]:
     """The model's tokenizer, and how messages become a prompt.
 
     Raises:
         UserError: the tokenizer can't be used.
     """
-    arguments, checkpoint = session.arguments, session.agreement.checkpoint
-    eos, trusts = checkpoint.config.get("eos_token_id"), checkpoint.source.trust_remote_code
-    tokenizer = open_tokenizer(checkpoint.source.path, eos, tuple(arguments.extra_eos_token), trusts)
-    return tokenizer, ChatFormat(
+    arguments = session.arguments
+    return open_model_tokenizer(session, tuple(arguments.extra_eos_token)), ChatFormat(
         arguments.ignore_chat_template, arguments.chat_template_config, arguments.prefill_response
     )
 

@@ -24,10 +24,6 @@ class Hop:
     median_s: float
     p95_s: float
 
-    @property
-    def bytes_per_s(self) -> float:
-        return self.size_bytes / self.median_s
-
 
 def echo(channel: Channel) -> None:
     """Pass on what comes, until a message without a header."""

@@ -177,9 +177,12 @@ class Control:
 
     def _send(self, rank: int, message: dict[str, Any]) -> None:
         data = json.dumps(message).encode()
+        connection = self._star.get(rank)
+        if connection is None:
+            return  # it has closed meanwhile, and the watch thread knows
         try:
             with self._write_lock:
-                self._star[rank].sendall(_LENGTH.pack(len(data)) + data)
+                connection.sendall(_LENGTH.pack(len(data)) + data)
         except OSError:
             pass  # the watch thread sees the closed connection and says so
 

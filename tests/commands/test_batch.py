@@ -225,6 +225,7 @@ def test_bad_files(tmp_path: Path) -> None:
     assert refused(job_file) == f"error: {job_file}, line 2: No closing quotation"
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path) -> None:
     """A limit on the size of files stands in for it: what was finished is kept, and goes on when there is room."""
     source, output = tmp_path / "prompts", tmp_path / "out"
@@ -238,6 +239,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert [text_of(record) for _, record in sorted(records(output).items())] == reference(PROMPTS)
 
 
+@pytest.mark.slow
 def test_other_files_and_other_requests_are_safe(tmp_path: Path) -> None:
     """An output that holds something else, or answers to other prompts, is refused and left as it is."""
     source, output = tmp_path / "prompts", tmp_path / "out"
@@ -247,6 +249,7 @@ def test_other_files_and_other_requests_are_safe(tmp_path: Path) -> None:
     output.write_text("my diary\n")
     assert refused(source, "-o", output).startswith(f"error: {output}, line 1, is no answer of a batch")
     assert (source.read_bytes(), output.read_text()) == (before, "my diary\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts", "out"}
     output.unlink()
     run(source, "-o", output, "--max-tokens", 2, num_ranks=1)
     source.write_text("Another question\n")
@@ -257,6 +260,7 @@ def test_other_files_and_other_requests_are_safe(tmp_path: Path) -> None:
     assert len(records(output)) == 1 + len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_seeds_are_a_line_s_own(tmp_path: Path) -> None:
     source = tmp_path / "prompts"
     source.write_bytes("\ufeff".encode() + f"{PROMPTS[0]}\n{PROMPTS[0]}\n".encode())
@@ -270,6 +274,7 @@ def test_seeds_are_a_line_s_own(tmp_path: Path) -> None:
     assert texts[0][0] != texts[0][1]
 
 
+@pytest.mark.slow
 def test_restart(tmp_path: Path) -> None:
     source, output = tmp_path / "prompts", tmp_path / "out"
     plain(source)

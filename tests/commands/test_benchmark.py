@@ -61,6 +61,22 @@ def test_one_rank() -> None:
         assert "standalone" in running.out
 
 
+@pytest.mark.slow
+def test_what_is_measured_is_not_lost(tmp_path: Path) -> None:
+    missing = tmp_path / "no" / "trace.json"
+    with ranks.single([BENCHMARK, *SMALL, "--pipeline-only", "--trace", str(missing)]) as running:
+        assert running.wait() == 2
+        assert "pipeline" in running.out
+        assert running.err.splitlines()[-1] == f"error: {missing} can't be written: No such file or directory"
+
+
+@pytest.mark.slow
+def test_no_requests_at_once() -> None:
+    with ranks.single([BENCHMARK, *SMALL, "--concurrent", "0,1"]) as running:
+        assert running.wait() == 2
+        assert running.err == "error: --concurrent takes numbers of requests above 0, such as 1,4,16\n"
+
+
 def test_more_than_the_context() -> None:
     with ranks.ring([[BENCHMARK, *SMALL, "--max-context", "22"]] * 2) as running:
         assert [rank.wait() for rank in running] == [2, 2]

@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
 from hippo_mpi.engine.engine import Engine
-from hippo_mpi.engine.prefix_cache import PrefixBudget
+from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
 from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import open_tokenizer
@@ -267,7 +267,7 @@ def test_what_does_not_fit_waits_or_is_refused(checkpoint: Checkpoint, tokenizer
 def test_prefixes_are_prefilled_once(
     folder: Path, checkpoint: Checkpoint, tokenizer: TokenizerWrapper, split: list[int]
 ) -> None:
-    """A shared header while its first user still runs; then a conversation's next turn; least recently used goes."""
+    """A shared header while its first user still runs; then a conversation's next turn."""
     bench = Bench(checkpoint, tokenizer, split, max_batch_size=4, prefix_tokens=120)
     header = prompt_of(0, 40)
     prompts = {number: [*header, 90 + number, 3] for number in range(4)}
@@ -288,6 +288,15 @@ def test_prefixes_are_prefilled_once(
     assert cached[4] == 40 + 2 + 4 or cached[4] == 40  # kept to the last token, or cut by the budget to the header
     for number, prompt in prompts.items():
         assert bench.tokens[number] == alone(folder, tokenizer, prompt, 5)
+
+
+def test_least_recently_used_prefixes_go() -> None:
+    prefixes = PrefixCache(PrefixBudget(60, lambda num_tokens: num_tokens), lambda slot: True)
+    for slot in range(3):
+        assert prefixes.keep(slot, list(range(100 * slot, 100 * slot + 20))) == []
+    assert prefixes.match([*range(20), 7], []) == (0, 20)
+    assert prefixes.keep(3, list(range(300, 320))) == [1]
+    assert prefixes.match([*range(100, 120), 7], []) is None
 
 
 def test_state_space_models_reuse_whole_prefixes_only(tmp_path: Path) -> None:
