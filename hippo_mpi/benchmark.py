@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class _Bench:
         self.session, self.tokenizer = session, tokenizer
         self.control, self.world = session.control, session.world
         self.pipeline: Pipeline = session.load()
-        self._can_batch = session.agreement.can_batch
+        self._limits = Limits(prefill_chunk=session.arguments.prefill_step_size, can_batch=session.agreement.can_batch)
         self.whole: Stage | None = None
         if self._has_room():
             checkpoint = session.agreement.checkpoint
@@ -132,10 +132,10 @@ class _Bench:
         return self._measure(leader, load)
 
     def _measure(self, leader: Leader, load: Load) -> Measured:
-        chunk, agreement = self.session.arguments.prefill_step_size, self.session.agreement
-        limits = Limits(max(load.num_requests, 1), prefill_chunk=chunk, can_batch=self._can_batch)
+        agreement = self.session.agreement
+        limits = replace(self._limits, max_batch_size=max(load.num_requests, 1))
         engine = Engine(leader, self.tokenizer, limits, agreement.max_context, agreement.vocab_size)
-        self._can_batch = engine.limits.can_batch  # asked once
+        self._limits = engine.limits  # which rows may share a step is asked once
         return measure(engine, load)
 
 

@@ -50,7 +50,7 @@ class LocalRing:
         return pump
 
     def plan(self, slot: int, position: int, num_tokens: int, wants_logits: bool = True) -> StepPlan:
-        plan = StepPlan(self._serial, (slot,), (position,), num_tokens, wants_logits)
+        plan = StepPlan(self._serial, (slot,), (position,), (num_tokens,), wants_logits)
         self._serial += 1
         return plan
 

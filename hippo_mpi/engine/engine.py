@@ -10,7 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
 from hippo_mpi.engine.request import FinishReason, Request, RequestOutput, Sequence, Timings, TokenLogprobs
-from hippo_mpi.engine.row_check import rows_keep_apart
+from hippo_mpi.engine.row_check import check_rows
 from hippo_mpi.engine.sampling import Chooser, sample
 from hippo_mpi.engine.scheduler import Limits, Scheduler
 from hippo_mpi.engine.text import find_stop
@@ -43,7 +43,8 @@ class Engine:
         self._max_context, self._vocab_size = max_context, vocab_size
         serials = count()
         if limits.can_batch is None and limits.max_batch_size > 1:
-            limits = replace(limits, can_batch=rows_keep_apart(leader, serials))
+            check = check_rows(leader, serials)
+            limits = replace(limits, can_batch=check.can_batch, can_pad=check.can_pad)
         prefixes = PrefixCache(prefix_budget, leader.caches.can_trim)
         self._scheduler = Scheduler(leader.max_in_flight, limits, prefixes, serials)
         self.limits = limits
@@ -103,8 +104,7 @@ class Engine:
         if planned is None and not self._leader.num_in_flight:
             return outputs
         finished = self._leader.step(*planned) if planned else self._leader.step(None, [])
-        if self._scheduler.prefilling:
-            first = self._scheduler.prefilling[0]
+        if first := self._scheduler.first_prompt:
             self.on_prefill(first.position, len(first.request.prompt))
         if finished is None:
             return outputs

@@ -51,6 +51,10 @@ class PrefixCache:
             self._kept.move_to_end(best[0])
         return best
 
+    def is_worth_waiting(self, prompt: list[int], other: list[int], cached: int) -> bool:
+        """Whether `prompt`, of which so many tokens are cached, has much more in common with one that isn't read yet."""
+        return self._budget is not None and _common(prompt, other) >= cached + _LEAST_TOKENS
+
     def take(self, slot: int, num_tokens: int) -> bool:
         """Hand a kept slot over to a sequence that begins with all of its tokens, instead of a copy."""
         if slot not in self._kept or len(self._kept[slot]) != num_tokens:

@@ -1,12 +1,14 @@
-"""Whether rows that share a step get what they get alone: asked of the model itself, once, before requests come.
+"""Which rows may share a step and get what they get alone: asked of the model itself, once, before requests come.
 
 mlx-lm runs some models in ragged batches without an error but with other answers (gemma2's mask meets the wrong
-axis, phi3small adds a boolean mask ...). Tokens must not depend on company, so their rows take turns instead.
+axis, phi3small adds a boolean mask ...), and reads padding into the state of others (mamba, rwkv7, ...). Tokens must
+not depend on company, so rows of the former take turns, and of the latter only those of equal length are read together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -17,19 +19,35 @@ _LENGTHS = (5, 150)  # tokens: far apart, so that what depends on padding shows
 _TOLERANCE = 0.1  # of the logits' standard deviation: rounding stays below it in bfloat16 too, mistakes don't
 
 
-def rows_keep_apart(leader: Leader, serials: Iterator[int]) -> bool:
-    """Decode two rows alone and together, and compare their logits. Takes `serials` and uses slots 0 to 3."""
-    for slot, length in enumerate(_LENGTHS):
-        tokens = [(7 * i + slot) % 50 + 1 for i in range(length)]
-        leader.step(StepPlan(next(serials), (slot,), (0,), length), [tokens])
-    alone = [
-        _logits(leader, StepPlan(next(serials), (slot + 2,), (length,), 1, True, forks=((slot, slot + 2),)))
-        for slot, length in enumerate(_LENGTHS)
-    ]
-    together = _logits(leader, StepPlan(next(serials), (0, 1), _LENGTHS, 1, True))
+@dataclass(frozen=True)
+class RowCheck:
+    """What rows of different lengths may do together."""
+
+    can_batch: bool  # share a step with as many tokens of each
+    can_pad: bool  # share a step in which the shorter ones are padded on the right
+
+
+def check_rows(leader: Leader, serials: Iterator[int]) -> RowCheck:
+    """Read and decode two rows alone and together, and compare their logits. Takes `serials`, uses slots 0 to 3."""
+    prompts = [[(7 * i + row) % 50 + 1 for i in range(length)] for row, length in enumerate(_LENGTHS)]
+    alone = []
+    for slot, prompt in enumerate(prompts):
+        leader.step(StepPlan(next(serials), (slot,), (0,), (len(prompt),)), [prompt])
+        fork = ((slot, slot + 2),)
+        alone.append(_logits(leader, StepPlan(next(serials), (slot + 2,), (len(prompt),), (1,), True, fork)))
+    wanted = mx.concatenate(alone)
+    together = StepPlan(next(serials), (0, 1), _LENGTHS, (1, 1), True)
+    can_batch = can_pad = _are_close(_logits(leader, together), wanted)
+    if can_batch:
+        leader.step(StepPlan(next(serials), (2, 3), (0, 0), _LENGTHS), prompts)
+        can_pad = _are_close(_logits(leader, StepPlan(next(serials), (2, 3), _LENGTHS, (1, 1), True)), wanted)
     leader.step(StepPlan(next(serials), drops=(0, 1, 2, 3)), [])
-    distance = mx.abs(mx.concatenate(alone) - together).max(axis=-1)
-    return bool((distance <= _TOLERANCE * mx.std(together, axis=-1)).all().item())
+    return RowCheck(can_batch, can_pad)
+
+
+def _are_close(logits: mx.array, wanted: mx.array) -> bool:
+    distance = mx.abs(logits - wanted).max(axis=-1)
+    return bool((distance <= _TOLERANCE * mx.std(wanted, axis=-1)).all().item())
 
 
 def _logits(leader: Leader, plan: StepPlan) -> mx.array:

@@ -2,7 +2,8 @@
 
 Sequences that run are spread evenly over as many micro-batches as there are stages, so that every stage has one
 to work on: one request runs alone, many fill the batches. Prompts go through in chunks that follow one another
-without waiting for results; between two steps of running sequences at most `max_batch_tokens` prompt tokens go in.
+without waiting for results, short ones several at a time; between two steps of running sequences at most
+`max_batch_tokens` prompt tokens go in.
 
 Knows positions and counts. Must not know MLX, text or ranks.
 """
@@ -18,6 +19,7 @@ from hippo_mpi.engine.request import FinishReason, Sequence
 from hippo_mpi.parallel.step_plan import StepPlan
 
 _WHOLE_CHUNK_TOKENS = 2048  # mlx_lm.generate's
+_MOST_PADDING = 2  # prompts that are read together are padded to at most this multiple of the shortest
 _CHUNKS_PER_STAGE = 8  # with 8 chunks a stage, filling and draining the pipeline costs 1 part in 16 at 2 stages
 
 
@@ -29,7 +31,8 @@ class Limits:
     max_batch_tokens: int = 512  # prompt tokens between two steps of the running sequences
     cache_tokens: int | None = None  # that sequences may need together, padded to the longest; None: no limit
     prefill_chunk: int | None = None  # prompt tokens per step; None: as suits the number of stages
-    can_batch: bool | None = None  # whether rows may share a step; None: the engine asks the model
+    can_batch: bool | None = None  # whether rows may share a step; None: the engine asks the model, also for can_pad
+    can_pad: bool = False  # whether prompts of different lengths may be read in one step, padded on the right
 
 
 @dataclass(eq=False)
@@ -76,8 +79,9 @@ class Scheduler:
         return [sequence for batch in self._batches for sequence in (*batch.rows, *batch.joining)]
 
     @property
-    def prefilling(self) -> list[Sequence]:
-        return list(self._prefilling)
+    def first_prompt(self) -> Sequence | None:
+        """The prompt that is being read."""
+        return self._prefilling[0] if self._prefilling else None
 
     @property
     def is_empty(self) -> bool:
@@ -106,7 +110,7 @@ class Scheduler:
         """The next step and its tokens by row; None while every micro-batch is in flight or empty."""
         self._admit()
         self._balance()
-        self._begin_prompt()
+        self._begin_first_prompt()
         batch = next((b for b in self._batches if b.size and not b.is_in_flight), None)
         room = max(1, self._limits.max_batch_tokens // self._num_stages) - self._prompt_tokens
         if self._prefilling and (room > 0 or not self.running):
@@ -146,31 +150,59 @@ class Scheduler:
             self._prefilling.append(self._waiting.popleft())
 
     def _prefill(self, room: int) -> tuple[StepPlan, list[list[int]]]:
-        """The next chunk of the first prompt. Its last token is a decoding step, as in mlx_lm.generate."""
-        sequence = self._prefilling[0]
-        start, todo = sequence.position, len(sequence.tokens) - 1 - sequence.position
-        count = min(todo, self._chunk_tokens(sequence), room if self.running else todo)
-        sequence.position += count
-        self._prompt_tokens += count
-        plan = self._plan([sequence], [start], count, wants_logits=False)
-        if count == todo:
-            self._join(self._prefilling.popleft())
-        return plan, [sequence.tokens[start : start + count]]
+        """The next chunk of the first prompt, or the rest of several. Last tokens are decoded, as in mlx_lm.generate."""
+        most_tokens = min(self._chunk_tokens(), room) if self.running else self._chunk_tokens()
+        rows = self._prompts_together(most_tokens)
+        starts = [sequence.position for sequence in rows]
+        counts = [min(_tokens_left(sequence), most_tokens) for sequence in rows]
+        self._prompt_tokens += len(rows) * max(counts)
+        for sequence, count in zip(rows, counts, strict=True):
+            sequence.position += count
+            if not _tokens_left(sequence):
+                self._prefilling.remove(sequence)
+                self._join(sequence)
+        tokens = [row.tokens[start : row.position] for row, start in zip(rows, starts, strict=True)]
+        return self._plan(rows, starts, counts, wants_logits=False), tokens
 
-    def _begin_prompt(self) -> None:
-        """Give the first prompt a slot, with what is cached of it; one that is cached but for its last token runs."""
+    def _prompts_together(self, most_tokens: int) -> list[Sequence]:
+        """The first prompt, and others of much the same length if all can be read to their ends in one step."""
+        rows = [self._prefilling[0]]
+        most_padding = _MOST_PADDING if self._limits.can_pad else 1
+        shortest = longest = _tokens_left(rows[0])
+        for sequence in list(self._prefilling)[1:] if self._limits.can_batch and longest <= most_tokens else []:
+            if sequence.slot < 0:
+                found = self._cached(sequence)
+                if any(self._prefixes.is_worth_waiting(sequence.tokens, row.tokens, found[1]) for row in rows):
+                    continue
+                self._begin(sequence, *found)
+            left = _tokens_left(sequence)
+            low, high = min(shortest, left), max(longest, left)
+            if 0 < high <= most_padding * low and high * (len(rows) + 1) <= most_tokens:
+                rows.append(sequence)
+                shortest, longest = low, high
+        return rows
+
+    def _begin_first_prompt(self) -> None:
+        """Prompts that are cached but for their last token run at once."""
         while self._prefilling and self._prefilling[0].slot < 0:
-            sequence = self._prefilling[0]
-            others = ((other.slot, other.tokens[: other.position]) for other in self.running)
-            slot, count = self._prefixes.match(sequence.tokens, others) or (-1, 0)
-            if self._prefixes.take(slot, count):
-                sequence.slot = slot
-            else:
-                sequence.slot = self._new_slot()
-                self._forks += [(slot, sequence.slot)] if count else []
-            sequence.position = sequence.timings.cached_tokens = count
-            if count == len(sequence.tokens) - 1:
-                self._join(self._prefilling.popleft())
+            self._begin(self._prefilling[0], *self._cached(self._prefilling[0]))
+
+    def _cached(self, sequence: Sequence) -> tuple[int, int]:
+        """(slot, number of tokens) of what is cached of a prompt."""
+        others = ((other.slot, other.tokens[: other.position]) for other in self.running)
+        return self._prefixes.match(sequence.tokens, others) or (-1, 0)
+
+    def _begin(self, sequence: Sequence, cached_slot: int, count: int) -> None:
+        """Give a prompt a slot that begins with `count` cached tokens."""
+        if self._prefixes.take(cached_slot, count):
+            sequence.slot = cached_slot
+        else:
+            sequence.slot = self._new_slot()
+            self._forks += [(cached_slot, sequence.slot)] if count else []
+        sequence.position = sequence.timings.cached_tokens = count
+        if not _tokens_left(sequence):
+            self._prefilling.remove(sequence)
+            self._join(sequence)
 
     def _join(self, sequence: Sequence) -> None:
         """Put a prefilled sequence into the micro-batch with the fewest rows."""
@@ -191,7 +223,7 @@ class Scheduler:
         starts = [sequence.position for sequence in batch.rows]
         for sequence in batch.rows:
             sequence.position += 1
-        plan = self._plan(batch.rows, starts, 1, wants_logits=True)
+        plan = self._plan(batch.rows, starts, [1] * len(starts), wants_logits=True)
         batch.is_in_flight = True
         self._in_flight[plan.serial] = batch
         return plan, [[sequence.tokens[-1]] for sequence in batch.rows]
@@ -200,23 +232,25 @@ class Scheduler:
         self,
         rows: list[Sequence] | None = None,
         starts: list[int] | None = None,
-        count: int = 0,
+        counts: list[int] | None = None,
         wants_logits: bool = False,
     ) -> StepPlan:
         slots = tuple(sequence.slot for sequence in rows or [])
         forks, drops = tuple(self._forks), tuple(self._drops)
         self._forks, self._drops = [], []
         self._free_slots += drops
-        return StepPlan(next(self._serials), slots, tuple(starts or []), count, wants_logits, forks, drops)
+        return StepPlan(
+            next(self._serials), slots, tuple(starts or []), tuple(counts or []), wants_logits, forks, drops
+        )
 
-    def _chunk_tokens(self, sequence: Sequence) -> int:
+    def _chunk_tokens(self) -> int:
         """Prompt tokens per step: few enough that the chunks keep all stages busy, enough to be efficient."""
         if self._limits.prefill_chunk is not None:
             return self._limits.prefill_chunk
         if self._num_stages == 1:
             return _WHOLE_CHUNK_TOKENS
-        prompt = len(sequence.request.prompt) - sequence.timings.cached_tokens
-        return max(64, min(512, -(-prompt // (_CHUNKS_PER_STAGE * self._num_stages))))
+        unread = sum(len(s.request.prompt) - s.timings.cached_tokens for s in self._prefilling)
+        return max(64, min(512, -(-unread // (_CHUNKS_PER_STAGE * self._num_stages))))
 
     # ---- slots
 
@@ -233,3 +267,8 @@ class Scheduler:
             return self._free_slots.pop()
         self._num_slots += 1
         return self._num_slots - 1
+
+
+def _tokens_left(sequence: Sequence) -> int:
+    """Prompt tokens that aren't cached yet, but for the last."""
+    return len(sequence.tokens) - 1 - sequence.position

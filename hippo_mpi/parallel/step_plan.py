@@ -1,7 +1,7 @@
 """The one message that rank 0's decisions travel in, and its wire form.
 
-A step is one forward pass of one micro-batch through all stages: some rows with the same number of tokens each.
-A row is addressed by position: its tokens belong at cache positions [position, position + num_tokens) of a slot.
+A step is one forward pass of one micro-batch through all stages: some rows, the shorter ones padded on the right.
+A row is addressed by position: its tokens belong at cache positions [position, position + count) of a slot.
 A rank whose cache for the slot is longer trims it first, and one that holds the rows in another grouping regroups
 them, so that taking tokens back, joining and leaving need no messages of their own.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from hippo_mpi.errors import DesyncError
 
-_HEAD = struct.Struct("<IiBHHH")
+_HEAD = struct.Struct("<IBHHH")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class StepPlan:
     serial: int  # counts steps from 0: a gap means that ranks have lost each other
     slots: tuple[int, ...] = ()
     positions: tuple[int, ...] = ()
-    num_tokens: int = 0  # of each row
+    counts: tuple[int, ...] = ()  # tokens of each row
     wants_logits: bool = False  # whether the last stage sends its result to rank 0; nobody may leave it unread
     forks: tuple[tuple[int, int], ...] = ()  # (source, slot): the slot begins as a copy of the source
     drops: tuple[int, ...] = ()  # slots whose caches are freed
@@ -33,23 +33,28 @@ class StepPlan:
         return bool(self.slots)
 
     @property
+    def num_tokens(self) -> int:
+        """Of the longest row."""
+        return max(self.counts, default=0)
+
+    @property
     def ends(self) -> list[int]:
         """How many tokens each row's slot holds after the step."""
-        return [position + self.num_tokens for position in self.positions]
+        return [position + count for position, count in zip(self.positions, self.counts, strict=True)]
 
     def __str__(self) -> str:
         if not self.has_rows:
             return f"step {self.serial}, release of slots {', '.join(map(str, self.drops))}"
         if len(self.slots) > 1:
-            return f"step {self.serial}, {self.num_tokens} token of each of {len(self.slots)} rows"
+            return f"step {self.serial}, {sum(self.counts)} tokens of {len(self.slots)} rows"
         kind = "decode" if self.num_tokens == 1 else f"prefill of {self.num_tokens} tokens"
         return f"step {self.serial}, {kind} at {self.positions[0]} in slot {self.slots[0]}"
 
 
 def encode(plan: StepPlan) -> bytes:
-    counts = len(plan.slots), len(plan.forks), len(plan.drops)
-    numbers = [*plan.slots, *plan.positions, *(n for fork in plan.forks for n in fork), *plan.drops]
-    head = _HEAD.pack(plan.serial, plan.num_tokens, plan.wants_logits, *counts)
+    lengths = len(plan.slots), len(plan.forks), len(plan.drops)
+    numbers = [*plan.slots, *plan.positions, *plan.counts, *(n for fork in plan.forks for n in fork), *plan.drops]
+    head = _HEAD.pack(plan.serial, plan.wants_logits, *lengths)
     return head + struct.pack(f"<{len(numbers)}i", *numbers)
 
 
@@ -60,11 +65,11 @@ def decode(wire: bytes) -> StepPlan:
         DesyncError: these bytes are no plan.
     """
     try:
-        serial, num_tokens, wants_logits, num_rows, num_forks, num_drops = _HEAD.unpack_from(wire)
-        numbers = struct.unpack(f"<{2 * num_rows + 2 * num_forks + num_drops}i", wire[_HEAD.size :])
+        serial, wants_logits, num_rows, num_forks, num_drops = _HEAD.unpack_from(wire)
+        numbers = struct.unpack(f"<{3 * num_rows + 2 * num_forks + num_drops}i", wire[_HEAD.size :])
     except struct.error as error:
         raise DesyncError(f"expected a step, got {len(wire)} other bytes: {error}") from None
-    slots, positions = numbers[:num_rows], numbers[num_rows : 2 * num_rows]
-    rest = numbers[2 * num_rows :]
+    slots, positions, counts = (numbers[start * num_rows : (start + 1) * num_rows] for start in range(3))
+    rest = numbers[3 * num_rows :]
     forks = tuple(zip(rest[: 2 * num_forks : 2], rest[1 : 2 * num_forks : 2], strict=True))
-    return StepPlan(serial, slots, positions, num_tokens, bool(wants_logits), forks, rest[2 * num_forks :])
+    return StepPlan(serial, slots, positions, counts, bool(wants_logits), forks, rest[2 * num_forks :])

@@ -69,20 +69,21 @@ class Leader:
             return finished
         if begun.outgoing is not None:
             self._send(plan, begun.outgoing)
+        result = self._finish(plan, begun) if self._is_looped or begun.is_done else None
         state = self.caches.advance(plan.slots, plan.ends)
         if not self._stage.is_whole or not plan.wants_logits:
             mx.eval(state)  # while the step is on its way; on a rank that is alone, sampling evaluates it
-        if not begun.is_done and not self._is_looped:
+        if result is None:
             self._in_flight.append((plan, begun))
             return finished
-        result = self._finish(plan, begun)
         return result if plan.wants_logits else finished
 
     def _begin(self, plan: StepPlan, tokens: list[list[int]]) -> Forward:
         self._progress(f"computing {plan}")
         rearrange(self.caches, plan)
-        cache = self.caches.at(plan.slots, plan.positions)
-        forward = self._stage.forward(mx.array(tokens, mx.int32), cache, plan.wants_logits)
+        cache = self.caches.at(plan.slots, plan.positions, plan.counts)
+        padded = [row + [0] * (plan.num_tokens - len(row)) for row in tokens]
+        forward = self._stage.forward(mx.array(padded, mx.int32), cache, plan.wants_logits)
         forward.run(None)
         if forward.outgoing is not None:
             mx.eval(forward.outgoing)
@@ -139,7 +140,7 @@ class Follower:
                 if not self._is_last:
                     self._channel.send(header, [])
                 return plan
-            cache = self._caches.at(plan.slots, plan.positions)
+            cache = self._caches.at(plan.slots, plan.positions, plan.counts)
             tokens = mx.zeros((len(plan.slots), plan.num_tokens), mx.int32)  # only their number matters here
             forward = self._stage.forward(tokens, cache, plan.wants_logits)
         forward.run(arrays)
@@ -147,8 +148,9 @@ class Follower:
         if outgoing is not None:
             mx.eval(outgoing)
             self._channel.send(header, outgoing)
-        mx.eval(self._caches.advance(plan.slots, plan.ends))
-        if not forward.is_done:
+        if forward.is_done:
+            mx.eval(self._caches.advance(plan.slots, plan.ends))
+        else:
             self._halfway[plan.serial] = forward
         self._progress(f"waiting after {plan}")
         return plan

@@ -50,8 +50,10 @@ class SlotCaches:
     def __contains__(self, slot: int) -> bool:
         return slot in self._blocks
 
-    def at(self, slots: Sequence[int], positions: Sequence[int]) -> list[Any]:
-        """The cache whose rows are `slots`, holding `positions` tokens; a fresh one for position 0.
+    def at(self, slots: Sequence[int], positions: Sequence[int], counts: Sequence[int]) -> list[Any]:
+        """The cache whose rows are `slots`, holding `positions` tokens, ready for `counts` more; a fresh one for position 0.
+
+        Rows with fewer tokens than the longest must be padded on the right.
 
         Raises:
             DesyncError: a slot holds fewer tokens, or more and can't be trimmed.
@@ -60,11 +62,19 @@ class SlotCaches:
         for slot, length, position in zip(block.slots, block.lengths, positions, strict=True):
             if length != position:
                 raise DesyncError(f"slot {slot} holds {length} tokens, but the step begins at {position}")
+        if len(set(counts)) > 1:
+            padding = [max(counts) - count for count in counts]
+            for layer in block.cache:
+                layer.prepare(lengths=list(counts), right_padding=padding)
         return block.cache
 
     def advance(self, slots: Sequence[int], lengths: list[int]) -> list[mx.array]:
         """Note that a step has filled `slots` up to `lengths`; returns the caches' arrays, to be evaluated."""
         block, settings = self._blocks[slots[0]], self._settings
+        if len({new - old for new, old in zip(lengths, block.lengths, strict=True)}) > 1:  # some were padded
+            for layer in block.cache:
+                if not layer.empty():
+                    layer.finalize()
         try:
             maybe_quantize_kv_cache(block.cache, settings.quantized_kv_start, settings.kv_group_size, settings.kv_bits)
         except (NotImplementedError, ValueError) as error:

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.utils import load_model
 
-from hippo_mpi.engine.row_check import rows_keep_apart
+from hippo_mpi.engine.row_check import RowCheck, check_rows
 from hippo_mpi.errors import ModelError
 from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.shard.checkpoint import Checkpoint
@@ -228,12 +228,13 @@ def test_ragged_batch(name: str, tmp_path: Path) -> None:
 
 
 def regrouped(ring: LocalRing, name: str) -> list[mx.array]:
-    """Logits of steps whose rows join, leave, part and are copied."""
+    """Logits of steps whose rows are read together, join, leave, part and are copied."""
     serials = itertools.count()
     lengths = {0: 6, 1: 9, 2: 4}
-    for slot, length in lengths.items():
-        tokens = tokens_for(name, seed=slot)[:length]
-        ring.leader.step(StepPlan(next(serials), (slot,), (0,), length), [tokens])
+    prompts = [tokens_for(name, seed=slot)[:length] for slot, length in lengths.items()]
+    ring.leader.step(StepPlan(next(serials), (0,), (0,), (3,)), [prompts[0][:3]])
+    ring.leader.step(StepPlan(next(serials), (0, 1), (3, 0), (3, 9)), [prompts[0][3:], prompts[1]])
+    ring.leader.step(StepPlan(next(serials), (2,), (0,), (4,)), [prompts[2]])
     found = []
     for slots, forks, drops in (
         ((0, 1), (), ()),
@@ -247,7 +248,7 @@ def regrouped(ring: LocalRing, name: str) -> list[mx.array]:
         for source, slot in forks:
             lengths[slot] = lengths[source]
         positions = tuple(lengths.setdefault(slot, 0) for slot in slots)
-        plan = StepPlan(next(serials), slots, positions, 1, True, forks, drops)
+        plan = StepPlan(next(serials), slots, positions, (1,) * len(slots), True, forks, drops)
         finished = ring.leader.step(plan, [[11 + slot] for slot in slots]) or ring.leader.step(None, [])
         assert finished is not None
         mx.eval(finished[1])
@@ -273,10 +274,12 @@ def test_batching_is_found_out(name: str, tmp_path: Path) -> None:
     """Models whose rows mlx-lm can't run together, or runs together wrongly, are known before a request comes."""
     checkpoint = open_folder(tiny_models.make_checkpoint(name, tmp_path))
     can_batch = model_info(checkpoint, KVSettings()).can_batch
+    assert can_batch or fails_upstream(name, "batch")
     if can_batch:
         ring = LocalRing(make_stages(checkpoint, [checkpoint.flow.num_layers]))
-        can_batch = rows_keep_apart(ring.leader, itertools.count())
-    assert can_batch == (not fails_upstream(name, "batch"))
+        wanted = not fails_upstream(name, "batch")
+        can_pad = wanted and not fails_upstream(name, "pad")
+        assert check_rows(ring.leader, itertools.count()) == RowCheck(wanted, can_pad)
 
 
 @pytest.mark.slow

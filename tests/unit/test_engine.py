@@ -101,11 +101,12 @@ ARRIVALS = st.lists(
     min_size=1,
     max_size=16,
 )
+ROWS = st.sampled_from([{"can_batch": False}, {"can_batch": True}, {"can_batch": True, "can_pad": True}])
 ANSWERS: dict[tuple[int, int, int], list[int]] = {}
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(ARRIVALS, st.sampled_from(SPLITS), st.sampled_from([0, 50, 400]), st.sampled_from([1, 3, 16]), st.booleans())
+@given(ARRIVALS, st.sampled_from(SPLITS), st.sampled_from([0, 50, 400]), st.sampled_from([1, 3, 16]), ROWS)
 def test_company_changes_nothing(
     folder: Path,
     checkpoint: Checkpoint,
@@ -114,12 +115,12 @@ def test_company_changes_nothing(
     split: list[int],
     prefix_tokens: int,
     max_batch_size: int,
-    can_batch: bool,
+    rows: dict[str, bool],
 ) -> None:
     """Whatever joins, leaves or is taken back meanwhile; and in the end no slot is left but kept prefixes."""
     bench = Bench(
         checkpoint, tokenizer, split,
-        max_batch_size=max_batch_size, max_batch_tokens=24, can_batch=can_batch, prefix_tokens=prefix_tokens,
+        max_batch_size=max_batch_size, max_batch_tokens=24, prefix_tokens=prefix_tokens, **rows,
     )  # fmt: skip
     aborts: dict[int, int] = {}
     steps = 0
@@ -162,10 +163,8 @@ def ask(bench: Bench, number: int, prompt: list[int], **sampling: Any) -> None:
     bench.engine.add(Request(number, prompt, SamplingParams(**sampling)))
 
 
-@pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_a_long_prompt_stalls_nobody(checkpoint: Checkpoint, tokenizer: TokenizerWrapper, split: list[int]) -> None:
-    """While 4,096 tokens are read, every running stream goes on, at most `max_batch_tokens` of them later."""
-    bench = Bench(checkpoint, tokenizer, split, max_batch_size=8, max_batch_tokens=128)
+def plans_of(bench: Bench) -> list[StepPlan]:
+    """A list that every further plan is added to."""
     plans: list[StepPlan] = []
     step = bench.ring.leader.step
 
@@ -174,6 +173,31 @@ def test_a_long_prompt_stalls_nobody(checkpoint: Checkpoint, tokenizer: Tokenize
         return step(plan, tokens)
 
     bench.ring.leader.step = noting_step  # type: ignore[method-assign]
+    return plans
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_short_prompts_are_read_together(
+    folder: Path, checkpoint: Checkpoint, tokenizer: TokenizerWrapper, split: list[int]
+) -> None:
+    bench = Bench(checkpoint, tokenizer, split, max_batch_size=12, max_batch_tokens=512)
+    plans = plans_of(bench)
+    wanted = {number: (prompt_of(number, 9 + number), 6) for number in range(12)}
+    for number, (prompt, count) in wanted.items():
+        ask(bench, number, prompt, max_tokens=count)
+    bench.run()
+    reading = [plan for plan in plans if plan.has_rows and not plan.wants_logits]
+    assert sum(sum(plan.counts) for plan in reading) == sum(8 + number for number in range(12))
+    assert len(reading) <= 5
+    assert all(plan.num_tokens <= 2 * min(plan.counts) for plan in reading)
+    assert bench.tokens == {number: alone(folder, tokenizer, *asked) for number, asked in wanted.items()}
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_a_long_prompt_stalls_nobody(checkpoint: Checkpoint, tokenizer: TokenizerWrapper, split: list[int]) -> None:
+    """While 4,096 tokens are read, every running stream goes on, at most `max_batch_tokens` of them later."""
+    bench = Bench(checkpoint, tokenizer, split, max_batch_size=8, max_batch_tokens=128)
+    plans = plans_of(bench)
     goes_on = ((tokenizer.eos_token_id, -1000.0),)
     for number in range(4):
         ask(bench, number, prompt_of(number, 8), max_tokens=300, logit_bias=goes_on)
