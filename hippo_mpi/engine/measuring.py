@@ -8,10 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator
 
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.request import Request, SamplingParams
+from hippo_mpi.shard.checkpoint import Checkpoint, open_lazily
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,24 @@ def measure(engine: Engine, load: Load) -> Measured:
     return clock.result()
 
 
+def has_mlx_lm_pipeline(checkpoint: Checkpoint) -> bool:
+    """Whether mlx-lm itself can split this model type by layers."""
+    model, _ = open_lazily(checkpoint.source)
+    return hasattr(getattr(model, "model", None), "pipeline")
+
+
+def load_mlx_lm_part(checkpoint: Checkpoint, group: Any, progress: Callable[[], None]) -> Any:
+    """A model of which mlx-lm's own pipeline has left this rank's layers, and they are loaded."""
+    model, _ = open_lazily(checkpoint.source)
+    model.model.pipeline(group)
+    for _, array in tree_flatten(model.parameters()):
+        mx.eval(array)
+        progress()
+    return model
+
+
 def measure_mlx_lm(model: Any, load: Load, progress: Callable[[], None]) -> Measured:
-    """The same load answered by mlx-lm's own continuous batching over a whole model."""
+    """The same load answered by mlx-lm's own continuous batching, over a whole model or this rank's part of one."""
     clock = _Clock(load)
     generator = BatchGenerator(model, max_tokens=load.generation_tokens, completion_batch_size=load.num_requests)
     try:

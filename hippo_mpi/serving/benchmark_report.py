@@ -42,7 +42,7 @@ def _ring_table(ring: list[dict[str, Any]]) -> str:
 def _rate_table(found: dict[str, Any]) -> str:
     decode, prompt, first = (medians(found, name) for name in ("decode_tps", "prompt_tps", "first_token_s"))
     head = (
-        f"{'at once':>7}  {'mode':<10} {'generation':>22} {'prompt':>14} {'first token':>12}  {'of the best other':>17}"
+        f"{'at once':>7}  {'mode':<15} {'generation':>22} {'prompt':>14} {'first token':>12}  {'of the best other':>17}"
     )
     lines = [f"{found['ranks']} ranks over {found['backend']}", head]
     for count in next(iter(decode.values())):
@@ -51,7 +51,7 @@ def _rate_table(found: dict[str, Any]) -> str:
             rate, low, high = decode[mode][count]
             ratio = f"{rate / max(others):>17.3f}" if mode == "pipeline" and others and max(others) else ""
             lines.append(
-                f"{count:>7}  {mode:<10} {rate:>7.1f} ({low:.1f}-{high:.1f}) tok/s {prompt[mode][count][0]:>8.1f} tok/s"
+                f"{count:>7}  {mode:<15} {rate:>7.1f} ({low:.1f}-{high:.1f}) tok/s {prompt[mode][count][0]:>8.1f} tok/s"
                 f" {first[mode][count][0]:>10.3f} s  {ratio}"
             )
     return "\n".join(lines)
