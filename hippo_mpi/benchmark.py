@@ -29,7 +29,12 @@ def make_parser() -> config.Parser:
     config.add_model_options(parser)
     group = parser.add_argument_group("what to measure")
     group.add_argument("--prompt-tokens", type=config.positive, default=128, help="tokens of every prompt")
-    group.add_argument("--generation-tokens", type=config.positive, default=64, help="tokens of every answer")
+    group.add_argument(
+        "--generation-tokens",
+        type=config.positive,
+        default=64,
+        help="tokens per request, counted while all are answered",
+    )
     group.add_argument("--concurrent", type=config.counts, default=(1, 4, 16), help="numbers of requests at once")
     group.add_argument("--trials", type=config.positive, default=5, help="how often; medians are shown")
     group.add_argument("--pipeline-only", action="store_true", help="no whole models: neither standalone nor replicas")
@@ -73,7 +78,7 @@ def benchmark(session: Session) -> int:
         for count in arguments.concurrent:
             for mode, run_mode in modes.items():
                 session.progress.measuring(trial, arguments.trials, f"{mode}, {count} at once")
-                load = Load(count, arguments.prompt_tokens, arguments.generation_tokens)
+                load = Load(count, arguments.prompt_tokens, arguments.generation_tokens, session.agreement.max_context)
                 results.setdefault((mode, count), []).append(run_mode(load))
     session.progress.clear()
     found["results"] = [

@@ -1,15 +1,23 @@
-"""hippo_mpi.plan: what each rank would hold, without loading a weight.
+"""hippo_mpi.plan: what each rank would hold, without loading a weight, and with --simulate what they would give.
 
 mlx.launch --hostfile hostfile -n 2 hippo_mpi.plan --model M
 hippo_mpi.plan --model M --machine mini1:16 --machine mini2:24:1.5
+hippo_mpi.plan --model M --machine mini1:16 --machine mini2:16 --simulate --link thunderbolt4
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
 from hippo_mpi import command, config
 from hippo_mpi.command import Session
+from hippo_mpi.engine.predicting import LINKS, Link, StageTimes, Workload, check_can_time, measure_stage
+from hippo_mpi.engine.scheduler import chunk_tokens
+from hippo_mpi.errors import UserError
+from hippo_mpi.serving.simulation_report import prediction_object, prediction_table, read_times
+from hippo_mpi.shard import pipeline
 from hippo_mpi.shard.layer_split import Machine
 
 
@@ -23,6 +31,22 @@ def make_parser() -> config.Parser:
         dest="machines",
         help="plan for machines that aren't here: NAME:GIBIBYTES[:SPEED], once per rank; speed is relative",
     )
+    group = parser.add_argument_group("simulation")
+    group.add_argument(
+        "--simulate",
+        action="store_true",
+        help="time every stage by itself, here or on the launched ranks, and predict what they give over a link",
+    )
+    group.add_argument(
+        "--link",
+        type=_link,
+        default="thunderbolt4",
+        help=f"{', '.join(LINKS)}, or LATENCY,BANDWIDTH such as 300us,2GB/s (hippo_mpi.benchmark measures both)",
+    )
+    group.add_argument("--prompt-tokens", type=config.positive, default=1024, help="tokens of the prompt")
+    group.add_argument("--concurrent", type=config.counts, default=(1, 4, 16), help="numbers of requests at once")
+    group.add_argument("--stage-times", type=Path, help="a --json output to take the times from, instead of measuring")
+    group.add_argument("--json", action="store_true", help="print one JSON object with the times and the prediction")
     config.add_cache_options(parser)
     config.add_run_options(parser)
     return parser
@@ -36,11 +60,83 @@ def _machine(text: str) -> Machine:
     return Machine(parts[0], int(config.above_0(parts[1]) * 2**30), speed)
 
 
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+_BYTES_PER_S = {"Gbit/s": 1e9 / 8, "Mbit/s": 1e6 / 8, "GB/s": 1e9, "MB/s": 1e6}
+
+
+def _link(text: str) -> Link:
+    if text in LINKS:
+        return LINKS[text]
+    latency, _, bandwidth = text.partition(",")
+    try:
+        return Link(_with_unit(latency, _SECONDS), _with_unit(bandwidth, _BYTES_PER_S))
+    except ValueError:
+        names = ", ".join(LINKS)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither {names} nor LATENCY,BANDWIDTH such as 300us,2GB/s"
+        ) from None
+
+
+def _with_unit(text: str, units: dict[str, float]) -> float:
+    """A number above 0 with one of `units` behind it; the longest that fits."""
+    unit = max((unit for unit in units if text.endswith(unit)), key=len, default="")
+    value = float(text.removesuffix(unit)) * units[unit] if unit else 0.0
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
 def show(session: Session) -> int:
-    if session.agreement.split is not None:
-        print(session.agreement.split.table())
+    arguments, split = session.arguments, session.agreement.split
+    if split is not None and not arguments.json:
+        print(split.table(), flush=True)
+    if arguments.simulate:
+        _simulate(session)
     session.control.close()
     return 0
+
+
+def _simulate(session: Session) -> None:
+    arguments, agreement = session.arguments, session.agreement
+    num_stages, prompt = len(agreement.counts), arguments.prompt_tokens
+    if min(arguments.concurrent) < 1:
+        raise UserError("--concurrent takes numbers of requests above 0, such as 1,4,16")
+    chunk = arguments.prefill_step_size or chunk_tokens(prompt, num_stages)
+    workload = Workload(prompt, chunk, arguments.concurrent, agreement.can_batch is not False)
+    if arguments.stage_times:
+        times = read_times(arguments.stage_times, workload, num_stages)
+    else:
+        check_can_time(agreement.checkpoint.flow)
+        times = _measure(session, workload)
+    session.progress.clear()
+    if session.world.rank > 0:
+        return
+    if arguments.json:
+        print(json.dumps(prediction_object(times, arguments.link, workload)))
+    else:
+        print(f"\n{prediction_table(times, arguments.link, workload)}")
+
+
+def _measure(session: Session, workload: Workload) -> list[StageTimes]:
+    """Times by rank, on rank 0: each rank's own, or, for machines that aren't here, one stage after the other."""
+    control, counts = session.control, session.agreement.counts
+
+    def measure(rank: int) -> StageTimes:
+        checkpoint, loading = session.agreement.checkpoint, f"loading stage {rank}"
+        stage = pipeline(checkpoint, counts, rank, lambda done_bytes: control.progress(loading))
+        session.progress.clear()
+        return measure_stage(stage, session.settings, workload, len(counts), control.progress)
+
+    if session.arguments.machines is None:
+        gathered = control.gather(measure(session.world.rank).as_object())
+        control.share({} if gathered is not None else None)
+        return [StageTimes.from_object(one) for one in gathered or []]
+    if session.world.rank > 0:
+        control.share(None)
+        return []
+    times = [measure(rank).at_speed(machine.speed) for rank, machine in enumerate(session.arguments.machines)]
+    control.share({})
+    return times
 
 
 def main() -> None:

@@ -19,11 +19,16 @@ from hippo_mpi.shard.checkpoint import Checkpoint, open_lazily
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that arrive at once, all alike but for their tokens."""
+    """Requests that arrive at once, all alike but for their tokens.
+
+    Each is answered until all together have made `generation_tokens` each from the moment on when the last one got
+    its first: so every rate is one of all requests at once, however long their prompts took.
+    """
 
     num_requests: int
     prompt_tokens: int
     generation_tokens: int
+    max_context: int
 
     def prompt(self, number: int) -> list[int]:
         return [(7 * number + 3 * i + i * i) % 50 + 1 for i in range(self.prompt_tokens)]
@@ -41,11 +46,14 @@ class Measured:
 def measure(engine: Engine, load: Load) -> Measured:
     """Run a load; the engine must be idle."""
     clock = _Clock(load)
-    sampling = SamplingParams(max_tokens=load.generation_tokens, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=load.max_context, ignore_eos=True)
     for number in range(load.num_requests):
         engine.add(Request(number, load.prompt(number), sampling))
     while not engine.is_idle:
         clock.note([output.request_id for output in engine.step()])
+        if clock.has_enough:
+            for number in range(load.num_requests):
+                engine.abort(number)
     return clock.result()
 
 
@@ -68,10 +76,11 @@ def load_mlx_lm_part(checkpoint: Checkpoint, group: Any, progress: Callable[[], 
 def measure_mlx_lm(model: Any, load: Load, progress: Callable[[], None]) -> Measured:
     """The same load answered by mlx-lm's own continuous batching, over a whole model or this rank's part of one."""
     clock = _Clock(load)
-    generator = BatchGenerator(model, max_tokens=load.generation_tokens, completion_batch_size=load.num_requests)
+    most_tokens = load.max_context - load.prompt_tokens
+    generator = BatchGenerator(model, max_tokens=most_tokens, completion_batch_size=load.num_requests)
     try:
         generator.insert([load.prompt(number) for number in range(load.num_requests)])
-        while responses := generator.next_generated():
+        while not clock.has_enough and (responses := generator.next_generated()):
             progress()
             clock.note([response.uid for response in responses])
     finally:
@@ -87,9 +96,13 @@ class _Clock:
         self._first_s: dict[int, float] = {}
         self._num_decoded, self._all_began_s, self._ended_s = 0, 0.0, 0.0
 
+    @property
+    def has_enough(self) -> bool:
+        return self._num_decoded >= self._load.num_requests * self._load.generation_tokens
+
     def note(self, request_ids: list[int]) -> None:
         """Each of these requests has a further token."""
-        if not request_ids:
+        if not request_ids or self.has_enough:
             return
         self._ended_s = time.perf_counter()
         if self._all_began_s:

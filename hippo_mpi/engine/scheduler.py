@@ -244,13 +244,8 @@ class Scheduler:
         )
 
     def _chunk_tokens(self) -> int:
-        """Prompt tokens per step: few enough that the chunks keep all stages busy, enough to be efficient."""
-        if self._limits.prefill_chunk is not None:
-            return self._limits.prefill_chunk
-        if self._num_stages == 1:
-            return _WHOLE_CHUNK_TOKENS
         unread = sum(len(s.request.prompt) - s.timings.cached_tokens for s in self._prefilling)
-        return max(64, min(512, -(-unread // (_CHUNKS_PER_STAGE * self._num_stages))))
+        return self._limits.prefill_chunk or chunk_tokens(unread, self._num_stages)
 
     # ---- slots
 
@@ -267,6 +262,13 @@ class Scheduler:
             return self._free_slots.pop()
         self._num_slots += 1
         return self._num_slots - 1
+
+
+def chunk_tokens(unread_tokens: int, num_stages: int) -> int:
+    """Prompt tokens per step: few enough that the chunks keep all stages busy, enough to be efficient."""
+    if num_stages == 1:
+        return _WHOLE_CHUNK_TOKENS
+    return max(64, min(512, -(-unread_tokens // (_CHUNKS_PER_STAGE * num_stages))))
 
 
 def _tokens_left(sequence: Sequence) -> int:

@@ -14,6 +14,7 @@ from hippo_mpi.transport.channel import Channel
 _SIZES_BYTES = (8, 64, 512, 4 << 10, 8 << 10, 64 << 10, 512 << 10, 4 << 20, 64 << 20)
 _SMALL_BYTES = 1 << 20
 _NUM_SMALL, _NUM_LARGE = 200, 5
+_MOST_S = 2.0  # over a slow link, sizes end where one message would take longer
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,10 @@ def echo(channel: Channel) -> None:
 
 def time_ring(channel: Channel, num_ranks: int, progress: Callable[[str], None]) -> list[Hop]:
     """Send messages of growing size round the ring; every other rank must be in `echo`."""
-    hops = []
+    hops: list[Hop] = []
     for size in _SIZES_BYTES:
+        if hops and hops[-1].median_s * size / hops[-1].size_bytes > _MOST_S and size > _SMALL_BYTES:
+            break
         progress(f"timing messages of {size} bytes")
         message = mx.zeros((size // 4,), mx.float32)
         mx.eval(message)

@@ -1,7 +1,6 @@
 """The order in which each rank computes, sends and receives, as plain data: no MLX, no sockets.
 
-`actions(rank, num_stages, num_steps)` is what rank does for `num_steps` steps whose results all come back, with
-at most `num_stages` in flight. Rank 0 forwards the next step, then receives the oldest result, then sends: with
+`actions(rank, num_stages, num_steps)` is what a rank does for `num_steps` steps. Rank 0 forwards the next step, then receives the oldest result, then sends: with
 sends that block until they are taken, "send as soon as computed" would deadlock. `worker.Leader.step` and
 `worker.Follower.follow` act in this order; a test compares them.
 `simulate` runs all ranks' actions against each other and tells when, or that they never, finish.
@@ -9,7 +8,8 @@ sends that block until they are taken, "send as soon as computed" would deadlock
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,21 +27,47 @@ class Action:
         return f"{self.kind[0].upper()}{self.step}"
 
 
-def actions(rank: int, num_stages: int, num_steps: int) -> list[Action]:
+def actions(
+    rank: int, num_stages: int, num_steps: int, most_in_flight: int | None = None, num_silent: int = 0
+) -> list[Action]:
+    """What a rank does, in order.
+
+    Args:
+        most_in_flight: micro-batches; by default one per stage. With fewer, rank 0 waits before the next step.
+        num_silent: so many steps come first whose results nobody wants (chunks of a prompt).
+    """
     if num_stages == 1:
-        return [Action(kind, step) for step in range(num_steps) for kind in ("forward", "head")]
-    if rank > 0:
-        return [Action(kind, step) for step in range(num_steps) for kind in ("receive", "forward", "send")]
+        return [Action(kind, step) for step in range(num_steps) for kind in _alone(step < num_silent)]
     order: list[Action] = []
-    for step in range(num_steps + num_stages - 1):
-        oldest = step - (num_stages - 1)
-        if step < num_steps:
-            order.append(Action("forward", step))
-        if 0 <= oldest < num_steps:
-            order += [Action("receive", oldest), Action("head", oldest)]
-        if step < num_steps:
-            order.append(Action("send", step))
+    if rank > 0:
+        for step in range(num_steps):
+            order += [Action("receive", step), Action("forward", step)]
+            if rank < num_stages - 1 or step >= num_silent:
+                order.append(Action("send", step))
+        return order
+    most = min(most_in_flight or num_stages, num_stages)
+    in_flight: deque[int] = deque()
+
+    def finish_oldest() -> None:
+        step = in_flight.popleft()
+        order.extend([Action("receive", step), Action("head", step)])
+
+    for step in range(num_steps):
+        if len(in_flight) == most:
+            finish_oldest()
+        order.append(Action("forward", step))
+        if in_flight and len(in_flight) >= num_stages - 1:
+            finish_oldest()
+        order.append(Action("send", step))
+        if step >= num_silent:
+            in_flight.append(step)
+    while in_flight:
+        finish_oldest()
     return order
+
+
+def _alone(is_silent: bool) -> tuple[Kind, ...]:
+    return ("forward",) if is_silent else ("forward", "head")
 
 
 def table(num_stages: int, num_steps: int) -> str:
@@ -64,17 +90,18 @@ class Deadlock(Exception):
 
 def simulate(
     schedules: Sequence[Sequence[Action]],
-    stage_s: Sequence[float],
-    head_s: float = 0.0,
-    hop_s: float = 0.0,
+    compute_s: Callable[[int, Action], float],
+    latency_s: float = 0.0,
+    transfer_s: Callable[[int, int], float] = lambda rank, step: 0.0,
     blocking_sends: bool = True,
 ) -> Simulation:
     """Run the schedules against each other.
 
     Args:
         schedules: what each rank does, in order.
-        stage_s: seconds that each rank's forward takes.
-        head_s, hop_s: seconds of rank 0's head, and from a send to the receive.
+        compute_s: seconds that a rank's forward or head takes.
+        latency_s: from the end of a message's transfer to its arrival.
+        transfer_s: how long a rank's link is taken by what a rank sends after a step.
         blocking_sends: a send ends only when it is received (the worst that a transport may do).
 
     Raises:
@@ -82,6 +109,7 @@ def simulate(
     """
     num_ranks = len(schedules)
     clock, busy, done = [0.0] * num_ranks, [0.0] * num_ranks, [0] * num_ranks
+    link_free = [0.0] * num_ranks
     arrived: dict[tuple[int, int], float] = {}  # (receiving rank, step) -> time at which it can be received
     moved = True
     while moved:
@@ -90,7 +118,7 @@ def simulate(
             while done[rank] < len(schedule):
                 action = schedule[done[rank]]
                 if action.kind in ("forward", "head"):
-                    cost = stage_s[rank] if action.kind == "forward" else head_s
+                    cost = compute_s(rank, action)
                     clock[rank] += cost
                     busy[rank] += cost
                 elif action.kind == "send":
@@ -99,7 +127,8 @@ def simulate(
                         break
                     if blocking_sends:
                         clock[rank] = max(clock[rank], clock[to])
-                    arrived[to, action.step] = clock[rank] + hop_s
+                    link_free[rank] = max(clock[rank], link_free[rank]) + transfer_s(rank, action.step)
+                    arrived[to, action.step] = link_free[rank] + latency_s
                 elif (rank, action.step) in arrived:
                     clock[rank] = max(clock[rank], arrived.pop((rank, action.step)))
                 else:

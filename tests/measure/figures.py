@@ -5,6 +5,7 @@
     hop      time per hop of an 8 KiB hidden state, on the ring and on MPI
     memory   peak resident memory of each rank against the bytes of its own tensors
     start    seconds from the command to the first token of the bundled model
+    simulate what hippo_mpi.plan --simulate predicts for links of given latency and bandwidth, against real runs over them
     idle     CPU of the ranks of a chat that waits
 
 Ratios come from runs side by side, in turn (1, 2, 1, 2 ...), medians of --trials. Each rank has one core and one
@@ -15,6 +16,7 @@ as on a Mac's GPU, and not by the wheel's slow BLAS.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -33,6 +35,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from tests import ranks
+from tests.measure.shaped_link import shaped_link
 from tests.tiny_tokenizer import save_tokenizer
 
 GENERATE = str(ranks.BIN / "hippo_mpi.generate")
@@ -159,6 +162,67 @@ def measure_memory(*_: Any) -> None:
             print(f"         sum of own tensors {sum(part['weight_bytes'] for part in found) / 2**20:.0f} MiB")
 
 
+_LINKS = ((0.0005, 1e9), (0.005, 100e6), (0.02, 20e6))  # seconds, bytes per second
+_OWN_LATENCY_S = 0.0003  # of this machine's loopback, the relay and a rank that wakes up
+
+
+def measure_simulation(_: str, preload: str, trials: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        parameters = make_llama(Path(name), 12, 768, 1024, mx.float32)
+        print(f"llama of {parameters / 1e6:.0f}M parameters, float32, 2 ranks, {preload or 'the wheel’s own BLAS'}")
+        load = ["--model", name, "--prompt-tokens", "1024", "--concurrent", "1,4,16", "--timeout", "120", "--json"]
+        times = Path(name) / "times.json"
+        times.write_text(run_over_link("hippo_mpi.plan", [*load, "--simulate"], preload, *_LINKS[0]))
+        benchmark = [*load, "--generation-tokens", "24", "--trials", str(trials), "--pipeline-only"]
+        for latency_s, bytes_per_s in _LINKS:
+            link = f"{(latency_s + _OWN_LATENCY_S) * 1e3}ms,{bytes_per_s / 1e6}MB/s"
+            command = [
+                str(ranks.BIN / "hippo_mpi.plan"),
+                *load,
+                "--simulate",
+                "--link",
+                link,
+                "--stage-times",
+                str(times),
+            ]
+            machines = ["--machine", "a:4", "--machine", "b:4"]
+            predicted = json.loads(subprocess.run([*command, *machines], capture_output=True, check=True).stdout)[
+                "pipeline"
+            ]
+            found = json.loads(run_over_link("hippo_mpi.benchmark", benchmark, preload, latency_s, bytes_per_s))[
+                "results"
+            ]
+            rates = {result["concurrent"]: result["trials"] for result in found}
+            pairs = {"prompt": (1024 / predicted["first_token_s"], [trial["prompt_tps"] for trial in rates[1]])}
+            for count, runs in rates.items():
+                pairs[f"{count} at once"] = predicted["decode_tps"][str(count)], [trial["decode_tps"] for trial in runs]
+            for label, (wanted, real) in pairs.items():
+                median = statistics.median(real)
+                print(
+                    f"  {link:<16} {label:<11} predicted {wanted:>6.1f}, real {median:>6.1f} tok/s: {wanted / median:.3f}"
+                )
+
+
+def run_over_link(command: str, options: list[str], preload: str, latency_s: float, bytes_per_s: float) -> str:
+    """Rank 0's output of a command on 2 ranks whose ring goes through shaped links."""
+    first, second = ranks.free_ports(2)
+    with contextlib.ExitStack() as stack:
+        links = [stack.enter_context(shaped_link(port, latency_s, bytes_per_s)) for port in (first, second)]
+        running = []
+        for rank, ports in enumerate(((first, links[1]), (links[0], second))):
+            hostfile = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".json"))
+            json.dump([[f"127.0.0.1:{port}"] for port in ports], hostfile)
+            hostfile.flush()
+            env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile.name, "OPENBLAS_NUM_THREADS": "1"}
+            env |= {"LD_PRELOAD": preload} if preload else {}
+            pin = ["taskset", "-c", str(rank)] if sys.platform == "linux" else []
+            running.append(ranks.start([*pin, str(ranks.BIN / command), *options], env))
+            stack.callback(ranks.end, [running[-1]])
+        if any([rank.wait(1800) for rank in running]):
+            raise SystemExit(running[0].err)
+        return running[0].out
+
+
 def measure_start(_: str, __: str, trials: int) -> None:
     run = Path(__file__).parents[2] / "launch" / "run"
     for label, command in (("./launch/run", [str(run)]), ("hippo_mpi.generate alone", [GENERATE])):
@@ -191,6 +255,7 @@ MEASURES: dict[str, Callable[[str, str, int], None]] = {
     "prefill": measure_speed,
     "hop": measure_hop,
     "memory": measure_memory,
+    "simulate": measure_simulation,
     "start": measure_start,
     "idle": measure_idle,
 }

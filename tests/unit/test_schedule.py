@@ -17,18 +17,46 @@ def test_golden(num_stages: int) -> None:
     assert table(num_stages, 6) == (GOLDEN / f"schedule_{num_stages}.txt").read_text()
 
 
+def equal_stages(_: int, action: Action) -> float:
+    return 1.0 if action.kind == "forward" else 0.0
+
+
 @pytest.mark.parametrize("num_stages", range(1, 9))
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 30])
-def test_never_deadlocks_with_blocking_sends(num_stages: int, num_steps: int) -> None:
-    schedules = [actions(rank, num_stages, num_steps) for rank in range(num_stages)]
-    simulate(schedules, [1.0] * num_stages, blocking_sends=True)
+@pytest.mark.parametrize("num_silent", [0, 5])
+@pytest.mark.parametrize("most_in_flight", [None, 1, 3])
+def test_never_deadlocks_with_blocking_sends(
+    num_stages: int, num_steps: int, num_silent: int, most_in_flight: int | None
+) -> None:
+    schedules = [actions(rank, num_stages, num_steps, most_in_flight, num_silent) for rank in range(num_stages)]
+    simulate(schedules, equal_stages, blocking_sends=True)
+
+
+def test_what_a_simulation_says() -> None:
+    """One micro-batch on two stages: forward 1 s, link 0.25 s and 0.5 s, forward 1 s, back again, head 0.5 s."""
+    schedules = [actions(rank, 2, 2, most_in_flight=1) for rank in range(2)]
+    found = simulate(
+        schedules,
+        lambda _, action: 1.0 if action.kind == "forward" else 0.5,
+        0.5,
+        lambda *_: 0.25,
+        blocking_sends=False,
+    )
+    assert found.total_s == 2 * (1 + 0.75 + 1 + 0.75 + 0.5)
+    assert found.busy == (3 / 8, 2 / 8)
+
+
+def test_prompt_chunks_flow_freely() -> None:
+    """Nothing comes back until the last step: 8 chunks and a step fill two stages but for the first and last."""
+    schedules = [actions(rank, 2, 9, num_silent=8) for rank in range(2)]
+    assert simulate(schedules, equal_stages, blocking_sends=False).total_s == 10
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4, 8])
 def test_stages_are_busy(num_stages: int) -> None:
     num_steps = 1000
     schedules = [actions(rank, num_stages, num_steps) for rank in range(num_stages)]
-    found = simulate(schedules, [1.0] * num_stages)
+    found = simulate(schedules, equal_stages)
     assert min(found.busy) > 0.98
 
 
@@ -36,7 +64,7 @@ def test_sending_at_once_deadlocks() -> None:
     """Why rank 0 receives before it sends: the obvious order doesn't finish."""
     eager = [Action("forward", 0), Action("send", 0), Action("forward", 1), Action("send", 1), Action("receive", 0)]
     with pytest.raises(Deadlock, match="rank 0 at S1"):
-        simulate([[*eager, Action("receive", 1)], actions(1, 2, 2)], [1.0, 1.0])
+        simulate([[*eager, Action("receive", 1)], actions(1, 2, 2)], equal_stages)
 
 
 def test_sends_and_receives_match_pairwise() -> None:

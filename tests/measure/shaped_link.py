@@ -1,0 +1,73 @@
+"""A cable with a given latency and bandwidth: a TCP relay, for links that this machine doesn't have."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+_PIECE_BYTES = 1 << 16
+
+
+@contextlib.contextmanager
+def shaped_link(to_port: int, latency_s: float, bytes_per_s: float) -> Iterator[int]:
+    """Relay local connections to `to_port`; yields the port to connect to instead."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=_accept, args=(listener, to_port, latency_s, bytes_per_s), daemon=True).start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.close()
+
+
+def _accept(listener: socket.socket, to_port: int, latency_s: float, bytes_per_s: float) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            near, _ = listener.accept()
+            far = _connect(to_port)
+            for one in (near, far):
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for source, sink in ((near, far), (far, near)):
+                pieces: queue.Queue[tuple[float, bytes]] = queue.Queue()
+                threading.Thread(target=_read, args=(source, pieces, latency_s, bytes_per_s), daemon=True).start()
+                threading.Thread(target=_write, args=(sink, pieces), daemon=True).start()
+
+
+def _connect(port: int) -> socket.socket:
+    """Wait for a rank that doesn't listen yet."""
+    ends = time.monotonic() + 30
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            if time.monotonic() > ends:
+                raise
+            time.sleep(0.05)
+
+
+def _read(
+    source: socket.socket, pieces: queue.Queue[tuple[float, bytes]], latency_s: float, bytes_per_s: float
+) -> None:
+    free_at = 0.0
+    piece = b"-"
+    while piece:
+        try:
+            piece = source.recv(_PIECE_BYTES)
+        except OSError:
+            piece = b""
+        free_at = max(free_at, time.monotonic()) + len(piece) / bytes_per_s
+        pieces.put((free_at + latency_s, piece))
+
+
+def _write(sink: socket.socket, pieces: queue.Queue[tuple[float, bytes]]) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            due, piece = pieces.get()
+            time.sleep(max(0.0, due - time.monotonic()))
+            if not piece:
+                sink.shutdown(socket.SHUT_WR)
+                return
+            sink.sendall(piece)
