@@ -9,7 +9,7 @@ from itertools import count
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
-from hippo_mpi.engine.request import FinishReason, Request, RequestOutput, Sequence, Timings, TokenLogprobs
+from hippo_mpi.engine.request import FinishReason, Request, RequestOutput, Resume, Sequence, Timings, TokenLogprobs
 from hippo_mpi.engine.row_check import check_rows
 from hippo_mpi.engine.sampling import Chooser, sample
 from hippo_mpi.engine.scheduler import Limits, Scheduler
@@ -78,6 +78,8 @@ class Engine:
             request, list(request.prompt), Chooser(request.sampling, self._special_tokens, self._vocab_size),
             self._tokenizer.detokenizer, Timings(prompt_tokens=len(request.prompt)),
         )  # fmt: skip
+        if request.resume is not None:
+            _resume(sequence, request.resume)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
 
@@ -142,7 +144,20 @@ class Engine:
         shown, sequence.emitted_chars = text[sequence.emitted_chars : end], max(end, sequence.emitted_chars)
         if reason:
             del self._sequences[sequence.request.id]
-        return RequestOutput(sequence.request.id, shown, token, timings, logprobs, reason)
+        return RequestOutput(
+            sequence.request.id, shown, token, timings, logprobs, reason, sequence.chooser.random_state
+        )
+
+
+def _resume(sequence: Sequence, resume: Resume) -> None:
+    """Put a new sequence where an answer was."""
+    sequence.tokens += resume.tokens
+    sequence.emitted_chars = resume.emitted_chars
+    if resume.random_state is not None:
+        sequence.chooser.random_state = resume.random_state
+    for token in resume.tokens:
+        sequence.detokenizer.add_token(token)
+        sequence.timings.note(token)
 
 
 def check_context(prompt_tokens: int, max_context: int) -> None:

@@ -33,12 +33,22 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Resume:
+    """Where an answer is that other ranks have begun: its tokens, how much of its text is out, its random numbers."""
+
+    tokens: list[int]
+    emitted_chars: int
+    random_state: list[int] | None = None
+
+
+@dataclass(frozen=True)
 class Request:
-    """A prompt (tokens) and how to answer it."""
+    """A prompt (tokens) and how to answer it; with `resume`, from where that is."""
 
     id: int
     prompt: list[int]
     sampling: SamplingParams
+    resume: Resume | None = None
 
 
 @dataclass(frozen=True)
@@ -106,3 +116,4 @@ class RequestOutput:
     timings: Timings
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
+    random_state: list[int] | None = None  # after this token, of a request that draws numbers of its own

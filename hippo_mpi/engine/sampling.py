@@ -37,8 +37,17 @@ class Chooser:
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
         )
-        self._key = None if params.seed is None else mx.random.key(params.seed)
+        self._key = None if params.seed is None or params.temp == 0 else mx.random.key(params.seed)
         self.is_greedy = params.temp == 0 and not self._processors
+
+    @property
+    def random_state(self) -> list[int] | None:
+        """This request's random numbers to come; None if it draws none of its own."""
+        return None if self._key is None else cast(list[int], self._key.tolist())
+
+    @random_state.setter
+    def random_state(self, state: list[int] | None) -> None:
+        self._key = None if state is None else mx.array(state, mx.uint32)
 
     def logprobs(self, tokens: list[int], logits: mx.array) -> mx.array:
         """Log-probabilities (1, V) of what follows `tokens`, from logits (1, V)."""

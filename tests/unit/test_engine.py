@@ -16,7 +16,7 @@ from mlx_lm.utils import load_model
 
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
-from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams
+from hippo_mpi.engine.request import Request, RequestOutput, Resume, SamplingParams
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.errors import UserError
@@ -375,3 +375,25 @@ def test_few_tokens_between_steps_still_let_prompts_in(checkpoint: Checkpoint, t
     for _ in range(120):
         bench.note(bench.engine.step())
     assert set(bench.tokens) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temp": 1.0, "seed": 5, "top_p": 0.9, "repetition_penalty": 1.2}], ids=str)
+def test_an_answer_goes_on_where_it_was(
+    checkpoint: Checkpoint, tokenizer: TokenizerWrapper, sampling: dict[str, Any]
+) -> None:
+    """On other ranks, from what was told of it: the same tokens, random numbers and text, cut anywhere."""
+    params = SamplingParams(max_tokens=12, stop_words=("\0never",), **sampling)
+    whole = Bench(checkpoint, tokenizer, [2, 4], max_batch_size=4)
+    whole.engine.add(Request(0, prompt_of(3, 20), params))
+    outputs = list(whole.engine.run())
+    for cut in (1, 5, 11):
+        told = outputs[:cut]
+        text = "".join(output.text for output in told)
+        tokens = [output.token for output in told if output.token is not None]
+        resume = Resume(tokens, len(text), told[-1].random_state)
+        other = Bench(checkpoint, tokenizer, [1, 2, 3], max_batch_size=4)
+        other.engine.add(Request(7, prompt_of(3, 20), params, resume))
+        rest = list(other.engine.run())
+        assert [output.token for output in told + rest] == [output.token for output in outputs]
+        assert text + "".join(output.text for output in rest) == "".join(output.text for output in outputs)
+        assert rest[-1].finish_reason == outputs[-1].finish_reason
