@@ -11,7 +11,7 @@ from hippo_mpi.engine.request import Request, RequestOutput
 from hippo_mpi.engine.text import ChatFormat
 from hippo_mpi.errors import UserError
 from hippo_mpi.serving.batch_file import AnswerFile, Task
-from hippo_mpi.serving.openai_protocol import answer_object
+from hippo_mpi.serving.openai_answers import answer_object
 from hippo_mpi.serving.progress import BatchProgress
 
 _BACKLOG = 4  # requests that wait in the engine: enough that it never runs dry, few enough for any length of file
@@ -91,5 +91,5 @@ class BatchRun:
             assert task.asked is not None
             del self._running[output.request_id]
             name = f"req-{task.line}"
-            self._answers.write(task, answer_object(task.asked, self._model, name, outputs, self._tokenizer))
+            self._answers.write(task, answer_object(task.asked, self._model, name, [outputs], self._tokenizer))
             self._progress.finish_one(is_failed=False)

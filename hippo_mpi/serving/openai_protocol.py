@@ -1,17 +1,16 @@
-"""OpenAI's words for requests and answers: bodies in, objects out. Every field is honoured, refused, or has no effect
-on an answer; none is silently dropped."""
+"""OpenAI's words for requests: checked bodies. Every field is honoured, refused, or has no effect on an answer; none
+is silently dropped. The words for answers are in openai_answers.py."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from hippo_mpi.engine.request import RequestOutput, SamplingParams
+from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.engine.text import ChatFormat, encode
 from hippo_mpi.errors import UserError
 
@@ -169,53 +168,3 @@ _FIELDS: dict[str, tuple[str, _Check]] = {
     "logprobs": ("logprobs", _whole(0, _MAX_LOGPROBS)),
 }
 _ONLY: dict[str, Any] = {"n": 1, "best_of": 1, "stream": False, "echo": False, "tool_choice": "none", "tools": []}
-
-
-def answer_object(
-    asked: Asked, model: str, request_id: str, outputs: list[RequestOutput], tokenizer: TokenizerWrapper
-) -> dict[str, Any]:
-    """The chat completion or text completion that a request's outputs amount to."""
-    text, last = "".join(output.text for output in outputs), outputs[-1]
-    is_chat = asked.url == CHAT
-    told = None
-    if asked.sampling.logprobs is not None:
-        told = (_chat_logprobs if is_chat else _completion_logprobs)(outputs, tokenizer)
-    content: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
-    timings = last.timings
-    return {
-        "id": request_id,
-        "object": "chat.completion" if is_chat else "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [{"index": 0, **content, "logprobs": told, "finish_reason": last.finish_reason}],
-        "usage": {
-            "prompt_tokens": timings.prompt_tokens,
-            "completion_tokens": len(timings.token_ids),
-            "total_tokens": timings.prompt_tokens + len(timings.token_ids),
-            "prompt_tokens_details": {"cached_tokens": timings.cached_tokens},
-        },
-    }
-
-
-def _chat_logprobs(outputs: list[RequestOutput], tokenizer: TokenizerWrapper) -> dict[str, Any]:
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    content = []
-    for output in outputs:
-        if output.token is not None and output.logprobs is not None:
-            top = [entry(token, logprob) for token, logprob in output.logprobs.top]
-            content.append({**entry(output.token, output.logprobs.chosen), "top_logprobs": top})
-    return {"content": content}
-
-
-def _completion_logprobs(outputs: list[RequestOutput], tokenizer: TokenizerWrapper) -> dict[str, Any]:
-    told = [(o.token, o.logprobs) for o in outputs if o.token is not None and o.logprobs is not None]
-    texts = [tokenizer.decode([token]) for token, _ in told]
-    return {
-        "tokens": texts,
-        "token_logprobs": [logprobs.chosen for _, logprobs in told],
-        "top_logprobs": [{tokenizer.decode([t]): value for t, value in logprobs.top} for _, logprobs in told],
-        "text_offset": [len("".join(texts[:i])) for i in range(len(texts))],
-    }

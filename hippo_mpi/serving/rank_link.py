@@ -1,0 +1,89 @@
+"""What the front and rank 0 say to each other: JSON, a line each, over a local socket.
+
+    front -> rank 0   {"add": Request}  {"abort": id}
+    rank 0 -> front   {"ready": About}  {"output": RequestOutput}  {"refused": id, "why": text}  {"beat": counts}
+
+Each object is a dataclass's fields. Nothing here is ever executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hippo_mpi.engine.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    Resume,
+    SamplingParams,
+    TokenLogprobs,
+)
+
+MAX_LINE_BYTES = 64 << 20  # a prompt of some million tokens
+FRONT = "HIPPO_FRONT"
+"""Environment variable with the path of the front's socket: who has it is a rank that the front has started."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What the ranks can do, once they are ready."""
+
+    max_context: int
+    vocab_size: int
+    ranks: list[dict[str, Any]] = field(default_factory=list)  # statistics of each
+
+
+def line_of(**message: Any) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+def request_object(request: Request) -> dict[str, Any]:
+    return asdict(request)
+
+
+def read_request(found: dict[str, Any]) -> Request:
+    sampling, resume = dict(found["sampling"]), found["resume"]
+    sampling["logit_bias"] = tuple((token, amount) for token, amount in sampling["logit_bias"])
+    sampling["stop_words"] = tuple(sampling["stop_words"])
+    return Request(
+        found["id"], found["prompt"], SamplingParams(**sampling), None if resume is None else Resume(**resume)
+    )
+
+
+def output_object(output: RequestOutput) -> dict[str, Any]:
+    """All of an output but its times, which are of this process's clock."""
+    logprobs = output.logprobs
+    return {
+        "id": output.request_id,
+        "text": output.text,
+        "token": output.token,
+        "cached": output.timings.cached_tokens,
+        "logprobs": None if logprobs is None else [logprobs.chosen, logprobs.top],
+        "finish": output.finish_reason,
+        "state": output.random_state,
+    }
+
+
+@dataclass(frozen=True)
+class ToldOutput:
+    """An output as the front hears of it."""
+
+    request_id: int
+    text: str
+    token: int | None
+    cached_tokens: int
+    logprobs: TokenLogprobs | None
+    finish_reason: FinishReason | None
+    random_state: list[int] | None
+
+
+def read_output(found: dict[str, Any]) -> ToldOutput:
+    logprobs = found["logprobs"]
+    told = None
+    if logprobs is not None:
+        told = TokenLogprobs(logprobs[0], [(token, value) for token, value in logprobs[1]])
+    return ToldOutput(
+        found["id"], found["text"], found["token"], found["cached"], told, found["finish"], found["state"]
+    )

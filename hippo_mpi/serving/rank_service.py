@@ -1,0 +1,86 @@
+"""Rank 0's side of serving: takes requests from the front, steps the engine, tells what comes out."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import socket
+import threading
+import time
+from dataclasses import asdict
+from typing import Any
+
+from hippo_mpi.engine.engine import Engine
+from hippo_mpi.errors import RankError, UserError
+from hippo_mpi.serving.rank_link import About, line_of, output_object, read_request
+from hippo_mpi.transport.control import Control
+
+BEAT_S = 1.0
+
+
+class RankService:
+    """The conversation with the front over `connection`; it begins with beats, while the model is being loaded."""
+
+    def __init__(self, connection: socket.socket, control: Control) -> None:
+        self._connection, self._control = connection, control
+        self._inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._write_lock = threading.Lock()
+        for work, name in ((self._read, "hippo-front"), (self._beat, "hippo-beat")):
+            threading.Thread(target=work, name=name, daemon=True).start()
+
+    def run(self, engine: Engine, about: About) -> None:
+        """Answer requests until the front is gone."""
+        self._tell(line_of(ready=asdict(about)))
+        while True:
+            if engine.is_idle:
+                self._control.idle()
+                if not self._take(engine, self._inbox.get()):
+                    return
+                self._control.progress("taking requests")
+            while not self._inbox.empty():
+                if not self._take(engine, self._inbox.get()):
+                    return
+            outputs = engine.step()
+            if outputs:
+                self._tell(b"".join(line_of(output=output_object(output)) for output in outputs))
+
+    def _take(self, engine: Engine, message: dict[str, Any] | None) -> bool:
+        """Do what the front says; False when it is gone."""
+        if message is None:
+            return False
+        if "abort" in message:
+            engine.abort(message["abort"])
+            return True
+        request = read_request(message["add"])
+        try:
+            engine.add(request)
+        except UserError as error:
+            self._tell(line_of(refused=request.id, why=str(error)))
+        return True
+
+    def _tell(self, lines: bytes) -> None:
+        try:
+            with self._write_lock:
+                self._connection.sendall(lines)
+        except OSError as error:
+            self._inbox.put(None)
+            raise RankError(f"the front is gone: {error}") from None
+
+    def _read(self) -> None:
+        with self._connection.makefile("rb") as lines:
+            try:
+                for line in lines:
+                    self._inbox.put(json.loads(line))
+            except (OSError, ValueError):
+                pass  # gone in the middle of a line
+        self._inbox.put(None)
+
+    def _beat(self) -> None:
+        """Tell that this process lives; whether it gets on is for the watchdog to say."""
+        while True:
+            time.sleep(BEAT_S)
+            try:
+                self._tell(line_of(beat=os.getpid()))
+            except RankError:
+                return

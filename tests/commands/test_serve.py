@@ -1,0 +1,228 @@
+"""hippo_mpi.serve: the API as OpenAI's own client sees it, its limits, and its ways to start."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from hippo_mpi.config import DEFAULT_PROMPT
+from tests import ranks
+from tests.servers import GOES_ON, MODEL, SERVE, Server, server
+
+ASKED = [{"role": "user", "content": DEFAULT_PROMPT}]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Server]:
+    with server("--max-batch-size", "4", "--max-queue", "4") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def wanted() -> str:
+    """What hippo_mpi.generate answers."""
+    with ranks.single([str(ranks.BIN / "hippo_mpi.generate"), "--max-tokens", "40"]) as generate:
+        assert generate.wait() == 0
+        return generate.out.removesuffix("\n")
+
+
+def test_the_same_answer_as_generate(running: Server, wanted: str) -> None:
+    answer = running.client().chat.completions.create(model=MODEL, messages=ASKED, max_tokens=40)
+    assert answer.choices[0].message.content == wanted
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 40
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 40
+
+
+def test_a_stream_comes_token_by_token(running: Server, wanted: str) -> None:
+    chunks = list(
+        running.client().chat.completions.create(
+            model=MODEL, messages=ASKED, max_tokens=40, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1]]
+    assert "".join(texts) == wanted
+    assert len([text for text in texts if text]) > 20
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 40
+
+
+def test_completions_choices_seeds_and_logprobs(running: Server) -> None:
+    def ask(**options: Any) -> Any:
+        return running.client().completions.create(
+            model=MODEL, prompt="Once upon a time", max_tokens=12, temperature=1.0, n=2, **options
+        )
+
+    first, again = ask(seed=5), ask(seed=5)
+    assert [choice.text for choice in first.choices] == [choice.text for choice in again.choices]
+    assert first.choices[0].text != first.choices[1].text
+    told = ask(seed=5, logprobs=2).choices[0].logprobs
+    assert len(told.token_logprobs) == 12
+    assert "".join(told.tokens).strip() == first.choices[0].text
+    streamed = ["", ""]
+    for chunk in ask(seed=5, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == [choice.text for choice in first.choices]
+
+
+def test_stop_words_and_cached_prompts(running: Server, wanted: str) -> None:
+    word = wanted.split()[6]
+    answer = running.client().chat.completions.create(model=MODEL, messages=ASKED, stop=[word], max_tokens=200)
+    assert answer.choices[0].message.content == wanted[: wanted.index(word)]
+    assert answer.choices[0].finish_reason == "stop"
+    longer = [{"role": "user", "content": f"{DEFAULT_PROMPT} The fox lives by the river and has a red coat."}]
+    for _ in range(2):
+        answer = running.client().chat.completions.create(model=MODEL, messages=longer, max_tokens=2)
+    assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+    assert (answer.usage.prompt_tokens_details.cached_tokens or 0) > 0
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ({"messages": ASKED, "frequency": 1}, "unknown field 'frequency'"),
+        ({"messages": ASKED, "temperature": "hot"}, "temperature must be a number from 0 to 100, not 'hot'"),
+        ({"messages": []}, "messages must be a list of objects with role and content"),
+        ({"messages": ASKED, "n": 0.5}, "n must be a whole number from 1 to 16, not 0.5"),
+        ({"messages": ASKED, "stream": 1}, "stream must be true or false, not 1"),
+        ({"messages": ASKED, "stream_options": {"include_usage": True}}, "stream_options must be"),
+        ({"messages": [{"role": "user", "content": "fox " * 3000}]}, "but the context is"),
+        ({"messages": ASKED, "tools": [{"type": "function"}]}, "tools must be [] here"),
+        ([], "the body must be a JSON object"),
+    ],
+)
+def test_bad_bodies_are_refused_in_openai_s_shape(running: Server, body: Any, line: str) -> None:
+    request = urllib.request.Request(f"{running.url}/v1/chat/completions", json.dumps(body).encode())
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    assert refused.value.code == 400
+    error = json.loads(refused.value.read())["error"]
+    assert line in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_models_tokens_and_metrics(running: Server) -> None:
+    client = running.client()
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).owned_by == "hippo-mpi"
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.chat.completions.create(model="other", messages=ASKED)
+    request = urllib.request.Request(f"{running.url}/tokenize", json.dumps({"prompt": "a fox"}).encode())
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        found = json.loads(answer.read())
+    assert found["count"] == len(found["tokens"]) > 0
+    assert running.get("/health") == {"status": "ok"}
+    assert len(running.status()["ranks"]) == 1  # rank 0's own
+    lines = running.get("/metrics").splitlines()
+    assert any(line.startswith("hippo_generated_tokens_total ") and not line.endswith(" 0.0") for line in lines)
+
+
+def test_who_goes_away_frees_the_place(running: Server) -> None:
+    def endless(**options: Any) -> Any:
+        return running.client().chat.completions.create(
+            model=MODEL, messages=ASKED, max_tokens=1900, temperature=2.0, logit_bias=GOES_ON, stream=True, **options
+        )
+
+    streams = [endless() for _ in range(8)]
+    for stream in streams[:4]:
+        next(iter(stream))
+    with pytest.raises(openai.RateLimitError) as refused:
+        endless()
+    assert refused.value.response.headers["retry-after"]
+    for stream in streams:
+        stream.close()
+    running.await_status(lambda status: status["requests"] == 0)
+
+
+def test_a_body_too_large_and_one_that_never_comes(running: Server) -> None:
+    request = urllib.request.Request(f"{running.url}/v1/completions", b" " * (5 << 20))
+    with pytest.raises((urllib.error.HTTPError, ConnectionError, urllib.error.URLError)) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    if isinstance(refused.value, urllib.error.HTTPError):
+        assert refused.value.code == 413
+    host, port = running.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert running.get("/health") == {"status": "ok"}
+
+
+def test_keys() -> None:
+    with server("--ranks", "1", env={"HIPPO_API_KEYS": "first, second"}) as found:
+        assert found.get("/health") == {"status": "ok"}
+        with pytest.raises(openai.AuthenticationError, match="API key"):
+            found.client("wrong").models.list()
+        assert [model.id for model in found.client("second").models.list()] == [MODEL]
+        assert "first" not in found.running.err
+
+
+def test_others_need_a_key() -> None:
+    with ranks.single([SERVE, "--address", "0.0.0.0"]) as refused:
+        assert refused.wait() == 2
+        assert refused.err.startswith("error: others could reach 0.0.0.0 without an API key")
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with ranks.single([SERVE, "--port", str(port)]) as refused:
+            assert refused.wait() == 2
+            assert f"error: can't listen on 127.0.0.1:{port}: Address already in use" in refused.err
+
+
+def test_a_model_that_is_missing() -> None:
+    with ranks.single([SERVE, "--model", "./nowhere"]) as refused:
+        assert refused.wait() == 2
+        assert refused.err == "error: no such model folder: ./nowhere\n"
+
+
+@pytest.mark.slow
+def test_ranks_that_refuse_to_start() -> None:
+    """Their one line says why, and nobody tries again."""
+    with ranks.single([SERVE, "--layer-split", "1,2,3"]) as refused:
+        assert refused.wait() == 2
+        lines = [line for line in refused.err.splitlines() if line.startswith("error:")]
+        assert lines[0].startswith("error: layer split 1,2,3")
+
+
+def test_inside_a_launcher(wanted: str) -> None:
+    """From rank 0, without a supervisor; a signal to rank 0 ends all."""
+    with ranks.ring([[SERVE, "--port", "0"]] * 2) as running:
+        found = Server(running[0])
+        found.await_ready()
+        answer = found.client().chat.completions.create(model=MODEL, messages=ASKED, max_tokens=40)
+        assert answer.choices[0].message.content == wanted
+        running[0].process.terminate()
+        assert running[0].wait() != 0
+        assert running[1].wait() != 0
+
+
+@pytest.mark.slow
+def test_launch_serve() -> None:
+    """start, status, stop."""
+    script = str(ranks.BIN.parent.parent / "launch" / "serve")
+    if not (ranks.BIN.parent.parent / "launch").exists():
+        pytest.skip("the tests don't run in the project's own .venv")
+    began = subprocess.run([script, "start", "--port", "0"], capture_output=True, text=True, timeout=100)
+    try:
+        assert began.returncode == 0, began.stderr
+        assert began.stdout.startswith("ready: http://127.0.0.1:")
+        again = subprocess.run([script, "start"], capture_output=True, text=True, timeout=20)
+        assert again.returncode == 2 and "it runs already" in again.stderr
+        status = subprocess.run([script, "status"], capture_output=True, text=True, timeout=20)
+        assert json.loads(status.stdout)["ready"] is True
+    finally:
+        ended = subprocess.run([script, "stop"], capture_output=True, text=True, timeout=20)
+    assert ended.stdout == "stopped\n"
+    time.sleep(0.1)
+    assert subprocess.run([script, "status"], capture_output=True, timeout=20).returncode == 3

@@ -1,0 +1,90 @@
+"""A server whose ranks fail while it answers: clients see a pause, and the same text."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests import ranks
+from tests.servers import GOES_ON, MODEL, Server, server
+
+NUM_STREAMS = 8
+TIMEOUT_S = 4
+
+
+def answers(running: Server, begun: threading.Barrier | None = None) -> list[str]:
+    """Long answers to different prompts at once, greedy ones and drawn ones; all have begun at the barrier."""
+
+    def ask(number: int) -> str:
+        stream = running.client().completions.create(
+            model=MODEL, prompt=f"Story {number}: once upon a time a fox", max_tokens=150, stream=True,
+            temperature=0.0 if number % 2 else 1.0, seed=number, logit_bias=GOES_ON,
+        )  # fmt: skip
+        text = ""
+        for index, chunk in enumerate(stream):
+            text += chunk.choices[0].text
+            if index == 5 and begun is not None:
+                begun.wait(30)
+        return text
+
+    with ThreadPoolExecutor(NUM_STREAMS) as pool:
+        return list(pool.map(ask, range(NUM_STREAMS)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_stream_goes_on_where_it_was(rank: int, number: signal.Signals) -> None:
+    with server("--timeout", str(TIMEOUT_S)) as running:
+        wanted = answers(running)
+        assert all(len(text) > 100 for text in wanted)
+        before = running.rank_pids()
+        begun = threading.Barrier(NUM_STREAMS + 1)
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(answers, running, begun)
+            begun.wait(60)
+            os.kill(before[rank], number)
+            assert running.get("/health") == {"status": "ok"}
+            assert found.result(60) == wanted
+        assert not ranks.await_end(before)
+        assert running.status()["ready"]
+        assert "hippo_restarts 1.0" in running.get("/metrics")
+
+
+def test_requests_wait_while_ranks_start_again() -> None:
+    with server("--timeout", str(TIMEOUT_S)) as running:
+        os.kill(running.rank_pids()[0], signal.SIGKILL)
+        running.await_status(lambda status: not status["ready"])
+        assert "the ranks are" in running.status()["state"]
+        answer = running.client().completions.create(model=MODEL, prompt="A fox", max_tokens=5)
+        assert answer.usage is not None and answer.usage.completion_tokens == 5
+
+
+def test_ranks_that_never_come_back() -> None:
+    """Only then does a client get an error, and it says why."""
+    with server("--timeout", str(TIMEOUT_S), "--max-restarts", "0") as running:
+        begun = threading.Event()
+
+        def ask() -> str:
+            stream = running.client().completions.create(
+                model=MODEL, prompt="A fox", max_tokens=1900, stream=True, temperature=2.0,
+                logit_bias=GOES_ON,
+            )  # fmt: skip
+            try:
+                for _ in stream:
+                    begun.set()
+            except Exception as error:
+                return str(error)
+            return "no error"
+
+        with ThreadPoolExecutor(1) as pool:
+            line = pool.submit(ask)
+            begun.wait(30)
+            os.kill(running.rank_pids()[1], signal.SIGKILL)
+            assert "the ranks failed 1 times in a row" in line.result(60)
+        time.sleep(0.1)
+        running.await_ready()
