@@ -112,8 +112,9 @@ class Scheduler:
         self._balance()
         self._begin_first_prompt()
         batch = next((b for b in self._batches if b.size and not b.is_in_flight), None)
-        room = max(1, self._limits.max_batch_tokens // self._num_stages) - self._prompt_tokens
-        if self._prefilling and (room > 0 or not self.running):
+        whole_room = max(1, self._limits.max_batch_tokens // self._num_stages)
+        room = whole_room - self._prompt_tokens
+        if self._prefilling and (not self.running or room >= min(whole_room, self._next_count())):
             return self._prefill(room)
         if batch is not None:
             return self._decode(batch)
@@ -158,11 +159,13 @@ class Scheduler:
         self._prompt_tokens += len(rows) * max(counts)
         for sequence, count in zip(rows, counts, strict=True):
             sequence.position += count
-            if not _tokens_left(sequence):
-                self._prefilling.remove(sequence)
-                self._join(sequence)
+        self._join([sequence for sequence in rows if not _tokens_left(sequence)])
         tokens = [row.tokens[start : row.position] for row, start in zip(rows, starts, strict=True)]
         return self._plan(rows, starts, counts, wants_logits=False), tokens
+
+    def _next_count(self) -> int:
+        """Tokens of the first prompt that its next step should read: no less, as every step costs."""
+        return min(_tokens_left(self._prefilling[0]), self._chunk_tokens())
 
     def _prompts_together(self, most_tokens: int) -> list[Sequence]:
         """The first prompt, and others of much the same length if all can be read to their ends in one step."""
@@ -201,12 +204,13 @@ class Scheduler:
             self._forks += [(cached_slot, sequence.slot)] if count else []
         sequence.position = sequence.timings.cached_tokens = count
         if not _tokens_left(sequence):
-            self._prefilling.remove(sequence)
-            self._join(sequence)
+            self._join([sequence])
 
-    def _join(self, sequence: Sequence) -> None:
-        """Put a prefilled sequence into the micro-batch with the fewest rows."""
-        min(self._batches, key=lambda batch: batch.size).joining.append(sequence)
+    def _join(self, read: list[Sequence]) -> None:
+        """Put prompts that have been read into the micro-batch with the fewest rows; their caches lie together."""
+        for sequence in read:
+            self._prefilling.remove(sequence)
+        min(self._batches, key=lambda batch: batch.size).joining += read
 
     def _balance(self) -> None:
         """Rows leave by chance: move some, so that no stage waits for a fuller micro-batch than its own."""

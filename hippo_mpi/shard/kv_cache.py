@@ -142,8 +142,7 @@ class SlotCaches:
         if len(parts) == 1 and parts[0].slots == slots:
             return parts[0]
         for block in parts:
-            for other in [s for s in block.slots if s not in slots]:
-                self._alone(other, self._length(other))  # it stays here, in a cache of its own
+            self._part(block, [row for row, slot in enumerate(block.slots) if slot not in slots])
         parts = list({id(self._blocks[slot]): self._blocks[slot] for slot in slots}.values())
         order = [slot for part in parts for slot in part.slots]
         lengths = [length for part in parts for length in part.lengths]
@@ -156,6 +155,18 @@ class SlotCaches:
         block = _Block(slots, lengths, cache)
         self._blocks.update(dict.fromkeys(slots, block))
         return block
+
+    def _part(self, block: _Block, rows: list[int]) -> None:
+        """Move some rows of a block into one of their own; they stay here, for steps to come."""
+        rest = [row for row in range(len(block.slots)) if row not in rows]
+        if len(rows) == 1:
+            slot = block.slots[rows[0]]
+            self._alone(slot, self._length(slot))
+        elif rows:
+            other = _Block(list(block.slots), list(block.lengths), copy.deepcopy(block.cache))
+            self._keep_rows(other, rows)
+            self._blocks.update(dict.fromkeys(other.slots, other))
+            self._keep_rows(block, rest)
 
     def _extract(self, block: _Block, row: int) -> list[Any]:
         """A row of a batched block as ordinary caches; a layer that never uses its cache has a new one."""
