@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hippo_mpi import batch, benchmark, chat, errors, generate, plan, run
+from hippo_mpi import batch, benchmark, chat, errors, generate, plan, run, serve
 from hippo_mpi.errors import HippoError
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PARSERS = {name.__name__.split(".")[-1]: name.make_parser() for name in (batch, benchmark, chat, generate, plan)}
+PARSERS = {m.__name__.split(".")[-1]: m.make_parser() for m in (batch, benchmark, chat, generate, plan, serve)}
 # Options that mlx.launch takes out of its program's arguments, read off its parser.
 LAUNCH_OPTIONS = set(
     re.findall(
@@ -58,7 +58,11 @@ def test_every_module_is_in_the_tree() -> None:
 def test_no_option_is_mistaken_for_one_of_mlx_launch(command: str) -> None:
     for action in PARSERS[command]._actions:
         for option in action.option_strings:
-            if option not in ("-h", "--help"):
+            # serve starts launchers itself; inside one, these two are the launcher's.
+            if option not in ("-h", "--help") and (command, option) not in (
+                ("serve", "--hostfile"),
+                ("serve", "--backend"),
+            ):
                 assert not [o for o in LAUNCH_OPTIONS if o.startswith(option)], option
 
 
