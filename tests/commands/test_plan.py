@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import pytest
+
 from tests import ranks
 
 PLAN = str(ranks.BIN / "hippo_mpi.plan")
@@ -44,3 +49,51 @@ def test_bad_machine() -> None:
     with ranks.single([PLAN, "--machine", "mini"]) as running:
         assert running.wait() == 2
     assert "'mini' is not NAME:GIBIBYTES[:SPEED]" in running.err
+
+
+def test_simulation_of_launched_ranks(tmp_path: Path) -> None:
+    """Each rank times its own stage; the same times then tell of other links."""
+    options = ["--simulate", "--json", "--prompt-tokens", "200", "--concurrent", "1,3"]
+    with ranks.ring([[PLAN, *options]] * 2) as running:
+        assert [rank.wait() for rank in running] == [0, 0], running[0].err
+        found = json.loads(running[0].out)
+    assert len(found["times"]) == 2
+    assert [len(stage["chunks"]) for stage in found["times"]] == [4, 4]  # of 64 tokens and less
+    assert set(found["times"][1]["steps"]) == {"1", "2", "3"}  # micro-batches of 3 requests, and all 3 on one machine
+    assert found["times"][0]["steps"]["2"]["num_bytes"] == 2 * 128 * 2  # two rows of 128 numbers in bfloat16
+    times = tmp_path / "times.json"
+    times.write_text(json.dumps(found))
+    rates = []
+    for link in ("10us,10GB/s", "1s,10GB/s"):
+        command = [PLAN, *options, "--stage-times", str(times), "--link", link]
+        with ranks.single([*command, "--machine", "a:8", "--machine", "b:8"]) as again:
+            assert again.wait() == 0, again.err
+            rates.append(json.loads(again.out)["pipeline"]["decode_tps"]["1"])
+    assert rates[0] > 10 * rates[1]
+    assert 0.4 < rates[1] < 0.5  # two hops of a second, and the stages
+
+
+def test_simulation_as_a_table() -> None:
+    with ranks.single([PLAN, "--simulate", "--machine", "a:8", "--machine", "b:8:2", "--link", "wifi"]) as running:
+        assert running.wait() == 0, running.err
+        lines = running.out.splitlines()
+    assert "link: 3,000 us, 62 MB/s" in lines[-6]
+    assert lines[-5].split() == ["predicted", "one", "machine", "2", "ranks", "ratio"]
+    assert lines[-1].startswith("generation, 16 at once")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--link", "string"], "'string' is neither thunderbolt4, thunderbolt5, 10gbe, wifi nor LATENCY,BANDWIDTH"),
+        (["--link", "0us,1GB/s"], "is neither"),
+        (["--simulate", "--concurrent", "0"], "--concurrent takes numbers of requests above 0"),
+        (["--simulate", "--stage-times", "nowhere.json"], "--stage-times nowhere.json can't be read: No such file"),
+        (["--simulate", "--stage-times", str(Path(__file__))], "is no output of hippo_mpi.plan --simulate --json"),
+    ],
+)
+def test_bad_simulations(options: list[str], line: str) -> None:
+    with ranks.single([PLAN, *options]) as running:
+        assert running.wait() == 2
+    assert line in running.err
+    assert running.err.count("error:") == 1

@@ -1,0 +1,57 @@
+"""Predictions from given times: what can be worked out by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hippo_mpi.engine.predicting import Link, StageTimes, StepTime, Workload, one_machine, predict
+
+NO_LINK = Link(0.0, float("inf"))
+STEPS = {1: StepTime(0.01, 1000, 0.0), 2: StepTime(0.01, 2000, 0.0), 4: StepTime(0.01, 4000, 0.0)}
+STAGE = StageTimes([StepTime(0.1, 100_000)] * 8, STEPS)
+
+
+def workload(*concurrent: int, can_batch: bool = True) -> Workload:
+    return Workload(800, 100, concurrent, can_batch)
+
+
+def test_two_equal_stages_without_a_link() -> None:
+    found = predict([STAGE, STAGE], NO_LINK, workload(1, 2, 4))
+    assert found.first_token_s == pytest.approx(
+        9 * 0.1 + 0.01
+    )  # rank 1 is a chunk behind, and reads the last token when it is through
+    assert found.decode_tps[1] == pytest.approx(1 / 0.02)  # one after the other
+    assert found.decode_tps[2] == pytest.approx(2 / 0.02, rel=0.03)  # both at once
+    assert found.decode_tps[4] == pytest.approx(4 / 0.02, rel=0.03)
+
+
+def test_one_machine_takes_all_rows_at_once() -> None:
+    found = predict([one_machine([STAGE, STAGE])], NO_LINK, workload(1, 4))
+    assert found.first_token_s == pytest.approx(8 * 0.2 + 0.02)
+    assert found.decode_tps[4] == pytest.approx(4 / 0.02)
+
+
+def test_what_a_link_costs() -> None:
+    """For one request, two hops a token; for two, rank 0 sends the next step when the oldest is back."""
+    found = predict([STAGE, STAGE], Link(0.005, 1e6), workload(1, 2))
+    hop_s = 0.005 + 1000 / 1e6
+    assert found.decode_tps[1] == pytest.approx(1 / (0.02 + 2 * hop_s))
+    assert found.decode_tps[2] == pytest.approx(1 / (0.01 + 2 * hop_s), rel=0.03)
+    slow = predict(
+        [STAGE, STAGE], Link(0.0, 1e5), workload(1)
+    )  # a chunk takes a second: the link is what is waited for
+    assert slow.first_token_s == pytest.approx(0.1 + 8 * 1.0 + 0.01 + 0.01 + 2 * 0.01, rel=0.02)
+
+
+def test_rows_that_take_turns() -> None:
+    found = predict([STAGE, STAGE], NO_LINK, workload(4, can_batch=False))
+    assert found.decode_tps[4] == pytest.approx(1 / 0.01, rel=0.03)
+    assert Workload(8, 8, (4,), False).batch_sizes(2) == [1]
+
+
+def test_times_survive_json() -> None:
+
+    assert StageTimes.from_object(json.loads(json.dumps(STAGE.as_object()))) == STAGE
+    assert STAGE.at_speed(2).steps[1] == StepTime(0.005, 1000, 0.0)
