@@ -8,6 +8,7 @@ from itertools import count
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from hippo_mpi.engine.grammar import Grammars
 from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
 from hippo_mpi.engine.request import FinishReason, Request, RequestOutput, Resume, Sequence, Timings, TokenLogprobs
 from hippo_mpi.engine.row_check import check_rows
@@ -41,6 +42,7 @@ class Engine:
     ) -> None:
         self._leader, self._tokenizer = leader, tokenizer
         self._max_context, self._vocab_size = max_context, vocab_size
+        self._grammars = Grammars(tokenizer, vocab_size)
         serials = count()
         if limits.can_batch is None and limits.max_batch_size > 1:
             check = check_rows(leader, serials)
@@ -74,10 +76,10 @@ class Engine:
                 raise UserError(f"token {token} is not in the vocabulary of {self._vocab_size:,} tokens")
         allowed = min(request.sampling.max_tokens, self._max_context - len(request.prompt))
         request = replace(request, sampling=replace(request.sampling, max_tokens=allowed))
-        sequence = Sequence(
-            request, list(request.prompt), Chooser(request.sampling, self._special_tokens, self._vocab_size),
-            self._tokenizer.detokenizer, Timings(prompt_tokens=len(request.prompt)),
-        )  # fmt: skip
+        grammar = None if request.sampling.grammar is None else self._grammars.mask(request.sampling.grammar)
+        chooser = Chooser(request.sampling, self._special_tokens, self._vocab_size, grammar)
+        timings = Timings(prompt_tokens=len(request.prompt))
+        sequence = Sequence(request, list(request.prompt), chooser, self._tokenizer.detokenizer, timings)
         if request.resume is not None:
             _resume(sequence, request.resume)
         self._sequences[request.id] = sequence
@@ -158,6 +160,7 @@ def _resume(sequence: Sequence, resume: Resume) -> None:
     for token in resume.tokens:
         sequence.detokenizer.add_token(token)
         sequence.timings.note(token)
+        sequence.chooser.accept(token)
 
 
 def check_context(prompt_tokens: int, max_context: int) -> None:

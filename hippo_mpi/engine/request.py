@@ -29,6 +29,7 @@ class SamplingParams:
     seed: int | None = None  # None: MLX's own random state goes on
     logprobs: int | None = None  # how many likeliest tokens to tell of beside the chosen one; None: tell nothing
     stop_words: tuple[str, ...] = ()
+    grammar: str | None = None  # that the answer must follow (engine/grammar.py)
     ignore_eos: bool = False  # go on to max_tokens, for measuring
 
 

@@ -11,6 +11,7 @@ from typing import cast
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from hippo_mpi.engine.grammar import GrammarMask
 from hippo_mpi.engine.request import SamplingParams, TokenLogprobs
 
 
@@ -20,10 +21,13 @@ class Chooser:
     Args:
         special_tokens: tokens that XTC sampling never excludes.
         vocab_size: width of the logits.
+        grammar: that the answer must follow.
     """
 
-    def __init__(self, params: SamplingParams, special_tokens: list[int], vocab_size: int) -> None:
-        self.num_logprobs = params.logprobs
+    def __init__(
+        self, params: SamplingParams, special_tokens: list[int], vocab_size: int, grammar: GrammarMask | None = None
+    ) -> None:
+        self.num_logprobs, self._grammar = params.logprobs, grammar
         self._sampler = make_sampler(
             params.temp, params.top_p, params.min_p, params.min_tokens_to_keep,
             params.top_k if params.top_k < vocab_size else 0,
@@ -38,7 +42,7 @@ class Chooser:
             frequency_penalty=params.frequency_penalty,
         )
         self._key = None if params.seed is None or params.temp == 0 else mx.random.key(params.seed)
-        self.is_greedy = params.temp == 0 and not self._processors
+        self.is_greedy = params.temp == 0 and not self._processors and grammar is None
 
     @property
     def random_state(self) -> list[int] | None:
@@ -53,7 +57,14 @@ class Chooser:
         """Log-probabilities (1, V) of what follows `tokens`, from logits (1, V)."""
         for processor in self._processors:
             logits = processor(mx.array(tokens), logits)
+        if self._grammar is not None:
+            logits = self._grammar(logits)
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with this token."""
+        if self._grammar is not None:
+            self._grammar.accept(token)
 
     def sample(self, logprobs: mx.array) -> mx.array:
         """A token from log-probabilities (1, V): (1,). With a seed, the numbers that mlx_lm.generate draws with it."""
@@ -86,6 +97,8 @@ def sample(
         chosen = mx.concatenate([c.sample(row) for c, row in zip(choosers, rows, strict=True)])
         logprobs = mx.concatenate(rows)
     ids = cast(list[int], chosen.tolist())
+    for chooser, token in zip(choosers, ids, strict=True):
+        chooser.accept(token)
     return [
         (token, None if c.num_logprobs is None else _tell(logprobs[row], token, c.num_logprobs))
         for row, (c, token) in enumerate(zip(choosers, ids, strict=True))

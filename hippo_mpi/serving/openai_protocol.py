@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from hippo_mpi.engine.grammar import json_grammar
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.engine.text import ChatFormat, encode
 from hippo_mpi.errors import UserError
@@ -152,6 +153,20 @@ def _bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     return found
 
 
+def _response_format(name: str, value: Any) -> str | None:
+    """The grammar that a format asks for."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return json_grammar({"type": "object"})
+    given = value.get("json_schema") if kind == "json_schema" else None
+    schema = given.get("schema") if isinstance(given, dict) else None
+    if not isinstance(schema, dict):
+        raise UserError(f"{name} must have the type text, json_object, or json_schema with a schema")
+    return json_grammar(schema)
+
+
 _FIELDS: dict[str, tuple[str, _Check]] = {
     "max_tokens": ("max_tokens", _whole(1, 1 << 30)),
     "max_completion_tokens": ("max_tokens", _whole(1, 1 << 30)),
@@ -166,5 +181,6 @@ _FIELDS: dict[str, tuple[str, _Check]] = {
     "repetition_penalty": ("repetition_penalty", _number(0.01, 100)),
     "logit_bias": ("logit_bias", _bias),
     "logprobs": ("logprobs", _whole(0, _MAX_LOGPROBS)),
+    "response_format": ("grammar", _response_format),
 }
 _ONLY: dict[str, Any] = {"n": 1, "best_of": 1, "stream": False, "echo": False, "tool_choice": "none", "tools": []}

@@ -76,6 +76,26 @@ def test_completions_choices_seeds_and_logprobs(running: Server) -> None:
     assert streamed == [choice.text for choice in first.choices]
 
 
+def test_answers_that_are_json(running: Server) -> None:
+    """A grammar, not a request to the model: this one knows no JSON."""
+    schema = {
+        "type": "object", "required": ["hero", "age"], "additionalProperties": False,
+        "properties": {"hero": {"enum": ["fox", "hen"]}, "age": {"type": "integer", "minimum": 1, "maximum": 99}},
+    }  # fmt: skip
+    asked: Any = {"type": "json_schema", "json_schema": {"name": "story", "schema": schema}}
+    client = running.client()
+    for temperature in (0.0, 1.0):
+        answer = client.chat.completions.create(
+            model=MODEL, messages=ASKED, response_format=asked, temperature=temperature, max_tokens=100
+        )
+        found = json.loads(answer.choices[0].message.content or "")
+        assert found["hero"] in ("fox", "hen") and 1 <= found["age"] <= 99
+        assert answer.choices[0].finish_reason == "stop"
+    asked["json_schema"]["schema"] = {"type": "fairy"}
+    with pytest.raises(openai.BadRequestError, match="response_format: Invalid type: fairy"):
+        client.chat.completions.create(model=MODEL, messages=ASKED, response_format=asked)
+
+
 def test_stop_words_and_cached_prompts(running: Server, wanted: str) -> None:
     word = wanted.split()[6]
     answer = running.client().chat.completions.create(model=MODEL, messages=ASKED, stop=[word], max_tokens=200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
+from hippo_mpi.config import BUNDLED_MODEL
 from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.grammar import json_grammar
 from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
 from hippo_mpi.engine.request import Request, RequestOutput, Resume, SamplingParams
 from hippo_mpi.engine.scheduler import Limits
@@ -375,6 +378,30 @@ def test_few_tokens_between_steps_still_let_prompts_in(checkpoint: Checkpoint, t
     for _ in range(120):
         bench.note(bench.engine.step())
     assert set(bench.tokens) == {0, 1, 2, 3}
+
+
+def test_an_answer_follows_its_grammar(checkpoint: Checkpoint, tokenizer: TokenizerWrapper) -> None:
+    """Beside others that have none, to its end; and taken up elsewhere in the middle of it."""
+    story, words = open_folder(BUNDLED_MODEL), open_tokenizer(BUNDLED_MODEL, [4, 0], (), False)
+    schema = {"type": "object", "properties": {"fox": {"type": "boolean"}}, "required": ["fox"]}
+    params = SamplingParams(max_tokens=40, grammar=json_grammar({**schema, "additionalProperties": False}))
+    bench = Bench(story, words, [4, 8], max_batch_size=4)
+    bench.engine.add(Request(0, [9, 10, 11], params))
+    ask(bench, 1, prompt_of(2, 9), max_tokens=9)
+    outputs = list(bench.engine.run())
+    bench.note(outputs)
+    assert json.loads(bench.texts[0])["fox"] in (True, False)
+    assert bench.reasons[0] == "stop"
+    told = [output for output in outputs if output.request_id == 0][:3]
+    resume = Resume(bench.tokens[0][:3], sum(len(output.text) for output in told))
+    other = Bench(story, words, [12], max_batch_size=4)
+    other.engine.add(Request(0, [9, 10, 11], params, resume))
+    other.run()
+    assert bench.tokens[0][3:] == other.tokens[0]
+    with pytest.raises(UserError, match="response_format: "):
+        ask(bench, 2, [9], grammar='{"grammars": [{"lark_grammar": "start: ("}]}')
+    with pytest.raises(UserError, match="response_format doesn't work with this model's tokenizer"):
+        ask(Bench(checkpoint, tokenizer, [6], max_batch_size=4), 0, [9], grammar=params.grammar)
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temp": 1.0, "seed": 5, "top_p": 0.9, "repetition_penalty": 1.2}], ids=str)
