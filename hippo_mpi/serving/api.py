@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI's endpoints over a Front. Starlette does the protocol.
+"""The HTTP side: OpenAI's endpoints, and Anthropic's, over a Front. Starlette does the protocol.
 
 Knows bodies and answers. Must not know how ranks are started.
 """
@@ -11,7 +11,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -24,11 +24,19 @@ from starlette.routing import Route
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.engine.text import ChatFormat
 from hippo_mpi.errors import RankError, UserError
+from hippo_mpi.serving.anthropic_protocol import (
+    MESSAGES,
+    message_events,
+    message_object,
+    messages_error,
+    read_messages_body,
+)
 from hippo_mpi.serving.front import Answer, Front, Overloaded
 from hippo_mpi.serving.metrics import Metrics
 from hippo_mpi.serving.openai_answers import answer_object, chunk_object, error_object, usage_chunk
 from hippo_mpi.serving.openai_protocol import CHAT, COMPLETION, Asked, read_body
 
+_T = TypeVar("_T")
 _MOST_CHOICES = 16
 _RETRY_AFTER_S = 2
 
@@ -83,12 +91,13 @@ class Api:
                 Route("/tokenize", guarded(self._tokenize), methods=["POST"]),
                 Route(CHAT, guarded(self._answer), methods=["POST"]),
                 Route(COMPLETION, guarded(self._answer), methods=["POST"]),
+                Route(MESSAGES, guarded(self._message), methods=["POST"]),
             ],
             exception_handlers={
                 HTTPException: _http_error,
                 Overloaded: _overloaded,
-                UserError: _user_error,
-                RankError: _rank_error,
+                UserError: _failed,
+                RankError: _failed,
                 ClientDisconnect: _gone,
             },
         )
@@ -98,7 +107,8 @@ class Api:
     def _check_key(self, request: Request) -> None:
         if not self._settings.keys:
             return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        headers = request.headers
+        given = (headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")).encode()
         # Every key is compared, in constant time, so that how long it takes says nothing.
         known = [hmac.compare_digest(given, key.encode()) for key in self._settings.keys]
         if not any(known):
@@ -190,6 +200,28 @@ class Api:
             self._abort(answers)
         return JSONResponse(answer_object(asked, self._settings.model, name, choices, self._tokenizer))
 
+    async def _message(self, request: Request) -> Response:
+        body = await self._body(request)
+        is_stream = _boolean(body.pop("stream", None), "stream")
+        asked = read_messages_body(body, self._settings.defaults)
+        answer = self._front.submit(await self._encode(asked), asked.sampling)
+        name, model = f"msg_{secrets.token_hex(12)}", self._settings.model
+        if is_stream:
+
+            async def events() -> AsyncIterator[bytes]:
+                try:
+                    async for event in message_events(asked, model, name, answer.outputs(), self._tokenizer):
+                        yield event
+                finally:
+                    self._front.abort(answer)
+
+            return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        try:
+            (outputs,) = await _unless_gone(request, asyncio.gather(_all(answer)))
+        finally:
+            self._front.abort(answer)
+        return JSONResponse(message_object(asked, model, name, outputs, self._tokenizer))
+
     async def _events(
         self, asked: Asked, name: str, answers: Sequence[Answer], wants_usage: bool
     ) -> AsyncIterator[bytes]:
@@ -235,9 +267,7 @@ async def _pass_on(
         told.put_nowait((index, error))
 
 
-async def _unless_gone(
-    request: Request, wanted: asyncio.Future[list[list[RequestOutput]]]
-) -> list[list[RequestOutput]]:
+async def _unless_gone(request: Request, wanted: asyncio.Future[_T]) -> _T:
     """Wait for an answer as long as the client does."""
 
     async def gone() -> None:
@@ -274,7 +304,7 @@ def _wants_usage(options: Any, is_stream: bool) -> bool:
     return _boolean(options.get("include_usage"), "include_usage")
 
 
-# ---- errors, in OpenAI's shape
+# ---- errors, in the shape of the endpoint
 
 
 def _error_of(error: Exception) -> dict[str, Any]:
@@ -282,24 +312,26 @@ def _error_of(error: Exception) -> dict[str, Any]:
     return error_object(str(error), kind)
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if request.url.path == MESSAGES:
+        kind = {401: "authentication_error", 404: "not_found_error"}.get(error.status_code, "invalid_request_error")
+        return JSONResponse(messages_error(Exception(error.detail), kind), error.status_code, error.headers)
     code = {401: "invalid_api_key", 404: "model_not_found"}.get(error.status_code)
     found = error_object(str(error.detail), "invalid_request_error", code)
     return JSONResponse(found, error.status_code, error.headers)
 
 
-async def _overloaded(_: Request, error: Exception) -> Response:
+async def _overloaded(request: Request, error: Exception) -> Response:
     found = error_object(f"{error}; try again later", "rate_limit_error", "rate_limit_exceeded")
+    if request.url.path == MESSAGES:
+        found = messages_error(error, "rate_limit_error")
     return JSONResponse(found, 429, {"Retry-After": str(_RETRY_AFTER_S)})
 
 
-async def _user_error(_: Request, error: Exception) -> Response:
-    return JSONResponse(_error_of(error), 400)
-
-
-async def _rank_error(_: Request, error: Exception) -> Response:
-    return JSONResponse(_error_of(error), 503)
+async def _failed(request: Request, error: Exception) -> Response:
+    found = messages_error(error) if request.url.path == MESSAGES else _error_of(error)
+    return JSONResponse(found, 400 if isinstance(error, UserError) else 503)
 
 
 async def _gone(_: Request, __: Exception) -> Response:

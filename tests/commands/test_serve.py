@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 
@@ -130,6 +131,23 @@ def test_bad_bodies_are_refused_in_openai_s_shape(running: Server, body: Any, li
     error = json.loads(refused.value.read())["error"]
     assert line in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+def test_anthropic_s_client(running: Server, wanted: str) -> None:
+    client = anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0)
+    asked: Any = [{"role": "user", "content": [{"type": "text", "text": DEFAULT_PROMPT}]}]
+    answer = client.messages.create(model=MODEL, messages=asked, max_tokens=40)
+    assert [block.text for block in answer.content if block.type == "text"] == [wanted]
+    assert (answer.stop_reason, answer.usage.output_tokens) == ("max_tokens", 40)
+    word = wanted.split()[6]
+    with client.messages.stream(model=MODEL, messages=asked, max_tokens=99, stop_sequences=["never", word]) as stream:
+        assert "".join(stream.text_stream) == wanted[: wanted.index(word)]
+        last = stream.get_final_message()
+    assert (last.stop_reason, last.stop_sequence) == ("stop_sequence", word)
+    with pytest.raises(anthropic.BadRequestError, match="temperature must be a number from 0 to 100"):
+        client.messages.create(model=MODEL, messages=asked, max_tokens=4, extra_body={"temperature": -1})
+    with pytest.raises(anthropic.NotFoundError, match="does not exist"):
+        client.messages.create(model="other", messages=asked, max_tokens=4)
 
 
 def test_models_tokens_and_metrics(running: Server) -> None:
