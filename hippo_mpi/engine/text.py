@@ -51,14 +51,18 @@ class ChatFormat:
     chat_template_config: str | None = None
     prefill_response: str | None = None
 
-    def encode(self, tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[int]:
-        """Tokens of a conversation, ready to be continued by the assistant.
+    def encode(
+        self, tokenizer: TokenizerWrapper, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Tokens of a conversation, ready to be continued by the assistant, who may call `tools`.
 
         Raises:
             UserError: the prompt is empty, or the template doesn't take it.
         """
         if not messages or not messages[-1]["content"].strip():
             raise UserError("the prompt is empty")
+        if tools and (self.ignore_chat_template or not tokenizer.has_tool_calling):
+            raise UserError("tools: this model's chat template has none")
         if self.ignore_chat_template or not tokenizer.has_chat_template:
             text = "\n".join(message["content"] for message in messages)
             return encode(tokenizer, text)
@@ -73,6 +77,8 @@ class ChatFormat:
             options = {**options, "continue_final_message": True}
         else:
             options = {**options, "add_generation_prompt": True}
+        if tools:
+            options["tools"] = tools
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # jinja templates raise whatever they like

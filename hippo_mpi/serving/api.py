@@ -33,7 +33,14 @@ from hippo_mpi.serving.anthropic_protocol import (
 )
 from hippo_mpi.serving.front import Answer, Front, Overloaded
 from hippo_mpi.serving.metrics import Metrics
-from hippo_mpi.serving.openai_answers import answer_object, chunk_object, error_object, usage_chunk
+from hippo_mpi.serving.openai_answers import (
+    Choice,
+    answer_object,
+    chunk_object,
+    error_object,
+    first_fields,
+    usage_chunk,
+)
 from hippo_mpi.serving.openai_protocol import CHAT, COMPLETION, Asked, read_body
 
 _T = TypeVar("_T")
@@ -191,14 +198,18 @@ class Api:
             self._abort(answers)
             raise
         name = f"{'chatcmpl' if asked.url == CHAT else 'cmpl'}-{secrets.token_hex(12)}"
+        choices = [Choice(asked, prompt, self._tokenizer) for _ in answers]
         if is_stream:
-            events = self._events(asked, name, answers, wants_usage)
+            events = self._events(asked, name, answers, choices, wants_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         try:
-            choices = await _unless_gone(request, asyncio.gather(*(_all(answer) for answer in answers)))
+            found = await _unless_gone(request, asyncio.gather(*(_all(answer) for answer in answers)))
         finally:
             self._abort(answers)
-        return JSONResponse(answer_object(asked, self._settings.model, name, choices, self._tokenizer))
+        for choice, outputs in zip(choices, found, strict=True):
+            for output in outputs:
+                choice.take(output)
+        return JSONResponse(answer_object(self._settings.model, name, choices))
 
     async def _message(self, request: Request) -> Response:
         body = await self._body(request)
@@ -223,7 +234,7 @@ class Api:
         return JSONResponse(message_object(asked, model, name, outputs, self._tokenizer))
 
     async def _events(
-        self, asked: Asked, name: str, answers: Sequence[Answer], wants_usage: bool
+        self, asked: Asked, name: str, answers: Sequence[Answer], choices: Sequence[Choice], wants_usage: bool
     ) -> AsyncIterator[bytes]:
         """Server-sent events: every output as it comes, whichever choice it is of."""
         model = self._settings.model
@@ -231,14 +242,14 @@ class Api:
         tasks = [asyncio.ensure_future(_pass_on(index, answer, told)) for index, answer in enumerate(answers)]
         try:
             for index in range(len(answers)):
-                yield _event(chunk_object(asked, model, name, index, None, self._tokenizer))
+                yield _event(chunk_object(asked, model, name, index, first_fields(asked)))
             running = len(answers)
             while running:
                 index, output = await told.get()
                 if isinstance(output, Exception):
                     yield _event(_error_of(output))
                     return
-                yield _event(chunk_object(asked, model, name, index, output, self._tokenizer))
+                yield _event(chunk_object(asked, model, name, index, choices[index].take(output)))
                 running -= output.finish_reason is not None
             if wants_usage:
                 yield _event(usage_chunk(asked, model, name, [answer.timings for answer in answers]))

@@ -11,7 +11,7 @@ from hippo_mpi.engine.request import Request, RequestOutput
 from hippo_mpi.engine.text import ChatFormat
 from hippo_mpi.errors import UserError
 from hippo_mpi.serving.batch_file import AnswerFile, Task
-from hippo_mpi.serving.openai_answers import answer_object
+from hippo_mpi.serving.openai_answers import Choice, answer_object
 from hippo_mpi.serving.progress import BatchProgress
 
 _BACKLOG = 4  # requests that wait in the engine: enough that it never runs dry, few enough for any length of file
@@ -38,7 +38,7 @@ class BatchRun:
         self._engine, self._tokenizer, self._format = engine, tokenizer, chat_format
         self._answers, self._progress, self._model = answers, progress, model
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        self._running: dict[int, tuple[Task, list[RequestOutput]]] = {}
+        self._running: dict[int, tuple[Task, Choice]] = {}
 
     def run(self, tasks: Iterable[Task], on_task: Callable[[], None]) -> None:
         """Answer every task that isn't answered yet; `on_task` is called for each that is looked at.
@@ -81,15 +81,14 @@ class BatchRun:
             self._answers.write(task, None, mistake)
             self._progress.finish_one(is_failed=True)
             return
-        self._running[task.line] = task, []
+        self._running[task.line] = task, Choice(task.asked, prompt, self._tokenizer)
 
     def _take(self, output: RequestOutput) -> None:
-        task, outputs = self._running[output.request_id]
-        outputs.append(output)
+        task, choice = self._running[output.request_id]
+        choice.take(output)
         self._progress.count(1)
         if output.finish_reason is not None:
-            assert task.asked is not None
             del self._running[output.request_id]
             name = f"req-{task.line}"
-            self._answers.write(task, answer_object(task.asked, self._model, name, [outputs], self._tokenizer))
+            self._answers.write(task, answer_object(self._model, name, [choice]))
             self._progress.finish_one(is_failed=False)

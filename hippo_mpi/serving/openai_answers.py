@@ -4,44 +4,69 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.request import RequestOutput, Timings
+from hippo_mpi.serving.answer_parts import ChatMessage
 from hippo_mpi.serving.openai_protocol import CHAT, Asked
 
 
-def answer_object(
-    asked: Asked, model: str, request_id: str, choices: Sequence[Sequence[RequestOutput]], tokenizer: TokenizerWrapper
-) -> dict[str, Any]:
-    """The chat completion or text completion that the outputs of its choices amount to."""
-    is_chat = asked.url == CHAT
-    found = []
-    for index, outputs in enumerate(choices):
-        text = "".join(output.text for output in outputs)
-        content: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
-        told = _logprobs(asked, outputs, tokenizer)
-        found.append({"index": index, **content, "logprobs": told, "finish_reason": outputs[-1].finish_reason})
-    kind = "chat.completion" if is_chat else "text_completion"
-    usage = usage_object([outputs[-1].timings for outputs in choices])
+@dataclass
+class Choice:
+    """One answer to a request: what came, and what OpenAI calls it."""
+
+    asked: Asked
+    prompt: list[int]
+    tokenizer: TokenizerWrapper
+    outputs: list[RequestOutput] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._message = ChatMessage(self.tokenizer, self.prompt, self.asked.tools)
+
+    def take(self, output: RequestOutput) -> dict[str, Any]:
+        """What this output adds, as fields of a streamed choice."""
+        self.outputs.append(output)
+        reason = output.finish_reason
+        content: dict[str, Any] = {"text": output.text}
+        if self.asked.url == CHAT:
+            content = {"delta": self._message.delta(output.text, reason is not None)}
+        told = _logprobs(self.asked, [output], self.tokenizer)
+        return {**content, "logprobs": told, "finish_reason": self._message.finish_reason(reason)}
+
+    def whole(self) -> dict[str, Any]:
+        """All of it, as fields of a choice."""
+        content: dict[str, Any] = {"text": "".join(output.text for output in self.outputs)}
+        if self.asked.url == CHAT:
+            content = {"message": self._message.message()}
+        told = _logprobs(self.asked, self.outputs, self.tokenizer)
+        return {
+            **content, "logprobs": told, "finish_reason": self._message.finish_reason(self.outputs[-1].finish_reason)
+        }  # fmt: skip
+
+
+def answer_object(model: str, request_id: str, choices: Sequence[Choice]) -> dict[str, Any]:
+    """The chat completion or text completion that its choices amount to."""
+    found = [{"index": index, **choice.whole()} for index, choice in enumerate(choices)]
+    kind = "chat.completion" if choices[0].asked.url == CHAT else "text_completion"
+    usage = usage_object([choice.outputs[-1].timings for choice in choices])
     return {**_head(request_id, kind, model), "choices": found, "usage": usage}
 
 
-def chunk_object(
-    asked: Asked, model: str, request_id: str, index: int, output: RequestOutput | None, tokenizer: TokenizerWrapper
-) -> dict[str, Any]:
-    """What a stream says of one output; without one, how the choice begins."""
-    is_chat = asked.url == CHAT
-    text = output.text if output else ""
-    content: dict[str, Any] = {"text": text}
-    if is_chat:
-        content = {"delta": {"content": text} if output else {"role": "assistant", "content": ""}}
-    told = _logprobs(asked, [output], tokenizer) if output else None
-    reason = output.finish_reason if output else None
-    kind = "chat.completion.chunk" if is_chat else "text_completion"
-    choice = {"index": index, **content, "logprobs": told, "finish_reason": reason}
-    return {**_head(request_id, kind, model), "choices": [choice]}
+def chunk_object(asked: Asked, model: str, request_id: str, index: int, fields: dict[str, Any]) -> dict[str, Any]:
+    """A chunk of a stream: what one choice got."""
+    kind = "chat.completion.chunk" if asked.url == CHAT else "text_completion"
+    return {**_head(request_id, kind, model), "choices": [{"index": index, **fields}]}
+
+
+def first_fields(asked: Asked) -> dict[str, Any]:
+    """How a streamed choice begins."""
+    content: dict[str, Any] = {"text": ""}
+    if asked.url == CHAT:
+        content = {"delta": {"role": "assistant", "content": ""}}
+    return {**content, "logprobs": None, "finish_reason": None}
 
 
 def usage_chunk(asked: Asked, model: str, request_id: str, timings: Sequence[Timings]) -> dict[str, Any]:

@@ -3,6 +3,7 @@ is silently dropped. The words for answers are in openai_answers.py."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ class Asked:
     sampling: SamplingParams
     messages: list[dict[str, Any]] = field(default_factory=list)
     prompt: str | list[int] = ""
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
     def encode(
         self, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system: list[dict[str, str]] | None = None
@@ -39,7 +41,7 @@ class Asked:
         """
         if self.url == CHAT:
             has_system = any(message.get("role") == "system" for message in self.messages)
-            return chat_format.encode(tokenizer, [*([] if has_system else system or []), *self.messages])
+            return chat_format.encode(tokenizer, [*([] if has_system else system or []), *self.messages], self.tools)
         tokens = self.prompt if isinstance(self.prompt, list) else encode(tokenizer, self.prompt)
         if not tokens or self.prompt == "":
             raise UserError("the prompt is empty")
@@ -58,7 +60,11 @@ def read_body(url: str, body: Any, defaults: SamplingParams) -> Asked:
         raise UserError("body must be a JSON object")
     rest = {name: value for name, value in body.items() if name not in _WITHOUT_EFFECT and value is not None}
     if url == CHAT:
-        asked = Asked(url, defaults, messages=_messages(rest.pop("messages", None)))
+        tools, choice = _tools(rest.pop("tools", [])), rest.pop("tool_choice", "auto")
+        if choice not in ("auto", "none"):
+            raise UserError(f"tool_choice must be 'auto' or 'none' here, not {choice!r}")
+        messages = _messages(rest.pop("messages", None))
+        asked = Asked(url, defaults, messages, tools=tools if choice == "auto" else [])
     else:
         asked = Asked(url, defaults, prompt=_prompt(rest.pop("prompt", None)))
     return replace(asked, sampling=_sampling(rest, defaults, url == CHAT))
@@ -67,7 +73,33 @@ def read_body(url: str, body: Any, defaults: SamplingParams) -> Asked:
 def _messages(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise UserError("messages must be a list of objects with role and content")
-    return [{**message, "content": _content(message.get("content"))} for message in value]
+    return [_message(message) for message in value]
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as chat templates want it: text, and arguments of calls as objects."""
+    calls = message.get("tool_calls")
+    found = {**message, "content": _content("" if calls and message.get("content") is None else message.get("content"))}
+    if calls is not None:
+        try:
+            found["tool_calls"] = [{**call, "function": _called(call["function"])} for call in calls]
+        except (TypeError, KeyError, ValueError):
+            raise UserError("messages: tool_calls must be a list of OpenAI's calls with JSON arguments") from None
+    return found
+
+
+def _called(function: dict[str, Any]) -> dict[str, Any]:
+    arguments = function.get("arguments") or "{}"
+    return {**function, "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments}
+
+
+def _tools(value: Any) -> list[dict[str, Any]]:
+    def is_tool(tool: Any) -> bool:
+        return isinstance(tool, dict) and tool.get("type") == "function" and isinstance(tool.get("function"), dict)
+
+    if not isinstance(value, list) or not all(is_tool(t) and isinstance(t["function"].get("name"), str) for t in value):
+        raise UserError("tools must be a list of objects with the type function, and a function with a name")
+    return value
 
 
 def _content(value: Any) -> str:
@@ -183,4 +215,4 @@ _FIELDS: dict[str, tuple[str, _Check]] = {
     "logprobs": ("logprobs", _whole(0, _MAX_LOGPROBS)),
     "response_format": ("grammar", _response_format),
 }
-_ONLY: dict[str, Any] = {"n": 1, "best_of": 1, "stream": False, "echo": False, "tool_choice": "none", "tools": []}
+_ONLY: dict[str, Any] = {"n": 1, "best_of": 1, "stream": False, "echo": False, "parallel_tool_calls": True}

@@ -119,7 +119,10 @@ def test_stop_words_and_cached_prompts(running: Server, wanted: str) -> None:
         ({"messages": ASKED, "stream": 1}, "stream must be true or false, not 1"),
         ({"messages": ASKED, "stream_options": {"include_usage": True}}, "stream_options must be"),
         ({"messages": [{"role": "user", "content": "fox " * 3000}]}, "but the context is"),
-        ({"messages": ASKED, "tools": [{"type": "function"}]}, "tools must be [] here"),
+        (
+            {"messages": ASKED, "tools": [{"type": "function"}]},
+            "tools must be a list of objects with the type function",
+        ),
         ([], "the body must be a JSON object"),
     ],
 )
