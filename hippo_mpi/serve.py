@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -67,7 +68,10 @@ def make_parser() -> config.Parser:
     group.add_argument("--ranks", type=config.positive, default=2, help="ranks on this machine, without a hostfile")
     group.add_argument("--backend", default="ring", help="ring, mpi, jaccl or jaccl-ring, with a hostfile")
     group.add_argument(
-        "--max-restarts", type=config.whole, default=5, help="failures in a row after which requests are given up"
+        "--max-restarts",
+        type=config.whole,
+        default=5,
+        help="failures in a row, without a token between, that a request bears",
     )
     config.add_prompt_options(parser)
     config.add_sampling_options(parser, max_tokens=512)
@@ -85,7 +89,6 @@ def serve_rank(session: Session) -> int:
     if session.world.rank > 0:
         command.follow(session)
         return 0
-    keys = read_keys(session.arguments)
     tokenizer, chat_format = open_text(session)
     path = os.environ.get(FRONT)
     if path:
@@ -95,6 +98,7 @@ def serve_rank(session: Session) -> int:
         except OSError as error:
             raise RankError(f"the front is gone: {error}") from None
     else:
+        keys = read_keys(session.arguments)
         connection, ours = socket.socketpair()
         front = _make_front(session.arguments)
         metrics = Metrics(front, lambda: 0)
@@ -178,8 +182,19 @@ async def _serve_http(arguments: argparse.Namespace, front: Front, api: Api) -> 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has ended
             signal.signal(number, lambda *_: None)
-    await uvicorn.Server(settings).serve([listener])
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+    server = uvicorn.Server(settings)
+    ending = asyncio.ensure_future(_end_answers(server, front))
+    await server.serve([listener])
     announcing.cancel()
+    ending.cancel()
+
+
+async def _end_answers(server: uvicorn.Server, front: Front) -> None:
+    """When a signal has come: clients are told, in words."""
+    while not server.should_exit:
+        await asyncio.sleep(0.1)
+    front.fail_all(RankError("the server is ending"))
 
 
 async def _announce(front: Front) -> None:
@@ -194,7 +209,8 @@ def _make_front(arguments: argparse.Namespace) -> Front:
 
 
 def _settings(arguments: argparse.Namespace, keys: tuple[str, ...]) -> ApiSettings:
-    return ApiSettings(arguments.model_name or Path(arguments.model).name, keys, sampling_params(arguments))
+    defaults = replace(sampling_params(arguments), seed=arguments.seed)
+    return ApiSettings(arguments.model_name or Path(arguments.model).name, keys, defaults, arguments.system_prompt)
 
 
 def _open_text(arguments: argparse.Namespace) -> tuple[TokenizerWrapper, ChatFormat]:

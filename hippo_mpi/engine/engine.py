@@ -10,7 +10,16 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.grammar import Grammars
 from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
-from hippo_mpi.engine.request import FinishReason, Request, RequestOutput, Resume, Sequence, Timings, TokenLogprobs
+from hippo_mpi.engine.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    Resume,
+    SamplingParams,
+    Sequence,
+    Timings,
+    TokenLogprobs,
+)
 from hippo_mpi.engine.row_check import check_rows
 from hippo_mpi.engine.sampling import Chooser, sample
 from hippo_mpi.engine.scheduler import Limits, Scheduler
@@ -70,10 +79,7 @@ class Engine:
         Raises:
             UserError: it can never be answered; the message has the numbers.
         """
-        check_context(len(request.prompt), self._max_context)
-        for token in (*request.prompt, *(token for token, _ in request.sampling.logit_bias)):
-            if not 0 <= token < self._vocab_size:
-                raise UserError(f"token {token} is not in the vocabulary of {self._vocab_size:,} tokens")
+        check_request(request.prompt, request.sampling, self._max_context, self._vocab_size)
         allowed = min(request.sampling.max_tokens, self._max_context - len(request.prompt))
         request = replace(request, sampling=replace(request.sampling, max_tokens=allowed))
         grammar = None if request.sampling.grammar is None else self._grammars.mask(request.sampling.grammar)
@@ -134,7 +140,7 @@ class Engine:
             reason = "stop"
         else:
             sequence.detokenizer.add_token(token)
-            if len(timings.token_ids) == params.max_tokens:
+            if len(timings.token_ids) >= params.max_tokens:
                 reason = "length"
         if reason:
             sequence.detokenizer.finalize()
@@ -159,8 +165,17 @@ def _resume(sequence: Sequence, resume: Resume) -> None:
         sequence.chooser.random_state = resume.random_state
     for token in resume.tokens:
         sequence.detokenizer.add_token(token)
+        _ = sequence.detokenizer.text  # as it was read then: mlx-lm's naive detokenizer settles lines when it is read
         sequence.timings.note(token)
         sequence.chooser.accept(token)
+
+
+def check_request(prompt: list[int], sampling: SamplingParams, max_context: int, vocab_size: int) -> None:
+    """Raise a UserError for what can never be answered."""
+    check_context(len(prompt), max_context)
+    for token in (*prompt, *(token for token, _ in sampling.logit_bias)):
+        if not 0 <= token < vocab_size:
+            raise UserError(f"token {token} is not in the vocabulary of {vocab_size:,} tokens")
 
 
 def check_context(prompt_tokens: int, max_context: int) -> None:

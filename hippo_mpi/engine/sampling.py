@@ -14,6 +14,8 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from hippo_mpi.engine.grammar import GrammarMask
 from hippo_mpi.engine.request import SamplingParams, TokenLogprobs
 
+_LEAST = -9999.0  # OpenAI's for "impossible"
+
 
 class Chooser:
     """Chooses the tokens of one request: its sampler, its logits processors, its random numbers.
@@ -110,4 +112,5 @@ def _tell(logprobs: mx.array, token: int, count: int) -> TokenLogprobs:
     top = mx.argsort(-logprobs)[:count] if count else mx.zeros((0,), mx.uint32)
     ids, values = cast(list[int], top.tolist()), cast(list[float], logprobs[top].tolist())
     (chosen,) = cast(list[float], logprobs[token : token + 1].tolist())
-    return TokenLogprobs(chosen, list(zip(ids, values, strict=True)))
+    # What a grammar or a bias rules out has no logarithm, and JSON no infinity.
+    return TokenLogprobs(max(chosen, _LEAST), [(i, max(v, _LEAST)) for i, v in zip(ids, values, strict=True)])

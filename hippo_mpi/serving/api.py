@@ -6,11 +6,13 @@ Knows bodies and answers. Must not know how ranks are started.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -54,14 +56,16 @@ class ApiSettings:
 
     Args:
         model: the name that requests may give, and answers carry.
-        keys: one of them must come with every request but /health; none: everybody may ask.
+        keys: one of them must come with every request but /health and /ready; none: everybody may ask.
         defaults: for what a request leaves open.
+        system_prompt: for chats that bring none of their own.
         max_body_bytes, body_timeout_s: of a request's body.
     """
 
     model: str
     keys: tuple[str, ...]
     defaults: SamplingParams
+    system_prompt: str | None = None
     max_body_bytes: int = 4 << 20
     body_timeout_s: float = 30.0
 
@@ -151,7 +155,7 @@ class Api:
     async def _ready(self, _: Request) -> Response:
         front = self._front
         status = {"ready": front.is_ready, "state": front.state, "requests": front.num_requests}
-        if front.about is not None:
+        if front.about is not None and not self._settings.keys:  # hosts and memory are nobody else's business
             status |= {"max_context": front.about.max_context, "ranks": front.about.ranks}
         return JSONResponse(status, 200 if front.is_ready else 503)
 
@@ -177,13 +181,16 @@ class Api:
         return JSONResponse({"tokens": tokens, "count": len(tokens)})
 
     async def _encode(self, asked: Asked) -> list[int]:
-        return await asyncio.to_thread(asked.encode, self._tokenizer, self._format)
+        prompt = self._settings.system_prompt
+        system = [{"role": "system", "content": prompt}] if prompt else []
+        return await asyncio.to_thread(asked.encode, self._tokenizer, self._format, system)
 
     async def _answer(self, request: Request) -> Response:
         body = await self._body(request)
         is_stream = _boolean(body.pop("stream", None), "stream")
         wants_usage = _wants_usage(body.get("stream_options"), is_stream)
-        count = body.pop("n", None) or 1
+        count = body.pop("n", None)
+        count = 1 if count is None else count
         if type(count) is not int or not 1 <= count <= _MOST_CHOICES:
             raise UserError(f"n must be a whole number from 1 to {_MOST_CHOICES}, not {count!r}")
         asked = read_body(request.url.path, body, self._settings.defaults)
@@ -295,6 +302,8 @@ async def _unless_gone(request: Request, wanted: asyncio.Future[_T]) -> _T:
     finally:
         watch.cancel()
         wanted.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):  # it is looked at, or asyncio complains
+            await wanted
 
 
 def _event(found: dict[str, Any]) -> bytes:
@@ -329,6 +338,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         kind = {401: "authentication_error", 404: "not_found_error"}.get(error.status_code, "invalid_request_error")
         return JSONResponse(messages_error(Exception(error.detail), kind), error.status_code, error.headers)
     code = {401: "invalid_api_key", 404: "model_not_found"}.get(error.status_code)
+    code = None if error.detail == HTTPStatus(error.status_code).phrase else code  # Starlette's own: no such route
     found = error_object(str(error.detail), "invalid_request_error", code)
     return JSONResponse(found, error.status_code, error.headers)
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hippo_mpi.engine.engine import check_context
+from hippo_mpi.engine.engine import check_request
 from hippo_mpi.engine.request import Request, RequestOutput, Resume, SamplingParams, Timings
 from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.serving.rank_link import About, ToldOutput, line_of, read_output, request_object
@@ -32,6 +32,7 @@ class Answer:
     timings: Timings
     emitted_chars: int = 0
     random_state: list[int] | None = None
+    num_failures: int = 0  # of ranks that were at work on it, one after another, without a token of it between
     _told: asyncio.Queue[RequestOutput | UserError | RankError] = field(default_factory=asyncio.Queue)
 
     def resumed(self) -> Request:
@@ -43,6 +44,7 @@ class Answer:
 
     def take(self, told: ToldOutput) -> RequestOutput:
         """Note what came, and hand it on."""
+        self.num_failures = 0
         if told.token is not None:
             self.timings.note(told.token)
         if len(self.timings.token_ids) <= 1:  # after a restart the prompt is read again, which is no cache's doing
@@ -88,7 +90,8 @@ class Front:
         self.state = "the ranks are starting"
         self.num_starts = 0
         self.has_progressed = False  # since the last ranks became ready
-        self.on_output: Callable[[RequestOutput], None] = lambda output: None  # for counting
+        self.on_output: Callable[[RequestOutput, float], None] = lambda output, before_s: None
+        """For counting: told of every output, and when the one before it came (0: it is the first)."""
 
     @property
     def is_ready(self) -> bool:
@@ -109,7 +112,7 @@ class Front:
         if len(self._answers) >= self._most_requests:
             raise Overloaded(f"{self._most_requests} requests are under way or wait already")
         if self.about is not None:
-            check_context(len(prompt), self.about.max_context)
+            check_request(prompt, sampling, self.about.max_context, self.about.vocab_size)
         if sampling.seed is None:  # every answer draws numbers of its own, so that it can go on elsewhere
             sampling = replace(sampling, seed=secrets.randbits(63))
         request = Request(next(self._ids), prompt, sampling)
@@ -122,6 +125,16 @@ class Front:
         """Nobody wants the rest of an answer; unknown and ended ones are ignored."""
         if self._answers.pop(answer.request.id, None) is not None:
             self._tell(abort=answer.request.id)
+
+    def lose_ranks(self, why: str, most_failures: int) -> None:
+        """Ranks have failed. A request that has seen so many failures without a token between is given up: it may be
+        what they fail of."""
+        self.state = f"the ranks are being started again: {why}"
+        for number, answer in list(self._answers.items()):
+            answer.num_failures += 1
+            if answer.num_failures > most_failures:
+                del self._answers[number]
+                answer.fail(RankError(f"the ranks failed {answer.num_failures} times in a row, last: {why}"))
 
     def fail_all(self, error: RankError) -> None:
         """Give every request up."""
@@ -166,7 +179,8 @@ class Front:
             return
         if told.finish_reason is not None:
             del self._answers[told.request_id]
-        self.on_output(answer.take(told))
+        before_s = answer.timings.finished_s
+        self.on_output(answer.take(told), before_s)
 
     def _tell(self, **message: Any) -> None:
         """To the ranks, if there are any; those to come are told everything."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -36,20 +35,17 @@ class Metrics:
         self._between = Histogram(
             "hippo_token_seconds", "Between two tokens of an answer.", buckets=_BETWEEN_S, registry=self.registry
         )
-        self._last_s: dict[int, float] = {}
         front.on_output = self._note
 
-    def _note(self, output: RequestOutput) -> None:
-        now, timings = time.perf_counter(), output.timings
-        before = self._last_s.pop(output.request_id, None)
+    def _note(self, output: RequestOutput, before_s: float) -> None:
+        timings = output.timings
         if output.token is not None:
             self._tokens.inc()
-            if before is None:
+            if len(timings.token_ids) == 1:
                 self._first.observe(timings.first_token_s - timings.started_s)
             else:
-                self._between.observe(now - before)
+                self._between.observe(timings.finished_s - before_s)
         if output.finish_reason is None:
-            self._last_s[output.request_id] = now
             return
         self._ended.labels(output.finish_reason).inc()
         self._prompt.inc(timings.prompt_tokens)

@@ -4,7 +4,6 @@ is silently dropped. The words for answers are in openai_answers.py."""
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +17,10 @@ from hippo_mpi.errors import UserError
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 _WITHOUT_EFFECT = {"model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier"}
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 _MAX_LOGPROBS = 20
+_MAX_BIAS = 10_000  # OpenAI's is 100; any logit is far below
+_MAX_STOPS, _MAX_STOP_CHARS = 16, 256  # each is looked for in every answer after every token
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ def _messages(value: Any) -> list[dict[str, Any]]:
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
     """A message as chat templates want it: text, and arguments of calls as objects."""
+    if message.get("role") not in _ROLES:
+        raise UserError(f"messages: role must be one of {', '.join(_ROLES)}, not {message.get('role')!r}")
     calls = message.get("tool_calls")
     found = {**message, "content": _content("" if calls and message.get("content") is None else message.get("content"))}
     if calls is not None:
@@ -172,6 +176,8 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
         raise UserError(f"{name} must be a text or a list of texts")
+    if len(words) > _MAX_STOPS or any(len(word) > _MAX_STOP_CHARS for word in words):
+        raise UserError(f"{name} takes up to {_MAX_STOPS} texts of up to {_MAX_STOP_CHARS} characters")
     return tuple(words)
 
 
@@ -180,8 +186,8 @@ def _bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
         found = tuple((int(token), float(amount)) for token, amount in value.items())
     except (AttributeError, TypeError, ValueError, OverflowError):
         found = ()
-    if not all(math.isfinite(amount) for _, amount in found) or (value and not found):
-        raise UserError(f"{name} must be an object of tokens and finite numbers")
+    if not all(-_MAX_BIAS <= amount <= _MAX_BIAS for _, amount in found) or (value and not found):
+        raise UserError(f"{name} must be an object of tokens and numbers from -{_MAX_BIAS} to {_MAX_BIAS}")
     return found
 
 

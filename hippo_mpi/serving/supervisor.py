@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hippo_mpi.errors import RankError, UserError
+from hippo_mpi.errors import LaunchError, UserError
 from hippo_mpi.serving.front import Front
 from hippo_mpi.serving.rank_link import FRONT, MAX_LINE_BYTES
 
@@ -46,9 +46,16 @@ class LaunchPlan:
 class RankGroup:
     """The processes of one start, in a session of their own each."""
 
-    def __init__(self, plan: LaunchPlan, folder: Path, find_ports: Callable[[int], int]) -> None:
-        env = {**os.environ, FRONT: str(folder / "front"), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, plan: LaunchPlan, folder: Path, find_ports: Callable[[int], int]) -> None:
+        """Start them.
+
+        Raises:
+            OSError: this machine has no room for another process; those that were started are still to be ended.
+        """
+        env = {**os.environ, FRONT: str(folder / "front"), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         if plan.launcher:
             self._start([*plan.launcher, "--env", f"{FRONT}={env[FRONT]}", "--", *plan.command], env)
             return
@@ -62,10 +69,6 @@ class RankGroup:
         process = subprocess.Popen(list(command), env=env, stdin=subprocess.DEVNULL, start_new_session=True)
         self._processes.append(process)
 
-    @property
-    def process_ids(self) -> list[int]:
-        return [process.pid for process in self._processes]
-
     def ended(self) -> int | None:
         """The exit status of a process that has ended, a bad one first; None while all run."""
         codes = [code for process in self._processes if (code := process.poll()) is not None]
@@ -77,15 +80,21 @@ class RankGroup:
             await asyncio.sleep(_LOOK_S)
 
     async def end(self) -> None:
-        """End what still runs: politely, so that a launcher can tell other hosts, then not."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in self._processes:
-                if process.poll() is None or number == signal.SIGKILL:  # a launcher's children may outlive it
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, number)
+        """End what still runs: politely, so that a launcher can tell other hosts, then not, whatever happens."""
+        try:
+            self._signal(signal.SIGTERM)
             ends = time.monotonic() + _END_S
             while any(p.poll() is None for p in self._processes) and time.monotonic() < ends:
                 await asyncio.sleep(_LOOK_S)
+        finally:  # a launcher's children may outlive it
+            self._signal(signal.SIGKILL)
+            for process in self._processes:
+                process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
 
 class Supervisor:
@@ -94,7 +103,7 @@ class Supervisor:
     Args:
         find_ports: the first of so many free ports in a row, for the ring of local ranks; new ones for every start.
         silence_s: after so long without a word from rank 0, it counts as lost.
-        max_restarts: failures in a row, without a token between, after which requests are given up.
+        max_restarts: failures in a row that a request bears, without a token of it between.
     """
 
     def __init__(
@@ -102,7 +111,6 @@ class Supervisor:
     ) -> None:
         self._front, self._plan, self._find_ports = front, plan, find_ports
         self._silence_s, self._max_restarts = silence_s, max_restarts
-        self.group: RankGroup | None = None
         self.num_restarts = 0
 
     async def run(self) -> None:
@@ -120,21 +128,28 @@ class Supervisor:
             failures = 0
             async with server:
                 while True:
-                    why = await self._serve_once(folder, arrived)
+                    self._front.has_progressed = False
+                    while not arrived.empty():  # of a life that ended before it was looked at
+                        arrived.get_nowait()[1].close()
+                    try:
+                        why = await self._serve_once(folder, arrived)
+                    except (OSError, LaunchError) as error:  # no more processes, memory or ports: that may pass
+                        if not self._front.num_starts:
+                            raise UserError(f"the ranks can't be started: {error}") from None
+                        why = str(error)
                     failures = 1 if self._front.has_progressed else failures + 1
                     sys.stderr.write(f"the ranks are gone ({why}); starting them again\n")
-                    self._front.state = f"the ranks are being started again: {why}"
+                    self._front.lose_ranks(why, self._max_restarts)
                     self.num_restarts += 1
-                    if failures > self._max_restarts:
-                        self._front.fail_all(RankError(f"the ranks failed {failures} times in a row, last: {why}"))
                     await asyncio.sleep(_BACKOFF_S[min(failures - 1, len(_BACKOFF_S) - 1)])
 
     async def _serve_once(
         self, folder: Path, arrived: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
     ) -> str:
         """One life of the ranks; returns why it ended."""
-        self.group = group = RankGroup(self._plan, folder, self._find_ports)
+        group = RankGroup()
         try:
+            group.start(self._plan, folder, self._find_ports)
             ended, connected = asyncio.ensure_future(group.wait()), asyncio.ensure_future(arrived.get())
             await asyncio.wait({ended, connected}, return_when="FIRST_COMPLETED", timeout=self._silence_s)
             if not connected.done():

@@ -116,7 +116,12 @@ def test_stop_words_and_cached_prompts(running: Server, wanted: str) -> None:
         ({"messages": ASKED, "temperature": "hot"}, "temperature must be a number from 0 to 100, not 'hot'"),
         ({"messages": []}, "messages must be a list of objects with role and content"),
         ({"messages": ASKED, "n": 0.5}, "n must be a whole number from 1 to 16, not 0.5"),
+        ({"messages": ASKED, "n": 0}, "n must be a whole number from 1 to 16, not 0"),
         ({"messages": ASKED, "stream": 1}, "stream must be true or false, not 1"),
+        ({"messages": ASKED, "stop": ["x"] * 17}, "stop takes up to 16 texts of up to 256 characters"),
+        ({"messages": ASKED, "logit_bias": {"5": 1e39}}, "numbers from -10000 to 10000"),
+        ({"messages": ASKED, "logit_bias": {"5000": 1}, "stream": True}, "token 5000 is not in the vocabulary"),
+        ({"messages": [{"role": "fox", "content": "x"}]}, "role must be one of system, developer, user, assistant"),
         ({"messages": ASKED, "stream_options": {"include_usage": True}}, "stream_options must be"),
         ({"messages": [{"role": "user", "content": "fox " * 3000}]}, "but the context is"),
         (
@@ -169,6 +174,15 @@ def test_models_tokens_and_metrics(running: Server) -> None:
     assert any(line.startswith("hippo_generated_tokens_total ") and not line.endswith(" 0.0") for line in lines)
 
 
+def test_impossible_tokens_have_logprobs_that_json_can_say(running: Server) -> None:
+    bias = {str(token): -10_000 for token in range(1, 1536)}
+    answer = running.client().completions.create(
+        model=MODEL, prompt="a fox", max_tokens=2, logprobs=5, logit_bias=bias, extra_body={"response_format": {"type": "json_object"}},
+    )  # fmt: skip
+    assert answer.choices[0].logprobs is not None
+    assert min(value for top in answer.choices[0].logprobs.top_logprobs or [] for value in top.values()) == -9999.0
+
+
 def test_who_goes_away_frees_the_place(running: Server) -> None:
     def endless(**options: Any) -> Any:
         return running.client().chat.completions.create(
@@ -198,8 +212,16 @@ def test_a_body_too_large_and_one_that_never_comes(running: Server) -> None:
         assert running.get("/health") == {"status": "ok"}
 
 
-def test_keys() -> None:
-    with server("--ranks", "1", env={"HIPPO_API_KEYS": "first, second"}) as found:
+def test_keys_and_defaults() -> None:
+    """The command line's system prompt and seed hold where a body brings none."""
+    options = ("--ranks", "1", "--seed", "5", "--temp", "1.0", "--system-prompt", "You tell of hens.")
+    with server(*options, env={"HIPPO_API_KEYS": "first, second"}) as found:
+        chat = found.client("first").chat.completions
+        answers = [chat.create(model=MODEL, messages=ASKED, max_tokens=20) for _ in range(2)]
+        assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+        own = chat.create(model=MODEL, messages=[{"role": "system", "content": "x"}, *ASKED], max_tokens=1)
+        assert answers[0].usage and own.usage and answers[0].usage.prompt_tokens > own.usage.prompt_tokens
+        assert "ranks" not in found.status()
         assert found.get("/health") == {"status": "ok"}
         with pytest.raises(openai.AuthenticationError, match="API key"):
             found.client("wrong").models.list()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import openai
 import pytest
 
+from hippo_mpi.config import BUNDLED_MODEL
 from tests import ranks
-from tests.servers import GOES_ON, MODEL, Server, server
+from tests.servers import GOES_ON, MODEL, SERVE, Server, server
 
 NUM_STREAMS = 8
 TIMEOUT_S = 4
@@ -62,6 +66,36 @@ def test_requests_wait_while_ranks_start_again() -> None:
         assert "the ranks are" in running.status()["state"]
         answer = running.client().completions.create(model=MODEL, prompt="A fox", max_tokens=5)
         assert answer.usage is not None and answer.usage.completion_tokens == 5
+
+
+def test_a_model_that_is_gone_meanwhile(tmp_path: Path) -> None:
+    """Ranks that can't start again are tried again, later and later; a request gets its error after so many."""
+    folder = tmp_path / "model"
+    shutil.copytree(BUNDLED_MODEL, folder)
+    with server("--model", str(folder), "--timeout", str(TIMEOUT_S), "--max-restarts", "2") as running:
+        client = running.client()
+        client.completions.create(model="model", prompt="A fox", max_tokens=3)
+        folder.rename(tmp_path / "other")
+        os.kill(running.rank_pids()[0], signal.SIGKILL)
+        running.await_status(lambda status: not status["ready"])
+        with pytest.raises(openai.InternalServerError, match="the ranks failed 3 times in a row"):
+            client.completions.create(model="model", prompt="A fox", max_tokens=3)
+        (tmp_path / "other").rename(folder)
+        assert client.completions.create(model="model", prompt="A fox", max_tokens=3).choices[0].text
+
+
+def test_the_end_while_ranks_start_again() -> None:
+    """A stopped rank, and a signal to the front while it ends what is left: nothing stays."""
+    with ranks.single([SERVE, "--port", "0", "--timeout", "3"]) as process:
+        running = Server(process)
+        running.await_ready()
+        below = running.rank_pids()
+        os.kill(below[1], signal.SIGSTOP)
+        running.await_status(lambda status: not status["ready"])
+        time.sleep(0.3)
+        process.process.terminate()
+        assert process.wait(20) == 0
+        assert not ranks.await_end(below)
 
 
 def test_ranks_that_never_come_back() -> None:
