@@ -19,7 +19,7 @@ from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.parallel.pipeline import Pipeline
-from hippo_mpi.plan import show
+from hippo_mpi.plan import show_plan
 from hippo_mpi.serving.console import Conversation, json_answer, statistics_line, write
 
 
@@ -101,7 +101,9 @@ def lead(session: Session, first_prompt: str | None = None) -> tuple[Pipeline, C
 def answer(session: Session) -> int:
     arguments = session.arguments
     if arguments.show_plan:
-        return show(session)
+        show_plan(session)
+        session.control.close()
+        return 0
     if session.world.rank > 0:
         command.follow(session)
         return 0

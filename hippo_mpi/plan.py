@@ -86,10 +86,16 @@ def _with_unit(text: str, units: dict[str, float]) -> float:
     return value
 
 
-def show(session: Session) -> int:
-    arguments, split = session.arguments, session.agreement.split
-    if split is not None and not arguments.json:
-        print(split.table(), flush=True)
+def show_plan(session: Session) -> None:
+    """Print which rank would hold what; rank 0 knows."""
+    if session.agreement.split is not None:
+        print(session.agreement.split.table(), flush=True)
+
+
+def plan(session: Session) -> int:
+    arguments = session.arguments
+    if not arguments.json:
+        show_plan(session)
     if arguments.simulate:
         _simulate(session)
     session.control.close()
@@ -140,7 +146,7 @@ def _measure(session: Session, workload: Workload) -> list[StageTimes]:
 
 
 def main() -> None:
-    command.run(make_parser(), show)
+    command.run(make_parser(), plan)
 
 
 if __name__ == "__main__":
