@@ -94,6 +94,8 @@ def show_plan(session: Session) -> None:
 
 def plan(session: Session) -> int:
     arguments = session.arguments
+    if arguments.json and not arguments.simulate:
+        raise UserError("--json prints what a simulation found: add --simulate")
     if not arguments.json:
         show_plan(session)
     if arguments.simulate:

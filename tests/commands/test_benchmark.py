@@ -22,6 +22,7 @@ def run(*options: str, num_ranks: int = 2) -> str:
         return running[0].out
 
 
+@pytest.mark.slow
 def test_all_modes(tmp_path: Path) -> None:
     picture, trace = tmp_path / "rates.png", tmp_path / "trace.json"
     out = run("--json", "--compare", "mlx-lm", "--plot", str(picture), "--trace", str(trace))

@@ -73,6 +73,7 @@ def test_simulation_of_launched_ranks(tmp_path: Path) -> None:
     assert 0.4 < rates[1] < 0.5  # two hops of a second, and the stages
 
 
+@pytest.mark.slow
 def test_simulation_as_a_table() -> None:
     with ranks.single([PLAN, "--simulate", "--machine", "a:8", "--machine", "b:8:2", "--link", "wifi"]) as running:
         assert running.wait() == 0, running.err
@@ -87,6 +88,7 @@ def test_simulation_as_a_table() -> None:
     [
         (["--link", "string"], "'string' is neither thunderbolt4, thunderbolt5, 10gbe, wifi nor LATENCY,BANDWIDTH"),
         (["--link", "0us,1GB/s"], "is neither"),
+        (["--json"], "--json prints what a simulation found: add --simulate"),
         (["--simulate", "--concurrent", "0"], "--concurrent takes numbers of requests above 0"),
         (["--simulate", "--stage-times", "nowhere.json"], "--stage-times nowhere.json can't be read: No such file"),
         (["--simulate", "--stage-times", str(Path(__file__))], "is no output of hippo_mpi.plan --simulate --json"),

@@ -212,6 +212,7 @@ def test_a_body_too_large_and_one_that_never_comes(running: Server) -> None:
         assert running.get("/health") == {"status": "ok"}
 
 
+@pytest.mark.slow
 def test_keys_and_defaults() -> None:
     """The command line's system prompt and seed hold where a body brings none."""
     options = ("--ranks", "1", "--seed", "5", "--temp", "1.0", "--system-prompt", "You tell of hens.")
@@ -258,6 +259,7 @@ def test_ranks_that_refuse_to_start() -> None:
         assert lines[0].startswith("error: layer split 1,2,3")
 
 
+@pytest.mark.slow
 def test_inside_a_launcher(wanted: str) -> None:
     """From rank 0, without a supervisor; a signal to rank 0 ends all."""
     with ranks.ring([[SERVE, "--port", "0"]] * 2) as running:

@@ -104,22 +104,22 @@ def measure_idle(_: int) -> None:
 
 def _load(url: str, model: str, concurrent: int) -> tuple[float, float]:
     """(tokens per second of all requests, median seconds to the first token)."""
-    firsts: list[float] = []
+    firsts: dict[int, float] = {}
 
     def ask(number: int) -> int:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
         began = time.perf_counter()
         words = " ".join(f"w{(number * 7 + i) % 97}" for i in range(24))
         pieces = client.completions.create(model=model, prompt=words, max_tokens=32, stream=True, temperature=0)
-        for index, _ in enumerate(pieces):
-            if index == 0:
-                firsts.append(time.perf_counter() - began)
+        for piece in pieces:
+            if piece.choices and piece.choices[0].text:
+                firsts.setdefault(number, time.perf_counter() - began)
         return 32
 
     began = time.perf_counter()
     with ThreadPoolExecutor(concurrent) as pool:
         total = sum(pool.map(ask, range(concurrent)))
-    return total / (time.perf_counter() - began), statistics.median(firsts)
+    return total / (time.perf_counter() - began), statistics.median(firsts.values())
 
 
 def _await(url: str) -> None:
