@@ -30,6 +30,7 @@ from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.errors import HippoError, RankError, UserError, print_error
 from hippo_mpi.generate import open_text, sampling_params
 from hippo_mpi.run import check_hostfile, free_ports
+from hippo_mpi.serving.config_file import file_options
 from hippo_mpi.serving.front import Front
 from hippo_mpi.serving.rank_link import FRONT, MAX_LINE_BYTES, About
 from hippo_mpi.serving.rank_service import RankService
@@ -53,6 +54,7 @@ def make_parser() -> config.Parser:
     parser = config.Parser(prog="hippo_mpi.serve", description=(__doc__ or "").splitlines()[0])
     config.add_model_options(parser)
     group = parser.add_argument_group("server")
+    group.add_argument("--config", type=Path, help="YAML file of options; those of the command line win")
     group.add_argument("--address", default="127.0.0.1", help="address to listen on")
     group.add_argument("--port", type=config.whole, default=8080, help="port to listen on; 0: any free one")
     group.add_argument("--model-name", help="name of the model in the API; the last part of --model if not given")
@@ -139,6 +141,7 @@ def serve(argv: list[str]) -> int:
     Raises:
         HippoError: in one line.
     """
+    argv = with_file_options(make_parser(), argv)
     arguments = make_parser().parse_args(argv)
     keys = read_keys(arguments)
     tokenizer, chat_format = _open_text(arguments)
@@ -221,6 +224,14 @@ def _open_text(arguments: argparse.Namespace) -> tuple[TokenizerWrapper, ChatFor
     return tokenizer, format
 
 
+def with_file_options(parser: config.Parser, argv: list[str]) -> list[str]:
+    """The command line with the options of its --config file in front, so that ranks don't need the file."""
+    finder = config.Parser(add_help=False)
+    finder.add_argument("--config", type=Path)
+    found, rest = finder.parse_known_args(argv)
+    return [*file_options(found.config, parser), *rest] if found.config else argv
+
+
 def _launch_plan(arguments: argparse.Namespace, argv: list[str]) -> LaunchPlan:
     if arguments.hostfile is None:
         return LaunchPlan([sys.executable, "-m", "hippo_mpi.serve", *argv], arguments.ranks)
@@ -256,7 +267,7 @@ def main() -> NoReturn:
     try:
         is_rank = FRONT in os.environ or bool(detect_launch().backend)
         if is_rank:
-            command.run(make_parser(), serve_rank)
+            command.run(make_parser(), serve_rank, with_file_options(make_parser(), argv))
         sys.exit(serve(argv))
     except HippoError as error:
         print_error(str(error))

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -228,6 +229,29 @@ def test_keys_and_defaults() -> None:
             found.client("wrong").models.list()
         assert [model.id for model in found.client("second").models.list()] == [MODEL]
         assert "first" not in found.running.err
+
+
+def test_a_file_of_options(tmp_path: Path) -> None:
+    """It holds for the front and for the ranks; the command line wins; a mistake names its line and key."""
+    path = tmp_path / "hippo.yaml"
+    path.write_text("ranks: 3\nmodel_name: tales\nlayer-split: [6, 6]\nstop_words: [river, hill]\ninsecure: false\n")
+    with server("--config", str(path), "--ranks", "2") as found:
+        assert [model.id for model in found.client().models.list()] == ["tales"]
+        assert len(found.rank_pids()) == 2
+        assert found.status()["ranks"][0]["layers"] == [0, 6]
+    for text, line in (
+        ("ranks: 2\nfox: 1\n", "line 2: unknown key 'fox'"),
+        ("port: 8080\nport: 8081\n", "line 2: 'port' is there twice"),
+        ("\nport: many\n", "line 2: argument --port: 'many' is not a whole number"),
+        ("insecure: perhaps\n", "line 1: insecure must be true or false"),
+        ("port: {a: 1}\n", "line 1: port must be a value, or a list of values"),
+        ("- port\n", "must hold keys and values"),
+        ("a: [\n", "is not YAML"),
+    ):
+        path.write_text(text)
+        with ranks.single([SERVE, "--config", str(path)]) as refused:
+            assert refused.wait() == 2
+            assert line in refused.err and refused.err.count("error:") == 1
 
 
 def test_others_need_a_key() -> None:
