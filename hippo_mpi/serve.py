@@ -30,6 +30,7 @@ from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.errors import HippoError, RankError, UserError, print_error
 from hippo_mpi.generate import open_text, sampling_params
 from hippo_mpi.run import check_hostfile, free_ports
+from hippo_mpi.serving.audit_log import AuditLog
 from hippo_mpi.serving.config_file import file_options
 from hippo_mpi.serving.front import Front
 from hippo_mpi.serving.rank_link import FRONT, MAX_LINE_BYTES, About
@@ -65,6 +66,8 @@ def make_parser() -> config.Parser:
     group.add_argument(
         "--max-queue", type=config.whole, default=256, help="requests that may wait; more get status 429"
     )
+    group.add_argument("--audit-log", type=Path, help="write who asked for what, and how it ended, into this file")
+    group.add_argument("--audit-text", action="store_true", help="prompts and answers, too, and not only digests")
     group = parser.add_argument_group("ranks that this command starts itself")
     group.add_argument("--hostfile", type=Path, help="JSON list of hosts, as for mlx.launch")
     group.add_argument("--ranks", type=config.positive, default=2, help="ranks on this machine, without a hostfile")
@@ -104,7 +107,8 @@ def serve_rank(session: Session) -> int:
         connection, ours = socket.socketpair()
         front = _make_front(session.arguments)
         metrics = Metrics(front, lambda: 0)
-        api = Api(front, tokenizer, chat_format, _settings(session.arguments, keys), metrics)
+        settings = _settings(session.arguments, keys)
+        api = Api(front, tokenizer, chat_format, settings, metrics, _audit_log(session.arguments))
         threading.Thread(
             target=_serve_unsupervised, args=(session, front, api, ours), name="hippo-http", daemon=True
         ).start()
@@ -148,9 +152,8 @@ def serve(argv: list[str]) -> int:
     front = _make_front(arguments)
     plan = _launch_plan(arguments, argv)
     supervisor = Supervisor(front, plan, free_ports, arguments.timeout, arguments.max_restarts)
-    api = Api(
-        front, tokenizer, chat_format, _settings(arguments, keys), Metrics(front, lambda: supervisor.num_restarts)
-    )
+    metrics = Metrics(front, lambda: supervisor.num_restarts)
+    api = Api(front, tokenizer, chat_format, _settings(arguments, keys), metrics, _audit_log(arguments))
     asyncio.run(_serve_supervised(arguments, front, api, supervisor))
     return 0
 
@@ -214,6 +217,10 @@ def _make_front(arguments: argparse.Namespace) -> Front:
 def _settings(arguments: argparse.Namespace, keys: tuple[str, ...]) -> ApiSettings:
     defaults = replace(sampling_params(arguments), seed=arguments.seed)
     return ApiSettings(arguments.model_name or Path(arguments.model).name, keys, defaults, arguments.system_prompt)
+
+
+def _audit_log(arguments: argparse.Namespace) -> AuditLog | None:
+    return AuditLog(arguments.audit_log, arguments.audit_text) if arguments.audit_log else None
 
 
 def _open_text(arguments: argparse.Namespace) -> tuple[TokenizerWrapper, ChatFormat]:

@@ -11,7 +11,8 @@ import hmac
 import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ from hippo_mpi.serving.anthropic_protocol import (
     messages_error,
     read_messages_body,
 )
+from hippo_mpi.serving.audit_log import AuditLog, digest
 from hippo_mpi.serving.front import Answer, Front, Overloaded
 from hippo_mpi.serving.metrics import Metrics
 from hippo_mpi.serving.openai_answers import (
@@ -80,9 +82,10 @@ class Api:
         chat_format: ChatFormat,
         settings: ApiSettings,
         metrics: Metrics,
+        audit: AuditLog | None = None,
     ) -> None:
         self._front, self._tokenizer, self._format = front, tokenizer, chat_format
-        self._settings, self._metrics = settings, metrics
+        self._settings, self._metrics, self._audit = settings, metrics, audit
 
     def app(self) -> Starlette:
         def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -118,8 +121,7 @@ class Api:
     def _check_key(self, request: Request) -> None:
         if not self._settings.keys:
             return
-        headers = request.headers
-        given = (headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")).encode()
+        given = _key_of(request).encode()
         # Every key is compared, in constant time, so that how long it takes says nothing.
         known = [hmac.compare_digest(given, key.encode()) for key in self._settings.keys]
         if not any(known):
@@ -202,17 +204,19 @@ class Api:
                 sampling = replace(asked.sampling, seed=None if seed is None else seed + index)
                 answers.append(self._front.submit(prompt, sampling))
         except UserError:
-            self._abort(answers)
+            for answer in answers:
+                self._front.abort(answer)
             raise
         name = f"{'chatcmpl' if asked.url == CHAT else 'cmpl'}-{secrets.token_hex(12)}"
+        end = partial(self._end, request, name, asked, answers)
         choices = [Choice(asked, prompt, self._tokenizer) for _ in answers]
         if is_stream:
-            events = self._events(asked, name, answers, choices, wants_usage)
+            events = self._events(asked, name, answers, choices, wants_usage, end)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         try:
             found = await _unless_gone(request, asyncio.gather(*(_all(answer) for answer in answers)))
         finally:
-            self._abort(answers)
+            end()
         for choice, outputs in zip(choices, found, strict=True):
             for output in outputs:
                 choice.take(output)
@@ -224,6 +228,7 @@ class Api:
         asked = read_messages_body(body, self._settings.defaults)
         answer = self._front.submit(await self._encode(asked), asked.sampling)
         name, model = f"msg_{secrets.token_hex(12)}", self._settings.model
+        end = partial(self._end, request, name, asked, [answer])
         if is_stream:
 
             async def events() -> AsyncIterator[bytes]:
@@ -231,17 +236,23 @@ class Api:
                     async for event in message_events(asked, model, name, answer.outputs(), self._tokenizer):
                         yield event
                 finally:
-                    self._front.abort(answer)
+                    end()
 
             return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         try:
             (outputs,) = await _unless_gone(request, asyncio.gather(_all(answer)))
         finally:
-            self._front.abort(answer)
+            end()
         return JSONResponse(message_object(asked, model, name, outputs, self._tokenizer))
 
     async def _events(
-        self, asked: Asked, name: str, answers: Sequence[Answer], choices: Sequence[Choice], wants_usage: bool
+        self,
+        asked: Asked,
+        name: str,
+        answers: Sequence[Answer],
+        choices: Sequence[Choice],
+        wants_usage: bool,
+        end: Callable[[], None],
     ) -> AsyncIterator[bytes]:
         """Server-sent events: every output as it comes, whichever choice it is of."""
         model = self._settings.model
@@ -264,11 +275,39 @@ class Api:
         finally:  # also when the client has gone away
             for task in tasks:
                 task.cancel()
-            self._abort(answers)
+            end()
 
-    def _abort(self, answers: Sequence[Answer]) -> None:
+    def _end(self, request: Request, name: str, asked: Asked, answers: Sequence[Answer]) -> None:
+        """A request has ended, or its client has gone away: free its places, and write it down."""
         for answer in answers:
             self._front.abort(answer)
+        if self._audit is None:
+            return
+        key = _key_of(request)
+        given = {k: v for k, v in asdict(asked.sampling).items() if v != getattr(self._settings.defaults, k)}
+        prompt = self._tokenizer.decode(answers[0].request.prompt)
+        record: dict[str, Any] = {
+            "id": name,
+            "key": digest(key)[:16] if key else None,
+            "model": self._settings.model,
+            "endpoint": request.url.path,
+            "parameters": given,
+            "prompt_tokens": len(answers[0].request.prompt),
+            "prompt_digest": digest(prompt),
+            "choices": [],
+        }
+        for answer in answers:
+            text = self._tokenizer.decode(answer.timings.token_ids)
+            choice = {"tokens": len(answer.timings.token_ids), "outcome": answer.outcome, "digest": digest(text)}
+            record["choices"].append({**choice, **({"text": text} if self._audit.has_text else {})})
+        if self._audit.has_text:
+            record["prompt"] = prompt
+        self._audit.write(record)
+
+
+def _key_of(request: Request) -> str:
+    headers = request.headers
+    return headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
 
 
 async def _all(answer: Answer) -> list[RequestOutput]:

@@ -32,6 +32,7 @@ class Answer:
     timings: Timings
     emitted_chars: int = 0
     random_state: list[int] | None = None
+    outcome: str = "abort"  # or its finish reason, or its error
     num_failures: int = 0  # of ranks that were at work on it, one after another, without a token of it between
     _told: asyncio.Queue[RequestOutput | UserError | RankError] = field(default_factory=asyncio.Queue)
 
@@ -51,11 +52,13 @@ class Answer:
             self.timings.cached_tokens = told.cached_tokens
         self.emitted_chars += len(told.text)
         self.random_state = told.random_state
+        self.outcome = told.finish_reason or self.outcome
         output = RequestOutput(told.request_id, told.text, told.token, self.timings, told.logprobs, told.finish_reason)
         self._told.put_nowait(output)
         return output
 
     def fail(self, error: UserError | RankError) -> None:
+        self.outcome = f"error: {error}"
         self._told.put_nowait(error)
 
     async def outputs(self) -> AsyncIterator[RequestOutput]:

@@ -254,6 +254,29 @@ def test_a_file_of_options(tmp_path: Path) -> None:
             assert line in refused.err and refused.err.count("error:") == 1
 
 
+def test_the_audit_log(tmp_path: Path) -> None:
+    """A line for every request, however it ends; keys and texts as digests; verified by the command."""
+    log, audit = tmp_path / "audit.jsonl", str(ranks.BIN / "hippo_mpi.audit")
+    with server("--ranks", "1", "--audit-log", str(log), env={"HIPPO_API_KEYS": "secret-key"}) as found:
+        client = found.client("secret-key")
+        client.chat.completions.create(model=MODEL, messages=ASKED, max_tokens=5, n=2, temperature=0.5)
+        stream = client.completions.create(
+            model=MODEL, prompt="A fox", max_tokens=1900, stream=True, logit_bias=GOES_ON, temperature=2.0
+        )
+        next(iter(stream))
+        stream.close()
+        found.await_status(lambda status: status["requests"] == 0)
+    first, second = (json.loads(line) for line in log.read_text().splitlines())
+    assert [choice["outcome"] for choice in first["choices"]] == ["length", "length"]
+    assert first["parameters"] == {"max_tokens": 5, "temp": 0.5}
+    assert second["choices"][0]["outcome"] == "abort"
+    assert "secret" not in log.read_text() and "fox" not in log.read_text()
+    for lines, code in ((log.read_text(), 0), (log.read_text().replace('"length"', '"stop"', 1), 2)):
+        log.write_text(lines)
+        with ranks.single([audit, "verify", str(log)]) as verify:
+            assert verify.wait() == code, verify.err
+
+
 def test_others_need_a_key() -> None:
     with ranks.single([SERVE, "--address", "0.0.0.0"]) as refused:
         assert refused.wait() == 2
