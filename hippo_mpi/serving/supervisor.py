@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hippo_mpi.errors import LaunchError, UserError
@@ -149,7 +149,7 @@ class Supervisor:
         """One life of the ranks; returns why it ended."""
         group = RankGroup()
         try:
-            group.start(self._plan, folder, self._find_ports)
+            group.start(self._same_again(), folder, self._find_ports)
             ended, connected = asyncio.ensure_future(group.wait()), asyncio.ensure_future(arrived.get())
             await asyncio.wait({ended, connected}, return_when="FIRST_COMPLETED", timeout=self._silence_s)
             if not connected.done():
@@ -168,6 +168,13 @@ class Supervisor:
             return serving.result() if serving.done() and not serving.cancelled() else "a rank has ended"
         finally:
             await group.end()
+
+    def _same_again(self) -> LaunchPlan:
+        """The context that was promised stays, even if less memory is free by now: else answers could not go on."""
+        about = self._front.about
+        if about is None:
+            return self._plan
+        return replace(self._plan, command=[*self._plan.command, "--max-context", str(about.max_context)])
 
     def _refuse(self, group: RankGroup) -> str:
         """What the exit status says. Before any rank was ready, a user's mistake ends everything."""
