@@ -45,11 +45,27 @@ def one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How messages become a prompt; flags of mlx_lm.generate."""
+    """How messages become a prompt; flags of mlx_lm.generate.
+
+    Raises:
+        UserError: the config isn't a JSON object.
+    """
 
     ignore_chat_template: bool = False
     chat_template_config: str | None = None
     prefill_response: str | None = None
+
+    def __post_init__(self) -> None:
+        self._options()
+
+    def _options(self) -> dict[str, Any]:
+        try:
+            options = json.loads(self.chat_template_config) if self.chat_template_config else {}
+        except json.JSONDecodeError as error:
+            raise UserError(f"--chat-template-config is not JSON: {error}") from None
+        if not isinstance(options, dict):
+            raise UserError("--chat-template-config must be a JSON object")
+        return options
 
     def encode(
         self, tokenizer: TokenizerWrapper, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
@@ -66,12 +82,7 @@ class ChatFormat:
         if self.ignore_chat_template or not tokenizer.has_chat_template:
             text = "\n".join(message["content"] for message in messages)
             return encode(tokenizer, text)
-        try:
-            options = json.loads(self.chat_template_config) if self.chat_template_config else {}
-        except json.JSONDecodeError as error:
-            raise UserError(f"--chat-template-config is not JSON: {error}") from None
-        if not isinstance(options, dict):
-            raise UserError("--chat-template-config must be a JSON object")
+        options = self._options()
         if self.prefill_response is not None:
             messages = [*messages, {"role": "assistant", "content": self.prefill_response}]
             options = {**options, "continue_final_message": True}
