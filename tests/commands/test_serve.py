@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import time
@@ -173,6 +174,16 @@ def test_models_tokens_and_metrics(running: Server) -> None:
     assert len(running.status()["ranks"]) == 1  # rank 0's own
     lines = running.get("/metrics").splitlines()
     assert any(line.startswith("hippo_generated_tokens_total ") and not line.endswith(" 0.0") for line in lines)
+
+
+def test_the_dashboard_draws_what_there_is(running: Server) -> None:
+    running.client().completions.create(model=MODEL, prompt="A fox", max_tokens=3)
+    exported = set(re.findall(r"^(hippo_\w+)", running.get("/metrics"), re.M))
+    dashboard = (Path(__file__).parents[2] / "launch" / "grafana.json").read_text()
+    drawn = set(re.findall(r"\bhippo_\w+", dashboard))
+    assert drawn and drawn <= exported, drawn - exported
+    unseen = {name for name in exported if not name.endswith(("_created", "_sum", "_count"))} - drawn
+    assert not unseen
 
 
 def test_impossible_tokens_have_logprobs_that_json_can_say(running: Server) -> None:
