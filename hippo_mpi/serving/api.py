@@ -46,6 +46,7 @@ from hippo_mpi.serving.openai_answers import (
     usage_chunk,
 )
 from hippo_mpi.serving.openai_protocol import CHAT, COMPLETION, Asked, read_body
+from hippo_mpi.serving.responses_protocol import RESPONSES, read_responses_body, response_events, response_object
 
 _T = TypeVar("_T")
 _MOST_CHOICES = 16
@@ -70,6 +71,20 @@ class ApiSettings:
     system_prompt: str | None = None
     max_body_bytes: int = 4 << 20
     body_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """Another API's words: its bodies, its objects, its events, and how its ids begin."""
+
+    read: Callable[[dict[str, Any], SamplingParams], Asked]
+    whole: Callable[[Asked, str, str, list[RequestOutput], TokenizerWrapper], dict[str, Any]]
+    events: Callable[[Asked, str, str, AsyncIterator[RequestOutput], TokenizerWrapper], AsyncIterator[bytes]]
+    prefix: str
+
+
+_ANTHROPIC = _Dialect(read_messages_body, message_object, message_events, "msg")
+_RESPONSES = _Dialect(read_responses_body, response_object, response_events, "resp")
 
 
 class Api:
@@ -105,7 +120,8 @@ class Api:
                 Route("/tokenize", guarded(self._tokenize), methods=["POST"]),
                 Route(CHAT, guarded(self._answer), methods=["POST"]),
                 Route(COMPLETION, guarded(self._answer), methods=["POST"]),
-                Route(MESSAGES, guarded(self._message), methods=["POST"]),
+                Route(MESSAGES, guarded(partial(self._speak, _ANTHROPIC)), methods=["POST"]),
+                Route(RESPONSES, guarded(partial(self._speak, _RESPONSES)), methods=["POST"]),
             ],
             exception_handlers={
                 HTTPException: _http_error,
@@ -222,18 +238,19 @@ class Api:
                 choice.take(output)
         return JSONResponse(answer_object(self._settings.model, name, choices))
 
-    async def _message(self, request: Request) -> Response:
+    async def _speak(self, dialect: _Dialect, request: Request) -> Response:
+        """One answer, in the words of another API."""
         body = await self._body(request)
         is_stream = _boolean(body.pop("stream", None), "stream")
-        asked = read_messages_body(body, self._settings.defaults)
+        asked = dialect.read(body, self._settings.defaults)
         answer = self._front.submit(await self._encode(asked), asked.sampling)
-        name, model = f"msg_{secrets.token_hex(12)}", self._settings.model
+        name, model = f"{dialect.prefix}_{secrets.token_hex(12)}", self._settings.model
         end = partial(self._end, request, name, asked, [answer])
         if is_stream:
 
             async def events() -> AsyncIterator[bytes]:
                 try:
-                    async for event in message_events(asked, model, name, answer.outputs(), self._tokenizer):
+                    async for event in dialect.events(asked, model, name, answer.outputs(), self._tokenizer):
                         yield event
                 finally:
                     end()
@@ -243,7 +260,7 @@ class Api:
             (outputs,) = await _unless_gone(request, asyncio.gather(_all(answer)))
         finally:
             end()
-        return JSONResponse(message_object(asked, model, name, outputs, self._tokenizer))
+        return JSONResponse(dialect.whole(asked, model, name, outputs, self._tokenizer))
 
     async def _events(
         self,

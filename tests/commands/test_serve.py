@@ -160,6 +160,21 @@ def test_anthropic_s_client(running: Server, wanted: str) -> None:
         client.messages.create(model="other", messages=asked, max_tokens=4)
 
 
+def test_responses(running: Server, wanted: str) -> None:
+    client = running.client()
+    answer = client.responses.create(model=MODEL, input=DEFAULT_PROMPT, max_output_tokens=40)
+    assert answer.output_text == wanted
+    assert (answer.status, answer.usage and answer.usage.output_tokens) == ("incomplete", 40)
+    asked: Any = [{"role": "user", "content": [{"type": "input_text", "text": DEFAULT_PROMPT}]}]
+    with client.responses.stream(model=MODEL, input=asked, max_output_tokens=400) as stream:
+        texts = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        whole = stream.get_final_response()
+    assert len(texts) > 20 and "".join(texts) == whole.output_text
+    assert whole.output_text.startswith(wanted) and whole.status == "completed"
+    with pytest.raises(openai.BadRequestError, match="previous_response_id must be None here"):
+        client.responses.create(model=MODEL, input="x", previous_response_id="resp_1")
+
+
 def test_models_tokens_and_metrics(running: Server) -> None:
     client = running.client()
     assert [model.id for model in client.models.list()] == [MODEL]
