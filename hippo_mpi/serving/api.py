@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.engine.text import ChatFormat
@@ -227,8 +228,7 @@ class Api:
         end = partial(self._end, request, name, asked, answers)
         choices = [Choice(asked, prompt, self._tokenizer) for _ in answers]
         if is_stream:
-            events = self._events(asked, name, answers, choices, wants_usage, end)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            return _EventStream(self._events(asked, name, answers, choices, wants_usage), end)
         try:
             found = await _unless_gone(request, asyncio.gather(*(_all(answer) for answer in answers)))
         finally:
@@ -247,15 +247,7 @@ class Api:
         name, model = f"{dialect.prefix}_{secrets.token_hex(12)}", self._settings.model
         end = partial(self._end, request, name, asked, [answer])
         if is_stream:
-
-            async def events() -> AsyncIterator[bytes]:
-                try:
-                    async for event in dialect.events(asked, model, name, answer.outputs(), self._tokenizer):
-                        yield event
-                finally:
-                    end()
-
-            return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            return _EventStream(dialect.events(asked, model, name, answer.outputs(), self._tokenizer), end)
         try:
             (outputs,) = await _unless_gone(request, asyncio.gather(_all(answer)))
         finally:
@@ -269,7 +261,6 @@ class Api:
         answers: Sequence[Answer],
         choices: Sequence[Choice],
         wants_usage: bool,
-        end: Callable[[], None],
     ) -> AsyncIterator[bytes]:
         """Server-sent events: every output as it comes, whichever choice it is of."""
         model = self._settings.model
@@ -292,7 +283,6 @@ class Api:
         finally:  # also when the client has gone away
             for task in tasks:
                 task.cancel()
-            end()
 
     def _end(self, request: Request, name: str, asked: Asked, answers: Sequence[Answer]) -> None:
         """A request has ended, or its client has gone away: free its places, and write it down."""
@@ -325,6 +315,20 @@ class Api:
 def _key_of(request: Request) -> str:
     headers = request.headers
     return headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; `end` is called when they have ended, or the client has gone away, even before the first."""
+
+    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
 
 
 async def _all(answer: Answer) -> list[RequestOutput]:

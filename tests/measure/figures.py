@@ -175,7 +175,7 @@ def measure_simulation(_: str, preload: str, trials: int) -> None:
         times.write_text(run_over_link("hippo_mpi.plan", [*load, "--simulate"], preload, *_LINKS[0]))
         benchmark = [*load, "--generation-tokens", "24", "--trials", str(trials), "--pipeline-only"]
         for latency_s, bytes_per_s in _LINKS:
-            link = f"{(latency_s + _OWN_LATENCY_S) * 1e3}ms,{bytes_per_s / 1e6}MB/s"
+            link = f"{(latency_s + _OWN_LATENCY_S) * 1e3:.3g}ms,{bytes_per_s / 1e6:g}MB/s"
             command = [
                 str(ranks.BIN / "hippo_mpi.plan"),
                 *load,
