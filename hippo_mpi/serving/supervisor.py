@@ -21,6 +21,7 @@ from pathlib import Path
 
 from hippo_mpi.errors import LaunchError, UserError
 from hippo_mpi.serving.front import Front
+from hippo_mpi.serving.progress import TERMINAL
 from hippo_mpi.serving.rank_link import FRONT, MAX_LINE_BYTES
 
 _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -55,7 +56,12 @@ class RankGroup:
         Raises:
             OSError: this machine has no room for another process; those that were started are still to be ended.
         """
-        env = {**os.environ, FRONT: str(folder / "front"), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        env = {
+            **os.environ,
+            FRONT: str(folder / "front"),
+            TERMINAL: str(int(sys.stderr.isatty())),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
         if plan.launcher:
             self._start([*plan.launcher, "--env", f"{FRONT}={env[FRONT]}", "--", *plan.command], env)
             return

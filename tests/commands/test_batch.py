@@ -181,8 +181,8 @@ def test_bad_lines_are_told_and_the_rest_goes_on(tmp_path: Path) -> None:
         (json.dumps(good).encode(), ""),
         (b'{"prompt": "a\\ud800b"}', "half of a surrogate pair in a text"),
         (b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}", "not JSON: Exceeds the limit"),
-        (json.dumps({**good, "logit_bias": {"5": 10**400}}).encode(), "logit_bias must be an object of tokens and fin"),
-        (b'{"prompt": "a", "logit_bias": {"5": NaN}}', "logit_bias must be an object of tokens and finite numbers"),
+        (json.dumps({**good, "logit_bias": {"5": 10**400}}).encode(), "logit_bias must be an object of tokens and numbers from -10000 to 10000"),
+        (b'{"prompt": "a", "logit_bias": {"5": NaN}}', "logit_bias must be an object of tokens and numbers from -10000 to 10000"),
         (b'{"prompt": [5, 99999999]}', "token 99999999 is not in the vocabulary of"),
     ]  # fmt: skip
     source.write_bytes(b"".join(line + b"\n" for line, _ in lines))
