@@ -46,6 +46,7 @@ def test_all_modes(tmp_path: Path) -> None:
     assert any("decode" in event["name"] for event in spans)
 
 
+@pytest.mark.slow
 def test_mlx_lm_s_own_pipeline(tmp_path: Path) -> None:
     """For a model type that has one."""
     folder = make_checkpoint("ministral3", tmp_path)

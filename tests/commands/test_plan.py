@@ -51,6 +51,7 @@ def test_bad_machine() -> None:
     assert "'mini' is not NAME:GIBIBYTES[:SPEED]" in running.err
 
 
+@pytest.mark.slow
 def test_simulation_of_launched_ranks(tmp_path: Path) -> None:
     """Each rank times its own stage; the same times then tell of other links."""
     options = ["--simulate", "--json", "--prompt-tokens", "200", "--concurrent", "1,3"]
@@ -83,6 +84,7 @@ def test_simulation_as_a_table() -> None:
     assert lines[-1].startswith("generation, 16 at once")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "line"),
     [

@@ -257,6 +257,7 @@ def test_keys_and_defaults() -> None:
         assert "first" not in found.running.err
 
 
+@pytest.mark.slow
 def test_a_file_of_options(tmp_path: Path) -> None:
     """It holds for the front and for the ranks; the command line wins; a mistake names its line and key."""
     path = tmp_path / "hippo.yaml"
@@ -280,6 +281,7 @@ def test_a_file_of_options(tmp_path: Path) -> None:
             assert line in refused.err and refused.err.count("error:") == 1
 
 
+@pytest.mark.slow
 def test_the_audit_log(tmp_path: Path) -> None:
     """A line for every request, however it ends; keys and texts as digests; verified by the command."""
     log, audit = tmp_path / "audit.jsonl", str(ranks.BIN / "hippo_mpi.audit")
@@ -309,6 +311,7 @@ def test_others_need_a_key() -> None:
         assert refused.err.startswith("error: others could reach 0.0.0.0 without an API key")
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -317,6 +320,7 @@ def test_a_port_that_is_taken() -> None:
             assert f"error: can't listen on 127.0.0.1:{port}: Address already in use" in refused.err
 
 
+@pytest.mark.slow
 def test_a_model_that_is_missing() -> None:
     with ranks.single([SERVE, "--model", "./nowhere"]) as refused:
         assert refused.wait() == 2
