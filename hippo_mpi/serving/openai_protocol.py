@@ -42,7 +42,7 @@ class Asked:
             UserError: there are none, or the chat template doesn't take the messages.
         """
         if self.url == CHAT:
-            has_system = any(message.get("role") == "system" for message in self.messages)
+            has_system = any(message.get("role") in ("system", "developer") for message in self.messages)
             return chat_format.encode(tokenizer, [*([] if has_system else system or []), *self.messages], self.tools)
         tokens = self.prompt if isinstance(self.prompt, list) else encode(tokenizer, self.prompt)
         if not tokens or self.prompt == "":
