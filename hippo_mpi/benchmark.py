@@ -35,7 +35,9 @@ def make_parser() -> config.Parser:
         default=64,
         help="tokens per request, counted while all are answered",
     )
-    group.add_argument("--concurrent", type=config.counts, default=(1, 4, 16), help="numbers of requests at once")
+    group.add_argument(
+        "--concurrent", type=config.request_counts, default=(1, 4, 16), help="numbers of requests at once"
+    )
     group.add_argument("--trials", type=config.positive, default=5, help="how often; medians are shown")
     group.add_argument("--pipeline-only", action="store_true", help="no whole models: neither standalone nor replicas")
     group.add_argument(
@@ -54,8 +56,6 @@ def make_parser() -> config.Parser:
 
 def benchmark(session: Session) -> int:
     arguments = session.arguments
-    if min(arguments.concurrent) < 1:
-        raise UserError("--concurrent takes numbers of requests above 0, such as 1,4,16")
     if arguments.prompt_tokens + arguments.generation_tokens > session.agreement.max_context:
         raise UserError(
             f"--prompt-tokens {arguments.prompt_tokens} and --generation-tokens {arguments.generation_tokens} are more"

@@ -176,3 +176,10 @@ def counts(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of layer counts such as 14,10") from None
+
+
+def request_counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(positive(part) for part in text.split(","))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers of requests such as 1,4,16") from None

@@ -44,7 +44,9 @@ def make_parser() -> config.Parser:
         help=f"{', '.join(LINKS)}, or LATENCY,BANDWIDTH such as 300us,2GB/s (hippo_mpi.benchmark measures both)",
     )
     group.add_argument("--prompt-tokens", type=config.positive, default=1024, help="tokens of the prompt")
-    group.add_argument("--concurrent", type=config.counts, default=(1, 4, 16), help="numbers of requests at once")
+    group.add_argument(
+        "--concurrent", type=config.request_counts, default=(1, 4, 16), help="numbers of requests at once"
+    )
     group.add_argument("--stage-times", type=Path, help="a --json output to take the times from, instead of measuring")
     group.add_argument("--json", action="store_true", help="print one JSON object with the times and the prediction")
     config.add_cache_options(parser)
@@ -107,8 +109,6 @@ def plan(session: Session) -> int:
 def _simulate(session: Session) -> None:
     arguments, agreement = session.arguments, session.agreement
     num_stages, prompt = len(agreement.counts), arguments.prompt_tokens
-    if min(arguments.concurrent) < 1:
-        raise UserError("--concurrent takes numbers of requests above 0, such as 1,4,16")
     chunk = arguments.prefill_step_size or chunk_tokens(prompt, num_stages)
     workload = Workload(prompt, chunk, arguments.concurrent, agreement.can_batch is not False)
     if arguments.stage_times:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -77,6 +78,13 @@ def no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
 
 
+def quick_are(*names: str, of: dict[str, Any]) -> pytest.MarkDecorator:
+    """All cases of a table; those that are named belong to the quick run."""
+    return pytest.mark.parametrize(
+        "case", [pytest.param(name, marks=() if name in names else pytest.mark.slow, id=name) for name in of]
+    )
+
+
 NORM = "model.layers.7.input_layernorm.weight"
 CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no config": (without("config.json"), ["has no config.json"]),
@@ -92,7 +100,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CHECKPOINTS)
+@quick_are("no config", "truncated weights", "tensor missing", "no tokenizer", of=CHECKPOINTS)
 def test_bad_checkpoint(case: str, tmp_path: Path) -> None:
     damage, expected = CHECKPOINTS[case]
     folder = copied(tmp_path / "model")
@@ -118,7 +126,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", ARGUMENTS)
+@quick_are("no such folder", "empty prompt", "split too short", "unknown option", "context too large", of=ARGUMENTS)
 def test_bad_arguments(case: str) -> None:
     options, expected = ARGUMENTS[case]
     assert_refused([[GENERATE, *options]] * 2, *expected)

@@ -84,7 +84,7 @@ def job(path: Path) -> list[str]:
     return [f"line-{number}" for number in range(6, 6 + len(PROMPTS))]
 
 
-@pytest.mark.parametrize("write", [plain, short, openai, job])
+@pytest.mark.parametrize("write", [plain, short, pytest.param(openai, marks=pytest.mark.slow), job])
 def test_every_kind_of_file(write: Callable[[Path], list[str]], tmp_path: Path) -> None:
     source = tmp_path / "prompts.txt"
     ids = write(source)
@@ -210,6 +210,7 @@ def refused(*arguments: object, limit: str = "") -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_bad_files(tmp_path: Path) -> None:
     empty, prompts = tmp_path / "empty", tmp_path / "prompts"
     empty.write_text("\n  \n")

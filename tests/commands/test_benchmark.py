@@ -87,7 +87,10 @@ def test_what_is_measured_is_not_lost(tmp_path: Path) -> None:
 def test_no_requests_at_once() -> None:
     with ranks.single([BENCHMARK, *SMALL, "--concurrent", "0,1"]) as running:
         assert running.wait() == 2
-        assert running.err == "error: --concurrent takes numbers of requests above 0, such as 1,4,16\n"
+        assert running.err == (
+            "error: argument --concurrent: '0,1' is not a list of numbers of requests such as 1,4,16"
+            " (--help lists the options)\n"
+        )
 
 
 def test_more_than_the_context() -> None:

@@ -55,6 +55,7 @@ def test_turns_are_those_of_mlx_lm_and_the_cache_is_kept() -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads CPU time from /proc")
+@pytest.mark.slow
 def test_idle_ranks_take_no_cpu() -> None:
     with ranks.ring([CHAT] * 2, first_stdin=subprocess.PIPE) as running:
         running[0].await_output(">> ", "stderr")

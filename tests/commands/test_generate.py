@@ -41,7 +41,12 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+QUICK_LAUNCHERS = ("alone", "mpirun", "launch/run")
+
+
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(name, marks=() if name in QUICK_LAUNCHERS else pytest.mark.slow) for name in LAUNCHERS]
+)
 def test_the_same_text_under_every_launcher(launcher: str) -> None:
     with ranks.single(LAUNCHERS[launcher](), stdin=subprocess.PIPE) as running:
         assert running.wait() == 0, running.err
@@ -112,6 +117,7 @@ def test_prompt_from_standard_input_under_mlx_launch() -> None:
         assert running.out == reference() + "\n"
 
 
+@pytest.mark.slow
 def test_a_long_prompt_goes_through_in_chunks() -> None:
     prompt = "Tell me a story about a fox. " * 40
     alone = answer("--prompt", prompt, "--max-tokens", "20", num_ranks=1)

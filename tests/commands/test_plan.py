@@ -91,7 +91,7 @@ def test_simulation_as_a_table() -> None:
         (["--link", "string"], "'string' is neither thunderbolt4, thunderbolt5, 10gbe, wifi nor LATENCY,BANDWIDTH"),
         (["--link", "0us,1GB/s"], "is neither"),
         (["--json"], "--json prints what a simulation found: add --simulate"),
-        (["--simulate", "--concurrent", "0"], "--concurrent takes numbers of requests above 0"),
+        (["--simulate", "--concurrent", "0"], "is not a list of numbers of requests such as 1,4,16"),
         (["--simulate", "--stage-times", "nowhere.json"], "--stage-times nowhere.json can't be read: No such file"),
         (["--simulate", "--stage-times", str(Path(__file__))], "is no output of hippo_mpi.plan --simulate --json"),
     ],

@@ -196,6 +196,7 @@ def test_short_prompts_are_read_together(
     assert bench.tokens == {number: alone(folder, tokenizer, *asked) for number, asked in wanted.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_a_long_prompt_stalls_nobody(checkpoint: Checkpoint, tokenizer: TokenizerWrapper, split: list[int]) -> None:
     """While 4,096 tokens are read, every running stream goes on, at most `max_batch_tokens` of them later."""
