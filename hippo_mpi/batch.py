@@ -20,9 +20,10 @@ from hippo_mpi import command, config
 from hippo_mpi.command import Session
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.prefix_cache import PrefixBudget
+from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.errors import UserError
-from hippo_mpi.generate import open_text, sampling_params
+from hippo_mpi.generate import open_text
 from hippo_mpi.parallel.pipeline import Pipeline
 from hippo_mpi.serving.batch_file import AnswerFile, job_options, read_tasks
 from hippo_mpi.serving.batch_run import BatchRun
@@ -65,7 +66,7 @@ def answer_all(session: Session) -> int:
         raise UserError("no file of prompts was given (--help lists the options)")
     session.control.idle()  # reading long files may take its time
     # Each line draws numbers of its own, whatever runs beside it or has run before.
-    defaults = replace(sampling_params(arguments), seed=arguments.seed)
+    defaults = replace(SamplingParams.from_options(arguments), seed=arguments.seed)
     output = arguments.output or arguments.prompts.with_suffix(".answers.jsonl")
     if output.exists() and arguments.prompts.exists() and output.samefile(arguments.prompts):
         raise UserError(f"{output} holds the prompts: give another file with --output")

@@ -11,8 +11,9 @@ import sys
 
 from hippo_mpi import command, config
 from hippo_mpi.command import Session
+from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.errors import UserError
-from hippo_mpi.generate import lead, sampling_params
+from hippo_mpi.generate import lead
 from hippo_mpi.parallel.pipeline import Pipeline
 from hippo_mpi.serving.console import Conversation, statistics_line, write
 
@@ -54,7 +55,7 @@ def _turn(session: Session, pipeline: Pipeline, conversation: Conversation, line
         conversation.reset()
     elif line:
         try:
-            answer = conversation.say(line, sampling_params(session.arguments), write, session.progress)
+            answer = conversation.say(line, SamplingParams.from_options(session.arguments), write, session.progress)
         except UserError as error:  # too long, say: the conversation goes on without this turn
             sys.stderr.write(f"error: {error}\n")
             return

@@ -9,15 +9,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
-from hippo_mpi.config import BUNDLED_MODEL, Parser, run_options
-from hippo_mpi.errors import HippoError, ModelError, UserError, print_error
+from hippo_mpi.config import Parser, run_options
+from hippo_mpi.errors import HippoError, UserError, print_error
 from hippo_mpi.parallel.pipeline import Agreement, Pipeline, agree
 from hippo_mpi.serving.progress import Progress
 from hippo_mpi.shard.checkpoint import ModelSource
-from hippo_mpi.shard.hub import open_repo
+from hippo_mpi.shard.hub import find_model
 from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.launcher import Launcher
@@ -108,9 +107,7 @@ def _joined(
     launcher = Launcher(world)
     control.on_end = write_status
     progress = Progress(is_shown=world.rank == 0 and not getattr(arguments, "json", False))
-    settings = KVSettings(
-        arguments.max_kv_size, arguments.kv_bits, arguments.kv_group_size, arguments.quantized_kv_start
-    )
+    settings = KVSettings.from_options(arguments)
 
     def find_source() -> ModelSource:
         if mistake:
@@ -134,22 +131,6 @@ def _parse(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, UserErr
         _exit(0, 0)
     except UserError as error:
         return parser.parse_args([]), error
-
-
-def find_model(model: str, revision: str | None, on_progress: Callable[[], None]) -> Path:
-    """The folder of a model: a local one, or the hub's.
-
-    Raises:
-        ModelError: there is neither.
-    """
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
-    if path == BUNDLED_MODEL:
-        raise ModelError(f"the bundled model is missing ({path}); give --model")
-    if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
-        raise ModelError(f"no such model folder: {model}")
-    return open_repo(model, revision, on_progress)
 
 
 def _exit(code: int, rank: int, is_orderly: bool = False) -> NoReturn:

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 from hippo_mpi.errors import UserError
 
 BUNDLED_MODEL = Path(__file__).parent.parent / "models" / "story-3m"
+API_KEYS = "HIPPO_API_KEYS"
+"""Environment variable with a server's keys, with commas between."""
 DEFAULT_PROMPT = "Tell me a story about a fox."
 
 
@@ -75,6 +77,12 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     group.add_argument("--xtc-threshold", type=half, default=0.1, help="threshold of XTC sampling")
     group.add_argument("--repetition-penalty", type=above_0, help="penalty for tokens that came before")
     group.add_argument("--repetition-context-size", type=positive, default=20, help="how many tokens count as before")
+    group.add_argument(
+        "--max-repeats",
+        type=whole,
+        default=0,
+        help="end an answer that says the same so many times in a row; 0: let it",
+    )
     group.add_argument("--seed", type=int, help="seed of the random numbers")
     group.add_argument("--stop-words", nargs="+", default=(), help="texts that end an answer; not shown")
 
@@ -118,6 +126,52 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--prefill-chunk",
         type=positive,
         help="prompt tokens per step; by default 2048 / more, smaller chunks on several ranks",
+    )
+
+
+def add_card_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """All that may be different for each model that a server has."""
+    add_model_options(parser)
+    add_prompt_options(parser)
+    add_sampling_options(parser, max_tokens)
+    add_cache_options(parser)
+    add_run_options(parser)
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--config", type=Path, help="YAML file of options, hosts and models; options of the command line win"
+    )
+    group.add_argument("--address", default="127.0.0.1", help="address to listen on")
+    group.add_argument("--port", type=whole, default=8080, help="port to listen on; 0: any free one")
+    group.add_argument("--model-name", help="name of the model in the API; the last part of --model if not given")
+    group.add_argument(
+        "--catalogue",
+        type=Path,
+        help="folder of cards (NAME.yaml: the model's options); any may be asked for; --model NAME says which comes first",
+    )
+    group.add_argument(
+        "--api-key-file", type=Path, help=f"file with a key a line; or keys in {API_KEYS}, with commas between"
+    )
+    group.add_argument("--insecure", action="store_true", help="listen on other addresses without an API key")
+    group.add_argument("--allow-origin", nargs="+", default=(), help="origins of web pages that may ask (CORS)")
+    group.add_argument("--max-queue", type=whole, default=256, help="requests that may wait; more get status 429")
+    group.add_argument("--requests-per-minute", type=whole, default=0, help="of each key (or address); 0: any number")
+    group.add_argument(
+        "--tokens-per-minute", type=whole, default=0, help="of prompts and answers of each key; 0: any number"
+    )
+    group.add_argument("--audit-log", type=Path, help="write who asked for what, and how it ended, into this file")
+    group.add_argument("--audit-text", action="store_true", help="prompts and answers, too, and not only digests")
+    group = parser.add_argument_group("ranks that this command starts itself")
+    group.add_argument("--hostfile", type=Path, help="JSON list of hosts, as for mlx.launch")
+    group.add_argument("--ranks", type=positive, default=2, help="ranks on this machine, without a hostfile")
+    group.add_argument("--backend", default="ring", help="ring, mpi, jaccl or jaccl-ring, with a hostfile")
+    group.add_argument(
+        "--max-restarts",
+        type=whole,
+        default=5,
+        help="failures in a row, without a token between, that a request bears",
     )
 
 

@@ -5,7 +5,6 @@ mlx.launch --hostfile hostfile -n 2 hippo_mpi.generate --model M --prompt "..."
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import mlx.core as mx
@@ -36,22 +35,6 @@ def make_parser() -> config.Parser:
     return parser
 
 
-def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=arguments.max_tokens,
-        temp=arguments.temp,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        top_k=arguments.top_k,
-        min_tokens_to_keep=arguments.min_tokens_to_keep,
-        xtc_probability=arguments.xtc_probability,
-        xtc_threshold=arguments.xtc_threshold,
-        repetition_penalty=arguments.repetition_penalty,
-        repetition_context_size=arguments.repetition_context_size,
-        stop_words=tuple(arguments.stop_words),
-    )
-
-
 def open_model_tokenizer(session: Session, extra_eos: tuple[str, ...] = ()) -> TokenizerWrapper:
     """The tokenizer of the model that the ranks agreed on.
 
@@ -70,9 +53,7 @@ def open_text(session: Session) -> tuple[TokenizerWrapper, ChatFormat]:
         UserError: the tokenizer can't be used.
     """
     arguments = session.arguments
-    return open_model_tokenizer(session, tuple(arguments.extra_eos_token)), ChatFormat(
-        arguments.ignore_chat_template, arguments.chat_template_config, arguments.prefill_response
-    )
+    return open_model_tokenizer(session, tuple(arguments.extra_eos_token)), ChatFormat.from_options(arguments)
 
 
 def lead(session: Session, first_prompt: str | None = None) -> tuple[Pipeline, Conversation]:
@@ -113,7 +94,7 @@ def answer(session: Session) -> int:
         prompt = session.launcher.read_all()
     pipeline, conversation = lead(session, prompt)
     show_text = (lambda text: None) if arguments.json else write
-    result = conversation.say(prompt, sampling_params(arguments), show_text, session.progress)
+    result = conversation.say(prompt, SamplingParams.from_options(arguments), show_text, session.progress)
     ranks = pipeline.end() or []
     if arguments.json:
         write(json_answer(result, ranks) + "\n")

@@ -26,7 +26,7 @@ def make_parser() -> config.Parser:
     config.add_model_options(parser)
     parser.add_argument(
         "--machine",
-        type=_machine,
+        type=machine,
         action="append",
         dest="machines",
         help="plan for machines that aren't here: NAME:GIBIBYTES[:SPEED], once per rank; speed is relative",
@@ -54,7 +54,7 @@ def make_parser() -> config.Parser:
     return parser
 
 
-def _machine(text: str) -> Machine:
+def machine(text: str) -> Machine:
     parts = text.split(":")
     if len(parts) not in (2, 3):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME:GIBIBYTES[:SPEED]")

@@ -6,6 +6,7 @@ import argparse
 import ipaddress
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 from hippo_mpi.config import Parser, positive
 from hippo_mpi.errors import HippoError, LaunchError
 from hippo_mpi.serving.progress import TERMINAL
+from hippo_mpi.transport.control import RUN_KEY
 from hippo_mpi.transport.world import STATUS_FILE
 
 HOSTFILE = Path(__file__).parent.parent / "hostfile"
@@ -36,7 +38,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def check_hostfile(path: Path) -> list[dict[str, Any]]:
+def read_hostfile(path: Path) -> list[dict[str, Any]]:
     """The hosts of a hostfile.
 
     Raises:
@@ -51,19 +53,24 @@ def check_hostfile(path: Path) -> list[dict[str, Any]]:
     hosts = content.get("hosts") if isinstance(content, dict) else content
     if not isinstance(hosts, list) or not hosts:
         raise LaunchError(f'hostfile {path} lists no host; it needs one {{"ssh": ..., "ips": [...]}} per rank')
+    check_hosts(hosts, f"hostfile {path}")
+    return hosts
+
+
+def check_hosts(hosts: list[Any], where: str) -> None:
+    """Raise a LaunchError if an entry isn't {"ssh": name, "ips": [...]}, or there is no such host."""
     for rank, host in enumerate(hosts):
         if not isinstance(host, dict) or not isinstance(host.get("ssh"), str):
-            raise LaunchError(f'hostfile {path}: the entry of rank {rank} has no "ssh"')
+            raise LaunchError(f'{where}: the entry of rank {rank} has no "ssh"')
         for ip in host.get("ips", []):
             try:
                 ipaddress.ip_address(ip)
             except ValueError:
-                raise LaunchError(f"hostfile {path}: {ip!r} of rank {rank} is not an IP address") from None
-        _check_host(path, rank, host["ssh"])
-    return hosts
+                raise LaunchError(f"{where}: {ip!r} of rank {rank} is not an IP address") from None
+        _check_host(where, rank, host["ssh"])
 
 
-def _check_host(path: Path, rank: int, name: str) -> None:
+def _check_host(where: str, rank: int, name: str) -> None:
     if name == "127.0.0.1":
         return
     try:
@@ -72,9 +79,9 @@ def _check_host(path: Path, rank: int, name: str) -> None:
         real = next(line.split()[1] for line in settings.splitlines() if line.startswith("hostname "))
         socket.getaddrinfo(real, 22)
     except FileNotFoundError:
-        raise LaunchError(f"hostfile {path}: host {name} of rank {rank} needs ssh, which isn't installed") from None
+        raise LaunchError(f"{where}: host {name} of rank {rank} needs ssh, which isn't installed") from None
     except (OSError, subprocess.SubprocessError, StopIteration):
-        raise LaunchError(f"hostfile {path}: there is no host {name} (rank {rank})") from None
+        raise LaunchError(f"{where}: there is no host {name} (rank {rank})") from None
 
 
 def free_ports(count: int) -> int:
@@ -98,7 +105,7 @@ def launch_arguments(arguments: argparse.Namespace, rest: list[str]) -> list[str
         num_ranks = arguments.n
         launch += ["-n", str(num_ranks)]
     else:
-        num_ranks = len(check_hostfile(arguments.hostfile))
+        num_ranks = len(read_hostfile(arguments.hostfile))
         launch += ["--hostfile", str(arguments.hostfile)]
     launch += ["--backend", arguments.backend] if arguments.backend else []
     if arguments.backend in (None, "ring"):
@@ -112,9 +119,11 @@ def start(command_line: list[str]) -> int:
         status = Path(folder) / "status"
         # mlx.launch lives on after SIGINT, with nobody to read its ranks' output; after SIGTERM the ranks see
         # their input end, and go.
-        env = {**os.environ, STATUS_FILE: str(status), TERMINAL: str(int(sys.stderr.isatty()))}
+        given = {STATUS_FILE: str(status), RUN_KEY: secrets.token_hex(32)}
+        env = {**os.environ, **given, TERMINAL: str(int(sys.stderr.isatty()))}
         # A host that isn't called 127.0.0.1 is reached through ssh, which passes no environment on.
-        command_line = [command_line[0], "--env", f"{STATUS_FILE}={status}", *command_line[1:]]
+        words = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
+        command_line = [command_line[0], *words, *command_line[1:]]
         launcher = subprocess.Popen(command_line, env=env)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: launcher.terminate())

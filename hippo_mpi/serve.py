@@ -2,6 +2,7 @@
 
     hippo_mpi.serve --model M                                  # two ranks on this machine
     hippo_mpi.serve --hostfile hostfile --model M              # on the hosts of a hostfile; this one is the first
+    hippo_mpi.serve --config hippo.yaml                        # options, hosts and models in one file
     mlx.launch --hostfile hostfile -n 2 hippo_mpi.serve --model M     # from rank 0, without a supervisor
 
 Clients see a pause, not an error, when a rank fails: every answer goes on from its last token.
@@ -12,78 +13,39 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
 import socket
 import sys
 import threading
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_config
-
-from hippo_mpi import command, config
+from hippo_mpi import command
 from hippo_mpi.batch import make_engine
 from hippo_mpi.command import Session
-from hippo_mpi.engine.text import ChatFormat, open_tokenizer
-from hippo_mpi.errors import HippoError, RankError, UserError, print_error
-from hippo_mpi.generate import open_text, sampling_params
-from hippo_mpi.run import check_hostfile, free_ports
+from hippo_mpi.config import API_KEYS, Parser
+from hippo_mpi.errors import HippoError, PlanError, RankError, UserError, print_error
+from hippo_mpi.generate import open_text
+from hippo_mpi.run import check_hosts, free_ports, read_hostfile
 from hippo_mpi.serving.audit_log import AuditLog
-from hippo_mpi.serving.config_file import file_options
+from hippo_mpi.serving.catalogue import Catalogue, ServedModel, read_catalogue
+from hippo_mpi.serving.config_file import ConfigFile, make_parser, read_config
 from hippo_mpi.serving.front import Front
 from hippo_mpi.serving.rank_link import FRONT, MAX_LINE_BYTES, About
 from hippo_mpi.serving.rank_service import RankService
-from hippo_mpi.serving.supervisor import LaunchPlan, Supervisor
+from hippo_mpi.serving.supervisor import Host, LaunchPlan, Supervisor
 from hippo_mpi.transport.world import detect_launch
 
 try:
-    import uvicorn
-
+    from hippo_mpi.serving.access import Access
     from hippo_mpi.serving.api import Api, ApiSettings
+    from hippo_mpi.serving.http_server import serve_http
     from hippo_mpi.serving.metrics import Metrics
 except ImportError as missing:
     print_error(f'hippo_mpi.serve needs {missing.name}: pip install "hippo-mpi[serve]"')
     sys.exit(UserError.exit_code)
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-KEYS = "HIPPO_API_KEYS"
-
-
-def make_parser() -> config.Parser:
-    parser = config.Parser(prog="hippo_mpi.serve", description=(__doc__ or "").splitlines()[0])
-    config.add_model_options(parser)
-    group = parser.add_argument_group("server")
-    group.add_argument("--config", type=Path, help="YAML file of options; those of the command line win")
-    group.add_argument("--address", default="127.0.0.1", help="address to listen on")
-    group.add_argument("--port", type=config.whole, default=8080, help="port to listen on; 0: any free one")
-    group.add_argument("--model-name", help="name of the model in the API; the last part of --model if not given")
-    group.add_argument(
-        "--api-key-file", type=Path, help=f"file with a key a line; or keys in {KEYS}, with commas between"
-    )
-    group.add_argument("--insecure", action="store_true", help="listen on other addresses without an API key")
-    group.add_argument(
-        "--max-queue", type=config.whole, default=256, help="requests that may wait; more get status 429"
-    )
-    group.add_argument("--audit-log", type=Path, help="write who asked for what, and how it ended, into this file")
-    group.add_argument("--audit-text", action="store_true", help="prompts and answers, too, and not only digests")
-    group = parser.add_argument_group("ranks that this command starts itself")
-    group.add_argument("--hostfile", type=Path, help="JSON list of hosts, as for mlx.launch")
-    group.add_argument("--ranks", type=config.positive, default=2, help="ranks on this machine, without a hostfile")
-    group.add_argument("--backend", default="ring", help="ring, mpi, jaccl or jaccl-ring, with a hostfile")
-    group.add_argument(
-        "--max-restarts",
-        type=config.whole,
-        default=5,
-        help="failures in a row, without a token between, that a request bears",
-    )
-    config.add_prompt_options(parser)
-    config.add_sampling_options(parser, max_tokens=512)
-    config.add_batch_options(parser)
-    config.add_cache_options(parser)
-    config.add_run_options(parser)
-    return parser
 
 
 # ---- a rank
@@ -94,7 +56,7 @@ def serve_rank(session: Session) -> int:
     if session.world.rank > 0:
         command.follow(session)
         return 0
-    tokenizer, chat_format = open_text(session)
+    tokenizer, _ = open_text(session)
     path = os.environ.get(FRONT)
     if path:
         connection = socket.socket(socket.AF_UNIX)
@@ -103,37 +65,45 @@ def serve_rank(session: Session) -> int:
         except OSError as error:
             raise RankError(f"the front is gone: {error}") from None
     else:
-        keys = read_keys(session.arguments)
-        connection, ours = socket.socketpair()
-        front = _make_front(session.arguments)
-        metrics = Metrics(front, lambda: 0)
-        settings = _settings(session.arguments, keys)
-        api = Api(front, tokenizer, chat_format, settings, metrics, _audit_log(session.arguments))
-        threading.Thread(
-            target=_serve_unsupervised, args=(session, front, api, ours), name="hippo-http", daemon=True
-        ).start()
+        connection = _start_own_front(session)
     service = RankService(connection, session.control)
     pipeline = session.load()
     engine = make_engine(session, pipeline, tokenizer)
-    about = About(session.agreement.max_context, session.agreement.vocab_size, [pipeline.statistics()])
-    service.run(engine, about)
+    split, vocab_size = session.agreement.split, session.agreement.vocab_size
+    assert split is not None  # rank 0 has planned
+    layers = [
+        {"host": stage.machine.name, "layers": [stage.start, stage.stop], "weight_bytes": stage.weight_bytes}
+        for stage in split.stages
+    ]
+    about = About(split.max_context, vocab_size, layers, session.agreement.machines)
+    service.run(engine, about, pipeline.timeline)
     pipeline.end()
     return 0
 
 
-def _serve_unsupervised(session: Session, front: Front, api: Api, ours: socket.socket) -> None:
-    """The front, in a thread of rank 0: it ends with the rank."""
+def _start_own_front(session: Session) -> socket.socket:
+    """Serve from a thread of rank 0, which ends with the rank; returns rank 0's connection to it."""
+    arguments = session.arguments
+    if arguments.catalogue:
+        raise UserError("a launcher starts the ranks of one model: for a catalogue, start hippo_mpi.serve without one")
+    catalogue = Catalogue([ServedModel(arguments.model_name or Path(arguments.model).name, arguments)])
+    front, api = _make_api(arguments, catalogue)
+    connection, ours = socket.socketpair()
 
     async def both() -> None:
         reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)
-        ranks = asyncio.ensure_future(front.serve_ranks(reader, writer, session.arguments.timeout))
-        await _serve_http(session.arguments, front, api)
+        ranks = asyncio.ensure_future(front.serve_ranks(reader, writer, arguments.timeout))
+        await serve_http(api.app(), front, arguments.address, arguments.port)
         ranks.cancel()
 
-    try:
-        asyncio.run(both())
-    except HippoError as error:
-        session.control.fail(error)
+    def serve_unsupervised() -> None:
+        try:
+            asyncio.run(both())
+        except HippoError as error:
+            session.control.fail(error)
+
+    threading.Thread(target=serve_unsupervised, name="hippo-http", daemon=True).start()
+    return connection
 
 
 # ---- the front
@@ -145,22 +115,26 @@ def serve(argv: list[str]) -> int:
     Raises:
         HippoError: in one line.
     """
-    argv = with_file_options(make_parser(), argv)
+    file, argv = read_command_line(argv)
     arguments = make_parser().parse_args(argv)
-    keys = read_keys(arguments)
-    tokenizer, chat_format = _open_text(arguments)
-    front = _make_front(arguments)
-    plan = _launch_plan(arguments, argv)
-    supervisor = Supervisor(front, plan, free_ports, arguments.timeout, arguments.max_restarts)
-    metrics = Metrics(front, lambda: supervisor.num_restarts)
-    api = Api(front, tokenizer, chat_format, _settings(arguments, keys), metrics, _audit_log(arguments))
+    catalogue = _read_models(arguments, argv, file)
+    _ = catalogue.first.tokenizer  # a mistake is told before anything is started
+    front, api = _make_api(arguments, catalogue)
+    hosts = _hosts(arguments, file)
+
+    def make_plan(model: str, living: Sequence[int] | None) -> LaunchPlan:
+        served = catalogue.find(model)
+        assert served is not None
+        return launch_plan(served, arguments, argv, hosts, living, front)
+
+    supervisor = Supervisor(front, make_plan, hosts, free_ports, arguments.timeout, arguments.max_restarts)
     asyncio.run(_serve_supervised(arguments, front, api, supervisor))
     return 0
 
 
 async def _serve_supervised(arguments: argparse.Namespace, front: Front, api: Api, supervisor: Supervisor) -> None:
     ranks = asyncio.ensure_future(supervisor.run())
-    http = asyncio.ensure_future(_serve_http(arguments, front, api))
+    http = asyncio.ensure_future(serve_http(api.app(), front, arguments.address, arguments.port))
     try:
         await asyncio.wait({ranks, http}, return_when="FIRST_COMPLETED")
     finally:
@@ -172,81 +146,91 @@ async def _serve_supervised(arguments: argparse.Namespace, front: Front, api: Ap
             task.result()
 
 
-async def _serve_http(arguments: argparse.Namespace, front: Front, api: Api) -> None:
-    """Serve until a signal comes."""
-    try:
-        listener = socket.create_server((arguments.address, arguments.port), backlog=256)
-    except OSError as error:
-        raise UserError(f"can't listen on {arguments.address}:{arguments.port}: {error.strerror}") from None
-    port = listener.getsockname()[1]
-    settings = uvicorn.Config(
-        api.app(), lifespan="off", log_level="warning", timeout_keep_alive=30, timeout_graceful_shutdown=2
-    )
-    sys.stderr.write(f"listening on http://{arguments.address}:{port}\n")
-    sys.stderr.flush()
-    announcing = asyncio.ensure_future(_announce(front))
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has ended
-            signal.signal(number, lambda *_: None)
-        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
-    server = uvicorn.Server(settings)
-    ending = asyncio.ensure_future(_end_answers(server, front))
-    await server.serve([listener])
-    announcing.cancel()
-    ending.cancel()
+def _make_api(arguments: argparse.Namespace, catalogue: Catalogue) -> tuple[Front, Api]:
+    keys = read_keys(arguments)
+    access = Access(keys, arguments.requests_per_minute, arguments.tokens_per_minute)
+    front = Front(arguments.max_batch_size + arguments.max_queue, catalogue.first.name)
+    audit = AuditLog(arguments.audit_log, arguments.audit_text) if arguments.audit_log else None
+    settings = ApiSettings(origins=tuple(arguments.allow_origin))
+    return front, Api(front, catalogue, access, settings, Metrics(front), audit)
 
 
-async def _end_answers(server: uvicorn.Server, front: Front) -> None:
-    """When a signal has come: clients are told, in words."""
-    while not server.should_exit:
-        await asyncio.sleep(0.1)
-    front.fail_all(RankError("the server is ending"))
-
-
-async def _announce(front: Front) -> None:
-    while not front.is_ready:
-        await asyncio.sleep(0.1)
-    sys.stderr.write("ready\n")
-    sys.stderr.flush()
-
-
-def _make_front(arguments: argparse.Namespace) -> Front:
-    return Front(arguments.max_batch_size + arguments.max_queue)
-
-
-def _settings(arguments: argparse.Namespace, keys: tuple[str, ...]) -> ApiSettings:
-    defaults = replace(sampling_params(arguments), seed=arguments.seed)
-    return ApiSettings(arguments.model_name or Path(arguments.model).name, keys, defaults, arguments.system_prompt)
-
-
-def _audit_log(arguments: argparse.Namespace) -> AuditLog | None:
-    return AuditLog(arguments.audit_log, arguments.audit_text) if arguments.audit_log else None
-
-
-def _open_text(arguments: argparse.Namespace) -> tuple[TokenizerWrapper, ChatFormat]:
-    path = command.find_model(arguments.model, arguments.revision, lambda: None)
-    eos = load_config(path).get("eos_token_id")
-    tokenizer = open_tokenizer(path, eos, tuple(arguments.extra_eos_token), arguments.trust_remote_code)
-    format = ChatFormat(arguments.ignore_chat_template, arguments.chat_template_config, arguments.prefill_response)
-    return tokenizer, format
-
-
-def with_file_options(parser: config.Parser, argv: list[str]) -> list[str]:
-    """The command line with the options of its --config file in front, so that ranks don't need the file."""
-    finder = config.Parser(add_help=False)
+def read_command_line(argv: list[str]) -> tuple[ConfigFile, list[str]]:
+    """What the --config file says, and the command line with its options in front, so that ranks don't need the file."""
+    finder = Parser(add_help=False)
     finder.add_argument("--config", type=Path)
     found, rest = finder.parse_known_args(argv)
-    return [*file_options(found.config, parser), *rest] if found.config else argv
+    if found.config is None:
+        return ConfigFile(), argv
+    file = read_config(found.config)
+    return file, [*file.options, *rest]
 
 
-def _launch_plan(arguments: argparse.Namespace, argv: list[str]) -> LaunchPlan:
-    if arguments.hostfile is None:
-        return LaunchPlan([sys.executable, "-m", "hippo_mpi.serve", *argv], arguments.ranks)
-    hosts = check_hostfile(arguments.hostfile)
+def _read_models(arguments: argparse.Namespace, argv: list[str], file: ConfigFile) -> Catalogue:
+    """The cards of the file and of the folder; without any, the one model of the command line."""
+    cards = dict(file.cards)
+    for name, options in (read_catalogue(arguments.catalogue) if arguments.catalogue else {}).items():
+        if name in cards:
+            raise UserError(f"the model {name!r} is both in --catalogue and in --config")
+        cards[name] = options
+    if not cards:
+        return Catalogue([ServedModel(arguments.model_name or Path(arguments.model).name, arguments)])
+    if arguments.model_name:
+        raise UserError("--model-name is for one model; those of a catalogue have names")
+    models = [ServedModel(name, make_parser().parse_args([*argv, *own]), own) for name, own in cards.items()]
+    if arguments.model != make_parser().get_default("model"):
+        if arguments.model not in cards:
+            raise UserError(f"--model {arguments.model} is not in the catalogue: {', '.join(cards)}")
+        models.sort(key=lambda model: model.name != arguments.model)
+    return Catalogue(models)
+
+
+def _hosts(arguments: argparse.Namespace, file: ConfigFile) -> list[Host]:
+    """Where ranks are to be, rank 0's first; none: on this machine only, without a launcher."""
+    hosts = file.hosts
+    if hosts:
+        check_hosts(hosts, f"{arguments.config or 'the configuration'}: hosts")
+    elif arguments.hostfile:
+        hosts = read_hostfile(arguments.hostfile)
     if all(host["ssh"] in _LOOPBACK for host in hosts) and arguments.backend == "ring":
-        return LaunchPlan([sys.executable, "-m", "hippo_mpi.serve", *argv], len(hosts))
-    launcher = [str(Path(sys.executable).parent / "mlx.launch"), "--hostfile", str(arguments.hostfile)]
-    return LaunchPlan(["hippo_mpi.serve", *argv], launcher=[*launcher, "--backend", arguments.backend])
+        arguments.ranks = len(hosts) or arguments.ranks
+        return []
+    return hosts
+
+
+def launch_plan(
+    model: ServedModel,
+    arguments: argparse.Namespace,
+    argv: list[str],
+    hosts: Sequence[Host],
+    living: Sequence[int] | None,
+    front: Front,
+) -> LaunchPlan:
+    """How a model's ranks are started: on all hosts, or on some of them if it fits there.
+
+    Raises:
+        PlanError: it doesn't; the message has the numbers.
+    """
+    own = [*argv, *model.options]
+    if not hosts:
+        return LaunchPlan([sys.executable, "-m", "hippo_mpi.serve", *own], arguments.ranks)
+    if living is not None:
+        if 0 not in living:
+            raise PlanError("the first host must be this machine")
+        machines = [front.machines[index] for index in living] if len(front.machines) == len(hosts) else []
+        if machines:
+            model.plan(machines)
+        own = _without_layer_split(own)
+        hosts = [hosts[index] for index in living]
+    launcher = [str(Path(sys.executable).parent / "mlx.launch"), "--backend", arguments.backend]
+    return LaunchPlan(["hippo_mpi.serve", *own], launcher=launcher, hosts=hosts)
+
+
+def _without_layer_split(argv: list[str]) -> list[str]:
+    """It was for another number of ranks."""
+    finder = Parser(add_help=False)
+    finder.add_argument("--layer-split")
+    return finder.parse_known_args(argv)[1]
 
 
 def read_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
@@ -255,7 +239,7 @@ def read_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
     Raises:
         UserError: the file can't be read, or there is none and others may connect.
     """
-    keys = os.environ.get(KEYS, "").split(",")
+    keys = os.environ.get(API_KEYS, "").split(",")
     if arguments.api_key_file:
         try:
             keys += arguments.api_key_file.read_text().split()
@@ -264,7 +248,7 @@ def read_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
     found = tuple(key.strip() for key in keys if key.strip())
     if not found and arguments.address not in _LOOPBACK and not arguments.insecure:
         raise UserError(
-            f"others could reach {arguments.address} without an API key: give --api-key-file or {KEYS}, or --insecure"
+            f"others could reach {arguments.address} without an API key: give --api-key-file or {API_KEYS}, or --insecure"
         )
     return found
 
@@ -272,9 +256,11 @@ def read_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
 def main() -> NoReturn:
     argv = sys.argv[1:]
     try:
-        is_rank = FRONT in os.environ or bool(detect_launch().backend)
-        if is_rank:
-            command.run(make_parser(), serve_rank, with_file_options(make_parser(), argv))
+        if FRONT in os.environ or detect_launch().backend:
+            file, argv = read_command_line(argv)
+            if file.cards or file.hosts:
+                raise UserError("a launcher has chosen the hosts and starts one model: leave hosts and models out")
+            command.run(make_parser(), serve_rank, argv)
         sys.exit(serve(argv))
     except HippoError as error:
         print_error(str(error))

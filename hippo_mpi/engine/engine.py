@@ -9,6 +9,7 @@ from itertools import count
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.grammar import Grammars
+from hippo_mpi.engine.loops import LoopWatch
 from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
 from hippo_mpi.engine.request import (
     FinishReason,
@@ -86,6 +87,8 @@ class Engine:
         chooser = Chooser(request.sampling, self._special_tokens, self._vocab_size, grammar)
         timings = Timings(prompt_tokens=len(request.prompt))
         sequence = Sequence(request, list(request.prompt), chooser, self._tokenizer.detokenizer, timings)
+        if request.sampling.max_repeats:
+            sequence.loops = LoopWatch(request.sampling.max_repeats)
         if request.resume is not None:
             _resume(sequence, request.resume)
         self._sequences[request.id] = sequence
@@ -142,6 +145,8 @@ class Engine:
             sequence.detokenizer.add_token(token)
             if len(timings.token_ids) >= params.max_tokens:
                 reason = "length"
+        if reason is None and sequence.loops and sequence.loops.take(token, sequence.detokenizer.text):
+            reason = "repetition"
         if reason:
             sequence.detokenizer.finalize()
         text = sequence.detokenizer.text
@@ -165,7 +170,11 @@ def _resume(sequence: Sequence, resume: Resume) -> None:
         sequence.chooser.random_state = resume.random_state
     for token in resume.tokens:
         sequence.detokenizer.add_token(token)
-        _ = sequence.detokenizer.text  # as it was read then: mlx-lm's naive detokenizer settles lines when it is read
+        text = (
+            sequence.detokenizer.text
+        )  # read as it was then: mlx-lm's naive detokenizer settles lines when it is read
+        if sequence.loops:
+            sequence.loops.take(token, text)
         sequence.timings.note(token)
         sequence.chooser.accept(token)
 

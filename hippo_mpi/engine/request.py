@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+from hippo_mpi.engine.loops import LoopWatch
+
+FinishReason = Literal["stop", "length", "repetition", "abort"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,17 @@ class SamplingParams:
     logprobs: int | None = None  # how many likeliest tokens to tell of beside the chosen one; None: tell nothing
     stop_words: tuple[str, ...] = ()
     grammar: str | None = None  # that the answer must follow (engine/grammar.py)
+    max_repeats: int = 0  # times in a row that the same tokens, or line, may come; then the answer ends; 0: any number
     ignore_eos: bool = False  # go on to max_tokens, for measuring
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> SamplingParams:
+        """What the command line says. Not its seed: whether that is one for all requests or for each, commands decide."""
+        names = (
+            "max_tokens", "temp", "top_p", "min_p", "top_k", "min_tokens_to_keep", "xtc_probability", "xtc_threshold",
+            "repetition_penalty", "repetition_context_size", "max_repeats",
+        )  # fmt: skip
+        return cls(**{name: getattr(options, name) for name in names}, stop_words=tuple(options.stop_words))
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,7 @@ class Sequence:
     position: int = 0
     emitted_chars: int = 0
     is_aborted: bool = False
+    loops: LoopWatch | None = None
 
     @property
     def most_tokens(self) -> int:

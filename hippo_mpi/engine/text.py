@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,10 @@ class ChatFormat:
     ignore_chat_template: bool = False
     chat_template_config: str | None = None
     prefill_response: str | None = None
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> ChatFormat:
+        return cls(options.ignore_chat_template, options.chat_template_config, options.prefill_response)
 
     def __post_init__(self) -> None:
         self._options()

@@ -8,6 +8,7 @@ says it in one line, and all end with the same status.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,12 +30,13 @@ from hippo_mpi.transport.memory import available_bytes, measured_speed, peak_res
 from hippo_mpi.transport.world import World
 
 _END = b""  # the header after which nothing comes
+_COUNT_S = 0.5  # between two looks at how large the caches are
 _EQUAL_SPEED = 1.2  # speeds closer than this are taken for the same: a short measurement isn't better
 
 
 @dataclass
 class Agreement:
-    """What all ranks have agreed on before a weight is loaded. `split` is on rank 0 only."""
+    """What all ranks have agreed on before a weight is loaded. `split` and `machines` are on rank 0 only."""
 
     checkpoint: Checkpoint
     counts: list[int]
@@ -42,6 +44,11 @@ class Agreement:
     can_batch: bool | None  # False: mlx-lm can't run rows together; None: the model must be asked
     vocab_size: int
     split: LayerSplit | None
+
+    @property
+    def machines(self) -> list[Machine]:
+        """The ranks' budgets."""
+        return [stage.machine for stage in self.split.stages] if self.split else []
 
 
 def agree(
@@ -168,8 +175,11 @@ class Pipeline:
             error = caught
         self._agree_that_loaded(error)
         self.channel = RingChannel(world, control)
-        self.timeline = Timeline(control.progress)
+        self.timeline = Timeline(self._progress)
         self._settings = settings
+        self._worker: Leader | Follower | None = None
+        self._cache_bytes, self._counted_at = 0, 0.0
+        control.own_status = self._status
 
     def _agree_that_loaded(self, error: HippoError | None) -> None:
         mine = {"error": str(error), "code": error.exit_code, "host": self.world.host} if error else {}
@@ -182,12 +192,13 @@ class Pipeline:
         self.control.share({"go": True} if found is not None else None)
 
     def leader(self) -> Leader:
-        return Leader(self.stage, self.channel, self._settings, self.world.size, self.timeline)
+        self._worker = Leader(self.stage, self.channel, self._settings, self.world.size, self.timeline)
+        return self._worker
 
     def follow(self) -> None:
         """Obey until rank 0 calls `release`."""
         is_last = self.world.rank == self.world.size - 1
-        follower = Follower(self.stage, self.channel, self._settings, is_last, self.timeline)
+        self._worker = follower = Follower(self.stage, self.channel, self._settings, is_last, self.timeline)
         while follower.follow() is not None:
             pass
 
@@ -195,6 +206,24 @@ class Pipeline:
         """Rank 0 takes no further steps with its leader: the others' `follow` returns."""
         if self.world.size > 1:
             self.channel.send(_END, [])
+
+    def _progress(self, doing: str) -> None:
+        """What this rank's main thread does next; caches are counted here, where nobody changes them meanwhile."""
+        self.control.progress(doing)
+        now = time.monotonic()
+        if self._worker is not None and now - self._counted_at > _COUNT_S:
+            self._cache_bytes, self._counted_at = self._worker.caches.num_bytes, now
+
+    def _status(self) -> dict[str, Any]:
+        """What changes while this rank works; sums since it was started."""
+        status = {
+            "busy_s": self.timeline.busy_s,
+            "cache_bytes": self._cache_bytes,
+            "num_hops": self.channel.num_hops,
+            "hop_s": self.channel.hop_s,
+            "peak_resident_bytes": peak_resident_bytes(),
+        }
+        return status | ({"num_in_flight": self._worker.num_in_flight} if isinstance(self._worker, Leader) else {})
 
     def statistics(self) -> dict[str, Any]:
         """This rank's layers and memory."""

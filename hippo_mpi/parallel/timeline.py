@@ -10,6 +10,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+_WAITING = "waiting"
+
 Mark = tuple[float, str]
 """(seconds of the wall clock, what began)"""
 
@@ -24,11 +26,29 @@ class Timeline:
     def __init__(self, progress: Callable[[str], None]) -> None:
         self._progress = progress
         self._marks: list[Mark] | None = None
+        self._busy_s, self._busy_since = 0.0, 0.0
 
     def __call__(self, doing: str) -> None:
+        self._account(doing)
         if self._marks is not None:
             self._marks.append((time.time(), doing))
         self._progress(doing)
+
+    def pause(self) -> None:
+        """What comes next until the next mark is no work."""
+        self._account(_WAITING)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of work so far: all but waiting."""
+        since = self._busy_since
+        return self._busy_s + (time.perf_counter() - since if since else 0.0)
+
+    def _account(self, doing: str) -> None:
+        now = time.perf_counter()
+        if self._busy_since:
+            self._busy_s += now - self._busy_since
+        self._busy_since = 0.0 if doing.startswith(_WAITING) else now
 
     def start(self) -> None:
         self._marks = []

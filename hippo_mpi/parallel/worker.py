@@ -117,7 +117,7 @@ class Follower:
     ) -> None:
         self._stage, self._channel, self._progress = stage, channel, progress
         self._is_last = is_last
-        self._caches = SlotCaches(stage.model, settings)
+        self.caches = SlotCaches(stage.model, settings)
         self._next_serial = 0
         self._halfway: dict[int, Forward] = {}  # steps that come round again, in models that loop over their layers
 
@@ -135,12 +135,12 @@ class Follower:
             if plan.serial != self._next_serial:
                 raise DesyncError(f"expected step {self._next_serial}, got {plan.serial}")
             self._next_serial += 1
-            rearrange(self._caches, plan)
+            rearrange(self.caches, plan)
             if not plan.has_rows:
                 if not self._is_last:
                     self._channel.send(header, [])
                 return plan
-            cache = self._caches.at(plan.slots, plan.positions, plan.counts)
+            cache = self.caches.at(plan.slots, plan.positions, plan.counts)
             tokens = mx.zeros((len(plan.slots), plan.num_tokens), mx.int32)  # only their number matters here
             forward = self._stage.forward(tokens, cache, plan.wants_logits)
         forward.run(arrays)
@@ -149,7 +149,7 @@ class Follower:
             mx.eval(outgoing)
             self._channel.send(header, outgoing)
         if forward.is_done:
-            mx.eval(self._caches.advance(plan.slots, plan.ends))
+            mx.eval(self.caches.advance(plan.slots, plan.ends))
         else:
             self._halfway[plan.serial] = forward
         self._progress(f"waiting after {plan}")

@@ -83,7 +83,7 @@ def _head(model: str, message_id: str) -> dict[str, Any]:
 
 def _stop(asked: Asked, last: RequestOutput, tokenizer: TokenizerWrapper) -> dict[str, Any]:
     """Why the message ended. An answer that stops without an end token has met a stop sequence: the first in it."""
-    if last.finish_reason == "length":
+    if last.finish_reason != "stop":  # Anthropic has no word for an answer that was ended because it repeats itself
         return {"stop_reason": "max_tokens", "stop_sequence": None}
     if last.token in tokenizer.eos_token_ids:
         return {"stop_reason": "end_turn", "stop_sequence": None}

@@ -7,51 +7,45 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from http import HTTPStatus
 from typing import Any, TypeVar
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
-from hippo_mpi.engine.text import ChatFormat
 from hippo_mpi.errors import RankError, UserError
-from hippo_mpi.serving.anthropic_protocol import (
-    MESSAGES,
-    message_events,
-    message_object,
-    messages_error,
-    read_messages_body,
-)
+from hippo_mpi.serving.access import Access, key_of
+from hippo_mpi.serving.anthropic_protocol import MESSAGES, message_events, message_object, read_messages_body
+from hippo_mpi.serving.api_errors import HANDLERS, error_of
 from hippo_mpi.serving.audit_log import AuditLog, digest
-from hippo_mpi.serving.front import Answer, Front, Overloaded
+from hippo_mpi.serving.catalogue import Catalogue, ServedModel
+from hippo_mpi.serving.front import Answer, Front
 from hippo_mpi.serving.metrics import Metrics
 from hippo_mpi.serving.openai_answers import (
     Choice,
     answer_object,
     chunk_object,
-    error_object,
     first_fields,
     usage_chunk,
 )
 from hippo_mpi.serving.openai_protocol import CHAT, COMPLETION, Asked, read_body
+from hippo_mpi.serving.openapi import openapi_object
 from hippo_mpi.serving.responses_protocol import RESPONSES, read_responses_body, response_events, response_object
 
 _T = TypeVar("_T")
 _MOST_CHOICES = 16
-_RETRY_AFTER_S = 2
 
 
 @dataclass(frozen=True)
@@ -59,19 +53,13 @@ class ApiSettings:
     """What the API allows.
 
     Args:
-        model: the name that requests may give, and answers carry.
-        keys: one of them must come with every request but /health and /ready; none: everybody may ask.
-        defaults: for what a request leaves open.
-        system_prompt: for chats that bring none of their own.
         max_body_bytes, body_timeout_s: of a request's body.
+        origins: of pages in browsers that may ask (CORS).
     """
 
-    model: str
-    keys: tuple[str, ...]
-    defaults: SamplingParams
-    system_prompt: str | None = None
     max_body_bytes: int = 4 << 20
     body_timeout_s: float = 30.0
+    origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,28 +82,30 @@ class Api:
     def __init__(
         self,
         front: Front,
-        tokenizer: TokenizerWrapper,
-        chat_format: ChatFormat,
+        catalogue: Catalogue,
+        access: Access,
         settings: ApiSettings,
         metrics: Metrics,
         audit: AuditLog | None = None,
     ) -> None:
-        self._front, self._tokenizer, self._format = front, tokenizer, chat_format
+        self._front, self._catalogue, self._access = front, catalogue, access
         self._settings, self._metrics, self._audit = settings, metrics, audit
 
     def app(self) -> Starlette:
         def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
             async def call(request: Request) -> Response:
-                self._check_key(request)
+                self._access.check_key(request)
                 return await endpoint(request)
 
             return call
 
-        return Starlette(
+        found = Starlette(
             routes=[
                 Route("/health", self._health),
                 Route("/ready", self._ready),
                 Route("/metrics", guarded(self._show_metrics)),
+                Route("/openapi.json", guarded(self._describe)),
+                Route("/admin/model", guarded(self._load_model), methods=["POST"]),
                 Route("/v1/models", guarded(self._models)),
                 Route("/v1/models/{model:path}", guarded(self._model)),
                 Route("/tokenize", guarded(self._tokenize), methods=["POST"]),
@@ -124,25 +114,15 @@ class Api:
                 Route(MESSAGES, guarded(partial(self._speak, _ANTHROPIC)), methods=["POST"]),
                 Route(RESPONSES, guarded(partial(self._speak, _RESPONSES)), methods=["POST"]),
             ],
-            exception_handlers={
-                HTTPException: _http_error,
-                Overloaded: _overloaded,
-                UserError: _failed,
-                RankError: _failed,
-                ClientDisconnect: _gone,
-            },
+            exception_handlers=HANDLERS,
         )
+        if self._settings.origins:
+            found.add_middleware(
+                CORSMiddleware, allow_origins=self._settings.origins, allow_methods=["*"], allow_headers=["*"]
+            )
+        return found
 
-    # ---- who may ask, and what
-
-    def _check_key(self, request: Request) -> None:
-        if not self._settings.keys:
-            return
-        given = _key_of(request).encode()
-        # Every key is compared, in constant time, so that how long it takes says nothing.
-        known = [hmac.compare_digest(given, key.encode()) for key in self._settings.keys]
-        if not any(known):
-            raise HTTPException(401, "this server needs an API key: Authorization: Bearer KEY")
+    # ---- what is asked
 
     async def _body(self, request: Request) -> dict[str, Any]:
         """The JSON object in a request's body, within the limits."""
@@ -161,10 +141,29 @@ class Api:
             raise UserError("the body is not JSON") from None
         if not isinstance(body, dict):
             raise UserError("the body must be a JSON object")
-        model = body.get("model")
-        if model is not None and model != self._settings.model:
-            raise HTTPException(404, f"the model {model!r} does not exist; this server has {self._settings.model!r}")
         return body
+
+    def _model_of(self, body: dict[str, Any]) -> ServedModel:
+        name = body.get("model")
+        found = self._catalogue.first if name is None else self._catalogue.find(name) if isinstance(name, str) else None
+        if found is None:
+            names = ", ".join(self._catalogue.names)
+            raise HTTPException(404, f"the model {name!r} does not exist; this server has {names}")
+        return found
+
+    async def _submit(self, prompt: list[int], sampling: Sequence[SamplingParams], model: ServedModel) -> list[Answer]:
+        """Ask for all or nothing. A model that isn't loaded and wouldn't fit is refused while the present one stays."""
+        if model.name != self._front.model and self._front.machines:
+            await asyncio.to_thread(model.plan, self._front.machines)
+        answers: list[Answer] = []
+        try:
+            for one in sampling:
+                answers.append(self._front.submit(prompt, one, model.name))
+        except UserError:
+            for answer in answers:
+                self._front.abort(answer)
+            raise
+        return answers
 
     # ---- the endpoints
 
@@ -174,61 +173,63 @@ class Api:
     async def _ready(self, _: Request) -> Response:
         front = self._front
         status = {"ready": front.is_ready, "state": front.state, "requests": front.num_requests}
-        if front.about is not None and not self._settings.keys:  # hosts and memory are nobody else's business
-            status |= {"max_context": front.about.max_context, "ranks": front.about.ranks}
+        if front.about is not None and not self._access.has_keys:  # hosts and memory are nobody else's business
+            status |= {"model": front.model, "max_context": front.about.max_context, "ranks": front.about.ranks}
+            status |= {"now": front.beat.get("ranks", []), "silent_hosts": front.silent_hosts}
         return JSONResponse(status, 200 if front.is_ready else 503)
 
     async def _show_metrics(self, _: Request) -> Response:
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    def _model_object(self) -> dict[str, Any]:
-        return {"id": self._settings.model, "object": "model", "created": 0, "owned_by": "hippo-mpi"}
+    async def _describe(self, _: Request) -> Response:
+        return JSONResponse(openapi_object(self._catalogue.names))
+
+    async def _load_model(self, request: Request) -> Response:
+        """Hot-swap: answered when the model is there."""
+        model = self._model_of(await self._body(request))
+        if self._front.machines:
+            await asyncio.to_thread(model.plan, self._front.machines)
+        await _unless_gone(request, asyncio.ensure_future(self._front.load(model.name)))
+        return JSONResponse({"model": model.name, "state": self._front.state})
 
     async def _models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model_object()]})
+        return JSONResponse({"object": "list", "data": [_model_object(name) for name in self._catalogue.names]})
 
     async def _model(self, request: Request) -> Response:
-        if request.path_params["model"] != self._settings.model:
-            raise HTTPException(404, f"the model {request.path_params['model']!r} does not exist")
-        return JSONResponse(self._model_object())
+        return JSONResponse(_model_object(self._model_of({"model": request.path_params["model"]}).name))
 
     async def _tokenize(self, request: Request) -> Response:
         body = await self._body(request)
+        model = self._model_of(body)
         url = CHAT if "messages" in body else COMPLETION
         given = {name: body[name] for name in ("messages", "prompt") if name in body}
-        tokens = await self._encode(read_body(url, given, self._settings.defaults))
+        tokens = await self._encode(read_body(url, given, model.defaults), model)
         return JSONResponse({"tokens": tokens, "count": len(tokens)})
 
-    async def _encode(self, asked: Asked) -> list[int]:
-        prompt = self._settings.system_prompt
-        system = [{"role": "system", "content": prompt}] if prompt else []
-        return await asyncio.to_thread(asked.encode, self._tokenizer, self._format, system)
+    async def _encode(self, asked: Asked, model: ServedModel) -> list[int]:
+        system = [{"role": "system", "content": model.system_prompt}] if model.system_prompt else []
+        return await asyncio.to_thread(lambda: asked.encode(model.tokenizer, model.chat_format, system))
 
     async def _answer(self, request: Request) -> Response:
+        self._access.count_request(request)
         body = await self._body(request)
+        model = self._model_of(body)
         is_stream = _boolean(body.pop("stream", None), "stream")
         wants_usage = _wants_usage(body.get("stream_options"), is_stream)
         count = body.pop("n", None)
         count = 1 if count is None else count
         if type(count) is not int or not 1 <= count <= _MOST_CHOICES:
             raise UserError(f"n must be a whole number from 1 to {_MOST_CHOICES}, not {count!r}")
-        asked = read_body(request.url.path, body, self._settings.defaults)
-        prompt = await self._encode(asked)
-        answers: list[Answer] = []
-        try:
-            for index in range(count):
-                seed = asked.sampling.seed
-                sampling = replace(asked.sampling, seed=None if seed is None else seed + index)
-                answers.append(self._front.submit(prompt, sampling))
-        except UserError:
-            for answer in answers:
-                self._front.abort(answer)
-            raise
+        asked = read_body(request.url.path, body, model.defaults)
+        prompt = await self._encode(asked, model)
+        seed = asked.sampling.seed
+        sampling = [replace(asked.sampling, seed=None if seed is None else seed + index) for index in range(count)]
+        answers = await self._submit(prompt, sampling, model)
         name = f"{'chatcmpl' if asked.url == CHAT else 'cmpl'}-{secrets.token_hex(12)}"
-        end = partial(self._end, request, name, asked, answers)
-        choices = [Choice(asked, prompt, self._tokenizer) for _ in answers]
+        end = partial(self._end, request, name, asked, answers, model)
+        choices = [Choice(asked, prompt, model.tokenizer) for _ in answers]
         if is_stream:
-            return _EventStream(self._events(asked, name, answers, choices, wants_usage), end)
+            return _EventStream(_chunks(asked, model.name, name, answers, choices, wants_usage), end)
         try:
             found = await _unless_gone(request, asyncio.gather(*(_all(answer) for answer in answers)))
         finally:
@@ -236,67 +237,41 @@ class Api:
         for choice, outputs in zip(choices, found, strict=True):
             for output in outputs:
                 choice.take(output)
-        return JSONResponse(answer_object(self._settings.model, name, choices))
+        return JSONResponse(answer_object(model.name, name, choices))
 
     async def _speak(self, dialect: _Dialect, request: Request) -> Response:
         """One answer, in the words of another API."""
+        self._access.count_request(request)
         body = await self._body(request)
+        model = self._model_of(body)
         is_stream = _boolean(body.pop("stream", None), "stream")
-        asked = dialect.read(body, self._settings.defaults)
-        answer = self._front.submit(await self._encode(asked), asked.sampling)
-        name, model = f"{dialect.prefix}_{secrets.token_hex(12)}", self._settings.model
-        end = partial(self._end, request, name, asked, [answer])
+        asked = dialect.read(body, model.defaults)
+        answers = await self._submit(await self._encode(asked, model), [asked.sampling], model)
+        name = f"{dialect.prefix}_{secrets.token_hex(12)}"
+        end = partial(self._end, request, name, asked, answers, model)
         if is_stream:
-            return _EventStream(dialect.events(asked, model, name, answer.outputs(), self._tokenizer), end)
+            return _EventStream(dialect.events(asked, model.name, name, answers[0].outputs(), model.tokenizer), end)
         try:
-            (outputs,) = await _unless_gone(request, asyncio.gather(_all(answer)))
+            (outputs,) = await _unless_gone(request, asyncio.gather(_all(answers[0])))
         finally:
             end()
-        return JSONResponse(dialect.whole(asked, model, name, outputs, self._tokenizer))
+        return JSONResponse(dialect.whole(asked, model.name, name, outputs, model.tokenizer))
 
-    async def _events(
-        self,
-        asked: Asked,
-        name: str,
-        answers: Sequence[Answer],
-        choices: Sequence[Choice],
-        wants_usage: bool,
-    ) -> AsyncIterator[bytes]:
-        """Server-sent events: every output as it comes, whichever choice it is of."""
-        model = self._settings.model
-        told: asyncio.Queue[tuple[int, RequestOutput | UserError | RankError]] = asyncio.Queue()
-        tasks = [asyncio.ensure_future(_pass_on(index, answer, told)) for index, answer in enumerate(answers)]
-        try:
-            for index in range(len(answers)):
-                yield _event(chunk_object(asked, model, name, index, first_fields(asked)))
-            running = len(answers)
-            while running:
-                index, output = await told.get()
-                if isinstance(output, Exception):
-                    yield _event(_error_of(output))
-                    return
-                yield _event(chunk_object(asked, model, name, index, choices[index].take(output)))
-                running -= output.finish_reason is not None
-            if wants_usage:
-                yield _event(usage_chunk(asked, model, name, [answer.timings for answer in answers]))
-            yield b"data: [DONE]\n\n"
-        finally:  # also when the client has gone away
-            for task in tasks:
-                task.cancel()
-
-    def _end(self, request: Request, name: str, asked: Asked, answers: Sequence[Answer]) -> None:
-        """A request has ended, or its client has gone away: free its places, and write it down."""
+    def _end(self, request: Request, name: str, asked: Asked, answers: Sequence[Answer], model: ServedModel) -> None:
+        """A request has ended, or its client has gone away: free its places, count it, and write it down."""
         for answer in answers:
             self._front.abort(answer)
+        made = sum(len(answer.timings.token_ids) for answer in answers)
+        self._access.count_tokens(request, len(answers[0].request.prompt) + made)
         if self._audit is None:
             return
-        key = _key_of(request)
-        given = {k: v for k, v in asdict(asked.sampling).items() if v != getattr(self._settings.defaults, k)}
-        prompt = self._tokenizer.decode(answers[0].request.prompt)
+        key = key_of(request)
+        given = {k: v for k, v in asdict(asked.sampling).items() if v != getattr(model.defaults, k)}
+        prompt = model.tokenizer.decode(answers[0].request.prompt)
         record: dict[str, Any] = {
             "id": name,
             "key": digest(key)[:16] if key else None,
-            "model": self._settings.model,
+            "model": model.name,
             "endpoint": request.url.path,
             "parameters": given,
             "prompt_tokens": len(answers[0].request.prompt),
@@ -304,7 +279,7 @@ class Api:
             "choices": [],
         }
         for answer in answers:
-            text = self._tokenizer.decode(answer.timings.token_ids)
+            text = model.tokenizer.decode(answer.timings.token_ids)
             choice = {"tokens": len(answer.timings.token_ids), "outcome": answer.outcome, "digest": digest(text)}
             record["choices"].append({**choice, **({"text": text} if self._audit.has_text else {})})
         if self._audit.has_text:
@@ -312,9 +287,8 @@ class Api:
         self._audit.write(record)
 
 
-def _key_of(request: Request) -> str:
-    headers = request.headers
-    return headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+def _model_object(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "hippo-mpi"}
 
 
 class _EventStream(StreamingResponse):
@@ -333,6 +307,36 @@ class _EventStream(StreamingResponse):
 
 async def _all(answer: Answer) -> list[RequestOutput]:
     return [output async for output in answer.outputs()]
+
+
+async def _chunks(
+    asked: Asked,
+    model: str,
+    name: str,
+    answers: Sequence[Answer],
+    choices: Sequence[Choice],
+    wants_usage: bool,
+) -> AsyncIterator[bytes]:
+    """Server-sent events: every output as it comes, whichever choice it is of."""
+    told: asyncio.Queue[tuple[int, RequestOutput | UserError | RankError]] = asyncio.Queue()
+    tasks = [asyncio.ensure_future(_pass_on(index, answer, told)) for index, answer in enumerate(answers)]
+    try:
+        for index in range(len(answers)):
+            yield _event(chunk_object(asked, model, name, index, first_fields(asked)))
+        running = len(answers)
+        while running:
+            index, output = await told.get()
+            if isinstance(output, Exception):
+                yield _event(error_of(output))
+                return
+            yield _event(chunk_object(asked, model, name, index, choices[index].take(output)))
+            running -= output.finish_reason is not None
+        if wants_usage:
+            yield _event(usage_chunk(asked, model, name, [answer.timings for answer in answers]))
+        yield b"data: [DONE]\n\n"
+    finally:  # also when the client has gone away
+        for task in tasks:
+            task.cancel()
 
 
 async def _pass_on(
@@ -382,38 +386,3 @@ def _wants_usage(options: Any, is_stream: bool) -> bool:
     if not is_stream or not isinstance(options, dict) or not set(options) <= {"include_usage"}:
         raise UserError('stream_options must be {"include_usage": true or false}, with stream: true')
     return _boolean(options.get("include_usage"), "include_usage")
-
-
-# ---- errors, in the shape of the endpoint
-
-
-def _error_of(error: Exception) -> dict[str, Any]:
-    kind = "invalid_request_error" if isinstance(error, UserError) else "server_error"
-    return error_object(str(error), kind)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if request.url.path == MESSAGES:
-        kind = {401: "authentication_error", 404: "not_found_error"}.get(error.status_code, "invalid_request_error")
-        return JSONResponse(messages_error(Exception(error.detail), kind), error.status_code, error.headers)
-    code = {401: "invalid_api_key", 404: "model_not_found"}.get(error.status_code)
-    code = None if error.detail == HTTPStatus(error.status_code).phrase else code  # Starlette's own: no such route
-    found = error_object(str(error.detail), "invalid_request_error", code)
-    return JSONResponse(found, error.status_code, error.headers)
-
-
-async def _overloaded(request: Request, error: Exception) -> Response:
-    found = error_object(f"{error}; try again later", "rate_limit_error", "rate_limit_exceeded")
-    if request.url.path == MESSAGES:
-        found = messages_error(error, "rate_limit_error")
-    return JSONResponse(found, 429, {"Retry-After": str(_RETRY_AFTER_S)})
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    found = messages_error(error) if request.url.path == MESSAGES else _error_of(error)
-    return JSONResponse(found, 400 if isinstance(error, UserError) else 503)
-
-
-async def _gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it

@@ -1,6 +1,8 @@
-"""The front's memory: every request, and what has been answered of it, so that ranks may come and go.
+"""The front's memory: every request, and what has been answered of it, so that ranks and models may come and go.
 
 Ranks that are gone take nothing with them: when others are ready, each answer goes on from its last token.
+Ranks hold one model at a time. While requests wait for another, no more of the present one's are begun; when those that
+were have ended, it is the other's turn, with all that wait for it by then.
 Knows requests and ranks' messages. Must not know HTTP or how ranks are started.
 """
 
@@ -17,7 +19,8 @@ from typing import Any
 from hippo_mpi.engine.engine import check_request
 from hippo_mpi.engine.request import Request, RequestOutput, Resume, SamplingParams, Timings
 from hippo_mpi.errors import RankError, UserError
-from hippo_mpi.serving.rank_link import About, ToldOutput, line_of, read_output, request_object
+from hippo_mpi.serving.rank_link import About, ToldOutput, line_of, read_about, read_output, request_object
+from hippo_mpi.shard.layer_split import Machine
 
 
 class Overloaded(UserError):
@@ -30,6 +33,7 @@ class Answer:
 
     request: Request
     timings: Timings
+    model: str
     emitted_chars: int = 0
     random_state: list[int] | None = None
     outcome: str = "abort"  # or its finish reason, or its error
@@ -82,19 +86,34 @@ class Front:
 
     Args:
         most_requests: that may be under way or wait at once.
+        model: the name of the one that comes first.
     """
 
-    def __init__(self, most_requests: int) -> None:
+    def __init__(self, most_requests: int, model: str) -> None:
         self._most_requests = most_requests
         self._answers: dict[int, Answer] = {}
+        self._begun: set[int] = set()  # those that the ranks know of
         self._ids = itertools.count()
         self._writer: asyncio.StreamWriter | None = None
-        self.about: About | None = None  # of the last ranks that were ready
-        self.state = "the ranks are starting"
+        self.model = model  # that the ranks hold, or are started for
+        self._model_before: str | None = None  # while another is being loaded: the one to return to
+        self._wanted: list[tuple[str, asyncio.Future[None]]] = []  # models that somebody waits for without a request
+        self.turn_is_over = asyncio.Event()
+        self._abouts: dict[str, About] = {}
+        self.machines: list[Machine] = []  # the budgets of the ranks that were ready last, whatever they held
+        self.state = f"{model} is being loaded"
         self.num_starts = 0
+        self.num_restarts = 0  # after failures
+        self.silent_hosts: list[str] = []  # without which the ranks were started
+        self.beat: dict[str, Any] = {}  # what the ranks said last of themselves
         self.has_progressed = False  # since the last ranks became ready
         self.on_output: Callable[[RequestOutput, float], None] = lambda output, before_s: None
         """For counting: told of every output, and when the one before it came (0: it is the first)."""
+
+    @property
+    def about(self) -> About | None:
+        """Of the last ranks that were ready with the present model."""
+        return self._abouts.get(self.model)
 
     @property
     def is_ready(self) -> bool:
@@ -105,8 +124,8 @@ class Front:
         """Under way or waiting."""
         return len(self._answers)
 
-    def submit(self, prompt: list[int], sampling: SamplingParams) -> Answer:
-        """Ask for an answer.
+    def submit(self, prompt: list[int], sampling: SamplingParams, model: str) -> Answer:
+        """Ask for an answer of a model.
 
         Raises:
             Overloaded: too many wait already.
@@ -114,26 +133,109 @@ class Front:
         """
         if len(self._answers) >= self._most_requests:
             raise Overloaded(f"{self._most_requests} requests are under way or wait already")
-        if self.about is not None:
-            check_request(prompt, sampling, self.about.max_context, self.about.vocab_size)
+        if about := self._abouts.get(model):
+            check_request(prompt, sampling, about.max_context, about.vocab_size)
         if sampling.seed is None:  # every answer draws numbers of its own, so that it can go on elsewhere
             sampling = replace(sampling, seed=secrets.randbits(63))
         request = Request(next(self._ids), prompt, sampling)
-        answer = Answer(request, Timings(prompt_tokens=len(prompt)))
+        answer = Answer(request, Timings(prompt_tokens=len(prompt)), model)
         self._answers[request.id] = answer
-        self._tell(add=request_object(request))
+        self._advance()
         return answer
 
     def abort(self, answer: Answer) -> None:
         """Nobody wants the rest of an answer; unknown and ended ones are ignored."""
-        if self._answers.pop(answer.request.id, None) is not None:
-            self._tell(abort=answer.request.id)
+        number = answer.request.id
+        if self._answers.pop(number, None) is not None:
+            if number in self._begun:
+                self._tell(abort=number)
+            self._forget(number)
+
+    async def load(self, model: str) -> None:
+        """Have the ranks hold a model next, when the answers that have begun are complete; returns when they do.
+
+        Raises:
+            UserError: it can't be loaded.
+        """
+        loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._wanted.append((model, loaded))
+        self._advance()
+        await loaded
+
+    # ---- whose turn it is
+
+    def _advance(self) -> None:
+        """Tell the ranks what they may begin; when it is another model's turn, say so."""
+        if self._writer is None:
+            return
+        self._answer_wanted(self.model)
+        if self._next_model() is None:
+            self._begin_all()
+        elif not self._begun:
+            self.turn_is_over.set()
+
+    def _next_model(self) -> str | None:
+        """The model that somebody waits for, if it isn't the present one."""
+        waited_for = [model for model, _ in self._wanted] + [answer.model for answer in self._answers.values()]
+        return next((model for model in waited_for if model != self.model), None)
+
+    def _begin_all(self) -> None:
+        for number, answer in self._answers.items():
+            if answer.model == self.model and number not in self._begun:
+                self._begun.add(number)
+                self._tell(add=request_object(answer.resumed()))
+
+    def _forget(self, number: int) -> None:
+        """An answer has ended: that may have been the last before another model's turn."""
+        self._begun.discard(number)
+        self._advance()
+
+    def _answer_wanted(self, model: str, error: UserError | None = None) -> None:
+        """Those who wait for a model learn that it is there, or that it can't be."""
+        for name, loaded in self._wanted:
+            if name == model and not loaded.done():
+                if error is None:
+                    loaded.set_result(None)
+                else:
+                    loaded.set_exception(error)
+        self._wanted = [(name, loaded) for name, loaded in self._wanted if name != model and not loaded.done()]
+
+    def take_turn(self) -> bool:
+        """Let another model have the next ranks, if one waits, and has its turn; whether it does."""
+        is_due = self.turn_is_over.is_set() or not any(a.model == self.model for a in self._answers.values())
+        self.turn_is_over.clear()
+        other = self._next_model()
+        if other is None or not is_due:
+            self._advance()
+            return False
+        self._model_before, self.model = self.model, other
+        if self._writer is not None:
+            self._writer.close()  # the ranks end
+            self._writer = None
+        return True
+
+    def give_up_model(self, why: str) -> bool:
+        """The present model can't be loaded. False: it could be before, or there is none to return to."""
+        if self.about is not None or self._model_before is None:
+            return False
+        error = UserError(f"the model {self.model!r} can't be loaded: {why}")
+        self._answer_wanted(self.model, error)
+        for number, answer in list(self._answers.items()):
+            if answer.model == self.model:
+                del self._answers[number]
+                answer.fail(error)
+        self.model, self._model_before = self._model_before, None
+        return True
+
+    # ---- the ranks
 
     def lose_ranks(self, why: str, most_failures: int) -> None:
-        """Ranks have failed. A request that has seen so many failures without a token between is given up: it may be
-        what they fail of."""
+        """Ranks have failed. A request of theirs that has seen so many failures without a token between is given up:
+        it may be what they fail of."""
         self.state = f"the ranks are being started again: {why}"
         for number, answer in list(self._answers.items()):
+            if answer.model != self.model:
+                continue
             answer.num_failures += 1
             if answer.num_failures > most_failures:
                 del self._answers[number]
@@ -159,7 +261,8 @@ class Front:
         except (OSError, ValueError) as error:
             return f"rank 0 is gone: {error}"
         finally:
-            self._writer, self.state = None, "the ranks are gone"
+            self._writer, self.state, self.beat = None, "the ranks are gone", {}
+            self._begun.clear()
             writer.close()
 
     def _take(self, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
@@ -169,21 +272,27 @@ class Front:
             answer = self._answers.pop(message["refused"], None)
             if answer is not None:
                 answer.fail(UserError(message["why"]))
+                self._forget(answer.request.id)
+        elif "beat" in message:
+            self.beat = message["beat"]
         elif "ready" in message:
-            self.about, self._writer, self.state = About(**message["ready"]), writer, "ready"
+            about = read_about(message["ready"])
+            self._abouts[self.model], self.machines = about, about.machines
+            self._writer, self.state = writer, "ready"
             self.num_starts += 1
-            for answer in self._answers.values():
-                self._tell(add=request_object(answer.resumed()))
+            self._begin_all()
+            self._advance()
 
     def _note(self, told: ToldOutput) -> None:
         self.has_progressed = True
         answer = self._answers.get(told.request_id)
         if answer is None:  # aborted meanwhile
             return
-        if told.finish_reason is not None:
-            del self._answers[told.request_id]
         before_s = answer.timings.finished_s
         self.on_output(answer.take(told), before_s)
+        if told.finish_reason is not None:
+            del self._answers[told.request_id]
+            self._forget(told.request_id)
 
     def _tell(self, **message: Any) -> None:
         """To the ranks, if there are any; those to come are told everything."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from hippo_mpi.engine.request import RequestOutput
 from hippo_mpi.serving.front import Front
@@ -16,7 +18,7 @@ _BETWEEN_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5, 30)
 class Metrics:
     """Listens to a front."""
 
-    def __init__(self, front: Front, num_restarts: Callable[[], int]) -> None:
+    def __init__(self, front: Front) -> None:
         self.registry = CollectorRegistry()
 
         def gauge(name: str, text: str, value: Callable[[], float]) -> None:
@@ -24,7 +26,7 @@ class Metrics:
 
         gauge("hippo_requests", "Requests under way or waiting.", lambda: front.num_requests)
         gauge("hippo_ready", "1 while ranks answer.", lambda: float(front.is_ready))
-        gauge("hippo_restarts", "How often the ranks were started again.", num_restarts)
+        gauge("hippo_restarts", "How often the ranks were started again.", lambda: front.num_restarts)
         self._ended = Counter("hippo_answers", "Answers that have ended.", ["finish_reason"], registry=self.registry)
         self._tokens = Counter("hippo_generated_tokens", "Tokens generated.", registry=self.registry)
         self._prompt = Counter("hippo_prompt_tokens", "Prompt tokens of ended answers.", registry=self.registry)
@@ -35,6 +37,7 @@ class Metrics:
         self._between = Histogram(
             "hippo_token_seconds", "Between two tokens of an answer.", buckets=_BETWEEN_S, registry=self.registry
         )
+        self.registry.register(_Ranks(front))
         front.on_output = self._note
 
     def _note(self, output: RequestOutput, before_s: float) -> None:
@@ -50,3 +53,26 @@ class Metrics:
         self._ended.labels(output.finish_reason).inc()
         self._prompt.inc(timings.prompt_tokens)
         self._cached.inc(timings.cached_tokens)
+
+
+class _Ranks(Collector):
+    """What the ranks said last of themselves. Their sums begin anew when they are started again."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        busy = CounterMetricFamily("hippo_rank_busy_seconds", "Time that a rank has worked.", labels=["rank"])
+        hop = CounterMetricFamily("hippo_hop_seconds", "Time that arrays took to a rank.", labels=["rank"])
+        hops = CounterMetricFamily("hippo_hops", "Messages with arrays to a rank.", labels=["rank"])
+        cache = GaugeMetricFamily("hippo_cache_bytes", "KV caches of a rank.", labels=["rank"])
+        in_flight = GaugeMetricFamily("hippo_steps_in_flight", "Steps that are on their way round the ring.")
+        for rank, status in enumerate(self._front.beat.get("ranks", [])):
+            if status:
+                busy.add_metric([str(rank)], status["busy_s"])
+                hop.add_metric([str(rank)], status["hop_s"])
+                hops.add_metric([str(rank)], status["num_hops"])
+                cache.add_metric([str(rank)], status["cache_bytes"])
+            if "num_in_flight" in status:
+                in_flight.add_metric([], status["num_in_flight"])
+        yield from (busy, hop, hops, cache, in_flight)

@@ -17,7 +17,7 @@ from hippo_mpi.errors import UserError
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 _WITHOUT_EFFECT = {"model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier"}
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 _MAX_LOGPROBS = 20
 _MAX_BIAS = 10_000  # OpenAI's is 100; any logit is far below
 _MAX_STOPS, _MAX_STOP_CHARS = 16, 256  # each is looked for in every answer after every token
@@ -80,8 +80,8 @@ def _messages(value: Any) -> list[dict[str, Any]]:
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
     """A message as chat templates want it: text, and arguments of calls as objects."""
-    if message.get("role") not in _ROLES:
-        raise UserError(f"messages: role must be one of {', '.join(_ROLES)}, not {message.get('role')!r}")
+    if message.get("role") not in ROLES:
+        raise UserError(f"messages: role must be one of {', '.join(ROLES)}, not {message.get('role')!r}")
     calls = message.get("tool_calls")
     found = {**message, "content": _content("" if calls and message.get("content") is None else message.get("content"))}
     if calls is not None:
@@ -132,7 +132,7 @@ def _sampling(fields: dict[str, Any], defaults: SamplingParams, is_chat: bool) -
             continue  # below: it needs logprobs
         elif name in _FIELDS:
             target, check = _FIELDS[name]
-            found[target] = check(name, value)
+            found[target] = check.read(name, value)
         elif name in _ONLY:
             if value != _ONLY[name]:
                 raise UserError(f"{name} must be {_ONLY[name]!r} here, not {value!r}")
@@ -141,11 +141,16 @@ def _sampling(fields: dict[str, Any], defaults: SamplingParams, is_chat: bool) -
     if is_chat and "top_logprobs" in fields:
         if found.get("logprobs") is None:
             raise UserError("top_logprobs needs logprobs: true")
-        found["logprobs"] = _whole(0, _MAX_LOGPROBS)("top_logprobs", fields["top_logprobs"])
+        found["logprobs"] = _COUNT_OF_LOGPROBS.read("top_logprobs", fields["top_logprobs"])
     return replace(defaults, **found)
 
 
-_Check = Callable[[str, Any], Any]
+@dataclass(frozen=True)
+class _Check:
+    """What a field may hold: a reader that raises, and the same as a JSON schema."""
+
+    read: Callable[[str, Any], Any]
+    schema: dict[str, Any]
 
 
 def _boolean(name: str, value: Any) -> bool:
@@ -160,7 +165,7 @@ def _whole(low: int, high: int) -> _Check:
             raise UserError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
         return value
 
-    return check
+    return _Check(check, {"type": "integer", "minimum": low, "maximum": high})
 
 
 def _number(low: float, high: float) -> _Check:
@@ -169,7 +174,7 @@ def _number(low: float, high: float) -> _Check:
             raise UserError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
         return float(value)
 
-    return check
+    return _Check(check, {"type": "number", "minimum": low, "maximum": high})
 
 
 def _stop(name: str, value: Any) -> tuple[str, ...]:
@@ -205,6 +210,8 @@ def _response_format(name: str, value: Any) -> str | None:
     return json_grammar(schema)
 
 
+_TEXT = {"type": "string", "minLength": 1, "maxLength": _MAX_STOP_CHARS}
+_COUNT_OF_LOGPROBS = _whole(0, _MAX_LOGPROBS)
 _FIELDS: dict[str, tuple[str, _Check]] = {
     "max_tokens": ("max_tokens", _whole(1, 1 << 30)),
     "max_completion_tokens": ("max_tokens", _whole(1, 1 << 30)),
@@ -213,12 +220,34 @@ _FIELDS: dict[str, tuple[str, _Check]] = {
     "min_p": ("min_p", _number(0, 1)),
     "top_k": ("top_k", _whole(0, 1 << 30)),
     "seed": ("seed", _whole(0, 2**63 - 1)),
-    "stop": ("stop_words", _stop),
+    "stop": (
+        "stop_words",
+        _Check(_stop, {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": _MAX_STOPS}]}),
+    ),
     "presence_penalty": ("presence_penalty", _number(-2, 2)),
     "frequency_penalty": ("frequency_penalty", _number(-2, 2)),
     "repetition_penalty": ("repetition_penalty", _number(0.01, 100)),
-    "logit_bias": ("logit_bias", _bias),
-    "logprobs": ("logprobs", _whole(0, _MAX_LOGPROBS)),
-    "response_format": ("grammar", _response_format),
+    "logit_bias": (
+        "logit_bias",
+        _Check(
+            _bias,
+            {
+                "type": "object",
+                "propertyNames": {"pattern": "^[0-9]{1,6}$"},
+                "additionalProperties": {"type": "number", "minimum": -_MAX_BIAS, "maximum": _MAX_BIAS},
+            },
+        ),
+    ),
+    "logprobs": ("logprobs", _COUNT_OF_LOGPROBS),
+    "response_format": ("grammar", _Check(_response_format, {"type": "object", "required": ["type"]})),
+    "max_repeats": ("max_repeats", _whole(0, 1 << 30)),
 }
 _ONLY: dict[str, Any] = {"n": 1, "best_of": 1, "stream": False, "echo": False, "parallel_tool_calls": True}
+
+
+def field_schemas(is_chat: bool) -> dict[str, Any]:
+    """JSON schemas of the optional fields of a body, by name."""
+    found = {name: check.schema for name, (_, check) in _FIELDS.items()}
+    if is_chat:
+        found |= {"logprobs": {"type": "boolean"}, "top_logprobs": _COUNT_OF_LOGPROBS.schema}
+    return found

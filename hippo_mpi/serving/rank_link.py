@@ -1,7 +1,7 @@
 """What the front and rank 0 say to each other: JSON, a line each, over a local socket.
 
     front -> rank 0   {"add": Request}  {"abort": id}
-    rank 0 -> front   {"ready": About}  {"output": RequestOutput}  {"refused": id, "why": text}  {"beat": counts}
+    rank 0 -> front   {"ready": About}  {"output": RequestOutput}  {"refused": id, "why": text}  {"beat": {"ranks": [...]}}
 
 Each object is a dataclass's fields. Nothing here is ever executed or unpickled.
 """
@@ -20,6 +20,7 @@ from hippo_mpi.engine.request import (
     SamplingParams,
     TokenLogprobs,
 )
+from hippo_mpi.shard.layer_split import Machine
 
 MAX_LINE_BYTES = 64 << 20  # a prompt of some million tokens
 FRONT = "HIPPO_FRONT"
@@ -33,6 +34,11 @@ class About:
     max_context: int
     vocab_size: int
     ranks: list[dict[str, Any]] = field(default_factory=list)  # statistics of each
+    machines: list[Machine] = field(default_factory=list)  # the budget of each before it loaded anything
+
+
+def read_about(found: dict[str, Any]) -> About:
+    return About(**{**found, "machines": [Machine(**machine) for machine in found["machines"]]})
 
 
 def line_of(**message: Any) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import socket
 import threading
@@ -13,6 +12,7 @@ from typing import Any
 
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.errors import RankError, UserError
+from hippo_mpi.parallel.timeline import Timeline
 from hippo_mpi.serving.rank_link import About, line_of, output_object, read_request
 from hippo_mpi.transport.control import Control
 
@@ -29,11 +29,12 @@ class RankService:
         for work, name in ((self._read, "hippo-front"), (self._beat, "hippo-beat")):
             threading.Thread(target=work, name=name, daemon=True).start()
 
-    def run(self, engine: Engine, about: About) -> None:
+    def run(self, engine: Engine, about: About, timeline: Timeline) -> None:
         """Answer requests until the front is gone."""
         self._tell(line_of(ready=asdict(about)))
         while True:
             if engine.is_idle:
+                timeline.pause()
                 self._control.idle()
                 if not self._take(engine, self._inbox.get()):
                     return
@@ -81,6 +82,6 @@ class RankService:
         while True:
             time.sleep(BEAT_S)
             try:
-                self._tell(line_of(beat=os.getpid()))
+                self._tell(line_of(beat={"ranks": self._control.statuses()}))
             except RankError:
                 return

@@ -17,6 +17,7 @@ from hippo_mpi.serving.openai_protocol import CHAT, Asked, read_body
 
 RESPONSES = "/v1/responses"
 _WITHOUT_EFFECT = {"model", "metadata", "service_tier", "stream", "store", "user", "safety_identifier"}
+_INCOMPLETE = {"length": "max_output_tokens"}
 _ONLY = {"background": False, "truncation": "disabled", "tools": [], "previous_response_id": None}
 
 
@@ -105,7 +106,7 @@ def _response(model: str, response_id: str, timings: Timings, text: str, reason:
         "model": model,
         "status": status,
         "error": None,
-        "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+        "incomplete_details": {"reason": _INCOMPLETE.get(reason or "", reason)} if status == "incomplete" else None,
         "output": [] if reason is None else [_item(response_id, text)],
         "parallel_tool_calls": True,
         "tool_choice": "auto",

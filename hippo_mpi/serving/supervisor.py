@@ -1,4 +1,4 @@
-"""Starts the ranks, sees when they fail, ends what is left of them and starts them again.
+"""Starts the ranks, sees when they fail, ends what is left of them and starts them again, on the hosts that answer.
 
 Local ranks are started one by one: under the ring backend mlx.launch would keep a core busy, and a server is idle
 most of the time. For other hosts it is mlx.launch (or, with --backend mpi, its mpirun).
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -18,15 +19,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from hippo_mpi.errors import LaunchError, UserError
+from hippo_mpi.errors import LaunchError, PlanError, UserError
 from hippo_mpi.serving.front import Front
 from hippo_mpi.serving.progress import TERMINAL
 from hippo_mpi.serving.rank_link import FRONT, MAX_LINE_BYTES
+from hippo_mpi.transport.control import RUN_KEY
 
 _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 _END_S = 3.0
 _LOOK_S = 0.05
+_KNOCK_S = 5  # for a host to let us in
+
+_Arrived = asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+
+
+Host = dict[str, Any]
+"""An entry of a hostfile: {"ssh": name, "ips": [address]}."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +46,13 @@ class LaunchPlan:
     Args:
         command: what every rank runs.
         num_local: ranks on this machine, without a launcher.
-        launcher: the beginning of a launcher's command line, if they are elsewhere.
+        launcher: the beginning of a launcher's command line, if they are elsewhere: on `hosts`, rank 0's first.
     """
 
     command: Sequence[str]
     num_local: int = 0
     launcher: Sequence[str] = ()
+    hosts: Sequence[Host] = ()
 
 
 class RankGroup:
@@ -59,13 +70,16 @@ class RankGroup:
         env = {
             **os.environ,
             FRONT: str(folder / "front"),
+            RUN_KEY: secrets.token_hex(32),
             TERMINAL: str(int(sys.stderr.isatty())),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }
-        if plan.launcher:
-            self._start([*plan.launcher, "--env", f"{FRONT}={env[FRONT]}", "--", *plan.command], env)
-            return
         hostfile = folder / "hosts.json"
+        if plan.launcher:
+            hostfile.write_text(json.dumps(list(plan.hosts)))
+            given = [word for name in (FRONT, RUN_KEY) for word in ("--env", f"{name}={env[name]}")]
+            self._start([*plan.launcher, "--hostfile", str(hostfile), *given, "--", *plan.command], env)
+            return
         first = find_ports(plan.num_local)
         hostfile.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(plan.num_local)]))
         for rank in range(plan.num_local):
@@ -107,17 +121,24 @@ class Supervisor:
     """Keeps ranks behind a front.
 
     Args:
+        make_plan: how the ranks of a model (its name) are started on some of the hosts (given their numbers; None: all).
+        hosts: where ranks may be; none: on this machine only.
         find_ports: the first of so many free ports in a row, for the ring of local ranks; new ones for every start.
         silence_s: after so long without a word from rank 0, it counts as lost.
         max_restarts: failures in a row that a request bears, without a token of it between.
     """
 
     def __init__(
-        self, front: Front, plan: LaunchPlan, find_ports: Callable[[int], int], silence_s: float, max_restarts: int
+        self,
+        front: Front,
+        make_plan: Callable[[str, Sequence[int] | None], LaunchPlan],
+        hosts: Sequence[Host],
+        find_ports: Callable[[int], int],
+        silence_s: float,
+        max_restarts: int,
     ) -> None:
-        self._front, self._plan, self._find_ports = front, plan, find_ports
+        self._front, self._make_plan, self._hosts, self._find_ports = front, make_plan, hosts, find_ports
         self._silence_s, self._max_restarts = silence_s, max_restarts
-        self.num_restarts = 0
 
     async def run(self) -> None:
         """Start the ranks, and start them again whenever they fail; ends by being cancelled.
@@ -125,68 +146,116 @@ class Supervisor:
         Raises:
             UserError: the first start failed by something that was typed or configured.
         """
+        front = self._front
         with tempfile.TemporaryDirectory(prefix="hippo-serve-") as name:
             folder = Path(name)
-            arrived: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
+            arrived: _Arrived = asyncio.Queue()
             server = await asyncio.start_unix_server(
                 lambda reader, writer: arrived.put_nowait((reader, writer)), folder / "front", limit=MAX_LINE_BYTES
             )
             failures = 0
             async with server:
                 while True:
-                    self._front.has_progressed = False
+                    front.has_progressed = False
                     while not arrived.empty():  # of a life that ended before it was looked at
                         arrived.get_nowait()[1].close()
                     try:
                         why = await self._serve_once(folder, arrived)
                     except (OSError, LaunchError) as error:  # no more processes, memory or ports: that may pass
-                        if not self._front.num_starts:
+                        if not front.num_starts:
                             raise UserError(f"the ranks can't be started: {error}") from None
                         why = str(error)
-                    failures = 1 if self._front.has_progressed else failures + 1
+                    except PlanError as error:  # on the hosts that answer
+                        why = str(error).splitlines()[0]
+                    if why is None:
+                        front.state = f"{front.model} is being loaded"
+                        failures = 0
+                        continue
+                    failures = 1 if front.has_progressed else failures + 1
                     sys.stderr.write(f"the ranks are gone ({why}); starting them again\n")
-                    self._front.lose_ranks(why, self._max_restarts)
-                    self.num_restarts += 1
+                    front.lose_ranks(why, self._max_restarts)
+                    front.take_turn()
+                    front.num_restarts += 1
                     await asyncio.sleep(_BACKOFF_S[min(failures - 1, len(_BACKOFF_S) - 1)])
 
-    async def _serve_once(
-        self, folder: Path, arrived: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
-    ) -> str:
-        """One life of the ranks; returns why it ended."""
-        group = RankGroup()
+    async def _serve_once(self, folder: Path, arrived: _Arrived) -> str | None:
+        """One life of the ranks; returns why it ended, or None if it is another model's turn."""
+        front, group = self._front, RankGroup()
         try:
-            group.start(self._same_again(), folder, self._find_ports)
+            group.start(await self._plan(), folder, self._find_ports)
             ended, connected = asyncio.ensure_future(group.wait()), asyncio.ensure_future(arrived.get())
             await asyncio.wait({ended, connected}, return_when="FIRST_COMPLETED", timeout=self._silence_s)
             if not connected.done():
                 connected.cancel()
                 ended.cancel()
-                return self._refuse(group) or f"they didn't start within {self._silence_s:.0f} s"
-            serving = asyncio.ensure_future(self._front.serve_ranks(*connected.result(), self._silence_s))
+                return self._why(group) if group.ended() is not None else f"no rank came within {self._silence_s:.0f} s"
+            serving = asyncio.ensure_future(front.serve_ranks(*connected.result(), self._silence_s))
             try:
-                await asyncio.wait({ended, serving}, return_when="FIRST_COMPLETED")
+                is_turned = await self._until_turn({ended, serving})
                 await asyncio.wait({serving}, timeout=_END_S)  # rank 0 may still have something to tell
+                if is_turned:
+                    await asyncio.wait({ended}, timeout=_END_S)
             finally:
                 ended.cancel()
                 serving.cancel()
-            if not self._front.num_starts:
-                self._refuse(group)
+            if is_turned:
+                return None
+            if front.about is None and group.ended() is not None:
+                return self._why(group)
             return serving.result() if serving.done() and not serving.cancelled() else "a rank has ended"
         finally:
             await group.end()
 
-    def _same_again(self) -> LaunchPlan:
-        """The context that was promised stays, even if less memory is free by now: else answers could not go on."""
-        about = self._front.about
-        if about is None:
-            return self._plan
-        return replace(self._plan, command=[*self._plan.command, "--max-context", str(about.max_context)])
+    async def _until_turn(self, lives: set[asyncio.Future[Any]]) -> bool:
+        """Wait until the ranks fail (False), or it is another model's turn (True)."""
+        while True:
+            turn = asyncio.ensure_future(self._front.turn_is_over.wait())
+            await asyncio.wait({*lives, turn}, return_when="FIRST_COMPLETED")
+            turn.cancel()
+            if any(life.done() for life in lives):
+                return False
+            if self._front.take_turn():
+                return True
 
-    def _refuse(self, group: RankGroup) -> str:
-        """What the exit status says. Before any rank was ready, a user's mistake ends everything."""
+    async def _plan(self) -> LaunchPlan:
+        """After the first start, on the hosts that answer. The context that was promised stays, even if less memory is
+        free by now: else answers could not go on."""
+        about, living = self._front.about, None
+        if self._front.num_starts and self._hosts:
+            answers = await asyncio.gather(*(_is_there(host) for host in self._hosts))
+            silent = [str(h["ssh"]) for h, answer in zip(self._hosts, answers, strict=True) if not answer]
+            living = [index for index, answer in enumerate(answers) if answer] if silent else None
+            self._front.silent_hosts = silent
+        plan = await asyncio.to_thread(self._make_plan, self._front.model, living)
+        if about is None:
+            return plan
+        return replace(plan, command=[*plan.command, "--max-context", str(about.max_context)])
+
+    def _why(self, group: RankGroup) -> str | None:
+        """What the exit status says of ranks that were never ready. A user's mistake ends everything, or, if there is
+        another model to return to, this one's turn (None)."""
         code = group.ended()
-        if code is None:
-            return ""
-        if not self._front.num_starts and code == UserError.exit_code:
-            raise UserError("the ranks didn't start; they said why")
+        if code == UserError.exit_code:
+            if not self._front.num_starts:
+                raise UserError("the ranks didn't start; they said why")
+            if self._front.give_up_model("its ranks refuse it; the server's log says why"):
+                return None
         return f"exit status {code}"
+
+
+async def _is_there(host: Host) -> bool:
+    """Whether a host lets us in."""
+    if host["ssh"] == "127.0.0.1":  # as mlx.launch has it: this machine
+        return True
+    process = await asyncio.create_subprocess_exec(
+        "ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_KNOCK_S}", host["ssh"], "true",
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        return await asyncio.wait_for(process.wait(), _KNOCK_S + _END_S) == 0
+    except TimeoutError:
+        return False
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

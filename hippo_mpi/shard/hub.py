@@ -18,10 +18,27 @@ from typing import Any
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from tqdm import tqdm
 
+from hippo_mpi.config import BUNDLED_MODEL
 from hippo_mpi.errors import ModelError
 
 _SMALL_FILES = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
 _NOTE = ".hippo-hub.json"
+
+
+def find_model(model: str, revision: str | None, on_progress: Callable[[], None] = lambda: None) -> Path:
+    """The folder of a model: a local one, or the hub's.
+
+    Raises:
+        ModelError: there is neither.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if path == BUNDLED_MODEL:
+        raise ModelError(f"the bundled model is missing ({path}); give --model")
+    if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
+        raise ModelError(f"no such model folder: {model}")
+    return open_repo(model, revision, on_progress)
 
 
 def open_repo(repo: str, revision: str | None, on_progress: Callable[[], None]) -> Path:

@@ -6,6 +6,7 @@ A stage keeps the full list of layers' caches, for its phantoms too (their rows 
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ class KVSettings:
     kv_bits: int | None = None
     kv_group_size: int = 64
     quantized_kv_start: int = 5000
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> KVSettings:
+        return cls(options.max_kv_size, options.kv_bits, options.kv_group_size, options.quantized_kv_start)
 
 
 @dataclass
@@ -81,6 +86,12 @@ class SlotCaches:
             raise UserError(f"--kv-bits doesn't work with this model's caches: {error}") from None
         block.lengths = lengths
         return [value for _, value in tree_flatten([c.state for c in block.cache]) if isinstance(value, mx.array)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all slots."""
+        blocks = {id(block): block for block in self._blocks.values()}
+        return sum(cache_bytes(entry) for block in blocks.values() for entry in block.cache)
 
     def fork(self, source: int, slot: int) -> None:
         """Let `slot` begin as a copy of `source`."""
@@ -217,3 +228,11 @@ def merged(caches: Sequence[list[Any]]) -> list[Any]:
         AttributeError: mlx-lm can't batch one of them.
     """
     return [rows[0].merge(list(rows)) for rows in zip(*caches, strict=True)]
+
+
+def cache_bytes(entry: Any) -> int:
+    """Bytes that one of mlx-lm's caches holds."""
+    try:
+        return 0 if entry is None or entry.empty() else int(entry.nbytes)
+    except (AttributeError, TypeError, NotImplementedError):
+        return 0

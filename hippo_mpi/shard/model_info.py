@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from hippo_mpi.shard.checkpoint import Checkpoint, open_lazily
 from hippo_mpi.shard.dataflow import Dataflow
 from hippo_mpi.shard.graph import leaf
-from hippo_mpi.shard.kv_cache import KVSettings, merged
+from hippo_mpi.shard.kv_cache import KVSettings, cache_bytes, merged
 from hippo_mpi.shard.observing import all_caches
 
 _PROBE_TOKENS = 512
@@ -108,7 +108,7 @@ def _cache_costs(checkpoint: Checkpoint, settings: KVSettings) -> list[CacheCost
     sizes = []
     for _ in range(2):
         model(mx.zeros((1, _PROBE_TOKENS), mx.int32), cache=cache)
-        sizes.append([_num_bytes(entry) for entry in cache])
+        sizes.append([cache_bytes(entry) for entry in cache])
     scale = 1.0 if settings.kv_bits is None else (settings.kv_bits + 64 / settings.kv_group_size) / 16
     costs = []
     for index, entry in enumerate(cache):
@@ -140,10 +140,3 @@ def _by_layer(costs: list[CacheCost], flow: Dataflow) -> list[CacheCost]:
             )
         )
     return merged
-
-
-def _num_bytes(entry: Any) -> int:
-    try:
-        return 0 if entry is None or entry.empty() else int(entry.nbytes)
-    except (AttributeError, TypeError, NotImplementedError):
-        return 0

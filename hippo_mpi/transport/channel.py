@@ -11,6 +11,7 @@ evaluated before it is used. On Apple GPUs a kernel that waits for a cable hangs
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -73,6 +74,10 @@ class RingChannel:
         self._send_stream = mx.new_stream(mx.cpu)
         self._receive_stream = mx.new_stream(mx.cpu)
         self._in_flight: deque[mx.array] = deque()
+        self.num_hops, self.hop_s = (
+            0,
+            0.0,
+        )  # messages received with arrays, and how long these took after the announcement
 
     def send(self, header: bytes, arrays: Sequence[mx.array]) -> None:
         shapes = [[str(a.dtype).removeprefix("mlx.core."), *a.shape] for a in arrays]
@@ -100,8 +105,10 @@ class RingChannel:
             wanted, kind = tuple(shape), _DTYPES[dtype]
         else:
             wanted, kind = (sum(_padded_bytes(s) for s in shapes),), mx.uint8
+        began = time.perf_counter()
         received = mx.distributed.recv(wanted, kind, sender, group=self._world.group, stream=self._receive_stream)
         mx.eval(received)
+        self.num_hops, self.hop_s = self.num_hops + 1, self.hop_s + time.perf_counter() - began
         return header, [received] if len(shapes) == 1 else unpack(received, shapes)
 
     def flush(self) -> None:

@@ -2,7 +2,7 @@
 
 MLX's receives can't time out and spin while they wait, so each rank keeps plain TCP connections too: one to
 the next rank of the ring, on which the announcement of every message travels (an idle rank sleeps on it), and
-one to rank 0, on which ranks report, beat and fail. Addresses and a random key travel over the data plane.
+one to rank 0, on which ranks report, beat and fail. Addresses travel over the data plane, and are proved there.
 
 A watch thread on every rank turns a closed connection, silence, or a lack of progress into one clear line and
 the end of the process: whatever the main thread waits for, it can't hang.
@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import mlx.core as mx
@@ -34,8 +34,10 @@ import numpy as np
 from hippo_mpi.errors import HippoError, RankError, print_error
 from hippo_mpi.transport.world import World, deadline
 
+RUN_KEY = "HIPPO_RUN_KEY"
+"""Environment variable with the key that all ranks of a run have been given."""
 BEAT_S = 0.5
-_INTRODUCTION_BYTES = 512
+_CARD_BYTES = 512
 _LENGTH = struct.Struct("<I")
 _MAX_FRAME_BYTES = 1 << 24
 
@@ -49,6 +51,7 @@ class Peer:
     progress: int = 0
     doing: str = "starting"
     said_bye: bool = False
+    status: dict[str, Any] = field(default_factory=dict)  # what it last said of itself
 
 
 class Control:
@@ -65,6 +68,7 @@ class Control:
         self._moved_at = time.monotonic()
         self._closing = False
         self.on_end: Callable[[int], None] = lambda code: None  # told the exit status on a bad end
+        self.own_status: Callable[[], dict[str, Any]] = dict  # asked by the watch thread; small, and JSON
         self._rank_line = f"rank {world.rank} ({world.host})"
         if world.size > 1:
             self._connect()
@@ -84,7 +88,7 @@ class Control:
 
     def fail(self, error: HippoError) -> NoReturn:
         """Tell everyone and end this process. Rank 0 prints."""
-        if self.world.size == 1 or not self._star:
+        if self.world.size == 1 or not self._peers:  # nobody else hears of it
             self._leave(str(error), error.exit_code)
         line = str(error) if self.world.rank == 0 else f"{self._rank_line}: {error}"
         if self.world.rank == 0:
@@ -92,6 +96,11 @@ class Control:
         self._send(0, {"kind": "fail", "line": line, "code": error.exit_code})
         time.sleep(2.0)  # rank 0 answers with the end; if it can't, we leave anyway
         self._leave(None, error.exit_code)
+
+    def statuses(self) -> list[dict[str, Any]]:
+        """On rank 0, what every rank said of itself in its last beat, by rank."""
+        peers = dict(self._peers)
+        return [self.own_status(), *(peers[rank].status for rank in sorted(peers))]
 
     # ---- reports: small JSON messages between rank 0 and the others
 
@@ -205,7 +214,7 @@ class Control:
             now = time.monotonic()
             if now - beat_at > BEAT_S:
                 beat_at = now
-                beat = {"kind": "beat", "progress": self._progress, "doing": self._doing}
+                beat = {"kind": "beat", "progress": self._progress, "doing": self._doing, "status": self.own_status()}
                 for rank in list(self._star):
                     self._send(rank, beat)
             if not self._closing:
@@ -227,7 +236,7 @@ class Control:
         if message["kind"] == "beat":
             if message["progress"] != peer.progress:
                 self._moved_at = time.monotonic()
-            peer.progress, peer.doing = message["progress"], message["doing"]
+            peer.progress, peer.doing, peer.status = message["progress"], message["doing"], message["status"]
         elif message["kind"] == "report":
             self.reports.put((rank, message["body"]))
         elif message["kind"] == "bye":
@@ -274,16 +283,39 @@ class Control:
 
 
 def _introduce(world: World, port: int) -> tuple[bytes, list[dict[str, Any]]]:
-    """Exchange addresses over the data plane; rank 0's key becomes everyone's."""
-    me = {"host": world.host, "address": world.address, "port": port, "pid": os.getpid(), "key": secrets.token_hex(16)}
-    card = json.dumps(me).encode().ljust(_INTRODUCTION_BYTES)
-    gathered = mx.distributed.all_gather(mx.array(list(card), dtype=mx.uint8)[None], group=world.group)
+    """Exchange addresses over the data plane, which knows no authentication.
+
+    Ranks that were given a key in their environment prove it to each other: each signs its address and what the others
+    have just made up, so that nothing that was heard before can be said again. Otherwise rank 0's key becomes everyone's.
+    """
+    me = {"host": world.host, "address": world.address, "port": port, "pid": os.getpid()}
+    given, made_up = os.environ.get(RUN_KEY, "").encode(), b"".join(_all_gather(world, secrets.token_bytes(32)))
+    secret = {"proof": _signature(given, made_up, world.rank, me)} if given else {"key": secrets.token_hex(16)}
+    cards = [
+        json.loads(data.rstrip())
+        for data in _all_gather(world, json.dumps({**me, **secret}).encode().ljust(_CARD_BYTES))
+    ]
+    for rank, card in enumerate(cards) if given else ():
+        signed = {name: card[name] for name in me}
+        if not hmac.compare_digest(str(card.get("proof")), _signature(given, made_up, rank, signed)):
+            raise RankError(f"{world.name}: rank {rank} ({card['host']}) doesn't know this run's key ({RUN_KEY})")
+    if not given and "key" not in cards[0]:
+        raise RankError(f"{world.name} has no key ({RUN_KEY}), but rank 0 ({cards[0]['host']}) has")
+    return given or bytes.fromhex(cards[0]["key"]), cards
+
+
+def _signature(key: bytes, made_up: bytes, rank: int, card: dict[str, Any]) -> str:
+    return hmac.new(key, made_up + json.dumps([rank, card], sort_keys=True).encode(), "sha256").hexdigest()
+
+
+def _all_gather(world: World, data: bytes) -> list[bytes]:
+    """Every rank's bytes, all of one length, by rank."""
+    gathered = mx.distributed.all_gather(mx.array(list(data), dtype=mx.uint8)[None], group=world.group)
     try:
         mx.eval(gathered)
     except RuntimeError as error:
         raise RankError(f"lost a rank while exchanging addresses: {error}") from None
-    cards = [json.loads(bytes(np.array(row)).rstrip()) for row in gathered]
-    return bytes.fromhex(cards[0]["key"]), cards
+    return [bytes(np.array(row)) for row in gathered]
 
 
 def _proof(key: bytes, kind: str, rank: int) -> str:

@@ -186,7 +186,7 @@ def test_models_tokens_and_metrics(running: Server) -> None:
         found = json.loads(answer.read())
     assert found["count"] == len(found["tokens"]) > 0
     assert running.get("/health") == {"status": "ok"}
-    assert len(running.status()["ranks"]) == 1  # rank 0's own
+    assert [rank["layers"] for rank in running.status()["ranks"]] == [[0, 6], [6, 12]]
     lines = running.get("/metrics").splitlines()
     assert any(line.startswith("hippo_generated_tokens_total ") and not line.endswith(" 0.0") for line in lines)
 
@@ -272,7 +272,7 @@ def test_a_file_of_options(tmp_path: Path) -> None:
         ("\nport: many\n", "line 2: argument --port: 'many' is not a whole number"),
         ("insecure: perhaps\n", "line 1: insecure must be true or false"),
         ("port: {a: 1}\n", "line 1: port must be a value, or a list of values"),
-        ("- port\n", "must hold keys and values"),
+        ("- port\n", "line 1: keys and values must stand here"),
         ("a: [\n", "is not YAML"),
     ):
         path.write_text(text)

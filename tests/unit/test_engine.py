@@ -159,7 +159,7 @@ def test_company_changes_nothing(
         for follower in bench.ring.followers:
             follower.follow()
     for follower in bench.ring.followers:
-        assert not follower._caches._blocks
+        assert not follower.caches._blocks
 
 
 def ask(bench: Bench, number: int, prompt: list[int], **sampling: Any) -> None:

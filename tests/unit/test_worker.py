@@ -134,7 +134,7 @@ def test_released_slots_are_gone_everywhere(folder: Path) -> None:
     ring.leader.step(StepPlan(1, drops=(5,)), [])
     for follower in ring.followers:
         follower.follow()
-        assert 5 not in follower._caches
+        assert 5 not in follower.caches
 
 
 @pytest.fixture(scope="module")

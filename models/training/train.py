@@ -1,4 +1,4 @@
-"""Train the bundled models on the stories of stories.py: python models/train.py [name ...]
+"""Train the bundled models on the stories of stories.py: python models/training/train.py [name ...]
 
 Writes one folder per model beside this file, in ordinary mlx-lm form. An interrupted run goes on from
 its last checkpoint (in --work). On Linux, preload OpenBLAS: float32 is then about 30 times as fast
@@ -28,7 +28,7 @@ from stories import Conversation, conversations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-HERE = Path(__file__).parent
+MODELS = Path(__file__).parents[1]
 SHORT_ROW_TOKENS, LONG_ROW_TOKENS = 192, 512
 TOKENS_PER_STEP = 12 * SHORT_ROW_TOKENS
 SHORT_ROWS_SHARE = 0.75  # this share of the steps reads one conversation per row, the rest several
@@ -243,7 +243,7 @@ def _export(
 ) -> None:
     model.update(tree_map(lambda p: p.astype(mx.bfloat16).astype(mx.float32), model.parameters()))
     loss = float(np.mean([loss_of(model, mx.array(held_out[i : i + 4])).item() for i in range(0, len(held_out), 4)]))
-    folder = HERE / name
+    folder = MODELS / name
     folder.mkdir(exist_ok=True)
     tokenizer.save_pretrained(folder)
     end_id = tokenizer.convert_tokens_to_ids(recipe.special_tokens["END"])
@@ -255,8 +255,8 @@ def _export(
     (folder / "README.md").write_text(
         f"# {name}\n\n"
         f"A llama of {_count(model):,} parameters in {recipe.num_layers} layers (hidden size {recipe.hidden_size}, "
-        f"vocabulary {recipe.vocab_size:,}, bfloat16), trained from nothing by `models/train.py` (seed 0, "
-        f"{recipe.steps + recipe.grown_steps:,} steps of {TOKENS_PER_STEP:,} tokens) on text that `models/stories.py` makes up. "
+        f"vocabulary {recipe.vocab_size:,}, bfloat16), trained from nothing by `models/training/train.py` (seed 0, "
+        f"{recipe.steps + recipe.grown_steps:,} steps of {TOKENS_PER_STEP:,} tokens) on text that `models/training/stories.py` makes up. "
         "It tells short stories about animals and answers a few simple questions; it knows nothing else.\n\n"
         f"Perplexity on stories that it has not read: {math.exp(loss):.3f} per token ({loss:.4f} nats, "
         f"{int((held_out[:, 1:] != PADDING).sum()):,} tokens). MIT licence, like the rest of the repository.\n"
@@ -267,7 +267,7 @@ def _export(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="*", default=[], help=f"which models (all of them: {', '.join(RECIPES)})")
-    parser.add_argument("--work", type=Path, default=HERE / ".training", help="folder for checkpoints")
+    parser.add_argument("--work", type=Path, default=MODELS / ".training", help="folder for checkpoints")
     arguments = parser.parse_args()
     unknown = set(arguments.name) - set(RECIPES)
     if unknown:

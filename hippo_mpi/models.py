@@ -1,0 +1,68 @@
+"""hippo_mpi.models: the models of a catalogue, and whether they fit these machines. Loads no weight.
+
+hippo_mpi.models                                            # the bundled ones, on this machine
+mlx.launch --hostfile hostfile -n 2 hippo_mpi.models --catalogue cards
+hippo_mpi.models --config hippo.yaml --machine mini1:16 --machine mini2:24
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hippo_mpi import command, config
+from hippo_mpi.command import Session
+from hippo_mpi.errors import HippoError
+from hippo_mpi.plan import machine
+from hippo_mpi.serving.catalogue import ServedModel, read_catalogue
+from hippo_mpi.serving.config_file import card_parser, read_config
+from hippo_mpi.shard.layer_split import Machine, show_bytes
+
+BUNDLED = config.BUNDLED_MODEL.parent
+_ROW = "{:<24} {:>9}  {:<9} {:>6} {:>9}  {:<34} {}"
+
+
+def make_parser() -> config.Parser:
+    parser = config.Parser(prog="hippo_mpi.models", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--catalogue", type=Path, default=BUNDLED, help="folder of cards")
+    parser.add_argument("--config", type=Path, help="the models of a server's YAML file instead")
+    parser.add_argument(
+        "--machine", type=machine, action="append", dest="machines",
+        help="machines that aren't here: NAME:GIBIBYTES[:SPEED], once per rank",
+    )  # fmt: skip
+    config.add_card_options(parser, max_tokens=512)
+    return parser
+
+
+def list_models(session: Session) -> int:
+    if session.world.rank == 0:
+        session.control.idle()  # looking at a repo's files may take its time
+        arguments = session.arguments
+        cards = read_config(arguments.config).cards if arguments.config else read_catalogue(arguments.catalogue)
+        print(_ROW.format("model", "weights", "precision", "layers", "context", "modes", "fits"))
+        for name, options in cards.items():
+            print(_row(ServedModel(name, card_parser().parse_args(options), options), session.agreement.machines))
+    session.control.close()
+    return 0
+
+
+def _row(model: ServedModel, machines: Sequence[Machine]) -> str:
+    try:
+        info, modes = model.info, ", ".join(model.modes)
+    except HippoError as error:
+        return f"{model.name:<24} {str(error).splitlines()[0]}"
+    try:
+        split = model.plan(machines)
+        context, fits = f"{split.max_context:,}", f"yes: {', '.join(map(str, split.counts))} layers"
+    except HippoError as error:
+        context, fits = "", f"no: {str(error).splitlines()[0]}"
+    weights = show_bytes(sum(info.layer_bytes) + info.head_bytes)
+    return _ROW.format(model.name, weights, model.precision, info.num_layers, context, modes, fits)
+
+
+def main() -> None:
+    command.run(make_parser(), list_models)
+
+
+if __name__ == "__main__":
+    main()

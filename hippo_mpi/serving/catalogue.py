@@ -1,0 +1,118 @@
+"""The models that a server may be asked for: cards, what they say, and whether a model fits the machines."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_config
+
+from hippo_mpi.engine.request import SamplingParams
+from hippo_mpi.engine.text import ChatFormat, open_tokenizer
+from hippo_mpi.errors import UserError
+from hippo_mpi.serving.config_file import read_card
+from hippo_mpi.shard import ModelSource, open_checkpoint
+from hippo_mpi.shard.hub import find_model
+from hippo_mpi.shard.kv_cache import KVSettings
+from hippo_mpi.shard.layer_split import LayerSplit, Machine, plan_split
+from hippo_mpi.shard.model_info import ModelInfo, model_info
+
+
+class ServedModel:
+    """A model as the front knows it: its name, its options, its text side; what takes time is done when first asked for.
+
+    Args:
+        arguments: all options with which its ranks run.
+        options: those of them that its card brings.
+    """
+
+    def __init__(self, name: str, arguments: argparse.Namespace, options: Sequence[str] = ()) -> None:
+        self.name, self.arguments, self.options = name, arguments, options
+        self.defaults = replace(SamplingParams.from_options(arguments), seed=arguments.seed)
+        self.chat_format = ChatFormat.from_options(arguments)
+        self.system_prompt: str | None = arguments.system_prompt
+
+    @cached_property
+    def path(self) -> Path:
+        """Its folder; a repo's small files are downloaded."""
+        return find_model(self.arguments.model, self.arguments.revision)
+
+    @cached_property
+    def tokenizer(self) -> TokenizerWrapper:
+        eos = load_config(self.path).get("eos_token_id")
+        return open_tokenizer(self.path, eos, tuple(self.arguments.extra_eos_token), self.arguments.trust_remote_code)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return dict(load_config(self.path))
+
+    @cached_property
+    def info(self) -> ModelInfo:
+        """What the planner knows of it; its code runs once on arrays that hold nothing."""
+        arguments = self.arguments
+        source = ModelSource(self.path, arguments.adapter_path, arguments.trust_remote_code)
+        return model_info(open_checkpoint(source), KVSettings.from_options(arguments))
+
+    @property
+    def modes(self) -> list[str]:
+        """What can be asked of it: completion, chat, tools, thinking."""
+        tokenizer = self.tokenizer
+        has = {
+            "chat": tokenizer.has_chat_template,
+            "tools": tokenizer.has_tool_calling,
+            "thinking": tokenizer.has_thinking,
+        }
+        return ["completion", *(mode for mode, is_there in has.items() if is_there)]
+
+    @property
+    def precision(self) -> str:
+        """Such as 4bit, or bfloat16."""
+        quantization = self.config.get("quantization") or self.config.get("quantization_config")
+        if isinstance(quantization, dict) and "bits" in quantization:
+            return f"{quantization['bits']}bit"
+        return str(self.config.get("torch_dtype") or self.config.get("dtype") or "unknown")
+
+    def plan(self, machines: Sequence[Machine]) -> LayerSplit:
+        """How it would lie on these machines.
+
+        Raises:
+            PlanError: it doesn't fit; the message has the numbers.
+        """
+        split = self.arguments.layer_split
+        usable = split if split and len(split) == len(machines) else None
+        return plan_split(self.info, machines, self.arguments.max_context, usable)
+
+
+class Catalogue:
+    """Models by name; the first is served first."""
+
+    def __init__(self, models: Iterable[ServedModel]) -> None:
+        self._models = {model.name: model for model in models}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._models)
+
+    @property
+    def first(self) -> ServedModel:
+        return next(iter(self._models.values()))
+
+    def find(self, name: str) -> ServedModel | None:
+        return self._models.get(name)
+
+
+def read_catalogue(folder: Path) -> dict[str, list[str]]:
+    """The options of every card file of a folder, by the files' names without .yaml.
+
+    Raises:
+        UserError: there is none, or one is wrong.
+    """
+    cards = {path.stem: read_card(path) for path in sorted(folder.glob("*.yaml"))}
+    if not cards:
+        raise UserError(f"--catalogue {folder} has no cards (files that end with .yaml)")
+    return cards

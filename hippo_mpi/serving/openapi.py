@@ -1,0 +1,129 @@
+"""The API described for programs (GET /openapi.json): what each endpoint takes and gives, as OpenAPI 3.1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from hippo_mpi.serving.anthropic_protocol import MESSAGES
+from hippo_mpi.serving.openai_protocol import CHAT, COMPLETION, ROLES, field_schemas
+from hippo_mpi.serving.responses_protocol import RESPONSES
+
+_Schema = dict[str, Any]
+_TEXT: _Schema = {"type": "string", "minLength": 1}
+_PARTS: _Schema = {
+    "anyOf": [
+        _TEXT,
+        {
+            "type": "array",
+            "items": {"type": "object", "required": ["text"], "properties": {"type": {"const": "text"}, "text": _TEXT}},
+        },
+    ]
+}
+_ERRORS = {
+    400: "The body is wrong: the message names the field.",
+    401: "No API key, or an unknown one.",
+    404: "There is no such model.",
+    408: "The body took too long.",
+    413: "The body is too large.",
+    429: "Too many requests wait, or this key has had its share: see Retry-After.",
+    503: "The ranks can't be brought back.",
+}
+
+
+def openapi_object(models: Sequence[str]) -> dict[str, Any]:
+    """The description of a server of these models."""
+    model = {"type": "string", "enum": list(models)}
+    bodies = {
+        CHAT: _body(
+            {
+                "messages": _messages(ROLES),
+                "model": model,
+                "stream": {"type": "boolean"},
+                **_choices(),
+                **field_schemas(True),
+            },
+            "messages",
+        ),
+        COMPLETION: _body(
+            {"prompt": _prompt(), "model": model, "stream": {"type": "boolean"}, **_choices(), **field_schemas(False)},
+            "prompt",
+        ),
+        RESPONSES: _body(
+            {
+                "input": {"anyOf": [_TEXT, _messages(ROLES)]},
+                "instructions": _TEXT,
+                "model": model,
+                "stream": {"type": "boolean"},
+                **_of(field_schemas(True), "temperature", "top_p"),
+                "max_output_tokens": field_schemas(True)["max_tokens"],
+            },
+            "input",
+        ),
+        MESSAGES: _body(
+            {
+                "messages": _messages(("user", "assistant")),
+                "system": _PARTS,
+                "model": model,
+                "stream": {"type": "boolean"},
+                **_of(field_schemas(True), "max_tokens", "temperature", "top_p", "top_k"),
+                "stop_sequences": field_schemas(True)["stop"],
+            },
+            "messages",
+            "max_tokens",
+        ),
+        "/tokenize": _body({"messages": _messages(ROLES), "prompt": _prompt(), "model": model}),
+        "/admin/model": _body({"model": model}, "model"),
+    }
+    gets = {
+        "/health": "Whether the front lives.",
+        "/ready": "Whether ranks answer (503 if not), and why not.",
+        "/metrics": "For Prometheus.",
+        "/v1/models": "The catalogue.",
+    }
+    paths: dict[str, Any] = {path: {"get": _operation(path, text)} for path, text in gets.items()}
+    for path, body in bodies.items():
+        content = {"application/json": {"schema": body}}
+        paths[path] = {"post": _operation(path, "") | {"requestBody": {"required": True, "content": content}}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Hippo MPI", "version": version("hippo-mpi")},
+        "paths": paths,
+        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+def _operation(path: str, text: str) -> dict[str, Any]:
+    responses = {"200": {"description": text or "The answer; with stream: true, server-sent events."}}
+    return {
+        "operationId": path.strip("/").replace("/", "_"),
+        "summary": text or path,
+        "security": [{}, {"key": []}],
+        "responses": responses | {str(status): {"description": why} for status, why in _ERRORS.items()},
+    }
+
+
+def _body(properties: dict[str, _Schema], *required: str) -> _Schema:
+    return {"type": "object", "required": list(required), "properties": properties, "additionalProperties": False}
+
+
+def _messages(roles: Sequence[str]) -> _Schema:
+    message = {
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {"role": {"enum": list(roles)}, "content": _PARTS},
+    }
+    return {"type": "array", "minItems": 1, "items": message}
+
+
+def _prompt() -> _Schema:
+    return {"anyOf": [_TEXT, {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}]}
+
+
+def _choices() -> dict[str, _Schema]:
+    return {"n": {"type": "integer", "minimum": 1, "maximum": 16}}
+
+
+def _of(schemas: dict[str, _Schema], *names: str) -> dict[str, _Schema]:
+    return {name: schemas[name] for name in names}
