@@ -13,11 +13,12 @@ from typing import NoReturn
 
 from hippo_mpi.config import Parser, run_options
 from hippo_mpi.errors import HippoError, UserError, print_error
-from hippo_mpi.parallel.pipeline import Agreement, Pipeline, agree
+from hippo_mpi.parallel.pipeline import Agreement, Pipeline, agree, meet
 from hippo_mpi.serving.progress import Progress
 from hippo_mpi.shard.checkpoint import ModelSource
 from hippo_mpi.shard.hub import find_model
 from hippo_mpi.shard.kv_cache import KVSettings
+from hippo_mpi.shard.layer_split import Machine
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.launcher import Launcher
 from hippo_mpi.transport.world import World, connect, detect_launch, write_status
@@ -49,8 +50,37 @@ def follow(session: Session) -> None:
     pipeline.end()
 
 
+@dataclass(frozen=True)
+class _Joined:
+    """A rank that has joined, before anything is agreed on."""
+
+    arguments: argparse.Namespace
+    given: dict[str, str]  # options that aren't at their defaults; the same on every rank
+    mistake: UserError | None
+    world: World
+    control: Control
+
+
 def run(parser: Parser, body: Callable[[Session], int], argv: list[str] | None = None) -> NoReturn:
-    """Run `body` on every rank. Rank 0's result is the exit status."""
+    """Run `body` on every rank, over a model that they have agreed on. Rank 0's result is the exit status."""
+    _run(parser, lambda joined: _with_model(joined, body), argv)
+
+
+def run_without_model(parser: Parser, body: Callable[[argparse.Namespace, list[Machine], Control], int]) -> NoReturn:
+    """Run `body` on rank 0, which is told the ranks' budgets. Its result is the exit status."""
+
+    def call(joined: _Joined) -> int:
+        if joined.mistake and joined.world.rank == 0:
+            joined.control.fail(joined.mistake)
+        machines = meet(joined.world, joined.control, joined.given)
+        code = body(joined.arguments, machines, joined.control) if joined.world.rank == 0 else 0
+        joined.control.close()
+        return code
+
+    _run(parser, call)
+
+
+def _run(parser: Parser, body: Callable[[_Joined], int], argv: list[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Python handler wouldn't run while MLX waits
     argv = sys.argv[1:] if argv is None else argv
     world, arguments, mistake = _start(parser, argv)
@@ -60,7 +90,8 @@ def run(parser: Parser, body: Callable[[Session], int], argv: list[str] | None =
         _refuse(f"{world.name}: {error}", error.exit_code, world.rank)
     try:
         given = {k: str(v) for k, v in vars(arguments).items() if v != parser.get_default(k)}
-        code = _joined(body, given, arguments, mistake, world, control)
+        control.on_end = write_status
+        code = body(_Joined(arguments, given, mistake, world, control))
     except HippoError as error:
         control.fail(error)
     except BrokenPipeError:  # whoever read our answer has enough
@@ -96,16 +127,9 @@ def _refuse(line: str, code: int, rank: int) -> NoReturn:
     _exit(code, rank)
 
 
-def _joined(
-    body: Callable[[Session], int],
-    given: dict[str, str],
-    arguments: argparse.Namespace,
-    mistake: UserError | None,
-    world: World,
-    control: Control,
-) -> int:
+def _with_model(joined: _Joined, body: Callable[[Session], int]) -> int:
+    arguments, world, control, mistake = joined.arguments, joined.world, joined.control, joined.mistake
     launcher = Launcher(world)
-    control.on_end = write_status
     progress = Progress(is_shown=world.rank == 0 and not getattr(arguments, "json", False))
     settings = KVSettings.from_options(arguments)
 
@@ -116,7 +140,13 @@ def _joined(
         return ModelSource(path, arguments.adapter_path, arguments.trust_remote_code)
 
     agreement = agree(
-        world, control, find_source, run_options(arguments), settings, given, getattr(arguments, "machines", None)
+        world,
+        control,
+        find_source,
+        run_options(arguments),
+        settings,
+        joined.given,
+        getattr(arguments, "machines", None),
     )
     try:
         return body(Session(arguments, world, control, launcher, settings, agreement, progress))

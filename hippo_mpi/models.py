@@ -7,42 +7,39 @@ hippo_mpi.models --config hippo.yaml --machine mini1:16 --machine mini2:24
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from hippo_mpi import command, config
-from hippo_mpi.command import Session
 from hippo_mpi.errors import HippoError
 from hippo_mpi.plan import machine
 from hippo_mpi.serving.catalogue import ServedModel, read_catalogue
 from hippo_mpi.serving.config_file import card_parser, read_config
 from hippo_mpi.shard.layer_split import Machine, show_bytes
+from hippo_mpi.transport.control import Control
 
-BUNDLED = config.BUNDLED_MODEL.parent
 _ROW = "{:<24} {:>9}  {:<9} {:>6} {:>9}  {:<34} {}"
 
 
 def make_parser() -> config.Parser:
     parser = config.Parser(prog="hippo_mpi.models", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--catalogue", type=Path, default=BUNDLED, help="folder of cards")
+    parser.add_argument("--catalogue", type=Path, default=config.BUNDLED_MODEL.parent, help="folder of cards")
     parser.add_argument("--config", type=Path, help="the models of a server's YAML file instead")
     parser.add_argument(
         "--machine", type=machine, action="append", dest="machines",
         help="machines that aren't here: NAME:GIBIBYTES[:SPEED], once per rank",
     )  # fmt: skip
-    config.add_card_options(parser, max_tokens=512)
+    parser.add_argument("--timeout", type=config.above_0, default=30.0, help="seconds that ranks wait for each other")
     return parser
 
 
-def list_models(session: Session) -> int:
-    if session.world.rank == 0:
-        session.control.idle()  # looking at a repo's files may take its time
-        arguments = session.arguments
-        cards = read_config(arguments.config).cards if arguments.config else read_catalogue(arguments.catalogue)
-        print(_ROW.format("model", "weights", "precision", "layers", "context", "modes", "fits"))
-        for name, options in cards.items():
-            print(_row(ServedModel(name, card_parser().parse_args(options), options), session.agreement.machines))
-    session.control.close()
+def list_models(arguments: argparse.Namespace, machines: list[Machine], control: Control) -> int:
+    control.idle()  # looking at a repo's files may take its time
+    cards = read_config(arguments.config).cards if arguments.config else read_catalogue(arguments.catalogue)
+    print(_ROW.format("model", "weights", "precision", "layers", "context", "modes", "fits"))
+    for name, options in cards.items():
+        print(_row(ServedModel(name, card_parser().parse_args(options), options), arguments.machines or machines))
     return 0
 
 
@@ -61,7 +58,7 @@ def _row(model: ServedModel, machines: Sequence[Machine]) -> str:
 
 
 def main() -> None:
-    command.run(make_parser(), list_models)
+    command.run_without_model(make_parser(), list_models)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def serve_rank(session: Session) -> int:
         {"host": stage.machine.name, "layers": [stage.start, stage.stop], "weight_bytes": stage.weight_bytes}
         for stage in split.stages
     ]
-    about = About(split.max_context, vocab_size, layers, session.agreement.machines)
+    about = About(split.max_context, vocab_size, layers, [stage.machine for stage in split.stages])
     service.run(engine, about, pipeline.timeline)
     pipeline.end()
     return 0

@@ -69,6 +69,7 @@ class Scheduler:
         self._forks: list[tuple[int, int]] = []
         self._drops: list[int] = []
         self._prompt_tokens = 0  # that went in since the last step of a running sequence
+        self._is_short_s_turn = False  # whether the next chunk is of the shortest prompt, not of the oldest
 
     # ---- what there is
 
@@ -153,9 +154,9 @@ class Scheduler:
             self._prefilling.append(self._waiting.popleft())
 
     def _prefill(self, room: int) -> tuple[StepPlan, list[list[int]]]:
-        """The next chunk of the first prompt, or the rest of several. Last tokens are decoded, as in mlx_lm.generate."""
+        """The next chunk of a prompt, or the rest of several. Last tokens are decoded, as in mlx_lm.generate."""
         most_tokens = min(self._chunk_tokens(), room) if self.running else self._chunk_tokens()
-        rows = self._prompts_together(most_tokens)
+        rows = self._prompts_together(self._whose_turn(), most_tokens)
         starts = [sequence.position for sequence in rows]
         counts = [min(_tokens_left(sequence), most_tokens) for sequence in rows]
         self._prompt_tokens += len(rows) * max(counts)
@@ -169,12 +170,29 @@ class Scheduler:
         """Tokens of the first prompt that its next step should read: no less, as every step costs."""
         return min(_tokens_left(self._prefilling[0]), self._chunk_tokens())
 
-    def _prompts_together(self, most_tokens: int) -> list[Sequence]:
-        """The first prompt, and others of much the same length if all can be read to their ends in one step."""
-        rows = [self._prefilling[0]]
+    def _whose_turn(self) -> Sequence:
+        """The oldest prompt and the shortest take turns: so a huge one keeps nobody waiting for long, and isn't kept."""
+        oldest, *others = self._prefilling
+        self._is_short_s_turn = not self._is_short_s_turn
+        if self._is_short_s_turn:
+            return oldest
+        for sequence in sorted(others, key=_tokens_left):
+            if sequence.slot < 0:
+                found = self._cached(sequence)
+                if self._prefixes.is_worth_waiting(sequence.tokens, oldest.tokens, found[1]):
+                    continue
+                self._begin(sequence, *found)
+            if 0 < _tokens_left(sequence) < _tokens_left(oldest):
+                return sequence
+        return oldest
+
+    def _prompts_together(self, first: Sequence, most_tokens: int) -> list[Sequence]:
+        """A prompt, and others of much the same length if all can be read to their ends in one step."""
+        rows = [first]
         most_padding = _MOST_PADDING if self._limits.can_pad else 1
-        shortest = longest = _tokens_left(rows[0])
-        for sequence in list(self._prefilling)[1:] if self._limits.can_batch and longest <= most_tokens else []:
+        shortest = longest = _tokens_left(first)
+        others = [sequence for sequence in self._prefilling if sequence is not first]
+        for sequence in others if self._limits.can_batch and longest <= most_tokens else []:
             if sequence.slot < 0:
                 found = self._cached(sequence)
                 if any(self._prefixes.is_worth_waiting(sequence.tokens, row.tokens, found[1]) for row in rows):

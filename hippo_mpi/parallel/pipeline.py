@@ -36,7 +36,7 @@ _EQUAL_SPEED = 1.2  # speeds closer than this are taken for the same: a short me
 
 @dataclass
 class Agreement:
-    """What all ranks have agreed on before a weight is loaded. `split` and `machines` are on rank 0 only."""
+    """What all ranks have agreed on before a weight is loaded. `split` is on rank 0 only."""
 
     checkpoint: Checkpoint
     counts: list[int]
@@ -45,10 +45,21 @@ class Agreement:
     vocab_size: int
     split: LayerSplit | None
 
-    @property
-    def machines(self) -> list[Machine]:
-        """The ranks' budgets."""
-        return [stage.machine for stage in self.split.stages] if self.split else []
+
+def meet(world: World, control: Control, arguments: dict[str, str]) -> list[Machine]:
+    """Compare the ranks' versions and arguments; their budgets, on rank 0 (elsewhere none).
+
+    Raises:
+        HippoError: they differ; for ranks other than 0 the process ends instead.
+    """
+    hellos = control.gather(_hello(world, arguments) | {"digest": ""})
+    if hellos is None:
+        return []
+    try:
+        _compare(hellos)
+    except HippoError as error:
+        control.fail(error)
+    return _machines(hellos)
 
 
 def agree(

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.serving.front import Front
 
-_HEADERS_S = 10.0  # uvicorn itself waits for ever for the end of a request's headers
+HEADERS_S = 10.0  # uvicorn itself waits for ever for the end of a request's headers
 _KEEP_ALIVE_S = 30
 _MOST_HEADER_BYTES = 32 << 10
 
@@ -46,7 +46,7 @@ class _DeadlineProtocol(H11Protocol):
         return cycle is None or bool(cycle.response_complete)
 
     def _set_deadline(self) -> None:
-        self._deadline = self.loop.call_later(_HEADERS_S, self._close)
+        self._deadline = self.loop.call_later(HEADERS_S, self._close)
 
     def _clear_deadline(self) -> None:
         if self._deadline is not None:

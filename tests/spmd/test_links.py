@@ -47,6 +47,23 @@ def test_a_ring_of_three_whose_last_rank_never_starts(tmp_path: Path) -> None:
         assert time.monotonic() - began < 2 * TIMEOUT_S + 8
 
 
+def test_ranks_that_have_different_keys(tmp_path: Path) -> None:
+    """A stranger on MLX's own ports is found out before anything is loaded, and never learns the key."""
+    hostfile = tmp_path / "hosts.json"
+    hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ranks.free_ports(2)]))
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(
+                ranks.single(GENERATE, env={"MLX_RANK": str(i), "MLX_HOSTFILE": str(hostfile), "HIPPO_RUN_KEY": key})
+            )
+            for i, key in enumerate(("the key", ""))
+        ]
+        assert [rank.wait(TIMEOUT_S + 10) for rank in running] == [3, 3]
+    assert "rank 1 (" in running[0].err and "doesn't know this run's key" in running[0].err
+    assert "has no key (HIPPO_RUN_KEY)" in running[1].err
+    assert "the key" not in running[1].err
+
+
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 

@@ -223,6 +223,30 @@ def test_a_long_prompt_stalls_nobody(checkpoint: Checkpoint, tokenizer: Tokenize
                 between_tokens = between_steps = 0
 
 
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_a_huge_prompt_starves_no_other(checkpoint: Checkpoint, tokenizer: TokenizerWrapper, split: list[int]) -> None:
+    """Short prompts that come while it is read are answered before it is read to its end, and it isn't starved either."""
+    bench = Bench(checkpoint, tokenizer, split, max_batch_size=8, max_batch_tokens=128)
+    plans = plans_of(bench)
+    ask(bench, 0, prompt_of(0, 4096), max_tokens=1)
+    bench.note(bench.engine.step())
+    for number in range(1, 5):
+        ask(bench, number, prompt_of(number, 8), max_tokens=2)
+    while 0 not in bench.tokens:
+        bench.note(bench.engine.step())
+        if len(bench.tokens) == 4:
+            read = sum(plan.num_tokens for plan in plans if plan.slots == (0,) and not plan.wants_logits)
+            assert read <= 4096 // 2
+            break
+    number = 5
+    while 0 not in bench.tokens:  # others keep coming
+        ask(bench, number, prompt_of(number, 8), max_tokens=1)
+        for _ in range(4):
+            bench.note(bench.engine.step())
+        number += 1
+        assert number < 200
+
+
 def test_seeded_requests_don_t_depend_on_company(
     folder: Path, checkpoint: Checkpoint, tokenizer: TokenizerWrapper
 ) -> None:

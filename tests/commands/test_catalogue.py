@@ -1,0 +1,120 @@
+"""The catalogue: cards, hippo_mpi.models, and a server that changes its model while requests wait."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from hippo_mpi.config import BUNDLED_MODEL
+from tests import ranks
+from tests.servers import GOES_ON, SERVE, Server, server
+
+MODELS = str(ranks.BIN / "hippo_mpi.models")
+CARDS = str(BUNDLED_MODEL.parent)
+FIRST, OTHER, DRAFT = "story-3m", "story-other-tokenizer", "story-draft"
+
+
+def test_models_are_listed_with_whether_they_fit() -> None:
+    with ranks.single([MODELS, "--machine", "mini1:16", "--machine", "mini2:16"]) as running:
+        assert running.wait() == 0, running.err
+    rows = {line.split()[0]: line for line in running.out.splitlines()}
+    assert set(rows) == {"model", FIRST, OTHER, DRAFT}
+    assert "completion, chat" in rows[FIRST] and "yes: 6, 6 layers" in rows[FIRST] and "bfloat16" in rows[FIRST]
+    with ranks.single([MODELS, "--machine", "tiny:0.25"]) as running:
+        assert running.wait() == 0, running.err
+    assert all("no: the model doesn't fit: " in line for line in running.out.splitlines()[1:])
+
+
+@pytest.mark.slow
+def test_cards_that_are_wrong(tmp_path: Path) -> None:
+    card = tmp_path / "tale.yaml"
+    for text, line in (
+        ("max-context: 100\n", f"{card}: a card needs the key 'model'"),
+        ("model: x\nport: 80\n", f"{card}, line 2: unknown key 'port'"),
+    ):
+        card.write_text(text)
+        with ranks.single([SERVE, "--catalogue", str(tmp_path)]) as refused:
+            assert refused.wait() == 2
+            assert line in refused.err
+    config = tmp_path / "hippo.yaml"
+    for text, line in (
+        ("models: {tale: {max-context: 5}}\n", "line 1: 'tale' needs the key 'model'"),
+        ("ranks: 2\nhosts: [{ssh: a}]\n", "line 1: 'ranks' contradicts 'hosts' (line 2)"),
+        ("hosts: [{ip: a}]\n", 'the entry of rank 0 has no "ssh"'),
+        (
+            f"models: {{tale: {{model: {BUNDLED_MODEL}}}}}\nmodel: fable\n",
+            "--model fable is not in the catalogue: tale",
+        ),
+    ):
+        config.write_text(text)
+        with ranks.single([SERVE, "--config", str(config)]) as refused:
+            assert refused.wait() == 2
+            assert line in refused.err and refused.err.count("error:") == 1
+
+
+def complete(running: Server, model: str, **options: Any) -> str:
+    asked: dict[str, Any] = {"max_tokens": 60, "temperature": 0, "logit_bias": GOES_ON, **options}
+    answer = running.client().completions.create(model=model, prompt="A fox and a hen", **asked)
+    return answer.choices[0].text
+
+
+def load(running: Server, model: str) -> dict[str, Any]:
+    body = json.dumps({"model": model}).encode()
+    request = urllib.request.Request(f"{running.url}/admin/model", body)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return dict(json.loads(answer.read()))
+
+
+def test_models_take_turns_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Requests for three models at once, a rank killed meanwhile: every answer is that of its model alone."""
+    big, missing = tmp_path / "big.yaml", tmp_path / "missing.yaml"
+    for name in (FIRST, OTHER, DRAFT):
+        (tmp_path / f"{name}.yaml").write_text(f"model: {BUNDLED_MODEL.parent / name}\nmax-context: 1000\n")
+    big.write_text(f"model: {BUNDLED_MODEL}\nmax-context: 2000000000\n")
+    missing.write_text(f"model: {tmp_path / 'nowhere'}\n")
+    with server("--catalogue", str(tmp_path), "--model", FIRST, "--timeout", "8") as running:
+        assert set(model.id for model in running.client().models.list()) == {FIRST, OTHER, DRAFT, "big", "missing"}
+        wanted = {name: complete(running, name) for name in (FIRST, OTHER, DRAFT)}
+        assert len(set(wanted.values())) == 3
+        assert load(running, FIRST) == {"model": FIRST, "state": "ready"}
+        with ThreadPoolExecutor(12) as pool:
+            answers = {n: [pool.submit(complete, running, n) for _ in range(4)] for n in (OTHER, FIRST, DRAFT)}
+            running.await_status(lambda status: status["requests"] < 12)
+            with contextlib.suppress(ProcessLookupError, IndexError):  # at a change of models there may be none
+                os.kill(running.rank_pids()[-1], signal.SIGKILL)
+            for name, found in answers.items():
+                assert [one.result(60) for one in found] == [wanted[name]] * 4
+        before = running.status()["model"]
+        with pytest.raises(openai.BadRequestError, match="doesn't fit"):
+            complete(running, "big")
+        with pytest.raises(openai.BadRequestError, match="no such model folder"):
+            complete(running, "missing")
+        with pytest.raises(openai.NotFoundError, match="does not exist; this server has"):
+            complete(running, "../story-3m")
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            load(running, "/etc")
+        assert running.status()["model"] == before
+
+
+@pytest.mark.slow
+def test_a_model_that_its_ranks_refuse(tmp_path: Path) -> None:
+    """The one before comes back."""
+    (tmp_path / "good.yaml").write_text(f"model: {BUNDLED_MODEL}\n")
+    (tmp_path / "bad.yaml").write_text(f"model: {BUNDLED_MODEL}\nadapter-path: {tmp_path}\n")
+    with server("--catalogue", str(tmp_path), "--model", "good") as running:
+        wanted = complete(running, "good")
+        with ThreadPoolExecutor(2) as pool:
+            bad = pool.submit(complete, running, "bad")
+            with pytest.raises(openai.BadRequestError):
+                bad.result(60)
+        assert complete(running, "good") == wanted

@@ -1,0 +1,116 @@
+"""What a server bears: many requests of one key, slow headers, pages of other origins."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from hippo_mpi.serving import http_server
+from tests.servers import GOES_ON, MODEL, Server, server
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Server]:
+    options = ("--requests-per-minute", "6", "--tokens-per-minute", "600", "--allow-origin", "http://here.example")
+    with server(*options, env={"HIPPO_API_KEYS": "first,second,third"}) as found:
+        yield found
+
+
+def ask(running: Server, key: str, max_tokens: int = 2) -> None:
+    running.client(key).completions.create(
+        model=MODEL, prompt="A fox", max_tokens=max_tokens, temperature=2.0, logit_bias=GOES_ON
+    )
+
+
+def test_each_key_has_its_own_rate(running: Server) -> None:
+    for _ in range(6):
+        ask(running, "first")
+    with pytest.raises(openai.RateLimitError, match="this key has had its requests or tokens") as refused:
+        ask(running, "first")
+    assert 1 <= int(refused.value.response.headers["retry-after"]) <= 10
+    ask(running, "second")
+
+
+@pytest.mark.slow
+def test_tokens_count_too(running: Server) -> None:
+    ask(running, "third", 1000)
+    with pytest.raises(openai.RateLimitError) as refused:
+        ask(running, "third")
+    assert 5 <= int(refused.value.response.headers["retry-after"]) <= 60
+
+
+def test_origins(running: Server) -> None:
+    def allowed(origin: str) -> str | None:
+        request = urllib.request.Request(f"{running.url}/v1/chat/completions", method="OPTIONS")
+        for name, value in (("Origin", origin), ("Access-Control-Request-Method", "POST")):
+            request.add_header(name, value)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return str(answer.headers["access-control-allow-origin"])
+        except urllib.error.HTTPError:
+            return None
+
+    assert allowed("http://here.example") == "http://here.example"
+    assert allowed("http://elsewhere.example") is None
+
+
+@pytest.mark.slow
+def test_headers_that_never_end(running: Server) -> None:
+    """Connections that dribble are closed, the first request on them or a later one; others are served meanwhile."""
+    host, port = running.url.removeprefix("http://").split(":")
+    whole = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+    def ends_after(first: bytes) -> float:
+        with socket.create_connection((host, int(port))) as slow:
+            slow.settimeout(30)
+            if first:
+                slow.sendall(first)
+                assert b"200 OK" in slow.recv(4096)
+            began = time.monotonic()
+            dribbling = threading.Event()
+
+            def dribble() -> None:
+                for byte in b"GET /health HTTP/1.1\r\nX-Slow: " + b"a" * 100:
+                    if dribbling.wait(0.5):
+                        return
+                    try:
+                        slow.sendall(bytes([byte]))
+                    except OSError:
+                        return
+
+            thread = threading.Thread(target=dribble)
+            thread.start()
+            try:
+                while slow.recv(4096):
+                    pass
+            except ConnectionError:
+                pass
+            finally:
+                dribbling.set()
+                thread.join()
+            return time.monotonic() - began
+
+    took: list[float] = []
+    threads = [threading.Thread(target=lambda f=first: took.append(ends_after(f))) for first in (b"", whole)]
+    for thread in threads:
+        thread.start()
+    assert running.get("/health") == {"status": "ok"}
+    for thread in threads:
+        thread.join()
+    assert len(took) == 2
+    assert all(http_server.HEADERS_S - 1 < one < http_server.HEADERS_S + 5 for one in took), took
+
+
+@pytest.mark.slow
+def test_huge_headers(running: Server) -> None:
+    request = urllib.request.Request(f"{running.url}/health", headers={"X-Long": "a" * (1 << 20)})
+    with pytest.raises((urllib.error.HTTPError, urllib.error.URLError, ConnectionError)):
+        urllib.request.urlopen(request, timeout=10)
+    assert running.get("/health") == {"status": "ok"}
