@@ -24,7 +24,7 @@ from hippo_mpi import command
 from hippo_mpi.batch import make_engine
 from hippo_mpi.command import Session
 from hippo_mpi.config import API_KEYS, Parser
-from hippo_mpi.errors import HippoError, PlanError, RankError, UserError, print_error
+from hippo_mpi.errors import HippoError, RankError, UserError, print_error
 from hippo_mpi.generate import open_text
 from hippo_mpi.run import check_hosts, free_ports, read_hostfile
 from hippo_mpi.serving.audit_log import AuditLog
@@ -122,10 +122,12 @@ def serve(argv: list[str]) -> int:
     front, api = _make_api(arguments, catalogue)
     hosts = _hosts(arguments, file)
 
-    def make_plan(model: str, living: Sequence[int] | None) -> LaunchPlan:
-        served = catalogue.find(model)
-        assert served is not None
-        return launch_plan(served, arguments, argv, hosts, living, front)
+    async def make_plan(name: str, living: Sequence[int] | None) -> LaunchPlan:
+        model = catalogue.find(name)
+        assert model is not None
+        if living is not None and len(front.machines) == len(hosts):
+            await catalogue.plan(model, [front.machines[index] for index in living])
+        return launch_plan([*argv, *model.options], arguments, hosts, living)
 
     supervisor = Supervisor(front, make_plan, hosts, free_ports, arguments.timeout, arguments.max_restarts)
     asyncio.run(_serve_supervised(arguments, front, api, supervisor))
@@ -199,31 +201,15 @@ def _hosts(arguments: argparse.Namespace, file: ConfigFile) -> list[Host]:
 
 
 def launch_plan(
-    model: ServedModel,
-    arguments: argparse.Namespace,
-    argv: list[str],
-    hosts: Sequence[Host],
-    living: Sequence[int] | None,
-    front: Front,
+    argv: list[str], arguments: argparse.Namespace, hosts: Sequence[Host], living: Sequence[int] | None
 ) -> LaunchPlan:
-    """How a model's ranks are started: on all hosts, or on some of them if it fits there.
-
-    Raises:
-        PlanError: it doesn't; the message has the numbers.
-    """
-    own = [*argv, *model.options]
+    """How ranks with this command line are started: on all hosts, or on some of them."""
     if not hosts:
-        return LaunchPlan([sys.executable, "-m", "hippo_mpi.serve", *own], arguments.ranks)
+        return LaunchPlan([sys.executable, "-m", "hippo_mpi.serve", *argv], arguments.ranks)
     if living is not None:
-        if 0 not in living:
-            raise PlanError("the first host must be this machine")
-        machines = [front.machines[index] for index in living] if len(front.machines) == len(hosts) else []
-        if machines:
-            model.plan(machines)
-        own = _without_layer_split(own)
-        hosts = [hosts[index] for index in living]
+        argv, hosts = _without_layer_split(argv), [hosts[index] for index in living]
     launcher = [str(Path(sys.executable).parent / "mlx.launch"), "--backend", arguments.backend]
-    return LaunchPlan(["hippo_mpi.serve", *own], launcher=launcher, hosts=hosts)
+    return LaunchPlan(["hippo_mpi.serve", *argv], launcher=launcher, hosts=hosts)
 
 
 def _without_layer_split(argv: list[str]) -> list[str]:

@@ -154,7 +154,7 @@ class Api:
     async def _submit(self, prompt: list[int], sampling: Sequence[SamplingParams], model: ServedModel) -> list[Answer]:
         """Ask for all or nothing. A model that isn't loaded and wouldn't fit is refused while the present one stays."""
         if model.name != self._front.model and self._front.machines:
-            await asyncio.to_thread(model.plan, self._front.machines)
+            await self._catalogue.plan(model, self._front.machines)
         answers: list[Answer] = []
         try:
             for one in sampling:
@@ -188,7 +188,7 @@ class Api:
         """Hot-swap: answered when the model is there."""
         model = self._model_of(await self._body(request))
         if self._front.machines:
-            await asyncio.to_thread(model.plan, self._front.machines)
+            await self._catalogue.plan(model, self._front.machines)
         await _unless_gone(request, asyncio.ensure_future(self._front.load(model.name)))
         return JSONResponse({"model": model.name, "state": self._front.state})
 

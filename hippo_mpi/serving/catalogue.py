@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import queue
+import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +97,28 @@ class Catalogue:
 
     def __init__(self, models: Iterable[ServedModel]) -> None:
         self._models = {model.name: model for model in models}
+        self._to_plan: queue.Queue[tuple[Future[LayerSplit], ServedModel, Sequence[Machine]]] = queue.Queue()
+        self._planner: threading.Thread | None = None
+
+    async def plan(self, model: ServedModel, machines: Sequence[Machine]) -> LayerSplit:
+        """`ServedModel.plan`, beside the event loop.
+
+        In a thread that never ends: when one that has used MLX ends, MLX takes the process with it.
+        """
+        if self._planner is None:
+            self._planner = threading.Thread(target=self._plan_all, name="hippo-planner", daemon=True)
+            self._planner.start()
+        found: Future[LayerSplit] = Future()
+        self._to_plan.put((found, model, machines))
+        return await asyncio.wrap_future(found)
+
+    def _plan_all(self) -> None:
+        while True:
+            found, model, machines = self._to_plan.get()
+            try:
+                found.set_result(model.plan(machines))
+            except Exception as error:  # whoever waits for it raises it
+                found.set_exception(error)
 
     @property
     def names(self) -> list[str]:

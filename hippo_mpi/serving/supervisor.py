@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ class Supervisor:
     def __init__(
         self,
         front: Front,
-        make_plan: Callable[[str, Sequence[int] | None], LaunchPlan],
+        make_plan: Callable[[str, Sequence[int] | None], Awaitable[LaunchPlan]],
         hosts: Sequence[Host],
         find_ports: Callable[[int], int],
         silence_s: float,
@@ -226,7 +226,7 @@ class Supervisor:
             silent = [str(h["ssh"]) for h, answer in zip(self._hosts, answers, strict=True) if not answer]
             living = [index for index, answer in enumerate(answers) if answer] if silent else None
             self._front.silent_hosts = silent
-        plan = await asyncio.to_thread(self._make_plan, self._front.model, living)
+        plan = await self._make_plan(self._front.model, living)
         if about is None:
             return plan
         return replace(plan, command=[*plan.command, "--max-context", str(about.max_context)])
