@@ -98,9 +98,15 @@ def free_ports(count: int) -> int:
     raise LaunchError(f"no {count} free ports in a row between 32323 and 60000")
 
 
+def installed(command: str) -> str:
+    """A command's full path, if it is installed beside us: through ssh, no PATH leads to a virtual environment."""
+    path = Path(sys.executable).parent / command
+    return str(path) if path.exists() else command
+
+
 def launch_arguments(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
     """The mlx.launch command line."""
-    launch = [str(Path(sys.executable).parent / "mlx.launch")]
+    launch = [installed("mlx.launch")]
     if arguments.n is not None:
         num_ranks = arguments.n
         launch += ["-n", str(num_ranks)]
@@ -110,7 +116,7 @@ def launch_arguments(arguments: argparse.Namespace, rest: list[str]) -> list[str
     launch += ["--backend", arguments.backend] if arguments.backend else []
     if arguments.backend in (None, "ring"):
         launch += ["--starting-port", str(arguments.starting_port or free_ports(num_ranks))]
-    return [*launch, "--", arguments.command, *rest]
+    return [*launch, "--", installed(arguments.command), *rest]
 
 
 def start(command_line: list[str]) -> int:

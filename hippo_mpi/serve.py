@@ -26,7 +26,7 @@ from hippo_mpi.command import Session
 from hippo_mpi.config import API_KEYS, Parser
 from hippo_mpi.errors import HippoError, RankError, UserError, print_error
 from hippo_mpi.generate import open_text
-from hippo_mpi.run import check_hosts, free_ports, read_hostfile
+from hippo_mpi.run import check_hosts, free_ports, installed, read_hostfile
 from hippo_mpi.serving.audit_log import AuditLog
 from hippo_mpi.serving.catalogue import Catalogue, ServedModel, read_catalogue
 from hippo_mpi.serving.config_file import ConfigFile, make_parser, read_config
@@ -208,8 +208,8 @@ def launch_plan(
         return LaunchPlan([sys.executable, "-m", "hippo_mpi.serve", *argv], arguments.ranks)
     if living is not None:
         argv, hosts = _without_layer_split(argv), [hosts[index] for index in living]
-    launcher = [str(Path(sys.executable).parent / "mlx.launch"), "--backend", arguments.backend]
-    return LaunchPlan(["hippo_mpi.serve", *argv], launcher=launcher, hosts=hosts)
+    launcher = [installed("mlx.launch"), "--backend", arguments.backend]
+    return LaunchPlan([installed("hippo_mpi.serve"), *argv], launcher=launcher, hosts=hosts)
 
 
 def _without_layer_split(argv: list[str]) -> list[str]:

@@ -1,0 +1,104 @@
+"""A server over two hosts that are reached by ssh, of which one is lost: on this machine, with an sshd for each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from hippo_mpi.config import BUNDLED_MODEL
+from tests import ranks
+from tests.servers import server
+from tests.spmd.test_recovery import NUM_STREAMS, answers
+
+SSHD = shutil.which("sshd", path="/usr/sbin:/usr/bin:/usr/local/sbin")
+NAME, ADDRESS = "hippo-second-host", "127.0.0.2"
+TIMEOUT_S = 12
+
+pytestmark = [
+    pytest.mark.skipif(SSHD is None or os.geteuid() != 0, reason="needs root and an sshd of its own (openssh-server)"),
+    pytest.mark.skipif(os.uname().sysname != "Linux", reason="needs a second loopback address"),
+]
+
+
+@contextlib.contextmanager
+def second_host(folder: Path) -> Iterator[tuple[dict[str, str], Path, subprocess.Popen[bytes]]]:
+    """(environment in which ssh knows it, hostfile of this host and the second, its sshd)."""
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    (port,) = ranks.free_ports(1)
+    (folder / "authorized").write_bytes((folder / "user.pub").read_bytes())
+    Path("/run/sshd").mkdir(exist_ok=True)
+    assert SSHD is not None
+    daemon = subprocess.Popen(
+        [SSHD, "-D", "-e", "-f", "/dev/null", "-h", folder / "host", "-p", str(port), "-o", f"ListenAddress={ADDRESS}",
+         "-o", f"AuthorizedKeysFile={folder / 'authorized'}", "-o", "StrictModes=no", "-o", "PermitRootLogin=yes"],
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    config = folder / "config"
+    config.write_text(
+        f"Host {NAME}\n HostName {ADDRESS}\n Port {port}\n IdentityFile {folder / 'user'}\n"
+        " StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n LogLevel ERROR\n"
+    )
+    wrapper = folder / "bin" / "ssh"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {config} "$@"\n')
+    wrapper.chmod(0o755)
+    hostfile = folder / "hostfile"
+    hosts = [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}, {"ssh": NAME, "ips": [ADDRESS]}]
+    hostfile.write_text(json.dumps(hosts))
+    try:
+        while subprocess.run([wrapper, NAME, "true"], capture_output=True).returncode != 0:
+            assert daemon.poll() is None, "sshd has ended"
+            time.sleep(0.1)
+        yield {"PATH": f"{wrapper.parent}:{ranks.BIN}:{os.environ['PATH']}"}, hostfile, daemon
+    finally:
+        lose(daemon)
+
+
+def lose(daemon: subprocess.Popen[bytes]) -> None:
+    """All that runs on the second host ends at once."""
+    for pid in [daemon.pid, *ranks.descendants(daemon.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    daemon.wait()
+
+
+def test_launch_run_reaches_a_host_through_ssh(tmp_path: Path) -> None:
+    """Whose PATH knows nothing of our virtual environment."""
+    options = ["--max-tokens", "30", "--timeout", str(TIMEOUT_S)]
+    with ranks.single([str(ranks.BIN / "hippo_mpi.generate"), *options]) as alone:
+        assert alone.wait() == 0, alone.err
+    with second_host(tmp_path) as (env, hostfile, _):
+        run = [str(ranks.BIN / "python"), "-m", "hippo_mpi.run", "--hostfile", str(hostfile), *options]
+        with ranks.single(run, env=env, stdin=subprocess.PIPE) as running:
+            assert running.wait() == 0, running.err
+            assert running.out == alone.out
+
+
+@pytest.mark.timeout(200)
+def test_answers_go_on_without_a_host_that_is_lost(tmp_path: Path) -> None:
+    with second_host(tmp_path) as (env, hostfile, daemon):
+        options = ("--hostfile", str(hostfile), "--timeout", str(TIMEOUT_S), "--layer-split", "7,5")
+        with server("--model", str(BUNDLED_MODEL), *options, env=env) as running:
+            assert [rank["layers"] for rank in running.status()["ranks"]] == [[0, 7], [7, 12]]
+            wanted = answers(running)
+            begun = threading.Barrier(NUM_STREAMS + 1)
+            with ThreadPoolExecutor(1) as pool:
+                found = pool.submit(answers, running, begun)
+                begun.wait(60)
+                lose(daemon)
+                assert found.result(100) == wanted
+            status = running.status()
+            assert status["silent_hosts"] == [NAME]
+            assert [rank["layers"] for rank in status["ranks"]] == [[0, 12]]
