@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -20,6 +22,14 @@ MODEL = "story-3m"
 GOES_ON = {str(token): -100 for token in json.loads((BUNDLED_MODEL / "config.json").read_text())["eos_token_id"]}
 """A logit bias with which the bundled model never ends an answer."""
 SERVE = str(ranks.BIN / "hippo_mpi.serve")
+FAULTS = {
+    "killed": signal.SIGKILL,
+    "stopped": signal.SIGSTOP,
+    "raises": signal.SIGUSR1,
+    "loses its links": signal.SIGUSR2,
+}
+"""Signals by what they make of a rank; the last two where the environment is WITH_FAULTS."""
+WITH_FAULTS = {"PYTHONPATH": str(Path(__file__).parent / "faults")}
 _READY_S = 60
 
 

@@ -1,6 +1,7 @@
 """Print the figures of hippo_mpi.serve: python tests/measure/serving.py [what ...]
 
 faults   random faults while 8 streams run: requests lost, answers changed, processes left, time until ready again
+soak     64 streams for ten minutes, some of whose clients go away: errors, changed answers, memory
 idle     CPU of front and ranks without a request, and the first token after it against a warm one
 compare  throughput and time to the first token at 1, 4 and 16 requests, beside mlx_lm.server
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import signal
 import statistics
 import sys
 import tempfile
@@ -27,7 +27,7 @@ import openai
 
 from tests import ranks
 from tests.measure.figures import make_llama
-from tests.servers import GOES_ON, MODEL, Server, server
+from tests.servers import FAULTS, GOES_ON, MODEL, WITH_FAULTS, Server, server
 
 NUM_STREAMS = 8
 TIMEOUT_S = 4
@@ -50,25 +50,29 @@ def streams(running: Server, num_tokens: int = 120) -> list[str]:
 def measure_faults(count: int) -> None:
     random.seed(1)
     lost = changed = left = 0
-    ready_s: dict[str, list[float]] = {"SIGKILL": [], "SIGSTOP": []}
-    with server("--timeout", str(TIMEOUT_S), "--max-restarts", "20") as running:
+    ready_s: dict[str, list[float]] = {fault: [] for fault in FAULTS}
+    with server("--timeout", str(TIMEOUT_S), "--max-restarts", "20", env=WITH_FAULTS) as running:
         wanted = streams(running)
         for _ in range(count):
-            number, rank = random.choice([signal.SIGKILL, signal.SIGSTOP]), random.choice([0, 1])
+            fault, rank = random.choice(list(FAULTS)), random.choice([0, 1])
             pids = running.rank_pids()
             with ThreadPoolExecutor(1) as pool:
                 found = pool.submit(streams, running)
                 time.sleep(random.uniform(0, 1.5))
                 began = time.monotonic()
-                os.kill(pids[rank], number)
+                os.kill(pids[rank], FAULTS[fault])
                 running.await_status(lambda status: not status["ready"])
+                if random.random() < 0.2:  # another one while they start again
+                    time.sleep(random.uniform(0, 2))
+                    for pid in running.rank_pids()[:1]:
+                        os.kill(pid, signal.SIGKILL)
                 running.await_ready()
-                ready_s[number.name].append(time.monotonic() - began)
+                ready_s[fault].append(time.monotonic() - began)
                 try:
                     changed += sum(a != b for a, b in zip(found.result(120), wanted, strict=True))
                 except Exception as error:
                     lost += 1
-                    print(f"  {number.name} of rank {rank}: {error}")
+                    print(f"  rank {rank} {fault}: {error}")
             left += len(ranks.await_end(pids))
     print(
         f"  {count} faults: {lost} with lost requests, {changed} of {count * NUM_STREAMS} answers changed, {left} processes left"
@@ -77,6 +81,60 @@ def measure_faults(count: int) -> None:
         if times:
             spread = f"{min(times):.1f} to {max(times):.1f}, n={len(times)}"
             print(f"  {name}: ready again after {statistics.median(times):.1f} s ({spread}); --timeout {TIMEOUT_S}")
+
+
+def measure_soak(minutes: int) -> None:
+    """64 streams at a time, of which every third client goes away somewhere; the others compare their answers."""
+    prompts = [f"Story {number}: once upon a time a fox" for number in range(16)]
+    with server("--max-batch-size", "64", "--max-queue", "64") as running:
+
+        def ask(number: int, num_tokens: int | None) -> str:
+            pieces = running.client().completions.create(
+                model=MODEL, prompt=prompts[number], max_tokens=60, stream=True, temperature=0, logit_bias=GOES_ON
+            )
+            text = ""
+            for index, piece in enumerate(pieces):
+                text += piece.choices[0].text
+                if index == num_tokens:
+                    pieces.close()
+                    break
+            return text
+
+        wanted = [ask(number, None) for number in range(len(prompts))]
+        pids = [running.running.process.pid, *running.rank_pids()]
+        ends, resident = time.monotonic() + minutes * 60, []
+        counts = {"answered": 0, "gone": 0, "changed": 0, "errors": 0}
+        draw = random.Random(1)
+
+        def stream() -> None:
+            while time.monotonic() < ends:
+                number = draw.randrange(len(prompts))
+                leaves = draw.randrange(1, 50) if draw.random() < 1 / 3 else None
+                try:
+                    text = ask(number, leaves)
+                except Exception as error:
+                    counts["errors"] += 1
+                    print(f"  {error}")
+                    continue
+                counts["gone" if leaves else "answered"] += 1
+                counts["changed"] += not wanted[number].startswith(text) if leaves else text != wanted[number]
+
+        with ThreadPoolExecutor(64) as pool:
+            streams = [pool.submit(stream) for _ in range(64)]
+            while any(not one.done() for one in streams):
+                resident.append([_resident_mib(pid) for pid in pids])
+                time.sleep(10)
+        running.await_status(lambda status: status["requests"] == 0)
+        told = ", ".join(f"{count} {what}" for what, count in counts.items())
+        print(f"  {minutes} min: {told}; same processes: {pids[1:] == running.rank_pids()}")
+        for name, index in (("front", 0), ("rank 0", 1), ("rank 1", 2)):
+            values = [row[index] for row in resident]
+            quarter = len(values) // 4
+            print(f"  {name}: {values[quarter]:.0f} MiB after a quarter of the time, {values[-1]:.0f} MiB at the end")
+
+
+def _resident_mib(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def _first_token_s(running: Server) -> float:
@@ -157,6 +215,7 @@ def measure_compare(count: int) -> None:
 
 MEASURES: dict[str, tuple[Callable[[int], None], int]] = {
     "faults": (measure_faults, 50),
+    "soak": (measure_soak, 10),
     "idle": (measure_idle, 1),
     "compare": (measure_compare, 5),
 }
@@ -165,7 +224,7 @@ MEASURES: dict[str, tuple[Callable[[int], None], int]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=[], help="figures to print; all if none is named")
-    parser.add_argument("--count", type=int, help="faults, or trials")
+    parser.add_argument("--count", type=int, help="faults, minutes, or trials")
     arguments = parser.parse_args()
     for what in arguments.what or MEASURES:
         print(f"{what}:", flush=True)

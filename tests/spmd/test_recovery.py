@@ -15,7 +15,7 @@ import pytest
 
 from hippo_mpi.config import BUNDLED_MODEL
 from tests import ranks
-from tests.servers import GOES_ON, MODEL, SERVE, Server, server
+from tests.servers import FAULTS, GOES_ON, MODEL, SERVE, WITH_FAULTS, Server, server
 
 NUM_STREAMS = 8
 TIMEOUT_S = 4
@@ -40,10 +40,10 @@ def answers(running: Server, begun: threading.Barrier | None = None) -> list[str
         return list(pool.map(ask, range(NUM_STREAMS)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_every_stream_goes_on_where_it_was(rank: int, number: signal.Signals) -> None:
-    with server("--timeout", str(TIMEOUT_S)) as running:
+def test_every_stream_goes_on_where_it_was(rank: int, fault: str) -> None:
+    with server("--timeout", str(TIMEOUT_S), env=WITH_FAULTS) as running:
         wanted = answers(running)
         assert all(len(text) > 100 for text in wanted)
         before = running.rank_pids()
@@ -51,7 +51,7 @@ def test_every_stream_goes_on_where_it_was(rank: int, number: signal.Signals) ->
         with ThreadPoolExecutor(1) as pool:
             found = pool.submit(answers, running, begun)
             begun.wait(60)
-            os.kill(before[rank], number)
+            os.kill(before[rank], FAULTS[fault])
             assert running.get("/health") == {"status": "ok"}
             assert found.result(60) == wanted
         assert not ranks.await_end(before)
