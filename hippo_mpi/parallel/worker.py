@@ -139,6 +139,7 @@ class Follower:
             if not plan.has_rows:
                 if not self._is_last:
                     self._channel.send(header, [])
+                self._progress(f"waiting after {plan}")
                 return plan
             cache = self.caches.at(plan.slots, plan.positions, plan.counts)
             tokens = mx.zeros((len(plan.slots), plan.num_tokens), mx.int32)  # only their number matters here

@@ -170,10 +170,10 @@ class Api:
     async def _health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
-    async def _ready(self, _: Request) -> Response:
+    async def _ready(self, request: Request) -> Response:
         front = self._front
         status = {"ready": front.is_ready, "state": front.state, "requests": front.num_requests}
-        if front.about is not None and not self._access.has_keys:  # hosts and memory are nobody else's business
+        if front.about is not None and self._access.has_key(request):  # hosts and memory are nobody else's business
             status |= {"model": front.model, "max_context": front.about.max_context, "ranks": front.about.ranks}
             status |= {"now": front.beat.get("ranks", []), "silent_hosts": front.silent_hosts}
         return JSONResponse(status, 200 if front.is_ready else 503)

@@ -65,7 +65,7 @@ def measure_faults(count: int) -> None:
                 if random.random() < 0.2:  # another one while they start again
                     time.sleep(random.uniform(0, 2))
                     for pid in running.rank_pids()[:1]:
-                        os.kill(pid, signal.SIGKILL)
+                        os.kill(pid, FAULTS["killed"])
                 running.await_ready()
                 ready_s[fault].append(time.monotonic() - began)
                 try:

@@ -1,0 +1,105 @@
+"""What a server's ranks do, second by second, for people: a line of words, a table, and series to plot."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hippo_mpi.shard.layer_split import show_bytes
+
+COLUMNS = ("rank", "host", "layers", "weights", "resident", "KV caches", "busy", "hop")
+_LOOK_S = 1.0
+_MOST_LOOKS = 120
+
+
+@dataclass(frozen=True)
+class Point:
+    """A rank in one second."""
+
+    seconds: float  # before now: at most 0
+    rank: str
+    busy: float  # share of the time, in percent
+    hop_ms: float  # mean over the messages to this rank since the last look; 0 if there was none
+
+
+class ClusterView:
+    """Keeps the last two minutes.
+
+    Args:
+        status: what GET /ready says; raises OSError if the server can't be reached.
+    """
+
+    def __init__(self, status: Callable[[], dict[str, Any]]) -> None:
+        self._fetch = status
+        self._status: dict[str, Any] = {}
+        self._points: deque[tuple[float, list[tuple[float, float]]]] = deque(maxlen=_MOST_LOOKS)
+        self._before: list[dict[str, Any]] = []
+        self._looked_at = 0.0
+
+    def look(self) -> None:
+        """Ask the server, if that was long enough ago: many pages may share one view."""
+        now = time.monotonic()
+        passed_s, self._looked_at = now - self._looked_at, now
+        if passed_s < _LOOK_S * 0.9:
+            self._looked_at -= passed_s
+            return
+        try:
+            self._status = self._fetch()
+        except OSError as error:
+            self._status = {"ready": False, "state": f"the server can't be reached: {error}"}
+        ranks = self._status.get("now", [])
+        if len(ranks) == len(self._before) and all(ranks) and all(self._before):
+            pairs = zip(ranks, self._before, strict=True)
+            self._points.append((now, [_rates(rank, before, passed_s) for rank, before in pairs]))
+        self._before = ranks
+
+    @property
+    def line(self) -> str:
+        """How it stands."""
+        status = self._status
+        if not status.get("ready"):
+            return f"Not ready: {status.get('state', 'nothing is known yet')}. Answers that have begun go on by themselves."
+        count, requests = len(status.get("ranks", [])), status.get("requests", 0)
+        silent = status.get("silent_hosts") or []
+        without = f" Without {', '.join(silent)}, who doesn't answer." if silent else ""
+        on = f"{status['model']}, {count} rank{'s' * (count != 1)}, " if count else ""
+        return f"Ready: {on}{requests} request{'s' * (requests != 1)}.{without}"
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """A row per rank, in the order of COLUMNS."""
+        found = []
+        last = self._points[-1][1] if self._points and self._status.get("ready") else []
+        now = self._status.get("now", [])
+        for rank, about in enumerate(self._status.get("ranks", [])):
+            start, stop = about["layers"]
+            status = now[rank] if rank < len(now) else {}
+            busy, hop_ms = last[rank] if rank < len(last) else (0.0, 0.0)
+            found.append([
+                str(rank), about["host"], f"{start}-{stop - 1}" + (" and head" if rank == 0 else ""),
+                show_bytes(about["weight_bytes"]), show_bytes(status.get("peak_resident_bytes", 0)),
+                show_bytes(status.get("cache_bytes", 0)), f"{busy:.0f} %", f"{hop_ms:.2f} ms",
+            ])  # fmt: skip
+        return found
+
+    @property
+    def points(self) -> list[Point]:
+        """All that is remembered, oldest first."""
+        now = time.monotonic()
+        return [
+            Point(at - now, f"rank {rank}", busy, hop_ms)
+            for at, ranks in self._points
+            for rank, (busy, hop_ms) in enumerate(ranks)
+        ]
+
+
+def _rates(rank: dict[str, Any], before: dict[str, Any], passed_s: float) -> tuple[float, float]:
+    """(busy percent, milliseconds per hop) between two looks; a rank that was started anew counts from 0."""
+    hops = rank["num_hops"] - before["num_hops"]
+    if hops < 0:
+        return 0.0, 0.0
+    busy = 100 * (rank["busy_s"] - before["busy_s"]) / max(passed_s, 1e-9)
+    return max(0.0, min(100.0, busy)), 1e3 * (rank["hop_s"] - before["hop_s"]) / hops if hops else 0.0
