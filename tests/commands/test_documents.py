@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from hippo_mpi import audit, batch, benchmark, chat, errors, generate, models, plan, run, serve
+from hippo_mpi import audit, batch, benchmark, chat, errors, generate, models, page, plan, run, serve
 from hippo_mpi.errors import HippoError
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PARSERS = {
-    m.__name__.split(".")[-1]: m.make_parser() for m in (audit, batch, benchmark, chat, generate, models, plan, serve)
+    m.__name__.split(".")[-1]: m.make_parser()
+    for m in (audit, batch, benchmark, chat, generate, models, page, plan, serve)
 }
 # Options that mlx.launch takes out of its program's arguments, read off its parser.
 LAUNCH_OPTIONS = set(
