@@ -25,6 +25,7 @@ from hippo_mpi.engine.row_check import check_rows
 from hippo_mpi.engine.sampling import Chooser, sample
 from hippo_mpi.engine.scheduler import Limits, Scheduler
 from hippo_mpi.engine.text import find_stop
+from hippo_mpi.engine.thinking import Thinking
 from hippo_mpi.errors import UserError
 from hippo_mpi.parallel.worker import Leader
 
@@ -84,7 +85,8 @@ class Engine:
         allowed = min(request.sampling.max_tokens, self._max_context - len(request.prompt))
         request = replace(request, sampling=replace(request.sampling, max_tokens=allowed))
         grammar = None if request.sampling.grammar is None else self._grammars.mask(request.sampling.grammar)
-        chooser = Chooser(request.sampling, self._special_tokens, self._vocab_size, grammar)
+        thinking = Thinking(self._tokenizer, request.prompt, request.sampling.max_thinking_tokens)
+        chooser = Chooser(request.sampling, self._special_tokens, self._vocab_size, thinking, grammar)
         timings = Timings(prompt_tokens=len(request.prompt))
         sequence = Sequence(request, list(request.prompt), chooser, self._tokenizer.detokenizer, timings)
         if request.sampling.max_repeats:

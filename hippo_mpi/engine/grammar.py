@@ -9,6 +9,7 @@ Legend: V vocabulary.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,8 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.errors import UserError
+
+_COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 
 
 def json_grammar(schema: dict[str, Any]) -> str:
@@ -35,12 +38,77 @@ def json_grammar(schema: dict[str, Any]) -> str:
     return grammar
 
 
+_NAME, _ARGUMENTS = object(), object()
+_CALL_FORMS: tuple[tuple[Any, ...], ...] = (  # between the tokenizer's marks of a call
+    ("<|tool_call_begin|>", "functions.", _NAME, ":0", "<|tool_call_argument_begin|>", _ARGUMENTS, "<|tool_call_end|>"),
+    (_NAME, "[ARGS]", _ARGUMENTS),
+    ('\n{"name": "', _NAME, '", "arguments": ', _ARGUMENTS, "}\n"),
+    ('[{"name": "', _NAME, '", "arguments": ', _ARGUMENTS, "}]"),
+)
+_IS_MARK = ("<|", "[ARGS]")
+
+
+def call_grammar(tokenizer: TokenizerWrapper, tools: Sequence[dict[str, Any]], answer: str | None = None) -> str:
+    """The grammar of one call of any of these tools (OpenAI's objects), with arguments that obey its schema.
+
+    Args:
+        answer: grammar of what may be said instead of calling; None: there must be a call.
+
+    Raises:
+        UserError: the model's format of calls can't be forced, or a schema isn't taken.
+    """
+    form = next((form for form in _CALL_FORMS if _is_understood(tokenizer, form)), None)
+    if form is None:
+        raise UserError("tool_choice: calls in this model's format can't be forced; 'auto' lets the model choose")
+    starts = [f"call_{number}" for number in range(len(tools))]
+    rules, others = [], []
+    for number, tool in enumerate(tools):
+        name = json.dumps(tool["function"]["name"], ensure_ascii=False)[1:-1]
+        schema = {**(tool["function"].get("parameters") or {"type": "object"}), **_COMPACT}
+        pieces = [tokenizer.tool_call_start, *form, tokenizer.tool_call_end]
+        written = [
+            f"args_{number}" if piece is _ARGUMENTS else _literal(tokenizer, name if piece is _NAME else piece)
+            for piece in pieces
+            if piece
+        ]
+        rules += [f"call_{number}: {' '.join(written)}", f"args_{number}: %json {json.dumps(schema)}"]
+    if answer is not None:
+        starts.append("@answer")
+        others = [{**json.loads(answer)["grammars"][0], "name": "answer"}]
+    lark = "\n".join([f"start: {' | '.join(starts)}", *rules])
+    grammar = json.dumps({"grammars": [{"lark_grammar": lark}, *others]})
+    if mistake := _library().LLMatcher.validate_grammar(grammar):
+        raise UserError(f"tools: {' '.join(mistake.split())[:300]}")
+    return grammar
+
+
+def _is_understood(tokenizer: TokenizerWrapper, form: tuple[Any, ...]) -> bool:
+    """Whether the model's own parser reads a call in this form, and its template or vocabulary has the form's marks."""
+    template, vocabulary = str(tokenizer.chat_template), tokenizer.get_vocab()
+    marks = [piece for piece in form if isinstance(piece, str) and piece.startswith(_IS_MARK)]
+    if not all(mark in vocabulary or mark in template for mark in marks):
+        return False
+    written = "".join("f" if piece is _NAME else '{"a": "b"}' if piece is _ARGUMENTS else piece for piece in form)
+    try:
+        parsed = tokenizer.tool_parser(written, None)
+    except Exception:  # mlx-lm's parsers raise whatever they meet
+        return False
+    (call, *_) = parsed if isinstance(parsed, list) else [parsed]
+    return isinstance(call, dict) and (call.get("name"), call.get("arguments")) == ("f", {"a": "b"})
+
+
+def _literal(tokenizer: TokenizerWrapper, text: str) -> str:
+    """A text in a grammar: a mark that is one token as that token, for special ones have no other way to be written."""
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    return f"<[{tokens[0]}]>" if len(tokens) == 1 else json.dumps(text, ensure_ascii=False)
+
+
 def _library() -> Any:
     try:
         import llguidance
         import llguidance.hf
     except ImportError:
-        raise UserError('response_format needs llguidance: pip install "hippo-mpi[serve]"') from None
+        raise UserError('a grammar needs llguidance: pip install "hippo-mpi[serve]"') from None
     return llguidance
 
 
@@ -51,14 +119,18 @@ class GrammarMask:
         self._matcher, self._eos = matcher, eos_token_ids
         self._vocab_size = vocab_size
 
-    def __call__(self, logits: mx.array) -> mx.array:
-        """Logits (1, V) with -inf for every token that may not come next; at the grammar's end, for all but end tokens."""
+    def __call__(self, logits: mx.array, other: int | None = None) -> mx.array:
+        """Logits (1, V) with -inf for every token that may not come next; at the grammar's end, for all but end tokens.
+        `other` may come beside what the grammar allows.
+        """
         allowed = np.zeros(self._vocab_size, bool)
         if self._matcher.is_stopped():
             allowed[self._eos] = True
         else:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             allowed[:] = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
+        if other is not None:
+            allowed[other] = True
         return mx.where(mx.array(allowed), logits, -mx.inf)
 
     def accept(self, token: int) -> None:

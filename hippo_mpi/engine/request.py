@@ -33,6 +33,7 @@ class SamplingParams:
     logprobs: int | None = None  # how many likeliest tokens to tell of beside the chosen one; None: tell nothing
     stop_words: tuple[str, ...] = ()
     grammar: str | None = None  # that the answer must follow (engine/grammar.py)
+    max_thinking_tokens: int | None = None  # after so many of a thought it is ended; None: never
     max_repeats: int = 0  # times in a row that the same tokens, or line, may come; then the answer ends; 0: any number
     ignore_eos: bool = False  # go on to max_tokens, for measuring
 

@@ -13,6 +13,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from hippo_mpi.engine.grammar import GrammarMask
 from hippo_mpi.engine.request import SamplingParams, TokenLogprobs
+from hippo_mpi.engine.thinking import Thinking
 
 _LEAST = -9999.0  # OpenAI's for "impossible"
 
@@ -23,13 +24,19 @@ class Chooser:
     Args:
         special_tokens: tokens that XTC sampling never excludes.
         vocab_size: width of the logits.
-        grammar: that the answer must follow.
+        thinking: whether the answer is thinking.
+        grammar: that the answer must follow when it isn't.
     """
 
     def __init__(
-        self, params: SamplingParams, special_tokens: list[int], vocab_size: int, grammar: GrammarMask | None = None
+        self,
+        params: SamplingParams,
+        special_tokens: list[int],
+        vocab_size: int,
+        thinking: Thinking,
+        grammar: GrammarMask | None = None,
     ) -> None:
-        self.num_logprobs, self._grammar = params.logprobs, grammar
+        self.num_logprobs, self._thinking, self._grammar = params.logprobs, thinking, grammar
         self._sampler = make_sampler(
             params.temp, params.top_p, params.min_p, params.min_tokens_to_keep,
             params.top_k if params.top_k < vocab_size else 0,
@@ -44,7 +51,7 @@ class Chooser:
             frequency_penalty=params.frequency_penalty,
         )
         self._key = None if params.seed is None or params.temp == 0 else mx.random.key(params.seed)
-        self.is_greedy = params.temp == 0 and not self._processors and grammar is None
+        self.is_greedy = params.temp == 0 and not (self._processors or grammar or thinking.is_limited)
 
     @property
     def random_state(self) -> list[int] | None:
@@ -59,13 +66,17 @@ class Chooser:
         """Log-probabilities (1, V) of what follows `tokens`, from logits (1, V)."""
         for processor in self._processors:
             logits = processor(mx.array(tokens), logits)
-        if self._grammar is not None:
-            logits = self._grammar(logits)
+        if (forced := self._thinking.forced(logits)) is not None:
+            logits = forced
+        elif self._grammar is not None and not self._thinking.is_open:
+            logits = self._grammar(logits, self._thinking.first)
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
     def accept(self, token: int) -> None:
         """The answer goes on with this token."""
-        if self._grammar is not None:
+        is_thought = self._thinking.is_open or token == self._thinking.first
+        self._thinking.accept(token)
+        if self._grammar is not None and not is_thought:
             self._grammar.accept(token)
 
     def sample(self, logprobs: mx.array) -> mx.array:

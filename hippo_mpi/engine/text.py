@@ -73,21 +73,34 @@ class ChatFormat:
         return options
 
     def encode(
-        self, tokenizer: TokenizerWrapper, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+        self,
+        tokenizer: TokenizerWrapper,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        template_args: dict[str, Any] | None = None,
     ) -> list[int]:
         """Tokens of a conversation, ready to be continued by the assistant, who may call `tools`.
 
+        Args:
+            template_args: beside those of `chat_template_config`, and before them.
+
         Raises:
-            UserError: the prompt is empty, or the template doesn't take it.
+            UserError: the prompt is empty, or the template doesn't take it, or knows nothing of an argument.
         """
-        if not messages or not messages[-1]["content"].strip():
+        if not messages or (messages[-1]["role"] == "user" and not messages[-1]["content"].strip()):
             raise UserError("the prompt is empty")
         if tools and (self.ignore_chat_template or not tokenizer.has_tool_calling):
             raise UserError("tools: this model's chat template has none")
+        template_args = dict(template_args or {})
+        if template_args.get("enable_thinking") is False and not tokenizer.has_thinking:
+            del template_args["enable_thinking"]  # it doesn't think as it is
+        for name in template_args:
+            if self.ignore_chat_template or not _knows(tokenizer, name):
+                raise UserError(f"{name}: this model's chat template has no such argument")
         if self.ignore_chat_template or not tokenizer.has_chat_template:
             text = "\n".join(message["content"] for message in messages)
             return encode(tokenizer, text)
-        options = self._options()
+        options = {**self._options(), **template_args}
         if self.prefill_response is not None:
             messages = [*messages, {"role": "assistant", "content": self.prefill_response}]
             options = {**options, "continue_final_message": True}
@@ -100,6 +113,13 @@ class ChatFormat:
         except Exception as error:  # jinja templates raise whatever they like
             raise UserError(f"the chat template doesn't take this conversation: {one_line(error)}") from None
         return encode(tokenizer, text, add_special_tokens=False)
+
+
+def _knows(tokenizer: TokenizerWrapper, name: str) -> bool:
+    """Whether a chat template looks at an argument. One that isn't a text may look at anything."""
+    if name == "enable_thinking":
+        return bool(tokenizer.has_thinking)
+    return not isinstance(tokenizer.chat_template, str) or name in tokenizer.chat_template
 
 
 def encode(tokenizer: TokenizerWrapper, text: str, **options: bool) -> list[int]:

@@ -1,21 +1,22 @@
 """What an answer's text is made of: what is said, what is thought, and tools that are called.
 
-The marks between them are the tokenizer's, found by mlx-lm, as are the parsers of tool calls.
+The marks between them are the tokenizer's, found by mlx-lm, as are the parsers of tool calls. Knows no API's words.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.text import find_stop
+from hippo_mpi.engine.thinking import Thinking
 
 Kind = Literal["content", "reasoning", "tool"]
-_TAIL_TOKENS = 32  # of a prompt: where its template may have begun to think
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,15 @@ class Part:
 
     kind: Kind
     text: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tool called by its name, with arguments as JSON."""
+
+    name: str
+    arguments: str
+    id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
 
 
 class PartSplitter:
@@ -41,8 +51,7 @@ class PartSplitter:
         if tokenizer.has_thinking:
             self._marks["content"][think_start] = "reasoning"
             self._marks["reasoning"][think_end] = "content"
-            tail = tokenizer.decode(prompt[-_TAIL_TOKENS:])
-            if tail.rfind(think_start) > tail.rfind(think_end):
+            if Thinking(tokenizer, prompt).is_open:
                 self._kind = "reasoning"
         if has_tools and tokenizer.has_tool_calling:
             self._marks["content"][tokenizer.tool_call_start] = "tool"
@@ -70,57 +79,98 @@ class PartSplitter:
         return [part for part in parts if part.text]
 
 
-def tool_calls(tokenizer: TokenizerWrapper, text: str, tools: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """OpenAI's objects for what a model wrote as a call; None if the parser doesn't understand it."""
+def _calls(tokenizer: TokenizerWrapper, text: str, tools: list[dict[str, Any]]) -> list[Call] | None:
+    """What a model wrote as a call; None if its parser doesn't understand it."""
     try:
         parsed = tokenizer.tool_parser(text, tools)
         found = []
         for call in parsed if isinstance(parsed, list) else [parsed]:
             arguments = call["arguments"]
             text_of = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-            function = {"name": str(call["name"]), "arguments": text_of}
-            found.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function})
+            json.loads(text_of)
+            found.append(Call(str(call["name"]), text_of))
     except Exception:  # mlx-lm's parsers raise whatever they meet: a model may write anything
         return None
     return found
 
 
-class ChatMessage:
-    """One choice of a chat completion as it comes: OpenAI's deltas, and the whole message."""
+class AnswerReader:
+    """Reads one answer as it comes.
 
-    def __init__(self, tokenizer: TokenizerWrapper, prompt: list[int], tools: list[dict[str, Any]]) -> None:
-        self._tokenizer, self._tools = tokenizer, tools
+    Args:
+        prompt, tools: what it answers, and what it may call.
+        most_calls: later ones are left out; None: any number.
+    """
+
+    def __init__(
+        self, tokenizer: TokenizerWrapper, prompt: list[int], tools: list[dict[str, Any]], most_calls: int | None = None
+    ) -> None:
+        self._tokenizer, self._tools, self._most_calls = tokenizer, tools, most_calls
         self._splitter = PartSplitter(tokenizer, prompt, bool(tools))
-        self._said = self._thought = ""
-        self._calls: list[dict[str, Any]] = []
+        self.num_calls = 0
 
-    def delta(self, text: str, is_last: bool) -> dict[str, Any]:
-        """What this text adds."""
-        found: dict[str, Any] = {}
+    def read(self, text: str, is_last: bool) -> list[Part | Call]:
+        """What this text adds. A call that nobody understands is at least shown."""
+        found: list[Part | Call] = []
         for part in self._splitter.feed(text, is_last):
-            calls = tool_calls(self._tokenizer, part.text, self._tools) if part.kind == "tool" else None
-            if calls is not None:
-                start = len(self._calls)
-                self._calls += calls
-                numbered = [{"index": start + index, **call} for index, call in enumerate(calls)]
-                found["tool_calls"] = found.get("tool_calls", []) + numbered
-            elif part.kind == "reasoning":
-                self._thought += part.text
-                found["reasoning_content"] = found.get("reasoning_content", "") + part.text
-            else:  # a call that nobody understands is at least shown
-                self._said += part.text
-                found["content"] = found.get("content", "") + part.text
+            calls = _calls(self._tokenizer, part.text, self._tools) if part.kind == "tool" else None
+            if calls is None:
+                found.append(Part("reasoning" if part.kind == "reasoning" else "content", part.text))
+            else:
+                calls = calls[: None if self._most_calls is None else self._most_calls - self.num_calls]
+                self.num_calls += len(calls)
+                found += calls
         return found
 
-    def message(self) -> dict[str, Any]:
-        """All of it."""
-        found: dict[str, Any] = {"role": "assistant", "content": self._said or (None if self._calls else "")}
-        if self._thought:
-            found["reasoning_content"] = self._thought
-        if self._calls:
-            found["tool_calls"] = self._calls
-        return found
 
-    def finish_reason(self, reason: str | None) -> str | None:
-        """OpenAI's: an answer that stops after calls waits for their results."""
-        return "tool_calls" if reason == "stop" and self._calls else reason
+@dataclass
+class Block:
+    """Neighbouring pieces of one kind, or one call."""
+
+    index: int
+    kind: Literal["content", "reasoning", "call"]
+    text: str = ""  # of a call: its arguments
+    call: Call | None = None
+
+
+class Blocks:
+    """An answer as blocks, as Anthropic's messages and OpenAI's responses have it."""
+
+    def __init__(self) -> None:
+        self.all: list[Block] = []
+        self._is_open = False
+
+    def take(
+        self, pieces: Iterable[Part | Call], is_last: bool
+    ) -> Iterator[tuple[Literal["open", "more", "close"], Block, str]]:
+        """What happens to which block with these pieces; the text of "more" is what it gets. One is there at the end."""
+        for piece in pieces:
+            if isinstance(piece, Call):
+                yield from self._close()
+                yield from self._open(Block(len(self.all), "call", call=piece))
+                yield self._add(piece.arguments)
+                yield from self._close()
+                continue
+            kind: Literal["content", "reasoning"] = "reasoning" if piece.kind == "reasoning" else "content"
+            if not self._is_open or self.all[-1].kind != kind:
+                yield from self._close()
+                yield from self._open(Block(len(self.all), kind))
+            yield self._add(piece.text)
+        if is_last:
+            if not self.all:
+                yield from self._open(Block(0, "content"))
+            yield from self._close()
+
+    def _open(self, block: Block) -> Iterator[tuple[Literal["open"], Block, str]]:
+        self.all.append(block)
+        self._is_open = True
+        yield "open", block, ""
+
+    def _add(self, text: str) -> tuple[Literal["more"], Block, str]:
+        self.all[-1].text += text
+        return "more", self.all[-1], text
+
+    def _close(self) -> Iterator[tuple[Literal["close"], Block, str]]:
+        if self._is_open:
+            self._is_open = False
+            yield "close", self.all[-1], ""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings
 from hippo_mpi.errors import HippoError, UserError
+from hippo_mpi.serving.answer_parts import AnswerReader, Block, Blocks
 from hippo_mpi.serving.openai_protocol import CHAT, Asked, read_body
 
 MESSAGES = "/v1/messages"
+COUNT_TOKENS = f"{MESSAGES}/count_tokens"
 _WITHOUT_EFFECT = {"model", "metadata", "service_tier", "stream"}
-_SAME = {"messages", "max_tokens", "temperature", "top_p", "top_k"}
+_SAME = {"max_tokens", "temperature", "top_p", "top_k"}
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 def read_messages_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
@@ -31,65 +35,187 @@ def read_messages_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
             chat[name] = value
         elif name == "stop_sequences":
             chat["stop"] = value
-        elif name == "system":
-            continue  # below: it goes in front of the messages
-        elif name not in _WITHOUT_EFFECT and value is not None:
+        elif name == "tools" and value is not None:
+            chat["tools"] = _tools(value)
+        elif name == "tool_choice" and value is not None:
+            chat |= _tool_choice(value)
+        elif name not in _WITHOUT_EFFECT | {"messages", "system", "thinking"} and value is not None:
             raise UserError(f"unknown field {name!r}")
-    if body.get("system") and isinstance(chat.get("messages"), list):
-        chat["messages"] = [{"role": "system", "content": body["system"]}, *chat["messages"]]
-    return read_body(CHAT, chat, defaults)
+    chat["messages"] = _messages(body.get("messages"), body.get("system"))
+    limit, template_args = _thinking(body.get("thinking"), body["max_tokens"])
+    asked = read_body(CHAT, {**chat, "chat_template_kwargs": template_args}, defaults)
+    return replace(asked, sampling=replace(asked.sampling, max_thinking_tokens=limit))
 
 
-def message_object(
-    asked: Asked, model: str, message_id: str, outputs: list[RequestOutput], tokenizer: TokenizerWrapper
-) -> dict[str, Any]:
-    """The message that a request's outputs amount to."""
-    text, last = "".join(output.text for output in outputs), outputs[-1]
-    found = {**_head(model, message_id), **_stop(asked, last, tokenizer)}
-    return {**found, "content": [{"type": "text", "text": text}], "usage": _usage(last.timings)}
+def count_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
+    """As `read_messages_body`, of a body whose tokens are only to be counted: nothing says how many may follow."""
+    return read_messages_body({**body, "max_tokens": 1 << 29}, defaults)
 
 
-async def message_events(
-    asked: Asked, model: str, message_id: str, outputs: AsyncIterator[RequestOutput], tokenizer: TokenizerWrapper
-) -> AsyncIterator[bytes]:
-    """The events of a streamed message."""
-    try:
+def _messages(given: Any, system: Any) -> list[dict[str, Any]]:
+    """OpenAI's messages: results of tools are messages of their own."""
+    if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
+        raise UserError("messages must be a list of objects with role and content")
+    found: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for message in given:
+        role, content = message.get("role"), message.get("content")
+        if role not in ("user", "assistant"):
+            raise UserError(f"messages: role must be user or assistant, not {role!r}")
+        found += [{"role": role, "content": content}] if not isinstance(content, list) else _blocks(role, content)
+    return found
+
+
+def _blocks(role: str, content: list[Any]) -> list[dict[str, Any]]:
+    text: list[str] = []
+    thoughts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for block in content:
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind == "text" and isinstance(block.get("text"), str):
+            text.append(block["text"])
+        elif kind == "thinking" and role == "assistant" and isinstance(block.get("thinking"), str):
+            thoughts.append(block["thinking"])
+        elif kind == "tool_use" and role == "assistant":
+            function = {"name": block.get("name"), "arguments": block.get("input")}
+            calls.append({"id": block.get("id"), "type": "function", "function": function})
+        elif kind == "tool_result" and role == "user":
+            result = block.get("content") or ""
+            results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result})
+        else:
+            raise UserError(f"messages: a message of the {role} can't have a block of the type {kind!r} here")
+    message: dict[str, Any] = {"role": role, "content": "".join(text)}
+    if thoughts:
+        message["reasoning_content"] = "".join(thoughts)
+    if calls:
+        message["tool_calls"] = calls
+    return [*results, message] if text or calls or thoughts or not results else results
+
+
+def _tools(given: Any) -> list[dict[str, Any]]:
+    found = []
+    for tool in given if isinstance(given, list) else [None]:
+        if not isinstance(tool, dict) or tool.get("type", "custom") not in ("custom", None):
+            raise UserError(
+                "tools must be a list of objects with name and input_schema; the server has none of its own"
+            )
+        function = {"name": tool.get("name"), "description": tool.get("description") or ""}
+        found.append({"type": "function", "function": {**function, "parameters": tool.get("input_schema")}})
+    return found
+
+
+def _tool_choice(given: Any) -> dict[str, Any]:
+    kind = given.get("type") if isinstance(given, dict) else None
+    many = {} if kind is None else {"parallel_tool_calls": given.get("disable_parallel_tool_use") is not True}
+    if kind == "tool":
+        return {"tool_choice": {"type": "function", "function": {"name": given.get("name")}}, **many}
+    if kind not in list(_CHOICES):  # it may be anything, even what has no hash
+        raise UserError(f"tool_choice: type must be auto, any, tool or none, not {kind!r}")
+    return {"tool_choice": _CHOICES[kind], **many}
+
+
+def _thinking(given: Any, max_tokens: Any) -> tuple[int | None, dict[str, Any]]:
+    """(tokens that a thought may have, arguments for the chat template)."""
+    kind = given.get("type") if isinstance(given, dict) else None
+    if given is None or kind == "adaptive":
+        return None, {}
+    if kind == "disabled":
+        return None, {"enable_thinking": False}
+    if kind != "enabled":
+        raise UserError(f"thinking: type must be enabled, disabled or adaptive, not {kind!r}")
+    budget = given.get("budget_tokens")
+    if type(budget) is not int or type(max_tokens) is not int or not 1 <= budget < max_tokens:
+        raise UserError(
+            f"thinking: budget_tokens must be a whole number from 1 to less than max_tokens, not {budget!r}"
+        )
+    return budget, {"enable_thinking": True}
+
+
+@dataclass
+class MessageAnswer:
+    """The answer to one request."""
+
+    asked: Asked
+    model: str
+    id: str
+    prompt: list[int]
+    tokenizer: TokenizerWrapper
+
+    def __post_init__(self) -> None:
+        self._reader = AnswerReader(self.tokenizer, self.prompt, self.asked.tools, self.asked.most_calls)
+        self._blocks = Blocks()
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """All of it."""
+        for output in outputs:
+            self._take(output)
+        blocks = [
+            _block_object(block, json.loads(block.text) if block.call else block.text) for block in self._blocks.all
+        ]
+        last = outputs[-1]
+        return {**self._head(), **self._stop(last), "content": blocks, "usage": _usage(last.timings)}
+
+    async def events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[bytes]:
+        """The events of its stream."""
         is_begun = False
-        async for output in outputs:
-            if not is_begun:
-                is_begun = True
-                head = {**_head(model, message_id), "content": [], "usage": _usage(output.timings)}
-                yield _event("message_start", message={**head, "stop_reason": None, "stop_sequence": None})
-                yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
-            if output.text:
-                yield _event("content_block_delta", index=0, delta={"type": "text_delta", "text": output.text})
-            if output.finish_reason is not None:
-                yield _event("content_block_stop", index=0)
-                yield _event("message_delta", delta=_stop(asked, output, tokenizer), usage=_usage(output.timings))
-                yield _event("message_stop")
-    except HippoError as error:
-        yield _event("error", error=messages_error(error)["error"])
+        try:
+            async for output in outputs:
+                if not is_begun:
+                    is_begun = True
+                    head = {**self._head(), "content": [], "usage": _usage(output.timings)}
+                    yield _event("message_start", message={**head, "stop_reason": None, "stop_sequence": None})
+                for what, block, text in self._take(output):
+                    if what == "open":
+                        empty = _block_object(block, {} if block.call else "")
+                        yield _event("content_block_start", index=block.index, content_block=empty)
+                    elif what == "more":
+                        yield _event("content_block_delta", index=block.index, delta=_delta(block, text))
+                    else:
+                        yield _event("content_block_stop", index=block.index)
+                if output.finish_reason is not None:
+                    yield _event("message_delta", delta=self._stop(output), usage=_usage(output.timings))
+                    yield _event("message_stop")
+        except HippoError as error:
+            yield _event("error", error=messages_error(error)["error"])
+
+    def _take(self, output: RequestOutput) -> list[tuple[str, Block, str]]:
+        is_last = output.finish_reason is not None
+        return list(self._blocks.take(self._reader.read(output.text, is_last), is_last))
+
+    def _head(self) -> dict[str, Any]:
+        return {"id": self.id, "type": "message", "role": "assistant", "model": self.model}
+
+    def _stop(self, last: RequestOutput) -> dict[str, Any]:
+        """Why the message ended. One that stops without an end token has met a stop sequence: the first in it."""
+        if last.finish_reason != "stop":  # Anthropic has no word for an answer that was ended because it repeats itself
+            return {"stop_reason": "max_tokens", "stop_sequence": None}
+        if last.token in self.tokenizer.eos_token_ids:
+            return {"stop_reason": "tool_use" if self._reader.num_calls else "end_turn", "stop_sequence": None}
+        text = self.tokenizer.decode(last.timings.token_ids)
+        met = min((word for word in self.asked.sampling.stop_words if word in text), key=text.index, default=None)
+        return {"stop_reason": "stop_sequence", "stop_sequence": met}
+
+
+def _block_object(block: Block, content: Any) -> dict[str, Any]:
+    if block.call is not None:
+        return {"type": "tool_use", "id": block.call.id, "name": block.call.name, "input": content}
+    if block.kind == "reasoning":  # nobody signs thoughts here
+        return {"type": "thinking", "thinking": content, "signature": ""}
+    return {"type": "text", "text": content}
+
+
+def _delta(block: Block, text: str) -> dict[str, Any]:
+    if block.call is not None:
+        return {"type": "input_json_delta", "partial_json": text}
+    if block.kind == "reasoning":
+        return {"type": "thinking_delta", "thinking": text}
+    return {"type": "text_delta", "text": text}
 
 
 def messages_error(error: Exception, kind: str = "") -> dict[str, Any]:
     """An error in Anthropic's shape."""
     kind = kind or ("invalid_request_error" if isinstance(error, UserError) else "api_error")
     return {"type": "error", "error": {"type": kind, "message": str(error)}}
-
-
-def _head(model: str, message_id: str) -> dict[str, Any]:
-    return {"id": message_id, "type": "message", "role": "assistant", "model": model}
-
-
-def _stop(asked: Asked, last: RequestOutput, tokenizer: TokenizerWrapper) -> dict[str, Any]:
-    """Why the message ended. An answer that stops without an end token has met a stop sequence: the first in it."""
-    if last.finish_reason != "stop":  # Anthropic has no word for an answer that was ended because it repeats itself
-        return {"stop_reason": "max_tokens", "stop_sequence": None}
-    if last.token in tokenizer.eos_token_ids:
-        return {"stop_reason": "end_turn", "stop_sequence": None}
-    text = tokenizer.decode(last.timings.token_ids)
-    met = min((word for word in asked.sampling.stop_words if word in text), key=text.index, default=None)
-    return {"stop_reason": "stop_sequence", "stop_sequence": met}
 
 
 def _usage(timings: Timings) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -27,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.serving.access import Access, key_of
-from hippo_mpi.serving.anthropic_protocol import MESSAGES, message_events, message_object, read_messages_body
+from hippo_mpi.serving.anthropic_protocol import COUNT_TOKENS, MESSAGES, MessageAnswer, count_body, read_messages_body
 from hippo_mpi.serving.api_errors import HANDLERS, error_of
 from hippo_mpi.serving.audit_log import AuditLog, digest
 from hippo_mpi.serving.catalogue import Catalogue, ServedModel
@@ -42,7 +41,7 @@ from hippo_mpi.serving.openai_answers import (
 )
 from hippo_mpi.serving.openai_protocol import CHAT, COMPLETION, Asked, read_body
 from hippo_mpi.serving.openapi import openapi_object
-from hippo_mpi.serving.responses_protocol import RESPONSES, read_responses_body, response_events, response_object
+from hippo_mpi.serving.responses_protocol import RESPONSES, ResponseAnswer, read_responses_body
 
 _T = TypeVar("_T")
 _MOST_CHOICES = 16
@@ -64,16 +63,15 @@ class ApiSettings:
 
 @dataclass(frozen=True)
 class _Dialect:
-    """Another API's words: its bodies, its objects, its events, and how its ids begin."""
+    """Another API's words: its bodies, its answers, and how its ids begin."""
 
     read: Callable[[dict[str, Any], SamplingParams], Asked]
-    whole: Callable[[Asked, str, str, list[RequestOutput], TokenizerWrapper], dict[str, Any]]
-    events: Callable[[Asked, str, str, AsyncIterator[RequestOutput], TokenizerWrapper], AsyncIterator[bytes]]
+    answer: type[MessageAnswer] | type[ResponseAnswer]
     prefix: str
 
 
-_ANTHROPIC = _Dialect(read_messages_body, message_object, message_events, "msg")
-_RESPONSES = _Dialect(read_responses_body, response_object, response_events, "resp")
+_ANTHROPIC = _Dialect(read_messages_body, MessageAnswer, "msg")
+_RESPONSES = _Dialect(read_responses_body, ResponseAnswer, "resp")
 
 
 class Api:
@@ -112,6 +110,7 @@ class Api:
                 Route(CHAT, guarded(self._answer), methods=["POST"]),
                 Route(COMPLETION, guarded(self._answer), methods=["POST"]),
                 Route(MESSAGES, guarded(partial(self._speak, _ANTHROPIC)), methods=["POST"]),
+                Route(COUNT_TOKENS, guarded(self._count), methods=["POST"]),
                 Route(RESPONSES, guarded(partial(self._speak, _RESPONSES)), methods=["POST"]),
             ],
             exception_handlers=HANDLERS,
@@ -203,12 +202,20 @@ class Api:
         model = self._model_of(body)
         url = CHAT if "messages" in body else COMPLETION
         given = {name: body[name] for name in ("messages", "prompt") if name in body}
-        tokens = await self._encode(read_body(url, given, model.defaults), model)
+        tokens, _ = await self._prepare(read_body(url, given, model.defaults), model)
         return JSONResponse({"tokens": tokens, "count": len(tokens)})
 
-    async def _encode(self, asked: Asked, model: ServedModel) -> list[int]:
+    async def _count(self, request: Request) -> Response:
+        """Anthropic's /tokenize."""
+        body = await self._body(request)
+        model = self._model_of(body)
+        tokens, _ = await self._prepare(count_body(body, model.defaults), model)
+        return JSONResponse({"input_tokens": len(tokens)})
+
+    async def _prepare(self, asked: Asked, model: ServedModel) -> tuple[list[int], SamplingParams]:
+        """Tokens of the prompt, and how they are to be answered."""
         system = [{"role": "system", "content": model.system_prompt}] if model.system_prompt else []
-        return await asyncio.to_thread(lambda: asked.encode(model.tokenizer, model.chat_format, system))
+        return await asyncio.to_thread(lambda: asked.prepare(model.tokenizer, model.chat_format, system))
 
     async def _answer(self, request: Request) -> Response:
         self._access.count_request(request)
@@ -221,9 +228,8 @@ class Api:
         if type(count) is not int or not 1 <= count <= _MOST_CHOICES:
             raise UserError(f"n must be a whole number from 1 to {_MOST_CHOICES}, not {count!r}")
         asked = read_body(request.url.path, body, model.defaults)
-        prompt = await self._encode(asked, model)
-        seed = asked.sampling.seed
-        sampling = [replace(asked.sampling, seed=None if seed is None else seed + index) for index in range(count)]
+        prompt, once = await self._prepare(asked, model)
+        sampling = [replace(once, seed=None if once.seed is None else once.seed + index) for index in range(count)]
         answers = await self._submit(prompt, sampling, model)
         name = f"{'chatcmpl' if asked.url == CHAT else 'cmpl'}-{secrets.token_hex(12)}"
         end = partial(self._end, request, name, asked, answers, model)
@@ -246,16 +252,18 @@ class Api:
         model = self._model_of(body)
         is_stream = _boolean(body.pop("stream", None), "stream")
         asked = dialect.read(body, model.defaults)
-        answers = await self._submit(await self._encode(asked, model), [asked.sampling], model)
+        prompt, sampling = await self._prepare(asked, model)
+        answers = await self._submit(prompt, [sampling], model)
         name = f"{dialect.prefix}_{secrets.token_hex(12)}"
+        written = dialect.answer(asked, model.name, name, prompt, model.tokenizer)
         end = partial(self._end, request, name, asked, answers, model)
         if is_stream:
-            return _EventStream(dialect.events(asked, model.name, name, answers[0].outputs(), model.tokenizer), end)
+            return _EventStream(written.events(answers[0].outputs()), end)
         try:
             (outputs,) = await _unless_gone(request, asyncio.gather(_all(answers[0])))
         finally:
             end()
-        return JSONResponse(dialect.whole(asked, model.name, name, outputs, model.tokenizer))
+        return JSONResponse(written.whole(outputs))
 
     def _end(self, request: Request, name: str, asked: Asked, answers: Sequence[Answer], model: ServedModel) -> None:
         """A request has ended, or its client has gone away: free its places, count it, and write it down."""
@@ -332,7 +340,7 @@ async def _chunks(
             yield _event(chunk_object(asked, model, name, index, choices[index].take(output)))
             running -= output.finish_reason is not None
         if wants_usage:
-            yield _event(usage_chunk(asked, model, name, [answer.timings for answer in answers]))
+            yield _event(usage_chunk(asked, model, name, choices))
         yield b"data: [DONE]\n\n"
     finally:  # also when the client has gone away
         for task in tasks:

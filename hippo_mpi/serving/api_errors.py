@@ -31,7 +31,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         error.status_code,
         error.detail == HTTPStatus(error.status_code).phrase,
     )  # no such route
-    if request.url.path == MESSAGES:
+    if request.url.path.startswith(MESSAGES):
         kind = _ANTHROPIC_KINDS.get(status, "invalid_request_error")
         return JSONResponse(messages_error(Exception(error.detail), kind), status, error.headers)
     kind = "rate_limit_error" if status == 429 else "invalid_request_error"
@@ -45,7 +45,7 @@ async def _overloaded(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    found = messages_error(error) if request.url.path == MESSAGES else error_of(error)
+    found = messages_error(error) if request.url.path.startswith(MESSAGES) else error_of(error)
     return JSONResponse(found, 400 if isinstance(error, UserError) else 503)
 
 

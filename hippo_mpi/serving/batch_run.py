@@ -74,8 +74,8 @@ class BatchRun:
         try:
             if task.asked is None:
                 raise UserError(task.mistake)
-            prompt = task.asked.encode(self._tokenizer, self._format, self._system)
-            self._engine.add(Request(task.line, prompt, task.asked.sampling))
+            prompt, sampling = task.asked.prepare(self._tokenizer, self._format, self._system)
+            self._engine.add(Request(task.line, prompt, sampling))
         except UserError as error:
             mistake = task.mistake or f"line {task.line}: {error}"
             self._answers.write(task, None, mistake)

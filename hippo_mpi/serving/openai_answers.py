@@ -9,8 +9,9 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from hippo_mpi.engine.request import RequestOutput, Timings
-from hippo_mpi.serving.answer_parts import ChatMessage
+from hippo_mpi.engine.request import RequestOutput
+from hippo_mpi.engine.thinking import thought_tokens
+from hippo_mpi.serving.answer_parts import AnswerReader, Call, Part
 from hippo_mpi.serving.openai_protocol import CHAT, Asked
 
 
@@ -24,7 +25,8 @@ class Choice:
     outputs: list[RequestOutput] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._message = ChatMessage(self.tokenizer, self.prompt, self.asked.tools)
+        self._reader = AnswerReader(self.tokenizer, self.prompt, self.asked.tools, self.asked.most_calls)
+        self._pieces: list[Part | Call] = []
 
     def take(self, output: RequestOutput) -> dict[str, Any]:
         """What this output adds, as fields of a streamed choice."""
@@ -32,26 +34,49 @@ class Choice:
         reason = output.finish_reason
         content: dict[str, Any] = {"text": output.text}
         if self.asked.url == CHAT:
-            content = {"delta": self._message.delta(output.text, reason is not None)}
+            num_calls = self._reader.num_calls
+            pieces = self._reader.read(output.text, reason is not None)
+            self._pieces += pieces
+            delta = _message_fields(pieces)
+            for index, call in enumerate(delta.get("tool_calls", []), num_calls):
+                call["index"] = index
+            content = {"delta": delta}
         told = _logprobs(self.asked, [output], self.tokenizer)
-        return {**content, "logprobs": told, "finish_reason": self._message.finish_reason(reason)}
+        return {**content, "logprobs": told, "finish_reason": self._finish_reason()}
 
     def whole(self) -> dict[str, Any]:
         """All of it, as fields of a choice."""
         content: dict[str, Any] = {"text": "".join(output.text for output in self.outputs)}
         if self.asked.url == CHAT:
-            content = {"message": self._message.message()}
+            message = {"role": "assistant", "content": None if self._reader.num_calls else ""}
+            content = {"message": message | _message_fields(self._pieces)}
         told = _logprobs(self.asked, self.outputs, self.tokenizer)
-        return {
-            **content, "logprobs": told, "finish_reason": self._message.finish_reason(self.outputs[-1].finish_reason)
-        }  # fmt: skip
+        return {**content, "logprobs": told, "finish_reason": self._finish_reason()}
+
+    def _finish_reason(self) -> str | None:
+        """An answer that stops after calls waits for their results."""
+        reason = self.outputs[-1].finish_reason
+        return "tool_calls" if reason == "stop" and self._reader.num_calls else reason
+
+
+def _message_fields(pieces: Sequence[Part | Call]) -> dict[str, Any]:
+    """Pieces of an answer as fields of a message, or of what is added to one."""
+    found: dict[str, Any] = {}
+    for piece in pieces:
+        if isinstance(piece, Call):
+            function = {"name": piece.name, "arguments": piece.arguments}
+            found.setdefault("tool_calls", []).append({"id": piece.id, "type": "function", "function": function})
+        else:
+            name = "reasoning_content" if piece.kind == "reasoning" else "content"
+            found[name] = found.get(name, "") + piece.text
+    return found
 
 
 def answer_object(model: str, request_id: str, choices: Sequence[Choice]) -> dict[str, Any]:
     """The chat completion or text completion that its choices amount to."""
     found = [{"index": index, **choice.whole()} for index, choice in enumerate(choices)]
     kind = "chat.completion" if choices[0].asked.url == CHAT else "text_completion"
-    usage = usage_object([choice.outputs[-1].timings for choice in choices])
+    usage = usage_object(choices)
     return {**_head(request_id, kind, model), "choices": found, "usage": usage}
 
 
@@ -69,19 +94,24 @@ def first_fields(asked: Asked) -> dict[str, Any]:
     return {**content, "logprobs": None, "finish_reason": None}
 
 
-def usage_chunk(asked: Asked, model: str, request_id: str, timings: Sequence[Timings]) -> dict[str, Any]:
+def usage_chunk(asked: Asked, model: str, request_id: str, choices: Sequence[Choice]) -> dict[str, Any]:
     """The last chunk of a stream that was asked for its usage."""
     kind = "chat.completion.chunk" if asked.url == CHAT else "text_completion"
-    return {**_head(request_id, kind, model), "choices": [], "usage": usage_object(timings)}
+    return {**_head(request_id, kind, model), "choices": [], "usage": usage_object(choices)}
 
 
-def usage_object(timings: Sequence[Timings]) -> dict[str, Any]:
+def usage_object(choices: Sequence[Choice]) -> dict[str, Any]:
     """Tokens of all choices of a request; they share its prompt."""
+    timings = [choice.outputs[-1].timings for choice in choices]
     prompt, made = timings[0].prompt_tokens, sum(len(one.token_ids) for one in timings)
+    thought = sum(
+        thought_tokens(choice.tokenizer, choice.prompt, choice.outputs[-1].timings.token_ids) for choice in choices
+    )
     return {
         "prompt_tokens": prompt,
         "completion_tokens": made,
         "total_tokens": prompt + made,
+        "completion_tokens_details": {"reasoning_tokens": thought},
         "prompt_tokens_details": {"cached_tokens": timings[0].cached_tokens},
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from hippo_mpi.engine.grammar import json_grammar
+from hippo_mpi.engine.grammar import call_grammar, json_grammar
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.engine.text import ChatFormat, encode
 from hippo_mpi.errors import UserError
@@ -18,6 +18,11 @@ from hippo_mpi.errors import UserError
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 _WITHOUT_EFFECT = {"model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+_OUR_TEMPLATE_ARGS = {
+    "tools", "messages", "conversation", "documents", "tokenize", "chat_template", "add_generation_prompt",
+    "continue_final_message", "return_dict", "return_tensors", "padding", "truncation", "max_length",
+}  # fmt: skip
 _MAX_LOGPROBS = 20
 _MAX_BIAS = 10_000  # OpenAI's is 100; any logit is far below
 _MAX_STOPS, _MAX_STOP_CHARS = 16, 256  # each is looked for in every answer after every token
@@ -32,6 +37,24 @@ class Asked:
     messages: list[dict[str, Any]] = field(default_factory=list)
     prompt: str | list[int] = ""
     tools: list[dict[str, Any]] = field(default_factory=list)
+    must_call: bool = False  # one of the tools
+    most_calls: int | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)
+
+    def prepare(
+        self, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system: list[dict[str, str]] | None = None
+    ) -> tuple[list[int], SamplingParams]:
+        """The prompt's tokens, and how they are to be answered; `system` as for `encode`.
+
+        Raises:
+            UserError: the model can't be asked this.
+        """
+        prompt, sampling = self.encode(tokenizer, chat_format, system), self.sampling
+        if self.must_call:
+            sampling = replace(sampling, grammar=call_grammar(tokenizer, self.tools))
+        elif self.tools and sampling.grammar is not None:  # a format is for what is said, and calls may be made instead
+            sampling = replace(sampling, grammar=call_grammar(tokenizer, self.tools, sampling.grammar))
+        return prompt, sampling
 
     def encode(
         self, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system: list[dict[str, str]] | None = None
@@ -43,7 +66,8 @@ class Asked:
         """
         if self.url == CHAT:
             has_system = any(message.get("role") in ("system", "developer") for message in self.messages)
-            return chat_format.encode(tokenizer, [*([] if has_system else system or []), *self.messages], self.tools)
+            messages = [*([] if has_system else system or []), *self.messages]
+            return chat_format.encode(tokenizer, messages, self.tools, self.template_args)
         tokens = self.prompt if isinstance(self.prompt, list) else encode(tokenizer, self.prompt)
         if not tokens or self.prompt == "":
             raise UserError("the prompt is empty")
@@ -62,14 +86,47 @@ def read_body(url: str, body: Any, defaults: SamplingParams) -> Asked:
         raise UserError("body must be a JSON object")
     rest = {name: value for name, value in body.items() if name not in _WITHOUT_EFFECT and value is not None}
     if url == CHAT:
-        tools, choice = _tools(rest.pop("tools", [])), rest.pop("tool_choice", "auto")
-        if choice not in ("auto", "none"):
-            raise UserError(f"tool_choice must be 'auto' or 'none' here, not {choice!r}")
         messages = _messages(rest.pop("messages", None))
-        asked = Asked(url, defaults, messages, tools=tools if choice == "auto" else [])
+        tools, must_call = _chosen(_tools(rest.pop("tools", [])), rest.pop("tool_choice", "auto"))
+        many = _boolean("parallel_tool_calls", rest.pop("parallel_tool_calls", True))
+        template_args = _template_args(rest)
+        asked = Asked(url, defaults, messages, "", tools, must_call, None if many else 1, template_args)
     else:
         asked = Asked(url, defaults, prompt=_prompt(rest.pop("prompt", None)))
-    return replace(asked, sampling=_sampling(rest, defaults, url == CHAT))
+    asked = replace(asked, sampling=_sampling(rest, defaults, url == CHAT))
+    if asked.must_call and asked.sampling.grammar is not None:
+        raise UserError("a tool_choice that wants a call contradicts response_format")
+    return asked
+
+
+def _chosen(tools: list[dict[str, Any]], choice: Any) -> tuple[list[dict[str, Any]], bool]:
+    """The tools that may be called, and whether one must be."""
+    if choice == "none":
+        return [], False
+    if choice == "auto":
+        return tools, False
+    if choice != "required":
+        called = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+        name = called.get("name") if isinstance(called, dict) else None
+        if name is None:
+            raise UserError(f"tool_choice must be 'auto', 'none', 'required' or a function's name, not {choice!r}")
+        tools = [tool for tool in tools if tool["function"]["name"] == name]
+    if not tools:
+        raise UserError("tool_choice asks for a tool that isn't among the tools")
+    return tools, True
+
+
+def _template_args(rest: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for the chat template; taken out of the fields."""
+    found = rest.pop("chat_template_kwargs", {})
+    if not isinstance(found, dict) or set(found) & _OUR_TEMPLATE_ARGS:
+        raise UserError("chat_template_kwargs must be an object of arguments that the chat template knows")
+    effort = rest.pop("reasoning_effort", None)
+    if effort is None:
+        return found
+    if effort not in EFFORTS:
+        raise UserError(f"reasoning_effort must be one of {', '.join(EFFORTS)}, not {effort!r}")
+    return {**found, **({"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort})}
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
@@ -99,10 +156,16 @@ def _called(function: dict[str, Any]) -> dict[str, Any]:
 
 def _tools(value: Any) -> list[dict[str, Any]]:
     def is_tool(tool: Any) -> bool:
-        return isinstance(tool, dict) and tool.get("type") == "function" and isinstance(tool.get("function"), dict)
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return False
+        return function.get("parameters") is None or isinstance(function["parameters"], dict)
 
-    if not isinstance(value, list) or not all(is_tool(t) and isinstance(t["function"].get("name"), str) for t in value):
-        raise UserError("tools must be a list of objects with the type function, and a function with a name")
+    if not isinstance(value, list) or not all(is_tool(tool) for tool in value):
+        raise UserError(
+            "tools must be a list of objects with the type function, and a function with a name and, as an object,"
+            " parameters"
+        )
     return value
 
 
@@ -242,7 +305,7 @@ _FIELDS: dict[str, tuple[str, _Check]] = {
     "response_format": ("grammar", _Check(_response_format, {"type": "object", "required": ["type"]})),
     "max_repeats": ("max_repeats", _whole(0, 1 << 30)),
 }
-_ONLY: dict[str, Any] = {"n": 1, "best_of": 1, "stream": False, "echo": False, "parallel_tool_calls": True}
+_ONLY: dict[str, Any] = {"n": 1, "best_of": 1, "stream": False, "echo": False}
 
 
 def field_schemas(is_chat: bool) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from hippo_mpi.serving.anthropic_protocol import MESSAGES
-from hippo_mpi.serving.openai_protocol import CHAT, COMPLETION, ROLES, field_schemas
+from hippo_mpi.serving.anthropic_protocol import COUNT_TOKENS, MESSAGES
+from hippo_mpi.serving.openai_protocol import CHAT, COMPLETION, EFFORTS, ROLES, field_schemas
 from hippo_mpi.serving.responses_protocol import RESPONSES
 
 _Schema = dict[str, Any]
@@ -20,6 +20,11 @@ _PARTS: _Schema = {
             "items": {"type": "object", "required": ["text"], "properties": {"type": {"const": "text"}, "text": _TEXT}},
         },
     ]
+}
+_FUNCTION: _Schema = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {"name": _TEXT, "description": {"type": "string"}, "parameters": {"type": "object"}},
 }
 _ERRORS = {
     400: "The body is wrong: the message names the field.",
@@ -35,6 +40,14 @@ _ERRORS = {
 def openapi_object(models: Sequence[str]) -> dict[str, Any]:
     """The description of a server of these models."""
     model = {"type": "string", "enum": list(models)}
+    asked_of_messages = {
+        "messages": _messages(("user", "assistant")),
+        "system": _PARTS,
+        "model": model,
+        "tools": _tools({"name": _TEXT, "input_schema": {"type": "object"}}),
+        "tool_choice": _kinds("auto", "any", "tool", "none"),
+        "thinking": _kinds("adaptive", "disabled", "enabled"),
+    }
     bodies = {
         CHAT: _body(
             {
@@ -43,6 +56,11 @@ def openapi_object(models: Sequence[str]) -> dict[str, Any]:
                 "stream": {"type": "boolean"},
                 **_choices(),
                 **field_schemas(True),
+                "tools": _tools({"type": {"const": "function"}, "function": _FUNCTION}),
+                "tool_choice": {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]},
+                "parallel_tool_calls": {"type": "boolean"},
+                "reasoning_effort": {"enum": list(EFFORTS)},
+                "chat_template_kwargs": {"type": "object"},
             },
             "messages",
         ),
@@ -57,15 +75,18 @@ def openapi_object(models: Sequence[str]) -> dict[str, Any]:
                 "model": model,
                 "stream": {"type": "boolean"},
                 **_of(field_schemas(True), "temperature", "top_p"),
+                "tools": _tools({"type": {"const": "function"}, **_FUNCTION["properties"]}),
+                "tool_choice": {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]},
+                "parallel_tool_calls": {"type": "boolean"},
+                "text": {"type": "object", "properties": {"format": {"type": "object", "required": ["type"]}}},
+                "reasoning": {"type": "object", "properties": {"effort": {"enum": list(EFFORTS)}}},
                 "max_output_tokens": field_schemas(True)["max_tokens"],
             },
             "input",
         ),
         MESSAGES: _body(
             {
-                "messages": _messages(("user", "assistant")),
-                "system": _PARTS,
-                "model": model,
+                **asked_of_messages,
                 "stream": {"type": "boolean"},
                 **_of(field_schemas(True), "max_tokens", "temperature", "top_p", "top_k"),
                 "stop_sequences": field_schemas(True)["stop"],
@@ -73,6 +94,7 @@ def openapi_object(models: Sequence[str]) -> dict[str, Any]:
             "messages",
             "max_tokens",
         ),
+        COUNT_TOKENS: _body(asked_of_messages, "messages"),
         "/tokenize": _body({"messages": _messages(ROLES), "prompt": _prompt(), "model": model}),
         "/admin/model": _body({"model": model}, "model"),
     }
@@ -115,6 +137,14 @@ def _messages(roles: Sequence[str]) -> _Schema:
         "properties": {"role": {"enum": list(roles)}, "content": _PARTS},
     }
     return {"type": "array", "minItems": 1, "items": message}
+
+
+def _tools(properties: dict[str, _Schema]) -> _Schema:
+    return {"type": "array", "items": {"type": "object", "required": list(properties)[:2], "properties": properties}}
+
+
+def _kinds(*names: str) -> _Schema:
+    return {"type": "object", "required": ["type"], "properties": {"type": {"enum": list(names)}}}
 
 
 def _prompt() -> _Schema:

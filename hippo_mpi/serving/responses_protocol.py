@@ -5,20 +5,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings
+from hippo_mpi.engine.thinking import thought_tokens
 from hippo_mpi.errors import HippoError, UserError
+from hippo_mpi.serving.answer_parts import AnswerReader, Block, Blocks
 from hippo_mpi.serving.openai_protocol import CHAT, Asked, read_body
 
 RESPONSES = "/v1/responses"
-_WITHOUT_EFFECT = {"model", "metadata", "service_tier", "stream", "store", "user", "safety_identifier"}
+_WITHOUT_EFFECT = {
+    "model", "metadata", "service_tier", "stream", "store", "user", "safety_identifier", "prompt_cache_key",
+}  # fmt: skip
+_SAME = {"temperature", "top_p", "parallel_tool_calls"}
+_READ = {"input", "instructions", "tools", "tool_choice", "text", "reasoning"}
 _INCOMPLETE = {"length": "max_output_tokens"}
-_ONLY = {"background": False, "truncation": "disabled", "tools": [], "previous_response_id": None}
+_ONLY: dict[str, Any] = {"background": False, "truncation": "disabled", "previous_response_id": None, "include": []}
 
 
 def read_responses_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
@@ -29,104 +36,232 @@ def read_responses_body(body: dict[str, Any], defaults: SamplingParams) -> Asked
     """
     chat: dict[str, Any] = {}
     for name, value in body.items():
-        if name in ("temperature", "top_p"):
+        if name in _SAME:
             chat[name] = value
         elif name == "max_output_tokens":
             chat["max_tokens"] = value
         elif name in _ONLY:
             if value not in (None, _ONLY[name]):
                 raise UserError(f"{name} must be {_ONLY[name]!r} here, not {value!r}")
-        elif name not in _WITHOUT_EFFECT | {"input", "instructions"} and value is not None:
+        elif name not in _WITHOUT_EFFECT | _READ and value is not None:
             raise UserError(f"unknown field {name!r}")
     chat["messages"] = _messages(body.get("input"), body.get("instructions"))
+    chat["tools"], chat["tool_choice"] = _tools(body.get("tools")), _tool_choice(body.get("tool_choice"))
+    chat["response_format"] = _format(body.get("text"))
+    chat["reasoning_effort"] = _effort(body.get("reasoning"))
     return read_body(CHAT, chat, defaults)
 
 
-def _messages(given: Any, instructions: Any) -> list[Any]:
+def _messages(given: Any, instructions: Any) -> list[dict[str, Any]]:
+    """A chat's messages: calls and thoughts that stand beside a message are the assistant's."""
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
-        raise UserError("input must be a text, or a list of messages")
-    if any(item.get("type", "message") != "message" for item in given):
-        raise UserError("input takes messages only")
-    found = [{"role": item.get("role"), "content": item.get("content")} for item in given]
-    if instructions is None:
-        return found
-    return [{"role": "system", "content": instructions}, *found]
+        raise UserError("input must be a text, or a list of items")
+    found: list[dict[str, Any]] = [] if instructions is None else [{"role": "system", "content": instructions}]
+    is_open = False  # whether the last message is an assistant's that goes on
+    for item in given:
+        kind = item.get("type", "message")
+        if kind == "message" and item.get("role") != "assistant":
+            found.append({"role": item.get("role"), "content": item.get("content")})
+        elif kind == "function_call_output":
+            found.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
+        elif kind in ("message", "function_call", "reasoning"):
+            if not is_open or (kind == "message" and found[-1]["content"]):
+                found.append({"role": "assistant", "content": ""})
+            _add(found[-1], kind, item)
+        else:
+            raise UserError(f"input: there can be no item of the type {kind!r} here")
+        is_open = found[-1]["role"] == "assistant"
+    return found
 
 
-def response_object(
-    _: Asked, model: str, response_id: str, outputs: list[RequestOutput], __: TokenizerWrapper
-) -> dict[str, Any]:
-    """The response that a request's outputs amount to."""
-    text, last = "".join(output.text for output in outputs), outputs[-1]
-    return _response(model, response_id, last.timings, text, last.finish_reason)
+def _add(message: dict[str, Any], kind: str, item: dict[str, Any]) -> None:
+    """Put an item into an assistant's message."""
+    if kind == "message":
+        message["content"] = item.get("content")
+    elif kind == "function_call":
+        function = {"name": item.get("name"), "arguments": item.get("arguments")}
+        message.setdefault("tool_calls", []).append(
+            {"id": item.get("call_id"), "type": "function", "function": function}
+        )
+    else:
+        parts = item.get("content") or item.get("summary") or []
+        if not isinstance(parts, list) or not all(
+            isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts
+        ):
+            raise UserError("input: reasoning must have text")
+        message["reasoning_content"] = "".join(part["text"] for part in parts)
 
 
-async def response_events(
-    _: Asked, model: str, response_id: str, outputs: AsyncIterator[RequestOutput], __: TokenizerWrapper
-) -> AsyncIterator[bytes]:
-    """The events of a streamed response."""
-    numbers, is_begun = count(), False
-
-    def event(kind: str, **fields: Any) -> bytes:
-        found = {"type": kind, "sequence_number": next(numbers), **fields}
-        return f"event: {kind}\ndata: {json.dumps(found)}\n\n".encode()
-
-    text = ""
-    try:
-        async for output in outputs:
-            item = {"output_index": 0, "item_id": f"msg_{response_id}"}
-            if not is_begun:
-                is_begun = True
-                begun = _response(model, response_id, output.timings, "", None)
-                yield event("response.created", response=begun)
-                yield event("response.output_item.added", output_index=0, item=_item(response_id, None))
-                yield event("response.content_part.added", **item, content_index=0, part=_part(""))
-            text += output.text
-            if output.text:
-                yield event("response.output_text.delta", **item, content_index=0, delta=output.text, logprobs=[])
-            if output.finish_reason is not None:
-                yield event("response.output_text.done", **item, content_index=0, text=text, logprobs=[])
-                yield event("response.content_part.done", **item, content_index=0, part=_part(text))
-                yield event("response.output_item.done", output_index=0, item=_item(response_id, text))
-                whole = _response(model, response_id, output.timings, text, output.finish_reason)
-                yield event(f"response.{whole['status']}", response=whole)
-    except HippoError as error:
-        yield event("error", message=str(error), code="server_error", param=None)
+def _tools(given: Any) -> list[dict[str, Any]]:
+    """OpenAI's tools of a chat: here the function's fields stand beside its type."""
+    found = []
+    for tool in [] if given is None else given if isinstance(given, list) else [None]:
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            raise UserError("tools must be a list of objects with the type function; the server has none of its own")
+        function = {name: tool[name] for name in ("name", "description", "parameters") if tool.get(name) is not None}
+        found.append({"type": "function", "function": function})
+    return found
 
 
-def _response(model: str, response_id: str, timings: Timings, text: str, reason: str | None) -> dict[str, Any]:
-    status = {None: "in_progress", "stop": "completed"}.get(reason, "incomplete")
-    made = len(timings.token_ids)
-    return {
-        "id": response_id,
-        "object": "response",
-        "created_at": int(time.time()),
-        "model": model,
-        "status": status,
-        "error": None,
-        "incomplete_details": {"reason": _INCOMPLETE.get(reason or "", reason)} if status == "incomplete" else None,
-        "output": [] if reason is None else [_item(response_id, text)],
-        "parallel_tool_calls": True,
-        "tool_choice": "auto",
-        "tools": [],
-        "usage": {
-            "input_tokens": timings.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": timings.cached_tokens},
-            "output_tokens": made,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": timings.prompt_tokens + made,
-        },
-    }
+def _tool_choice(given: Any) -> Any:
+    if isinstance(given, dict) and given.get("type") == "function":
+        return {"type": "function", "function": {"name": given.get("name")}}
+    return given
 
 
-def _item(response_id: str, text: str | None) -> dict[str, Any]:
-    """The one message of a response; without text it has just begun."""
-    content = [] if text is None else [_part(text)]
-    status = "in_progress" if text is None else "completed"
-    return {"id": f"msg_{response_id}", "type": "message", "role": "assistant", "status": status, "content": content}
+def _format(given: Any) -> Any:
+    """A chat's response_format."""
+    if given is None:
+        return None
+    if (
+        not isinstance(given, dict)
+        or set(given) - {"format", "verbosity"}
+        or given.get("verbosity", "medium") != "medium"
+    ):
+        raise UserError("text takes a format (text, json_object or json_schema) only")
+    found = given.get("format")
+    if isinstance(found, dict) and found.get("type") == "json_schema":
+        return {"type": "json_schema", "json_schema": {"schema": found.get("schema")}}
+    return found
 
 
-def _part(text: str) -> dict[str, Any]:
+def _effort(given: Any) -> Any:
+    if given is None:
+        return None
+    if not isinstance(given, dict) or set(given) - {"effort", "summary"} or given.get("summary") not in (None, "auto"):
+        raise UserError("reasoning takes an effort only; thoughts are told as they are, not summarised")
+    return given.get("effort")
+
+
+@dataclass
+class ResponseAnswer:
+    """The answer to one request."""
+
+    asked: Asked
+    model: str
+    id: str
+    prompt: list[int]
+    tokenizer: TokenizerWrapper
+
+    def __post_init__(self) -> None:
+        self._reader = AnswerReader(self.tokenizer, self.prompt, self.asked.tools, self.asked.most_calls)
+        self._blocks = Blocks()
+        self._created = int(time.time())
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """All of it."""
+        for output in outputs:
+            self._take(output)
+        return self._object(outputs[-1].timings, outputs[-1].finish_reason)
+
+    async def events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[bytes]:
+        """The events of its stream."""
+        numbers, is_begun = count(), False
+
+        def event(kind: str, **fields: Any) -> bytes:
+            found = {"type": f"response.{kind}", "sequence_number": next(numbers), **fields}
+            return f"event: response.{kind}\ndata: {json.dumps(found)}\n\n".encode()
+
+        try:
+            async for output in outputs:
+                if not is_begun:
+                    is_begun = True
+                    yield event("created", response=self._object(output.timings, None))
+                for what, block, text in self._take(output):
+                    for kind, fields in self._block_events(what, block, text):
+                        yield event(kind, output_index=block.index, **fields)
+                if output.finish_reason is not None:
+                    whole = self._object(output.timings, output.finish_reason)
+                    yield event(whole["status"], response=whole)
+        except HippoError as error:
+            found = {"type": "error", "sequence_number": next(numbers), "message": str(error)}
+            yield f"event: error\ndata: {json.dumps({**found, 'code': 'server_error', 'param': None})}\n\n".encode()
+
+    def _block_events(self, what: str, block: Block, text: str) -> list[tuple[str, dict[str, Any]]]:
+        """What a stream says when a block opens, goes on, or closes."""
+        of_item = {"item_id": self._item_id(block)}
+        of_part = {**of_item, "content_index": 0}
+        name, extra = _TEXT_EVENTS[block.kind]
+        if what == "more":
+            return [(f"{name}.delta", {**(of_item if block.call else of_part), "delta": text, **extra})]
+        item = self._item(block, is_whole=what == "close")
+        if block.call is not None:
+            done = ("function_call_arguments.done", {**of_item, "name": block.call.name, "arguments": block.text})
+            return (
+                [("output_item.added", {"item": item})]
+                if what == "open"
+                else [done, ("output_item.done", {"item": item})]
+            )
+        if what == "open":
+            return [
+                ("output_item.added", {"item": item}),
+                ("content_part.added", {**of_part, "part": _part(block.kind, "")}),
+            ]
+        return [
+            (f"{name}.done", {**of_part, "text": block.text, **extra}),
+            ("content_part.done", {**of_part, "part": _part(block.kind, block.text)}),
+            ("output_item.done", {"item": item}),
+        ]
+
+    def _take(self, output: RequestOutput) -> list[tuple[str, Block, str]]:
+        is_last = output.finish_reason is not None
+        return list(self._blocks.take(self._reader.read(output.text, is_last), is_last))
+
+    def _object(self, timings: Timings, reason: str | None) -> dict[str, Any]:
+        status = {None: "in_progress", "stop": "completed"}.get(reason, "incomplete")
+        made = len(timings.token_ids)
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self._created,
+            "model": self.model,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": _INCOMPLETE.get(reason or "", reason)} if status == "incomplete" else None,
+            "output": [] if reason is None else [self._item(block, is_whole=True) for block in self._blocks.all],
+            "parallel_tool_calls": self.asked.most_calls is None,
+            "tool_choice": "required" if self.asked.must_call else "auto",
+            "tools": [
+                {"type": "function", "strict": False, "parameters": {}, **tool["function"]} for tool in self.asked.tools
+            ],
+            "usage": {
+                "input_tokens": timings.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": timings.cached_tokens},
+                "output_tokens": made,
+                "output_tokens_details": {
+                    "reasoning_tokens": thought_tokens(self.tokenizer, self.prompt, timings.token_ids)
+                },
+                "total_tokens": timings.prompt_tokens + made,
+            },
+        }
+
+    def _item_id(self, block: Block) -> str:
+        return f"{_ID_PREFIXES[block.kind]}_{self.id}_{block.index}"
+
+    def _item(self, block: Block, is_whole: bool) -> dict[str, Any]:
+        """An item of the output; one that isn't whole has just begun."""
+        found: dict[str, Any] = {"id": self._item_id(block), "status": "completed" if is_whole else "in_progress"}
+        if block.call is not None:
+            arguments = block.text if is_whole else ""
+            call = {"call_id": block.call.id, "name": block.call.name, "arguments": arguments}
+            return {**found, "type": "function_call", **call}
+        content = [_part(block.kind, block.text)] if is_whole else []
+        if block.kind == "reasoning":
+            return {**found, "type": "reasoning", "summary": [], "content": content}
+        return {**found, "type": "message", "role": "assistant", "content": content}
+
+
+_ID_PREFIXES = {"content": "msg", "reasoning": "rs", "call": "fc"}
+_TEXT_EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "content": ("output_text", {"logprobs": []}),
+    "reasoning": ("reasoning_text", {}),
+    "call": ("function_call_arguments", {}),
+}
+
+
+def _part(kind: str, text: str) -> dict[str, Any]:
+    if kind == "reasoning":
+        return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}

@@ -27,7 +27,14 @@ QUIET = [
     HealthCheck.function_scoped_fixture,
 ]
 SCHEMA = schemathesis.openapi.from_dict(openapi_object([MODEL]))
-POSTS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/tokenize"]
+POSTS = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/tokenize",
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +84,7 @@ def test_whatever_the_schema_allows_or_not(case: Any, running: Server) -> None:
 FIELDS = [
     "model", "messages", "prompt", "input", "max_tokens", "stream", "stream_options", "n", "stop", "seed", "temperature",
     "top_p", "top_k", "min_p", "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "response_format",
+    "thinking", "reasoning", "reasoning_effort", "text", "chat_template_kwargs", "parallel_tool_calls",
     "system", "stop_sequences", "instructions", "max_output_tokens", "presence_penalty", "repetition_penalty",
 ]  # fmt: skip
 ANYTHING = st.recursive(

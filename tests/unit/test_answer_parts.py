@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,16 +17,19 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.config import BUNDLED_MODEL
 from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.grammar import Grammars
 from hippo_mpi.engine.request import Request, SamplingParams
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.answer_parts import ChatMessage, Part, PartSplitter
+from hippo_mpi.serving.answer_parts import AnswerReader, Blocks, Call, Part, PartSplitter
 from hippo_mpi.serving.openai_answers import Choice, answer_object
-from hippo_mpi.serving.openai_protocol import CHAT, read_body
+from hippo_mpi.serving.openai_protocol import CHAT, COMPLETION, Asked, read_body
 from tests.local_ring import LocalRing, make_stages, open_folder
 
-TOOLS = [{"type": "function", "function": {"name": "find_fox", "parameters": {"type": "object"}}}]
+TOOLS = [{"type": "function", "function": {"name": "find_fox", "parameters": {
+    "type": "object", "properties": {"at": {"enum": ["river", "wood"]}}, "required": ["at"], "additionalProperties": False,
+}}}]  # fmt: skip
 TEMPLATE = """{% if tools %}<|system|>
 <tool_call>{{ tools | tojson }}</tool_call>
 {% endif %}{% for message in messages %}<|{{ message.role }}|>
@@ -41,6 +47,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TokenizerWrapper:
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     found = open_tokenizer(folder, [4, 0], (), False)
     found._think_start, found._think_end = "<think>", "</think>"
+    found._think_start_tokens = tuple(found.encode("<think>", add_special_tokens=False))
+    found._think_end_tokens = tuple(found.encode("</think>", add_special_tokens=False))
     return found
 
 
@@ -52,17 +60,23 @@ ANSWER = (
 @given(st.lists(st.integers(0, len(ANSWER)), max_size=12).map(sorted))
 def test_cut_anywhere(tokenizer: TokenizerWrapper, cuts: list[int]) -> None:
     """However the text comes, its parts are the same."""
-    message = ChatMessage(tokenizer, [5], TOOLS)
-    deltas = []
+    reader, blocks = AnswerReader(tokenizer, [5], TOOLS), Blocks()
+    told: dict[int, str] = {}
     for start, stop in zip([0, *cuts], [*cuts, len(ANSWER)], strict=True):
-        deltas.append(message.delta(ANSWER[start:stop], stop == len(ANSWER) and start == ([0, *cuts])[-1]))
-    assert message.message()["content"] == "I see.Yes.Done <"
-    assert message.message()["reasoning_content"] == "A fox?"
-    (call,) = message.message()["tool_calls"]
-    assert call["function"] == {"name": "find_fox", "arguments": '{"at": "river"}'}
-    assert "".join(delta.get("content", "") for delta in deltas) == "I see.Yes.Done <"
-    assert [c["index"] for delta in deltas for c in delta.get("tool_calls", [])] == [0]
-    assert message.finish_reason("stop") == "tool_calls"
+        is_last = stop == len(ANSWER) and start == ([0, *cuts])[-1]
+        for what, block, text in blocks.take(reader.read(ANSWER[start:stop], is_last), is_last):
+            told[block.index] = told.get(block.index, "") + (text if what == "more" else f"|{what}|")
+    assert [(block.kind, block.text) for block in blocks.all] == [
+        ("content", "I see."), ("reasoning", "A fox?"), ("content", "Yes."), ("call", '{"at": "river"}'), ("content", "Done <"),
+    ]  # fmt: skip
+    assert blocks.all[3].call is not None and blocks.all[3].call.name == "find_fox"
+    assert list(told.values()) == [f"|open|{block.text}|close|" for block in blocks.all]
+
+
+def test_only_so_many_calls(tokenizer: TokenizerWrapper) -> None:
+    """parallel_tool_calls: false."""
+    pieces = AnswerReader(tokenizer, [5], TOOLS, most_calls=1).read(ANSWER + ANSWER, True)
+    assert len([piece for piece in pieces if isinstance(piece, Call)]) == 1
 
 
 def test_a_prompt_may_begin_the_thought(tokenizer: TokenizerWrapper) -> None:
@@ -72,31 +86,78 @@ def test_a_prompt_may_begin_the_thought(tokenizer: TokenizerWrapper) -> None:
 
 
 def test_a_call_that_nobody_understands_is_shown(tokenizer: TokenizerWrapper) -> None:
-    message = ChatMessage(tokenizer, [5], TOOLS)
-    message.delta("<tool_call>{oh", True)
-    assert message.message() == {"role": "assistant", "content": "{oh"}
-    assert message.finish_reason("length") == "length"
+    reader = AnswerReader(tokenizer, [5], TOOLS)
+    assert reader.read("<tool_call>{oh", True) == [Part("content", "{oh")]
+    assert reader.num_calls == 0
 
 
-def test_a_model_that_calls_a_tool(tokenizer: TokenizerWrapper) -> None:
-    """The bundled model knows no tools, so a grammar makes it write a call; from the body to OpenAI's object."""
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": "Where?"}], "tools": TOOLS, "max_tokens": 80}
-    asked = read_body(CHAT, body, SamplingParams())
-    prompt = asked.encode(tokenizer, ChatFormat())
-    assert "find_fox" in tokenizer.decode(prompt)
+def answer(tokenizer: TokenizerWrapper, asked: Asked) -> tuple[dict[str, Any], str]:
+    """What the bundled model makes of a request: the choice, and its text."""
+    prompt, sampling = asked.prepare(tokenizer, ChatFormat())
     story = open_folder(BUNDLED_MODEL)
-    ring = LocalRing(make_stages(story, [4, 8]))
-    engine = Engine(ring.leader, tokenizer, Limits(), 2048, story.config["vocab_size"])
-    call = '{"name": "find_fox", "arguments": {"at": "river"}}'
-    grammar = json.dumps({"grammars": [{"lark_grammar": f"start: {json.dumps(f'Yes.<tool_call>{call}</tool_call>')}"}]})
-    engine.add(Request(0, prompt, SamplingParams(max_tokens=80, grammar=grammar)))
+    engine = Engine(LocalRing(make_stages(story, [4, 8])).leader, tokenizer, Limits(), 2048, story.config["vocab_size"])
+    engine.add(Request(0, prompt, sampling))
     choice = Choice(asked, prompt, tokenizer)
     for output in engine.run():
         choice.take(output)
     (found,) = answer_object("story", "id", [choice])["choices"]
-    assert found["message"]["content"] == "Yes."
-    assert found["message"]["tool_calls"][0]["function"] == {"name": "find_fox", "arguments": '{"at": "river"}'}
+    return found, "".join(output.text for output in choice.outputs)
+
+
+ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "Where?"}], "tools": TOOLS, "max_tokens": 80}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_must_call_a_tool(tokenizer: TokenizerWrapper, temperature: float) -> None:
+    """The bundled model knows no tools: the grammar makes it write a call that fits the schema."""
+    choice = {"type": "function", "function": {"name": "find_fox"}}
+    body = {**ASKED, "tool_choice": choice, "temperature": temperature, "seed": 1}
+    asked = read_body(CHAT, body, SamplingParams())
+    assert "find_fox" in tokenizer.decode(asked.encode(tokenizer, ChatFormat()))
+    found, _ = answer(tokenizer, asked)
     assert found["finish_reason"] == "tool_calls"
+    (call,) = found["message"]["tool_calls"]
+    assert call["function"]["name"] == "find_fox"
+    assert json.loads(call["function"]["arguments"])["at"] in ("river", "wood")
+    assert found["message"]["content"] is None
+
+
+def test_an_answer_in_a_format_or_a_call(tokenizer: TokenizerWrapper) -> None:
+    """response_format holds for what is said; a call may be made instead."""
+    schema = {
+        "type": "object",
+        "properties": {"at": {"const": "wood"}},
+        "required": ["at"],
+        "additionalProperties": False,
+    }
+    body = {**ASKED, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+    asked = read_body(CHAT, body, SamplingParams())
+    _, sampling = asked.prepare(tokenizer, ChatFormat())
+    matcher = Grammars(tokenizer, 4096).mask(sampling.grammar or "")
+    allowed = np.isfinite(np.array(matcher(mx.zeros((1, 4096)))[0]))
+    begins = {tokenizer.decode([int(token)])[:1] for token in allowed.nonzero()[0]}
+    assert begins == {"{", "<"}
+    assert answer(tokenizer, asked)[0]["finish_reason"] == "tool_calls"
+    calls = {int(token): -10000 for token in allowed.nonzero()[0] if tokenizer.decode([int(token)])[0] == "<"}
+    _, text = answer(tokenizer, read_body(CHAT, {**body, "logit_bias": calls}, SamplingParams()))
+    assert json.loads(text) == {"at": "wood"}
+
+
+def test_thoughts_are_free_and_limited() -> None:
+    """A grammar waits for the end of a thought, and a limit brings it about."""
+    thinker = open_tokenizer(Path(BUNDLED_MODEL), [4, 0], (), False)
+    prompt = list(thinker.encode("Once upon a time"))
+    thinker._think_start, thinker._think_start_tokens = " time", tuple(prompt[-1:])
+    thinker._think_end, thinker._think_end_tokens = "!??", tuple(thinker.encode("!??", add_special_tokens=False))
+    _, story = answer(thinker, read_body(COMPLETION, {"prompt": prompt, "max_tokens": 60}, SamplingParams()))
+    body = {"prompt": prompt, "max_tokens": 60, "response_format": {"type": "json_object"}}
+    asked = read_body(COMPLETION, body, SamplingParams())
+    assert answer(thinker, asked)[1] == story
+    _, text = answer(thinker, replace(asked, sampling=replace(asked.sampling, max_thinking_tokens=5)))
+    thought, mark, said = text.partition("!??")
+    assert mark and story.startswith(thought)
+    assert len(thinker.encode(thought, add_special_tokens=False)) <= 6
+    assert said.startswith("{")
 
 
 def test_tools_of_a_conversation(tokenizer: TokenizerWrapper) -> None:
@@ -111,8 +172,12 @@ def test_tools_of_a_conversation(tokenizer: TokenizerWrapper) -> None:
     assert asked.messages[1]["tool_calls"][0]["function"]["arguments"] == {"at": "river"}
     assert "by the river" in tokenizer.decode(asked.encode(tokenizer, ChatFormat()))
     assert read_body(CHAT, {"messages": messages, "tools": TOOLS, "tool_choice": "none"}, SamplingParams()).tools == []
-    with pytest.raises(UserError, match="tool_choice must be 'auto' or 'none' here, not 'required'"):
-        read_body(CHAT, {"messages": messages, "tools": TOOLS, "tool_choice": "required"}, SamplingParams())
+    for choice, line in (
+        ("all", "tool_choice must be"),
+        ({"type": "function", "function": {"name": "x"}}, "isn't among"),
+    ):
+        with pytest.raises(UserError, match=line):
+            read_body(CHAT, {"messages": messages, "tools": TOOLS, "tool_choice": choice}, SamplingParams())
     with pytest.raises(UserError, match="tool_calls must be a list"):
         read_body(
             CHAT, {"messages": [{"role": "user", "tool_calls": [{"function": {"arguments": "{"}}]}]}, SamplingParams()
