@@ -81,6 +81,10 @@ def _blocks(role: str, content: list[Any]) -> list[dict[str, Any]]:
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind == "tool_result" and role == "user":
             result = block.get("content") or ""
+            if block.get("is_error") is True:  # templates have no other word for it
+                result = (
+                    f"Error: {result}" if isinstance(result, str) else [{"type": "text", "text": "Error: "}, *result]
+                )
             results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result})
         else:
             raise UserError(f"messages: a message of the {role} can't have a block of the type {kind!r} here")

@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from hippo_mpi.config import BUNDLED_MODEL
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.grammar import Grammars
-from hippo_mpi.engine.request import Request, SamplingParams
+from hippo_mpi.engine.request import Request, Resume, SamplingParams
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.errors import UserError
@@ -91,12 +91,12 @@ def test_a_call_that_nobody_understands_is_shown(tokenizer: TokenizerWrapper) ->
     assert reader.num_calls == 0
 
 
-def answer(tokenizer: TokenizerWrapper, asked: Asked) -> tuple[dict[str, Any], str]:
-    """What the bundled model makes of a request: the choice, and its text."""
+def answer(tokenizer: TokenizerWrapper, asked: Asked, resume: Resume | None = None) -> tuple[dict[str, Any], str]:
+    """What the bundled model makes of a request: the choice, and its text, behind that which is there already."""
     prompt, sampling = asked.prepare(tokenizer, ChatFormat())
     story = open_folder(BUNDLED_MODEL)
     engine = Engine(LocalRing(make_stages(story, [4, 8])).leader, tokenizer, Limits(), 2048, story.config["vocab_size"])
-    engine.add(Request(0, prompt, sampling))
+    engine.add(Request(0, prompt, sampling, resume))
     choice = Choice(asked, prompt, tokenizer)
     for output in engine.run():
         choice.take(output)
@@ -153,11 +153,16 @@ def test_thoughts_are_free_and_limited() -> None:
     body = {"prompt": prompt, "max_tokens": 60, "response_format": {"type": "json_object"}}
     asked = read_body(COMPLETION, body, SamplingParams())
     assert answer(thinker, asked)[1] == story
-    _, text = answer(thinker, replace(asked, sampling=replace(asked.sampling, max_thinking_tokens=5)))
+    limited = replace(asked, sampling=replace(asked.sampling, max_thinking_tokens=5))
+    _, text = answer(thinker, limited)
     thought, mark, said = text.partition("!??")
     assert mark and story.startswith(thought)
-    assert len(thinker.encode(thought, add_special_tokens=False)) <= 6
     assert said.startswith("{")
+    tokens = list(thinker.encode(f"Once upon a time {thought}"))[len(prompt) :]
+    assert len(tokens) == 5
+    for begun in (tokens, [*tokens, thinker.think_end_tokens[0]]):  # on other ranks, before and inside the mark
+        shown = thinker.decode(begun).lstrip()
+        assert shown + answer(thinker, limited, Resume(begun, len(shown)))[1] == text
 
 
 def test_tools_of_a_conversation(tokenizer: TokenizerWrapper) -> None:
