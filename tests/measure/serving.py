@@ -3,7 +3,7 @@
 faults   random faults while 8 streams run: requests lost, answers changed, processes left, time until ready again
 soak     64 streams for ten minutes, some of whose clients go away: errors, changed answers, memory
 idle     CPU of front and ranks without a request, and the first token after it against a warm one
-compare  throughput and time to the first token at 1, 4 and 16 requests, beside mlx_lm.server
+compare  throughput and time to the first token at 1, 4 and 16 requests, on two ranks and on one, beside mlx_lm.server
 """
 
 from __future__ import annotations
@@ -194,17 +194,18 @@ def measure_compare(count: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         parameters = make_llama(Path(name), 12, 768, 1024, mx.float32)
         print(
-            f"  llama of {parameters / 1e6:.0f}M parameters, float32, 24 + 32 tokens, both on the same 2 cores, in turn"
+            f"  llama of {parameters / 1e6:.0f}M parameters, float32, 24 + 32 tokens, all on the same 2 cores, in turn"
         )
         (port,) = ranks.free_ports(1)
         theirs = [str(ranks.BIN / "mlx_lm.server"), "--model", name, "--port", str(port)]
         found: dict[tuple[str, int], list[tuple[float, float]]] = {}
-        with server("--model", name) as running, ranks.single(theirs):
+        with server("--model", name) as two, server("--model", name, "--ranks", "1") as one, ranks.single(theirs):
             _await(f"http://127.0.0.1:{port}/v1/models")
             for _ in range(count):
                 for concurrent in (1, 4, 16):
                     for who, url, model in (
-                        ("hippo_mpi.serve", running.url, Path(name).name),
+                        ("2 ranks", two.url, Path(name).name),
+                        ("1 rank", one.url, Path(name).name),
                         ("mlx_lm.server", f"http://127.0.0.1:{port}", name),
                     ):
                         found.setdefault((who, concurrent), []).append(_load(url, model, concurrent))
