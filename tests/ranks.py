@@ -19,6 +19,7 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent
 LIMIT_S = 60.0
+_draw = random.SystemRandom()  # test processes beside this one must not draw the same ports
 
 
 @dataclass
@@ -87,19 +88,16 @@ def _collect(descriptor: int, into: bytearray) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    found: set[int] = set()
+    while len(found) < count:
+        found.add(consecutive_ports(1))
+    return list(found)
 
 
 def consecutive_ports(count: int) -> int:
     """The first of `count` free ports in a row, for mlx.launch; below those that the system gives to connections."""
     while True:
-        first = random.randrange(12_000, 30_000)
+        first = _draw.randrange(12_000, 30_000)
         with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
             for port in range(first, first + count):
                 probes.enter_context(socket.socket()).bind(("127.0.0.1", port))

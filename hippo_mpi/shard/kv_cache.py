@@ -51,6 +51,9 @@ class SlotCaches:
     def __init__(self, model: nn.Module, settings: KVSettings) -> None:
         self._model, self._settings = model, settings
         self._blocks: dict[int, _Block] = {}
+        # Of rows that were moved. Until they are evaluated, they hold on to all rows that they were moved from: a row
+        # that is kept for prompts to come would take the memory of a whole batch.
+        self._moved: list[mx.array] = []
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._blocks
@@ -74,7 +77,7 @@ class SlotCaches:
         return block.cache
 
     def advance(self, slots: Sequence[int], lengths: list[int]) -> list[mx.array]:
-        """Note that a step has filled `slots` up to `lengths`; returns the caches' arrays, to be evaluated."""
+        """Note that a step has filled `slots` up to `lengths`; returns arrays of caches, to be evaluated."""
         block, settings = self._blocks[slots[0]], self._settings
         if len({new - old for new, old in zip(lengths, block.lengths, strict=True)}) > 1:  # some were padded
             for layer in block.cache:
@@ -85,7 +88,8 @@ class SlotCaches:
         except (NotImplementedError, ValueError) as error:
             raise UserError(f"--kv-bits doesn't work with this model's caches: {error}") from None
         block.lengths = lengths
-        return [value for _, value in tree_flatten([c.state for c in block.cache]) if isinstance(value, mx.array)]
+        moved, self._moved = self._moved, []
+        return moved + _arrays(block.cache)
 
     @property
     def num_bytes(self) -> int:
@@ -182,7 +186,9 @@ class SlotCaches:
     def _extract(self, block: _Block, row: int) -> list[Any]:
         """A row of a batched block as ordinary caches; a layer that never uses its cache has a new one."""
         fresh = make_prompt_cache(self._model, self._settings.max_kv_size)
-        return [new if c.empty() else c.extract(row) for c, new in zip(block.cache, fresh, strict=True)]
+        found = [new if c.empty() else c.extract(row) for c, new in zip(block.cache, fresh, strict=True)]
+        self._moved += _arrays(found)
+        return found
 
     def _keep_rows(self, block: _Block, rows: list[int]) -> None:
         """Shrink a batched block; a row that is left alone gets an ordinary cache again."""
@@ -191,7 +197,13 @@ class SlotCaches:
             return
         for layer in block.cache:
             layer.filter(mx.array(rows))
+        self._moved += _arrays(block.cache)
         block.slots, block.lengths = [block.slots[r] for r in rows], [block.lengths[r] for r in rows]
+
+
+def _arrays(cache: list[Any]) -> list[mx.array]:
+    states = [entry.state for entry in cache if not entry.empty()]
+    return [value for _, value in tree_flatten(states) if isinstance(value, mx.array)]
 
 
 def _begins_at(cache: list[Any]) -> int:

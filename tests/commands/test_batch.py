@@ -157,7 +157,8 @@ def test_a_kill_loses_nothing(tmp_path: Path) -> None:
     err = run(*command[1:])
     assert f"({kept} of them before)" in err
     found = records(output)
-    assert [text_of(found[f"line-{number + 1}"]) for number in range(len(prompts))] == reference(prompts, 256)
+    wanted = dict(zip(prompts[:6], reference(prompts[:6], 256), strict=True))
+    assert [text_of(found[f"line-{number + 1}"]) for number in range(len(prompts))] == [wanted[p] for p in prompts]
 
 
 def test_bad_lines_are_told_and_the_rest_goes_on(tmp_path: Path) -> None:

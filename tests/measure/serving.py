@@ -129,8 +129,8 @@ def measure_soak(minutes: int) -> None:
         print(f"  {minutes} min: {told}; same processes: {pids[1:] == running.rank_pids()}")
         for name, index in (("front", 0), ("rank 0", 1), ("rank 1", 2)):
             values = [row[index] for row in resident]
-            quarter = len(values) // 4
-            print(f"  {name}: {values[quarter]:.0f} MiB after a quarter of the time, {values[-1]:.0f} MiB at the end")
+            quarters = ", ".join(f"{values[len(values) * part // 4 - 1]:.0f}" for part in (1, 2, 3, 4))
+            print(f"  {name}: {quarters} MiB resident after each quarter of the time")
 
 
 def _resident_mib(pid: int) -> float:

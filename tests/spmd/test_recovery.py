@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,23 +42,39 @@ def answers(running: Server, begun: threading.Barrier | None = None) -> list[str
         return list(pool.map(ask, range(NUM_STREAMS)))
 
 
+@pytest.fixture(scope="module")
+def running() -> Iterator[Server]:
+    with server("--timeout", str(TIMEOUT_S), env=WITH_FAULTS) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def wanted(running: Server) -> list[str]:
+    """What is answered without a fault."""
+    found = answers(running)
+    assert all(len(text) > 100 for text in found)
+    return found
+
+
+def num_restarts(running: Server) -> float:
+    return float(re.findall(r"^hippo_restarts (\S+)$", running.get("/metrics"), re.M)[0])
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_every_stream_goes_on_where_it_was(rank: int, fault: str) -> None:
-    with server("--timeout", str(TIMEOUT_S), env=WITH_FAULTS) as running:
-        wanted = answers(running)
-        assert all(len(text) > 100 for text in wanted)
-        before = running.rank_pids()
-        begun = threading.Barrier(NUM_STREAMS + 1)
-        with ThreadPoolExecutor(1) as pool:
-            found = pool.submit(answers, running, begun)
-            begun.wait(60)
-            os.kill(before[rank], FAULTS[fault])
-            assert running.get("/health") == {"status": "ok"}
-            assert found.result(60) == wanted
-        assert not ranks.await_end(before)
-        assert running.status()["ready"]
-        assert "hippo_restarts 1.0" in running.get("/metrics")
+def test_every_stream_goes_on_where_it_was(running: Server, wanted: list[str], rank: int, fault: str) -> None:
+    running.await_ready()
+    before, restarts = running.rank_pids(), num_restarts(running)
+    begun = threading.Barrier(NUM_STREAMS + 1)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(answers, running, begun)
+        begun.wait(60)
+        os.kill(before[rank], FAULTS[fault])
+        assert running.get("/health") == {"status": "ok"}
+        assert found.result(60) == wanted
+    assert not ranks.await_end(before)
+    assert running.status()["ready"]
+    assert num_restarts(running) == restarts + 1
 
 
 def test_requests_wait_while_ranks_start_again() -> None:

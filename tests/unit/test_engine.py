@@ -196,6 +196,18 @@ def test_short_prompts_are_read_together(
     assert bench.tokens == {number: alone(folder, tokenizer, *asked) for number, asked in wanted.items()}
 
 
+def test_kept_prefixes_hold_no_more_than_their_rows(checkpoint: Checkpoint, tokenizer: TokenizerWrapper) -> None:
+    """A row that leaves a batch must not hold on to the memory of the whole batch."""
+    bench = Bench(checkpoint, tokenizer, [6], max_batch_size=16, max_batch_tokens=400, prefix_tokens=1 << 20)
+    for number in range(48):
+        bench.engine.add(Request(number, prompt_of(number, 40), SamplingParams(max_tokens=8 + number % 5)))
+    bench.run()
+    kept, with_them = bench.ring.leader.caches.num_bytes, mx.get_active_memory()
+    bench.engine.forget_prefixes()
+    assert kept > 0
+    assert with_them - mx.get_active_memory() < 3 * kept
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS[::2], ids=str)
 def test_a_long_prompt_stalls_nobody(checkpoint: Checkpoint, tokenizer: TokenizerWrapper, split: list[int]) -> None:
