@@ -10,6 +10,7 @@ import pytest
 
 from hippo_mpi import audit, batch, benchmark, chat, errors, generate, models, page, plan, run, serve
 from hippo_mpi.errors import HippoError
+from hippo_mpi.serving.config_file import read_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -100,3 +101,11 @@ def test_the_error_tree_is_drawn_as_it_is() -> None:
 def test_help_names_every_default() -> None:
     for parser in (parser for name, parser in PARSERS.items() if name != "audit"):  # which has no defaults
         assert "default:" in parser.format_help()
+
+
+def test_the_server_s_file_in_the_readme_is_one(tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", README, re.M | re.S)
+    (tmp_path / "hippo.yaml").write_text(block)
+    found = read_config(tmp_path / "hippo.yaml")
+    first = [option.removeprefix("--model=") for option in found.options if option.startswith("--model=")]
+    assert first[0] in found.cards and len(found.cards) == len(found.hosts) == 2
