@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from hippo_mpi import config
 from hippo_mpi.errors import HippoError, UserError, print_error
-from hippo_mpi.serving.audit_log import check, files_of
+from hippo_mpi.serving.api.audit_log import check, files_of
 
 
 def make_parser() -> config.Parser:

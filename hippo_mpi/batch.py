@@ -25,9 +25,9 @@ from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.errors import UserError
 from hippo_mpi.generate import open_text
 from hippo_mpi.parallel.pipeline import Pipeline
-from hippo_mpi.serving.batch_file import AnswerFile, job_options, read_tasks
-from hippo_mpi.serving.batch_run import BatchRun
-from hippo_mpi.serving.progress import BatchProgress
+from hippo_mpi.serving.batch.batch_file import AnswerFile, job_options, read_tasks
+from hippo_mpi.serving.batch.batch_run import BatchRun
+from hippo_mpi.serving.terminal.progress import BatchProgress
 
 SOME_FAILED = 4
 

@@ -20,8 +20,8 @@ from hippo_mpi.engine.measuring import Load, Measured
 from hippo_mpi.errors import UserError
 from hippo_mpi.generate import open_model_tokenizer
 from hippo_mpi.parallel.timeline import busy_shares, trace_events
-from hippo_mpi.serving.benchmark_report import plot, report
-from hippo_mpi.serving.benchmark_run import Bench
+from hippo_mpi.serving.benchmark.benchmark_report import plot, report
+from hippo_mpi.serving.benchmark.benchmark_run import Bench
 
 
 def make_parser() -> config.Parser:

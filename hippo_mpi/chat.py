@@ -15,7 +15,7 @@ from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.errors import UserError
 from hippo_mpi.generate import lead
 from hippo_mpi.parallel.pipeline import Pipeline
-from hippo_mpi.serving.console import Conversation, statistics_line, write
+from hippo_mpi.serving.terminal.console import Conversation, statistics_line, write
 
 _HELP = "q: quit, r: begin anew, h: this help; anything else is said to the model"
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 from hippo_mpi.config import Parser, run_options
 from hippo_mpi.errors import HippoError, UserError, print_error
 from hippo_mpi.parallel.pipeline import Agreement, Pipeline, agree, meet
-from hippo_mpi.serving.progress import Progress
+from hippo_mpi.serving.terminal.progress import Progress
 from hippo_mpi.shard.checkpoint import ModelSource
 from hippo_mpi.shard.hub import find_model
 from hippo_mpi.shard.kv_cache import KVSettings

@@ -19,7 +19,7 @@ from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.parallel.pipeline import Pipeline
 from hippo_mpi.plan import show_plan
-from hippo_mpi.serving.console import Conversation, json_answer, statistics_line, write
+from hippo_mpi.serving.terminal.console import Conversation, json_answer, statistics_line, write
 
 
 def make_parser() -> config.Parser:

@@ -14,8 +14,8 @@ from pathlib import Path
 from hippo_mpi import command, config
 from hippo_mpi.errors import HippoError
 from hippo_mpi.plan import machine
-from hippo_mpi.serving.catalogue import ServedModel, read_catalogue
 from hippo_mpi.serving.config_file import card_parser, read_config
+from hippo_mpi.serving.supervision.catalogue import ServedModel, read_catalogue
 from hippo_mpi.shard.layer_split import Machine, show_bytes
 from hippo_mpi.transport.control import Control
 

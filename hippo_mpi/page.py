@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from hippo_mpi import config
 from hippo_mpi.errors import HippoError, UserError, print_error
-from hippo_mpi.serving.cluster_view import ClusterView
+from hippo_mpi.serving.page.cluster_view import ClusterView
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _ASK_S = 5.0
@@ -45,7 +45,7 @@ def show(argv: list[str]) -> int:
     try:
         import openai
 
-        from hippo_mpi.serving.web_page import CSS, make_page, theme
+        from hippo_mpi.serving.page.web_page import CSS, make_page, theme
     except ImportError as missing:
         raise UserError(f'hippo_mpi.page needs {missing.name}: pip install "hippo-mpi[page]"') from None
     key = os.environ.get(config.API_KEYS, "").split(",")[0].strip() or "none"

@@ -16,7 +16,7 @@ from hippo_mpi.command import Session
 from hippo_mpi.engine.predicting import LINKS, Link, StageTimes, Workload, check_can_time, measure_stage
 from hippo_mpi.engine.scheduler import chunk_tokens
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.simulation_report import prediction_object, prediction_table, read_times
+from hippo_mpi.serving.benchmark.simulation_report import prediction_object, prediction_table, read_times
 from hippo_mpi.shard import pipeline
 from hippo_mpi.shard.layer_split import Machine
 

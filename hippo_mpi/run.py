@@ -17,7 +17,7 @@ from typing import Any
 
 from hippo_mpi.config import Parser, positive
 from hippo_mpi.errors import HippoError, LaunchError
-from hippo_mpi.serving.progress import TERMINAL
+from hippo_mpi.serving.terminal.progress import TERMINAL
 from hippo_mpi.transport.control import RUN_KEY
 from hippo_mpi.transport.world import STATUS_FILE
 

@@ -27,20 +27,20 @@ from hippo_mpi.config import API_KEYS, Parser
 from hippo_mpi.errors import HippoError, RankError, UserError, print_error
 from hippo_mpi.generate import open_text
 from hippo_mpi.run import check_hosts, free_ports, installed, read_hostfile
-from hippo_mpi.serving.audit_log import AuditLog
-from hippo_mpi.serving.catalogue import Catalogue, ServedModel, read_catalogue
+from hippo_mpi.serving.api.audit_log import AuditLog
 from hippo_mpi.serving.config_file import ConfigFile, make_parser, read_config
-from hippo_mpi.serving.front import Front
-from hippo_mpi.serving.rank_link import FRONT, MAX_LINE_BYTES, About
-from hippo_mpi.serving.rank_service import RankService
-from hippo_mpi.serving.supervisor import Host, LaunchPlan, Supervisor
+from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel, read_catalogue
+from hippo_mpi.serving.supervision.front import Front
+from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES, About
+from hippo_mpi.serving.supervision.rank_service import RankService
+from hippo_mpi.serving.supervision.supervisor import Host, LaunchPlan, Supervisor
 from hippo_mpi.transport.world import detect_launch
 
 try:
-    from hippo_mpi.serving.access import Access
-    from hippo_mpi.serving.api import Api, ApiSettings
-    from hippo_mpi.serving.http_server import serve_http
-    from hippo_mpi.serving.metrics import Metrics
+    from hippo_mpi.serving.api.access import Access
+    from hippo_mpi.serving.api.endpoints import Api, ApiSettings
+    from hippo_mpi.serving.api.http_server import serve_http
+    from hippo_mpi.serving.api.metrics import Metrics
 except ImportError as missing:
     print_error(f'hippo_mpi.serve needs {missing.name}: pip install "hippo-mpi[serve]"')
     sys.exit(UserError.exit_code)

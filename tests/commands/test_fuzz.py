@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hippo_mpi.errors import DesyncError, UserError
 from hippo_mpi.parallel.step_plan import StepPlan, decode, encode
-from hippo_mpi.serving.openapi import openapi_object
+from hippo_mpi.serving.api.openapi import openapi_object
 from tests.servers import MODEL, Server, server
 
 TIMEOUT_S = 30
@@ -162,9 +162,9 @@ def test_steps_of_any_bytes(wire: bytes) -> None:
 @given(st.dictionaries(st.sampled_from(FIELDS), ANYTHING))
 def test_bodies_are_read_or_refused(body: dict[str, Any]) -> None:
     from hippo_mpi.engine.request import SamplingParams
-    from hippo_mpi.serving.anthropic_protocol import read_messages_body
-    from hippo_mpi.serving.openai_protocol import CHAT, COMPLETION, read_body
-    from hippo_mpi.serving.responses_protocol import read_responses_body
+    from hippo_mpi.serving.protocols.anthropic_messages import read_messages_body
+    from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, read_body
+    from hippo_mpi.serving.protocols.openai_responses import read_responses_body
 
     for read in (
         lambda: read_body(CHAT, body, SamplingParams()),

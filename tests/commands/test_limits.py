@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from hippo_mpi.serving import http_server
+from hippo_mpi.serving.api import http_server
 from tests.servers import GOES_ON, MODEL, Server, server
 
 

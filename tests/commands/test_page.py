@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hippo_mpi.config import DEFAULT_PROMPT
-from hippo_mpi.serving.cluster_view import ClusterView
+from hippo_mpi.serving.page.cluster_view import ClusterView
 from tests import ranks
 from tests.servers import MODEL, Server, server
 

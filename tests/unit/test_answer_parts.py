@@ -22,9 +22,9 @@ from hippo_mpi.engine.request import Request, Resume, SamplingParams
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.answer_parts import AnswerReader, Blocks, Call, Part, PartSplitter
-from hippo_mpi.serving.openai_answers import Choice, answer_object
-from hippo_mpi.serving.openai_protocol import CHAT, COMPLETION, Asked, read_body
+from hippo_mpi.serving.protocols.answer_parts import AnswerReader, Blocks, Call, Part, PartSplitter
+from hippo_mpi.serving.protocols.openai_answers import Choice, answer_object
+from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body
 from tests.local_ring import LocalRing, make_stages, open_folder
 
 TOOLS = [{"type": "function", "function": {"name": "find_fox", "parameters": {
@@ -60,11 +60,11 @@ ANSWER = (
 @given(st.lists(st.integers(0, len(ANSWER)), max_size=12).map(sorted))
 def test_cut_anywhere(tokenizer: TokenizerWrapper, cuts: list[int]) -> None:
     """However the text comes, its parts are the same."""
-    reader, blocks = AnswerReader(tokenizer, [5], TOOLS), Blocks()
+    blocks = Blocks(AnswerReader(tokenizer, [5], TOOLS))
     told: dict[int, str] = {}
     for start, stop in zip([0, *cuts], [*cuts, len(ANSWER)], strict=True):
         is_last = stop == len(ANSWER) and start == ([0, *cuts])[-1]
-        for what, block, text in blocks.take(reader.read(ANSWER[start:stop], is_last), is_last):
+        for what, block, text in blocks.take(ANSWER[start:stop], is_last):
             told[block.index] = told.get(block.index, "") + (text if what == "more" else f"|{what}|")
     assert [(block.kind, block.text) for block in blocks.all] == [
         ("content", "I see."), ("reasoning", "A fox?"), ("content", "Yes."), ("call", '{"at": "river"}'), ("content", "Done <"),

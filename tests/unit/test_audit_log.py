@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.audit_log import AuditLog, check, files_of
+from hippo_mpi.serving.api.audit_log import AuditLog, check, files_of
 
 
 def written(folder: Path, count: int, most_bytes: int = 1 << 20) -> Path:

@@ -133,17 +133,27 @@ class Block:
     call: Call | None = None
 
 
+Change = tuple[Literal["open", "more", "close"], Block, str]
+"""What happens to a block; with "more", the text that it gets."""
+
+
 class Blocks:
     """An answer as blocks, as Anthropic's messages and OpenAI's responses have it."""
 
-    def __init__(self) -> None:
+    def __init__(self, reader: AnswerReader) -> None:
         self.all: list[Block] = []
+        self._reader = reader
         self._is_open = False
 
-    def take(
-        self, pieces: Iterable[Part | Call], is_last: bool
-    ) -> Iterator[tuple[Literal["open", "more", "close"], Block, str]]:
-        """What happens to which block with these pieces; the text of "more" is what it gets. One is there at the end."""
+    @property
+    def num_calls(self) -> int:
+        return self._reader.num_calls
+
+    def take(self, text: str, is_last: bool) -> list[Change]:
+        """What this text does to the blocks; one is there at the end."""
+        return list(self._changes(self._reader.read(text, is_last), is_last))
+
+    def _changes(self, pieces: Iterable[Part | Call], is_last: bool) -> Iterator[Change]:
         for piece in pieces:
             if isinstance(piece, Call):
                 yield from self._close()
@@ -161,16 +171,16 @@ class Blocks:
                 yield from self._open(Block(0, "content"))
             yield from self._close()
 
-    def _open(self, block: Block) -> Iterator[tuple[Literal["open"], Block, str]]:
+    def _open(self, block: Block) -> Iterator[Change]:
         self.all.append(block)
         self._is_open = True
         yield "open", block, ""
 
-    def _add(self, text: str) -> tuple[Literal["more"], Block, str]:
+    def _add(self, text: str) -> Change:
         self.all[-1].text += text
         return "more", self.all[-1], text
 
-    def _close(self) -> Iterator[tuple[Literal["close"], Block, str]]:
+    def _close(self) -> Iterator[Change]:
         if self._is_open:
             self._is_open = False
             yield "close", self.all[-1], ""

@@ -25,23 +25,29 @@ from starlette.types import Receive, Scope, Send
 
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.errors import RankError, UserError
-from hippo_mpi.serving.access import Access, key_of
-from hippo_mpi.serving.anthropic_protocol import COUNT_TOKENS, MESSAGES, MessageAnswer, count_body, read_messages_body
-from hippo_mpi.serving.api_errors import HANDLERS, error_of
-from hippo_mpi.serving.audit_log import AuditLog, digest
-from hippo_mpi.serving.catalogue import Catalogue, ServedModel
-from hippo_mpi.serving.front import Answer, Front
-from hippo_mpi.serving.metrics import Metrics
-from hippo_mpi.serving.openai_answers import (
+from hippo_mpi.serving.api.access import Access, key_of
+from hippo_mpi.serving.api.audit_log import AuditLog, digest
+from hippo_mpi.serving.api.http_errors import HANDLERS, error_of
+from hippo_mpi.serving.api.metrics import Metrics
+from hippo_mpi.serving.api.openapi import openapi_object
+from hippo_mpi.serving.protocols.anthropic_messages import (
+    COUNT_TOKENS,
+    MESSAGES,
+    MessageAnswer,
+    count_body,
+    read_messages_body,
+)
+from hippo_mpi.serving.protocols.openai_answers import (
     Choice,
     answer_object,
     chunk_object,
     first_fields,
     usage_chunk,
 )
-from hippo_mpi.serving.openai_protocol import CHAT, COMPLETION, Asked, read_body
-from hippo_mpi.serving.openapi import openapi_object
-from hippo_mpi.serving.responses_protocol import RESPONSES, ResponseAnswer, read_responses_body
+from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body
+from hippo_mpi.serving.protocols.openai_responses import RESPONSES, ResponseAnswer, read_responses_body
+from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
+from hippo_mpi.serving.supervision.front import Answer, Front
 
 _T = TypeVar("_T")
 _MOST_CHOICES = 16

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.openai_protocol import CHAT, COMPLETION, Asked, read_body
+from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body
 
 _MAX_LINE_BYTES = 64 << 20
 

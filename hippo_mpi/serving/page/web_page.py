@@ -9,7 +9,7 @@ import gradio as gr
 import openai
 import pandas as pd
 
-from hippo_mpi.serving.cluster_view import COLUMNS, ClusterView
+from hippo_mpi.serving.page.cluster_view import COLUMNS, ClusterView
 
 _LOOK_S = 1.0
 _FONTS = ["system-ui", "sans-serif"]  # Gradio's own come from elsewhere

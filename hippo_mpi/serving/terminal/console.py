@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.request import Request, SamplingParams, Timings
 from hippo_mpi.engine.text import ChatFormat
-from hippo_mpi.serving.progress import Progress
+from hippo_mpi.serving.terminal.progress import Progress
 
 
 @dataclass

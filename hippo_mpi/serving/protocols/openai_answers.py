@@ -11,8 +11,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.request import RequestOutput
 from hippo_mpi.engine.thinking import thought_tokens
-from hippo_mpi.serving.answer_parts import AnswerReader, Call, Part
-from hippo_mpi.serving.openai_protocol import CHAT, Asked
+from hippo_mpi.serving.protocols.answer_parts import AnswerReader, Call, Part
+from hippo_mpi.serving.protocols.openai_requests import CHAT, Asked
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.parallel.timeline import Timeline
-from hippo_mpi.serving.rank_link import About, line_of, output_object, read_request
+from hippo_mpi.serving.supervision.rank_link import About, line_of, output_object, read_request
 from hippo_mpi.transport.control import Control
 
 BEAT_S = 1.0

@@ -19,7 +19,7 @@ from typing import Any
 from hippo_mpi.engine.engine import check_request
 from hippo_mpi.engine.request import Request, RequestOutput, Resume, SamplingParams, Timings
 from hippo_mpi.errors import RankError, UserError
-from hippo_mpi.serving.rank_link import About, ToldOutput, line_of, read_about, read_output, request_object
+from hippo_mpi.serving.supervision.rank_link import About, ToldOutput, line_of, read_about, read_output, request_object
 from hippo_mpi.shard.layer_split import Machine
 
 

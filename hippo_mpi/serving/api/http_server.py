@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hippo_mpi.errors import RankError, UserError
-from hippo_mpi.serving.front import Front
+from hippo_mpi.serving.supervision.front import Front
 
 HEADERS_S = 10.0  # uvicorn itself waits for ever for the end of a request's headers
 _KEEP_ALIVE_S = 30

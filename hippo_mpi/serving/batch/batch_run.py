@@ -10,9 +10,9 @@ from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.request import Request, RequestOutput
 from hippo_mpi.engine.text import ChatFormat
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.batch_file import AnswerFile, Task
-from hippo_mpi.serving.openai_answers import Choice, answer_object
-from hippo_mpi.serving.progress import BatchProgress
+from hippo_mpi.serving.batch.batch_file import AnswerFile, Task
+from hippo_mpi.serving.protocols.openai_answers import Choice, answer_object
+from hippo_mpi.serving.terminal.progress import BatchProgress
 
 _BACKLOG = 4  # requests that wait in the engine: enough that it never runs dry, few enough for any length of file
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from hippo_mpi.serving.anthropic_protocol import COUNT_TOKENS, MESSAGES
-from hippo_mpi.serving.openai_protocol import CHAT, COMPLETION, EFFORTS, ROLES, field_schemas
-from hippo_mpi.serving.responses_protocol import RESPONSES
+from hippo_mpi.serving.protocols.anthropic_messages import COUNT_TOKENS, MESSAGES
+from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, EFFORTS, ROLES, field_schemas
+from hippo_mpi.serving.protocols.openai_responses import RESPONSES
 
 _Schema = dict[str, Any]
 _TEXT: _Schema = {"type": "string", "minLength": 1}

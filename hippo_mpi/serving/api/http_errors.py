@@ -10,9 +10,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from hippo_mpi.errors import RankError, UserError
-from hippo_mpi.serving.anthropic_protocol import MESSAGES, messages_error
-from hippo_mpi.serving.front import Overloaded
-from hippo_mpi.serving.openai_answers import error_object
+from hippo_mpi.serving.protocols.anthropic_messages import MESSAGES, messages_error
+from hippo_mpi.serving.protocols.openai_answers import error_object
+from hippo_mpi.serving.supervision.front import Overloaded
 
 _RETRY_AFTER_S = 2
 _ANTHROPIC_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -11,8 +11,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings
 from hippo_mpi.errors import HippoError, UserError
-from hippo_mpi.serving.answer_parts import AnswerReader, Block, Blocks
-from hippo_mpi.serving.openai_protocol import CHAT, Asked, read_body
+from hippo_mpi.serving.protocols.answer_parts import AnswerReader, Block, Blocks
+from hippo_mpi.serving.protocols.openai_requests import CHAT, Asked, read_body
 
 MESSAGES = "/v1/messages"
 COUNT_TOKENS = f"{MESSAGES}/count_tokens"
@@ -146,13 +146,13 @@ class MessageAnswer:
     tokenizer: TokenizerWrapper
 
     def __post_init__(self) -> None:
-        self._reader = AnswerReader(self.tokenizer, self.prompt, self.asked.tools, self.asked.most_calls)
-        self._blocks = Blocks()
+        reader = AnswerReader(self.tokenizer, self.prompt, self.asked.tools, self.asked.most_calls)
+        self._blocks = Blocks(reader)
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """All of it."""
         for output in outputs:
-            self._take(output)
+            self._blocks.take(output.text, output.finish_reason is not None)
         blocks = [
             _block_object(block, json.loads(block.text) if block.call else block.text) for block in self._blocks.all
         ]
@@ -168,7 +168,7 @@ class MessageAnswer:
                     is_begun = True
                     head = {**self._head(), "content": [], "usage": _usage(output.timings)}
                     yield _event("message_start", message={**head, "stop_reason": None, "stop_sequence": None})
-                for what, block, text in self._take(output):
+                for what, block, text in self._blocks.take(output.text, output.finish_reason is not None):
                     if what == "open":
                         empty = _block_object(block, {} if block.call else "")
                         yield _event("content_block_start", index=block.index, content_block=empty)
@@ -182,10 +182,6 @@ class MessageAnswer:
         except HippoError as error:
             yield _event("error", error=messages_error(error)["error"])
 
-    def _take(self, output: RequestOutput) -> list[tuple[str, Block, str]]:
-        is_last = output.finish_reason is not None
-        return list(self._blocks.take(self._reader.read(output.text, is_last), is_last))
-
     def _head(self) -> dict[str, Any]:
         return {"id": self.id, "type": "message", "role": "assistant", "model": self.model}
 
@@ -194,7 +190,7 @@ class MessageAnswer:
         if last.finish_reason != "stop":  # Anthropic has no word for an answer that was ended because it repeats itself
             return {"stop_reason": "max_tokens", "stop_sequence": None}
         if last.token in self.tokenizer.eos_token_ids:
-            return {"stop_reason": "tool_use" if self._reader.num_calls else "end_turn", "stop_sequence": None}
+            return {"stop_reason": "tool_use" if self._blocks.num_calls else "end_turn", "stop_sequence": None}
         text = self.tokenizer.decode(last.timings.token_ids)
         met = min((word for word in self.asked.sampling.stop_words if word in text), key=text.index, default=None)
         return {"stop_reason": "stop_sequence", "stop_sequence": met}

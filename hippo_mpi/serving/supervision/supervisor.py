@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from hippo_mpi.errors import LaunchError, PlanError, UserError
-from hippo_mpi.serving.front import Front
-from hippo_mpi.serving.progress import TERMINAL
-from hippo_mpi.serving.rank_link import FRONT, MAX_LINE_BYTES
+from hippo_mpi.serving.supervision.front import Front
+from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES
+from hippo_mpi.serving.terminal.progress import TERMINAL
 from hippo_mpi.transport.control import RUN_KEY
 
 _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)

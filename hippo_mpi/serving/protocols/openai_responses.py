@@ -15,8 +15,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings
 from hippo_mpi.engine.thinking import thought_tokens
 from hippo_mpi.errors import HippoError, UserError
-from hippo_mpi.serving.answer_parts import AnswerReader, Block, Blocks
-from hippo_mpi.serving.openai_protocol import CHAT, Asked, read_body
+from hippo_mpi.serving.protocols.answer_parts import AnswerReader, Block, Blocks
+from hippo_mpi.serving.protocols.openai_requests import CHAT, Asked, read_body
 
 RESPONSES = "/v1/responses"
 _WITHOUT_EFFECT = {
@@ -146,14 +146,14 @@ class ResponseAnswer:
     tokenizer: TokenizerWrapper
 
     def __post_init__(self) -> None:
-        self._reader = AnswerReader(self.tokenizer, self.prompt, self.asked.tools, self.asked.most_calls)
-        self._blocks = Blocks()
+        reader = AnswerReader(self.tokenizer, self.prompt, self.asked.tools, self.asked.most_calls)
+        self._blocks = Blocks(reader)
         self._created = int(time.time())
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """All of it."""
         for output in outputs:
-            self._take(output)
+            self._blocks.take(output.text, output.finish_reason is not None)
         return self._object(outputs[-1].timings, outputs[-1].finish_reason)
 
     async def events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[bytes]:
@@ -169,7 +169,7 @@ class ResponseAnswer:
                 if not is_begun:
                     is_begun = True
                     yield event("created", response=self._object(output.timings, None))
-                for what, block, text in self._take(output):
+                for what, block, text in self._blocks.take(output.text, output.finish_reason is not None):
                     for kind, fields in self._block_events(what, block, text):
                         yield event(kind, output_index=block.index, **fields)
                 if output.finish_reason is not None:
@@ -204,10 +204,6 @@ class ResponseAnswer:
             ("content_part.done", {**of_part, "part": _part(block.kind, block.text)}),
             ("output_item.done", {"item": item}),
         ]
-
-    def _take(self, output: RequestOutput) -> list[tuple[str, Block, str]]:
-        is_last = output.finish_reason is not None
-        return list(self._blocks.take(self._reader.read(output.text, is_last), is_last))
 
     def _object(self, timings: Timings, reason: str | None) -> dict[str, Any]:
         status = {None: "in_progress", "stop": "completed"}.get(reason, "incomplete")
