@@ -19,6 +19,7 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent
 LIMIT_S = 60.0
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would ranks
 _draw = random.SystemRandom()  # test processes beside this one must not draw the same ports
 
 

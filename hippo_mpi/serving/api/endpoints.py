@@ -19,14 +19,14 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.serving.api.access import Access, key_of
 from hippo_mpi.serving.api.audit_log import AuditLog, digest
+from hippo_mpi.serving.api.event_stream import EventStream
 from hippo_mpi.serving.api.http_errors import HANDLERS, error_of
 from hippo_mpi.serving.api.metrics import Metrics
 from hippo_mpi.serving.api.openapi import openapi_object
@@ -241,7 +241,7 @@ class Api:
         end = partial(self._end, request, name, asked, answers, model)
         choices = [Choice(asked, prompt, model.tokenizer) for _ in answers]
         if is_stream:
-            return _EventStream(_chunks(asked, model.name, name, answers, choices, wants_usage), end)
+            return EventStream(_chunks(asked, model.name, name, answers, choices, wants_usage), end)
         try:
             found = await _unless_gone(request, asyncio.gather(*(_all(answer) for answer in answers)))
         finally:
@@ -264,7 +264,7 @@ class Api:
         written = dialect.answer(asked, model.name, name, prompt, model.tokenizer)
         end = partial(self._end, request, name, asked, answers, model)
         if is_stream:
-            return _EventStream(written.events(answers[0].outputs()), end)
+            return EventStream(written.events(answers[0].outputs()), end)
         try:
             (outputs,) = await _unless_gone(request, asyncio.gather(_all(answers[0])))
         finally:
@@ -303,20 +303,6 @@ class Api:
 
 def _model_object(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "hippo-mpi"}
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events; `end` is called when they have ended, or the client has gone away, even before the first."""
-
-    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], None]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._end = end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._end()
 
 
 async def _all(answer: Answer) -> list[RequestOutput]:

@@ -1,0 +1,63 @@
+"""Streams that don't fall silent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from hippo_mpi.serving.api.event_stream import kept_alive
+
+
+def test_a_pause_is_filled_with_comments() -> None:
+    async def events() -> AsyncIterator[bytes]:
+        yield b"data: a\n\n"
+        await asyncio.sleep(0.5)
+        yield b"data: b\n\n"
+
+    async def collect() -> list[bytes]:
+        return [event async for event in kept_alive(events(), 0.1)]
+
+    first, *comments, last = asyncio.run(collect())
+    assert (first, last) == (b"data: a\n\n", b"data: b\n\n")
+    assert comments and all(comment.startswith(b":") and comment.endswith(b"\n\n") for comment in comments)
+
+
+def test_events_end_with_their_reader() -> None:
+    """A client that goes away in a pause: what makes its events is told."""
+    ended = []
+
+    async def events() -> AsyncIterator[bytes]:
+        try:
+            await asyncio.sleep(60)
+            yield b""
+        finally:
+            ended.append(True)
+
+    async def leave() -> None:
+        async for _ in kept_alive(events(), 60):
+            pass
+
+    async def run() -> None:
+        reader = asyncio.ensure_future(leave())
+        await asyncio.sleep(0.05)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        await asyncio.sleep(0.05)
+
+    asyncio.run(run())
+    assert ended == [True]
+
+
+def test_a_mistake_is_not_hidden() -> None:
+    async def events() -> AsyncIterator[bytes]:
+        yield b"data: a\n\n"
+        raise ValueError("x")
+
+    async def collect() -> list[bytes]:
+        return [event async for event in kept_alive(events(), 1)]
+
+    with pytest.raises(ValueError, match="x"):
+        asyncio.run(collect())
