@@ -59,7 +59,10 @@ def call_grammar(tokenizer: TokenizerWrapper, tools: Sequence[dict[str, Any]], a
     """
     form = next((form for form in _CALL_FORMS if _is_understood(tokenizer, form)), None)
     if form is None:
-        raise UserError("tool_choice: calls in this model's format can't be forced; 'auto' lets the model choose")
+        raise UserError(
+            "calls in this model's format can't be held to a grammar: no tool_choice can force one, and tools can't stand"
+            " beside a response_format"
+        )
     starts = [f"call_{number}" for number in range(len(tools))]
     rules, others = [], []
     for number, tool in enumerate(tools):
