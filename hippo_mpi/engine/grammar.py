@@ -9,7 +9,7 @@ Legend: V vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -27,14 +27,19 @@ def json_grammar(schema: dict[str, Any]) -> str:
     Raises:
         UserError: llguidance isn't installed, or doesn't take the schema.
     """
-    llguidance = _library()
+    make = _library().LLMatcher.grammar_from_json_schema
+    return _checked("response_format", lambda: str(make(schema, defaults={"whitespace_flexible": False})))
+
+
+def _checked(field: str, make: Callable[[], str]) -> str:
+    """A grammar that llguidance takes; a UserError says what is wrong with it."""
     try:
-        grammar = str(llguidance.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False}))
-        mistake = llguidance.LLMatcher.validate_grammar(grammar)
+        grammar = make()
+        mistake = _library().LLMatcher.validate_grammar(grammar)
     except (ValueError, TypeError, RecursionError) as error:
         mistake = str(error)
     if mistake:
-        raise UserError(f"response_format: {' '.join(mistake.split())[:300]}")
+        raise UserError(f"{field}: {' '.join(mistake.split())[:300]}")
     return grammar
 
 
@@ -45,7 +50,7 @@ _CALL_FORMS: tuple[tuple[Any, ...], ...] = (  # between the tokenizer's marks of
     ('\n{"name": "', _NAME, '", "arguments": ', _ARGUMENTS, "}\n"),
     ('[{"name": "', _NAME, '", "arguments": ', _ARGUMENTS, "}]"),
 )
-_IS_MARK = ("<|", "[ARGS]")
+_MARKS_BEGIN = ("<|", "[ARGS]")
 
 
 def call_grammar(tokenizer: TokenizerWrapper, tools: Sequence[dict[str, Any]], answer: str | None = None) -> str:
@@ -79,16 +84,13 @@ def call_grammar(tokenizer: TokenizerWrapper, tools: Sequence[dict[str, Any]], a
         starts.append("@answer")
         others = [{**json.loads(answer)["grammars"][0], "name": "answer"}]
     lark = "\n".join([f"start: {' | '.join(starts)}", *rules])
-    grammar = json.dumps({"grammars": [{"lark_grammar": lark}, *others]})
-    if mistake := _library().LLMatcher.validate_grammar(grammar):
-        raise UserError(f"tools: {' '.join(mistake.split())[:300]}")
-    return grammar
+    return _checked("tools", lambda: json.dumps({"grammars": [{"lark_grammar": lark}, *others]}))
 
 
 def _is_understood(tokenizer: TokenizerWrapper, form: tuple[Any, ...]) -> bool:
     """Whether the model's own parser reads a call in this form, and its template or vocabulary has the form's marks."""
     template, vocabulary = str(tokenizer.chat_template), tokenizer.get_vocab()
-    marks = [piece for piece in form if isinstance(piece, str) and piece.startswith(_IS_MARK)]
+    marks = [piece for piece in form if isinstance(piece, str) and piece.startswith(_MARKS_BEGIN)]
     if not all(mark in vocabulary or mark in template for mark in marks):
         return False
     written = "".join("f" if piece is _NAME else '{"a": "b"}' if piece is _ARGUMENTS else piece for piece in form)
