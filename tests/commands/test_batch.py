@@ -161,6 +161,7 @@ def test_a_kill_loses_nothing(tmp_path: Path) -> None:
     assert [text_of(found[f"line-{number + 1}"]) for number in range(len(prompts))] == [wanted[p] for p in prompts]
 
 
+@pytest.mark.slow
 def test_bad_lines_are_told_and_the_rest_goes_on(tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     good = {"prompt": PROMPTS[1]}

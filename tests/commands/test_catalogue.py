@@ -24,6 +24,7 @@ CARDS = str(BUNDLED_MODEL.parent)
 FIRST, OTHER, DRAFT = "story-3m", "story-other-tokenizer", "story-draft"
 
 
+@pytest.mark.slow
 def test_models_are_listed_with_whether_they_fit() -> None:
     with ranks.single([MODELS, "--machine", "mini1:16", "--machine", "mini2:16"]) as running:
         assert running.wait() == 0, running.err
@@ -75,6 +76,7 @@ def load(running: Server, model: str) -> dict[str, Any]:
         return dict(json.loads(answer.read()))
 
 
+@pytest.mark.slow
 def test_models_take_turns_and_nothing_is_lost(tmp_path: Path) -> None:
     """Requests for three models at once, a rank killed meanwhile: every answer is that of its model alone."""
     big, missing = tmp_path / "big.yaml", tmp_path / "missing.yaml"

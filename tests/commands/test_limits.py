@@ -29,6 +29,7 @@ def ask(running: Server, key: str, max_tokens: int = 2) -> None:
     )
 
 
+@pytest.mark.slow
 def test_each_key_has_its_own_rate(running: Server) -> None:
     for _ in range(6):
         ask(running, "first")

@@ -112,6 +112,7 @@ def test_an_answer_is_stopped_and_another_made(running: Server, url: str, browse
     running.await_status(lambda status: status["requests"] == 0)
 
 
+@pytest.mark.slow
 def test_a_page_without_a_server() -> None:
     with ranks.single([PAGE, "--url", "http://127.0.0.1:9"]) as page:
         assert page.wait() == 2

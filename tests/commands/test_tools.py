@@ -37,6 +37,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield found
 
 
+@pytest.mark.slow
 def test_chat_completions(running: Server) -> None:
     client, tool = running.client(), {"name": "find_fox", "parameters": SCHEMA}
     asked: Any = {
@@ -59,6 +60,7 @@ def test_chat_completions(running: Server) -> None:
         client.chat.completions.create(model=NAME, messages=asked["messages"], reasoning_effort="low")
 
 
+@pytest.mark.slow
 def test_messages(running: Server) -> None:
     client = anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0)
     asked: Any = {
@@ -86,6 +88,7 @@ def test_messages(running: Server) -> None:
         client.messages.create(**{**asked, "thinking": {"type": "enabled", "budget_tokens": 10}})
 
 
+@pytest.mark.slow
 def test_responses(running: Server) -> None:
     client = running.client()
     asked: Any = {

@@ -235,6 +235,7 @@ def test_a_long_prompt_stalls_nobody(checkpoint: Checkpoint, tokenizer: Tokenize
                 between_tokens = between_steps = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS[::2], ids=str)
 def test_a_huge_prompt_starves_no_other(checkpoint: Checkpoint, tokenizer: TokenizerWrapper, split: list[int]) -> None:
     """Short prompts that come while it is read are answered before it is read to its end, and it isn't starved either."""
