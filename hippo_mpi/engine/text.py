@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ class ChatFormat:
         """Tokens of a conversation, ready to be continued by the assistant, who may call `tools`.
 
         Args:
-            template_args: beside those of `chat_template_config`, and before them.
+            template_args: beside those of `chat_template_config`, over which they win.
 
         Raises:
             UserError: the prompt is empty, or the template doesn't take it, or knows nothing of an argument.
@@ -119,7 +120,9 @@ def _knows(tokenizer: TokenizerWrapper, name: str) -> bool:
     """Whether a chat template looks at an argument. One that isn't a text may look at anything."""
     if name == "enable_thinking":
         return bool(tokenizer.has_thinking)
-    return not isinstance(tokenizer.chat_template, str) or name in tokenizer.chat_template
+    return not isinstance(tokenizer.chat_template, str) or bool(
+        re.search(rf"\b{re.escape(name)}\b", tokenizer.chat_template)
+    )
 
 
 def encode(tokenizer: TokenizerWrapper, text: str, **options: bool) -> list[int]:

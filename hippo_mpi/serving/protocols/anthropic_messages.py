@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings
 from hippo_mpi.errors import HippoError, UserError
-from hippo_mpi.serving.protocols.answer_parts import AnswerReader, Block, Blocks
+from hippo_mpi.serving.protocols.answer_parts import Block, Blocks
 from hippo_mpi.serving.protocols.openai_requests import CHAT, Asked, read_body
 
 MESSAGES = "/v1/messages"
@@ -146,8 +146,7 @@ class MessageAnswer:
     tokenizer: TokenizerWrapper
 
     def __post_init__(self) -> None:
-        reader = AnswerReader(self.tokenizer, self.prompt, self.asked.tools, self.asked.most_calls)
-        self._blocks = Blocks(reader)
+        self._blocks = Blocks(self.asked.reader(self.tokenizer, self.prompt))
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """All of it."""

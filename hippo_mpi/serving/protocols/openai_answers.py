@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.request import RequestOutput
 from hippo_mpi.engine.thinking import thought_tokens
-from hippo_mpi.serving.protocols.answer_parts import AnswerReader, Call, Part
+from hippo_mpi.serving.protocols.answer_parts import Call, Part
 from hippo_mpi.serving.protocols.openai_requests import CHAT, Asked
 
 
@@ -25,7 +25,7 @@ class Choice:
     outputs: list[RequestOutput] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._reader = AnswerReader(self.tokenizer, self.prompt, self.asked.tools, self.asked.most_calls)
+        self._reader = self.asked.reader(self.tokenizer, self.prompt)
         self._pieces: list[Part | Call] = []
 
     def take(self, output: RequestOutput) -> dict[str, Any]:

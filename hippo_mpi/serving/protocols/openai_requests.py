@@ -14,6 +14,7 @@ from hippo_mpi.engine.grammar import call_grammar, json_grammar
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.engine.text import ChatFormat, encode
 from hippo_mpi.errors import UserError
+from hippo_mpi.serving.protocols.answer_parts import AnswerReader
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 _WITHOUT_EFFECT = {"model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier"}
@@ -55,6 +56,10 @@ class Asked:
         elif self.tools and sampling.grammar is not None:  # a format is for what is said, and calls may be made instead
             sampling = replace(sampling, grammar=call_grammar(tokenizer, self.tools, sampling.grammar))
         return prompt, sampling
+
+    def reader(self, tokenizer: TokenizerWrapper, prompt: list[int]) -> AnswerReader:
+        """For an answer to this."""
+        return AnswerReader(tokenizer, prompt, self.tools, self.most_calls)
 
     def encode(
         self, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system: list[dict[str, str]] | None = None

@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings
 from hippo_mpi.engine.thinking import thought_tokens
 from hippo_mpi.errors import HippoError, UserError
-from hippo_mpi.serving.protocols.answer_parts import AnswerReader, Block, Blocks
+from hippo_mpi.serving.protocols.answer_parts import Block, Blocks
 from hippo_mpi.serving.protocols.openai_requests import CHAT, Asked, read_body
 
 RESPONSES = "/v1/responses"
@@ -146,8 +146,7 @@ class ResponseAnswer:
     tokenizer: TokenizerWrapper
 
     def __post_init__(self) -> None:
-        reader = AnswerReader(self.tokenizer, self.prompt, self.asked.tools, self.asked.most_calls)
-        self._blocks = Blocks(reader)
+        self._blocks = Blocks(self.asked.reader(self.tokenizer, self.prompt))
         self._created = int(time.time())
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
