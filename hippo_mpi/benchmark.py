@@ -14,11 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
 from hippo_mpi import config
 from hippo_mpi.command import Session, run
 from hippo_mpi.engine.measuring import Load, Measured
 from hippo_mpi.errors import UserError
 from hippo_mpi.generate import open_model_tokenizer
+from hippo_mpi.parallel.pipeline import Pipeline
 from hippo_mpi.parallel.timeline import busy_shares, trace_events
 from hippo_mpi.serving.benchmark.benchmark_report import plot, report
 from hippo_mpi.serving.benchmark.benchmark_run import Bench
@@ -56,19 +59,17 @@ def make_parser() -> config.Parser:
 
 def benchmark(session: Session) -> int:
     arguments = session.arguments
+    if session.world.rank > 0:
+        part = session.load()  # after it, rank 0 has found nothing wrong: what all could say is said once
+        _bench(session, part, open_model_tokenizer(session)).follow()
+        return 0
     if arguments.prompt_tokens + arguments.generation_tokens > session.agreement.max_context:
         raise UserError(
             f"--prompt-tokens {arguments.prompt_tokens} and --generation-tokens {arguments.generation_tokens} are more"
             f" than the context of {session.agreement.max_context:,} (--max-context)"
         )
     tokenizer = open_model_tokenizer(session)
-    bench = Bench(
-        session.load(), session.settings, tokenizer, arguments.prefill_step_size,
-        has_whole=not arguments.pipeline_only, has_mlx_lm=bool(arguments.compare),
-    )  # fmt: skip
-    if session.world.rank > 0:
-        bench.follow()
-        return 0
+    bench = _bench(session, session.load(), tokenizer)
     modes = bench.modes()
     found: dict[str, Any] = {"ranks": session.world.size, "backend": session.world.backend, "ring": []}
     if session.world.size > 1:
@@ -94,6 +95,14 @@ def benchmark(session: Session) -> int:
     if arguments.plot:
         plot(found, arguments.plot)
     return 0
+
+
+def _bench(session: Session, part: Pipeline, tokenizer: TokenizerWrapper) -> Bench:
+    arguments = session.arguments
+    return Bench(
+        part, session.settings, tokenizer, arguments.prefill_step_size,
+        has_whole=not arguments.pipeline_only, has_mlx_lm=bool(arguments.compare),
+    )  # fmt: skip
 
 
 def _write_trace(path: Path, trace: dict[str, Any]) -> None:
