@@ -23,7 +23,7 @@ from hippo_mpi.engine.prefix_cache import PrefixBudget
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.errors import UserError
-from hippo_mpi.generate import open_text
+from hippo_mpi.generate import load_drafter, open_text
 from hippo_mpi.parallel.pipeline import Pipeline
 from hippo_mpi.serving.batch.batch_file import AnswerFile, job_options, read_tasks
 from hippo_mpi.serving.batch.batch_run import BatchRun
@@ -49,6 +49,7 @@ def make_parser() -> config.Parser:
     parser.add_argument("--restart", action="store_true", help="forget the answers that are in the output already")
     parser.add_argument("--keep-order", action="store_true", help="put the answers into the order of the prompts")
     config.add_model_options(parser)
+    config.add_draft_options(parser)
     config.add_prompt_options(parser)
     config.add_sampling_options(parser, max_tokens=256)
     config.add_batch_options(parser)
@@ -104,8 +105,8 @@ def make_engine(session: Session, pipeline: Pipeline, tokenizer: TokenizerWrappe
     num_bytes = arguments.prompt_cache_bytes
     num_bytes = split.prefix_room_bytes() if num_bytes is None else num_bytes
     budget = PrefixBudget(num_bytes, split.sequence_bytes) if num_bytes else None
-    agreement = session.agreement
-    return Engine(pipeline.leader(), tokenizer, limits, agreement.max_context, agreement.vocab_size, budget)
+    agreement, propose = session.agreement, load_drafter(session)
+    return Engine(pipeline.leader(), tokenizer, limits, agreement.max_context, agreement.vocab_size, budget, propose)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ _HELP = "q: quit, r: begin anew, h: this help; anything else is said to the mode
 def make_parser() -> config.Parser:
     parser = config.Parser(prog="hippo_mpi.chat", description=(__doc__ or "").splitlines()[0])
     config.add_model_options(parser)
+    config.add_draft_options(parser)
     config.add_prompt_options(parser)
     config.add_sampling_options(parser, max_tokens=256)
     config.add_cache_options(parser)

@@ -16,7 +16,6 @@ from hippo_mpi.errors import HippoError, UserError, print_error
 from hippo_mpi.parallel.pipeline import Agreement, Pipeline, agree, meet
 from hippo_mpi.serving.terminal.progress import Progress
 from hippo_mpi.shard.checkpoint import ModelSource
-from hippo_mpi.shard.hub import find_model
 from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.shard.layer_split import Machine
 from hippo_mpi.transport.control import Control
@@ -136,8 +135,10 @@ def _with_model(joined: _Joined, body: Callable[[Session], int]) -> int:
     def find_source() -> ModelSource:
         if mistake:
             raise mistake
-        path = find_model(arguments.model, arguments.revision, lambda: control.progress("looking at the hub's files"))
-        return ModelSource(path, arguments.adapter_path, arguments.trust_remote_code)
+        return ModelSource.from_options(arguments, looking)
+
+    def looking() -> None:
+        control.progress("looking at the hub's files")
 
     agreement = agree(
         world,
@@ -147,6 +148,7 @@ def _with_model(joined: _Joined, body: Callable[[Session], int]) -> int:
         settings,
         joined.given,
         getattr(arguments, "machines", None),
+        lambda: ModelSource.of_draft(arguments, looking),
     )
     try:
         return body(Session(arguments, world, control, launcher, settings, agreement, progress))

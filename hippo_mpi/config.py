@@ -16,6 +16,8 @@ from hippo_mpi.errors import UserError
 BUNDLED_MODEL = Path(__file__).parent.parent / "models" / "story-3m"
 API_KEYS = "HIPPO_API_KEYS"
 """Environment variable with a server's keys, with commas between."""
+PRECISIONS = ("float32", "float16", "bfloat16", "8bit", "6bit", "5bit", "4bit", "3bit", "2bit")
+MODES = ("completion", "chat", "tools", "thinking")
 DEFAULT_PROMPT = "Tell me a story about a fox."
 
 
@@ -50,8 +52,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=str(BUNDLED_MODEL), help="folder or Hugging Face repo of an mlx-lm model")
     group.add_argument("--revision", help="revision of the Hugging Face repo")
+    group.add_argument(
+        "--precision", choices=PRECISIONS, help="cast or quantise the weights while loading; as stored if not given"
+    )
     group.add_argument("--adapter-path", help="folder with trained adapter weights and their config")
     group.add_argument("--trust-remote-code", action="store_true", help="allow the checkpoint to bring its own code")
+
+
+def add_draft_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("speculative decoding")
+    group.add_argument("--draft-model", help="folder or repo of a small model, whole on rank 0, that proposes tokens")
+    group.add_argument("--num-draft-tokens", type=positive, default=3, help="most tokens that it proposes for a step")
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +143,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def add_card_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     """All that may be different for each model that a server has."""
     add_model_options(parser)
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, default=(), help="what the model may be asked for; by default all it can"
+    )
+    add_draft_options(parser)
     add_prompt_options(parser)
     add_sampling_options(parser, max_tokens)
     add_cache_options(parser)

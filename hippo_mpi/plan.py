@@ -24,6 +24,7 @@ from hippo_mpi.shard.layer_split import Machine
 def make_parser() -> config.Parser:
     parser = config.Parser(prog="hippo_mpi.plan", description=(__doc__ or "").splitlines()[0])
     config.add_model_options(parser)
+    config.add_draft_options(parser)
     parser.add_argument(
         "--machine",
         type=machine,

@@ -118,7 +118,7 @@ def serve(argv: list[str]) -> int:
     file, argv = read_command_line(argv)
     arguments = make_parser().parse_args(argv)
     catalogue = _read_models(arguments, argv, file)
-    _ = catalogue.first.tokenizer  # a mistake is told before anything is started
+    _ = catalogue.first.modes  # a mistake is told before anything is started
     front, api = _make_api(arguments, catalogue)
     hosts = _hosts(arguments, file)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
 
+import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.grammar import Grammars
@@ -13,6 +14,7 @@ from hippo_mpi.engine.loops import LoopWatch
 from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
 from hippo_mpi.engine.request import (
     FinishReason,
+    Propose,
     Request,
     RequestOutput,
     Resume,
@@ -21,12 +23,13 @@ from hippo_mpi.engine.request import (
     Timings,
     TokenLogprobs,
 )
-from hippo_mpi.engine.row_check import check_rows
+from hippo_mpi.engine.row_check import check_drafting, check_rows
 from hippo_mpi.engine.sampling import Chooser, sample
 from hippo_mpi.engine.scheduler import Limits, Scheduler
 from hippo_mpi.engine.text import find_stop
 from hippo_mpi.engine.thinking import Thinking
 from hippo_mpi.errors import UserError
+from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.parallel.worker import Leader
 
 
@@ -40,6 +43,10 @@ class Engine:
         max_context: most tokens that a prompt and its answer may have together.
         vocab_size: width of the logits; MLX doesn't check that tokens are below it.
         prefix_budget: for the caches of ended requests that are kept for others that begin like them; None: none.
+        propose: drafts what may come next; None: tokens are made one by one.
+
+    Raises:
+        UserError: `propose` is given, but tokens of this model can't be checked several at once.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class Engine:
         max_context: int,
         vocab_size: int,
         prefix_budget: PrefixBudget | None = None,
+        propose: Propose | None = None,
     ) -> None:
         self._leader, self._tokenizer = leader, tokenizer
         self._max_context, self._vocab_size = max_context, vocab_size
@@ -58,8 +66,11 @@ class Engine:
         if limits.can_batch is None and limits.max_batch_size > 1:
             check = check_rows(leader, serials)
             limits = replace(limits, can_batch=check.can_batch, can_pad=check.can_pad)
-        prefixes = PrefixCache(prefix_budget, leader.caches.can_trim)
-        self._scheduler = Scheduler(leader.max_in_flight, limits, prefixes, serials)
+        if propose is not None:
+            check_drafting(leader, serials)
+        caches = leader.caches
+        prefixes = PrefixCache(prefix_budget, caches.can_trim)
+        self._scheduler = Scheduler(leader.max_in_flight, limits, prefixes, serials, propose, caches.num_revocable)
         self.limits = limits
         self._sequences: dict[int, Sequence] = {}
         self._aborted: list[RequestOutput] = []
@@ -123,12 +134,25 @@ class Engine:
             self.on_prefill(first.position, len(first.request.prompt))
         if finished is None:
             return outputs
-        plan, logits = finished
-        rows = self._scheduler.rows_of(plan)
-        sampled = sample([row.chooser for row in rows], [row.tokens for row in rows], logits[:, -1, :])
-        emitted = [self._emit(row, *chosen) for row, chosen in zip(rows, sampled, strict=True)]
-        self._scheduler.commit(plan, [token for token, _ in sampled], [output.finish_reason for output in emitted])
-        return outputs + emitted
+        return outputs + self._take(*finished)
+
+    def _take(self, plan: StepPlan, logits: mx.array) -> list[RequestOutput]:
+        """Choose the token of each row, and behind draft tokens one after the other, for as long as those are the same."""
+        rows, draft = self._scheduler.rows_of(plan), self._scheduler.draft_of(plan)
+        outputs: list[RequestOutput] = []
+        for place in range(plan.num_tokens):
+            sampled = sample([row.chooser for row in rows], [row.tokens for row in rows], logits[:, place, :])
+            emitted = [self._emit(row, *chosen) for row, chosen in zip(rows, sampled, strict=True)]
+            for row, (token, _) in zip(rows, sampled, strict=True):
+                row.tokens.append(token)
+            outputs += emitted
+            if emitted[-1].finish_reason or draft[place : place + 1] != rows[-1].tokens[-1:]:
+                break
+        if draft:
+            rows[0].timings.num_draft_tokens += len(draft)
+            rows[0].timings.num_accepted += len(outputs) - 1
+        self._scheduler.commit(plan, [output.finish_reason for output in emitted])
+        return outputs
 
     def _ended(self, sequence: Sequence) -> RequestOutput:
         del self._sequences[sequence.request.id]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -83,6 +84,8 @@ class Timings:
     finished_s: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    num_draft_tokens: int = 0  # that a draft model has proposed
+    num_accepted: int = 0  # of them
     token_ids: list[int] = field(default_factory=list)
 
     def note(self, token: int) -> None:
@@ -120,6 +123,10 @@ class Sequence:
     def most_tokens(self) -> int:
         """How long it can become."""
         return len(self.request.prompt) + self.request.sampling.max_tokens
+
+
+Propose = Callable[[Sequence, int], list[int]]
+"""Drafts at most so many tokens behind those of a sequence."""
 
 
 @dataclass(frozen=True)

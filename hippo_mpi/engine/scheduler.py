@@ -13,11 +13,11 @@ Knows positions and counts. Must not know MLX, text or ranks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from hippo_mpi.engine.prefix_cache import PrefixCache
-from hippo_mpi.engine.request import FinishReason, Sequence
+from hippo_mpi.engine.request import FinishReason, Propose, Sequence
 from hippo_mpi.parallel.step_plan import StepPlan
 
 _WHOLE_CHUNK_TOKENS = 2048  # mlx_lm.generate's
@@ -41,6 +41,7 @@ class Limits:
 class _MicroBatch:
     rows: list[Sequence] = field(default_factory=list)  # while in flight, those of the step
     joining: list[Sequence] = field(default_factory=list)  # rows of its next step
+    draft: list[int] = field(default_factory=list)  # tokens behind its only row's last one
     is_in_flight: bool = False
 
     @property
@@ -54,9 +55,19 @@ class Scheduler:
     Args:
         num_stages: steps that keep every stage busy.
         serials: numbers for the plans.
+        propose: drafts tokens for rows that run alone; fuller micro-batches have rows enough.
+        num_revocable: how many tokens a slot could take on and lose again.
     """
 
-    def __init__(self, num_stages: int, limits: Limits, prefixes: PrefixCache, serials: Iterator[int]) -> None:
+    def __init__(
+        self,
+        num_stages: int,
+        limits: Limits,
+        prefixes: PrefixCache,
+        serials: Iterator[int],
+        propose: Propose | None = None,
+        num_revocable: Callable[[int], int] = lambda slot: 0,
+    ) -> None:
         self._num_stages, self._limits, self._prefixes, self._serials = num_stages, limits, prefixes, serials
         self._waiting: deque[Sequence] = deque()
         self._prefilling: deque[Sequence] = deque()
@@ -64,6 +75,7 @@ class Scheduler:
         count = num_stages if limits.can_batch else max(num_stages, limits.max_batch_size)
         self._batches = deque(_MicroBatch() for _ in range(count))
         self._in_flight: dict[int, _MicroBatch] = {}
+        self._propose, self._num_revocable = propose, num_revocable
         self._free_slots: list[int] = []
         self._num_slots = 0
         self._forks: list[tuple[int, int]] = []
@@ -128,12 +140,16 @@ class Scheduler:
     def rows_of(self, plan: StepPlan) -> list[Sequence]:
         return self._in_flight[plan.serial].rows
 
-    def commit(self, plan: StepPlan, tokens: list[int], finished: list[FinishReason | None]) -> None:
-        """Append a step's tokens, one for each row; rows that have finished leave."""
+    def draft_of(self, plan: StepPlan) -> list[int]:
+        """The draft tokens that its only row has behind its last one."""
+        return self._in_flight[plan.serial].draft
+
+    def commit(self, plan: StepPlan, finished: list[FinishReason | None]) -> None:
+        """A step's tokens have been appended to its rows'; rows that have finished leave."""
         batch = self._in_flight.pop(plan.serial)
         batch.is_in_flight = False
-        for sequence, token in zip(batch.rows, tokens, strict=True):
-            sequence.tokens.append(token)
+        for sequence in batch.rows:
+            sequence.position = len(sequence.tokens) - 1
         gone = [row for row, reason in zip(batch.rows, finished, strict=True) if reason is not None]
         batch.rows = [row for row in batch.rows if row not in gone]
         for sequence in gone:
@@ -245,12 +261,19 @@ class Scheduler:
         self._prompt_tokens = 0
         batch.rows, batch.joining = [*batch.rows, *batch.joining], []
         starts = [sequence.position for sequence in batch.rows]
+        batch.draft = self._drafted(batch.rows[0]) if self._propose and len(batch.rows) == 1 else []
         for sequence in batch.rows:
             sequence.position += 1
-        plan = self._plan(batch.rows, starts, [1] * len(starts), wants_logits=True)
+        plan = self._plan(batch.rows, starts, [1 + len(batch.draft)] * len(starts), wants_logits=True)
         batch.is_in_flight = True
         self._in_flight[plan.serial] = batch
-        return plan, [[sequence.tokens[-1]] for sequence in batch.rows]
+        return plan, [[sequence.tokens[-1], *batch.draft] for sequence in batch.rows]
+
+    def _drafted(self, sequence: Sequence) -> list[int]:
+        assert self._propose is not None
+        # The step itself brings one token, and the last one of an answer needs no cache.
+        most = min(sequence.most_tokens - len(sequence.tokens) - 1, self._num_revocable(sequence.slot) - 1)
+        return self._propose(sequence, most) if most > 0 else []
 
     def _plan(
         self,

@@ -23,7 +23,7 @@ from hippo_mpi.parallel.worker import Follower, Leader
 from hippo_mpi.shard import Checkpoint, ModelSource, open_checkpoint, pipeline
 from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.shard.layer_split import LayerSplit, Machine, plan_split
-from hippo_mpi.shard.model_info import model_info
+from hippo_mpi.shard.model_info import ModelInfo, model_info
 from hippo_mpi.transport.channel import RingChannel
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.memory import available_bytes, measured_speed, peak_resident_bytes
@@ -35,8 +35,16 @@ _EQUAL_SPEED = 1.2  # speeds closer than this are taken for the same: a short me
 
 
 @dataclass
+class DraftModel:
+    """A small model that lies whole on rank 0."""
+
+    checkpoint: Checkpoint
+    info: ModelInfo
+
+
+@dataclass
 class Agreement:
-    """What all ranks have agreed on before a weight is loaded. `split` is on rank 0 only."""
+    """What all ranks have agreed on before a weight is loaded. `split` and `draft` are on rank 0 only."""
 
     checkpoint: Checkpoint
     counts: list[int]
@@ -44,6 +52,7 @@ class Agreement:
     can_batch: bool | None  # False: mlx-lm can't run rows together; None: the model must be asked
     vocab_size: int
     split: LayerSplit | None
+    draft: DraftModel | None = None
 
 
 def meet(world: World, control: Control, arguments: dict[str, str]) -> list[Machine]:
@@ -70,6 +79,7 @@ def agree(
     settings: KVSettings,
     arguments: dict[str, str],
     machines: list[Machine] | None = None,
+    find_draft: Callable[[], ModelSource | None] = lambda: None,
 ) -> Agreement:
     """Open the checkpoint on every rank, compare, and plan the split on rank 0: for the ranks, or for `machines` instead.
 
@@ -84,12 +94,13 @@ def agree(
     except HippoError as error:
         hello |= {"error": str(error), "code": error.exit_code}
     hellos = control.gather(hello)
-    split = None
+    split = draft = None
     if hellos is not None:
         try:
             _compare(hellos)
             assert checkpoint is not None
-            info = model_info(checkpoint, settings)
+            info, draft = model_info(checkpoint, settings), _open_draft(find_draft())
+            info = info.with_draft(draft.info) if draft else info
             split = plan_split(info, machines or _machines(hellos), options.max_context, options.layer_split)
         except HippoError as error:
             control.fail(error)
@@ -103,7 +114,14 @@ def agree(
         }
     verdict = control.share(plan)
     assert checkpoint is not None
-    return Agreement(checkpoint, split=split, **verdict)
+    return Agreement(checkpoint, split=split, draft=draft, **verdict)
+
+
+def _open_draft(source: ModelSource | None) -> DraftModel | None:
+    if source is None:
+        return None
+    checkpoint = open_checkpoint(source)
+    return DraftModel(checkpoint, model_info(checkpoint, KVSettings()))
 
 
 def _hello(world: World, arguments: dict[str, str]) -> dict[str, Any]:

@@ -47,7 +47,8 @@ class StepPlan:
             return f"step {self.serial}, release of slots {', '.join(map(str, self.drops))}"
         if len(self.slots) > 1:
             return f"step {self.serial}, {sum(self.counts)} tokens of {len(self.slots)} rows"
-        kind = "decode" if self.num_tokens == 1 else f"prefill of {self.num_tokens} tokens"
+        kind = "check" if self.wants_logits else "prefill"
+        kind = "decode" if self.num_tokens == 1 else f"{kind} of {self.num_tokens} tokens"
         return f"step {self.serial}, {kind} at {self.positions[0]} in slot {self.slots[0]}"
 
 

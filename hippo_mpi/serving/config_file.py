@@ -81,17 +81,19 @@ def read_config(path: Path) -> ConfigFile:
 
 
 def read_card(path: Path) -> list[str]:
-    """The options of a card file; a relative path of its model begins where the card lies.
+    """The options of a card file; relative paths of its models begin where the card lies.
 
     Raises:
         UserError: as for `read_config`, or the card names no model.
     """
     options = _all_options(_load(path, "the card"), path, card_parser())
-    model = next((option.removeprefix("--model=") for option in options if option.startswith("--model=")), None)
-    if model is None:
+    found = {name: value for name, _, value in (option.partition("=") for option in options)}
+    if "--model" not in found:
         raise UserError(f"{path}: a card needs the key 'model': a folder or a repo")
-    beside = path.parent / model
-    return [*options, f"--model={beside}"] if beside.exists() else options
+    for name in {"--model", "--draft-model"} & set(found):
+        beside = path.parent / found[name]
+        options += [f"{name}={beside}"] if beside.exists() else []
+    return options
 
 
 def _load(path: Path, what: str) -> yaml.Node | None:

@@ -6,6 +6,7 @@ structure, and only the weights that a rank holds are ever evaluated, that is, r
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -24,7 +25,8 @@ from hippo_mpi.errors import ModelError
 from hippo_mpi.shard.adapters import adapt
 from hippo_mpi.shard.dataflow import Dataflow
 from hippo_mpi.shard.graph import ancestors
-from hippo_mpi.shard.hub import commit_of, fetch, is_view
+from hippo_mpi.shard.hub import commit_of, fetch, find_model, is_view
+from hippo_mpi.shard.precision import convert
 from hippo_mpi.shard.tracing import trace
 
 _SAMPLES_PER_FILE, _SAMPLE_BYTES = 64, 1024
@@ -32,11 +34,34 @@ _SAMPLES_PER_FILE, _SAMPLE_BYTES = 64, 1024
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from; names of mlx_lm.generate's options."""
+    """Where a model comes from; names of mlx_lm.generate's options, and the precision of its weights (None: as stored)."""
 
     path: Path
     adapter_path: str | None = None
     trust_remote_code: bool = False
+    precision: str | None = None
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace, on_progress: Callable[[], None] = lambda: None) -> ModelSource:
+        """What --model and its like say.
+
+        Raises:
+            ModelError: there is no such model.
+        """
+        path = find_model(options.model, options.revision, on_progress)
+        return cls(path, options.adapter_path, options.trust_remote_code, options.precision)
+
+    @classmethod
+    def of_draft(
+        cls, options: argparse.Namespace, on_progress: Callable[[], None] = lambda: None
+    ) -> ModelSource | None:
+        """What --draft-model says, if it says anything.
+
+        Raises:
+            ModelError: there is no such model.
+        """
+        name = getattr(options, "draft_model", None)
+        return cls(find_model(name, None, on_progress), None, options.trust_remote_code) if name else None
 
 
 @dataclass
@@ -170,6 +195,8 @@ def open_lazily(source: ModelSource) -> tuple[nn.Module, dict[str, Any]]:
     """The model with weights that are read only when they are evaluated, and its config."""
     with _errors_of(source.path, "can't be loaded"), contextlib.redirect_stdout(io.StringIO()):
         model, config = load_model(source.path, lazy=True, trust_remote_code=source.trust_remote_code)
+        if source.precision is not None:
+            model, config = convert(model, config, source.precision)
         if source.adapter_path is not None:
             if not (Path(source.adapter_path) / "adapters.safetensors").exists():
                 raise ModelError(f"--adapter-path {source.adapter_path} has no adapters.safetensors")

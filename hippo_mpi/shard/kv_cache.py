@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,16 @@ class SlotCaches:
             return False
         cache = self._blocks[slot].cache
         return can_trim_prompt_cache(cache) and not _begins_at(cache)
+
+    def num_revocable(self, slot: int) -> int:
+        """How many tokens a slot could take on and lose again; of a slot in company none, as others would be cut, too."""
+        if not self.can_trim(slot) or len(self._blocks[slot].slots) > 1:
+            return 0
+        room = sys.maxsize
+        for cache in all_caches(self._blocks[slot].cache):
+            if window := getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None):
+                room = min(room, window - cache.offset - 1)  # once a window is full, its oldest tokens are lost
+        return max(0, room)
 
     def _length(self, slot: int) -> int:
         block = self._blocks.get(slot)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -46,6 +46,12 @@ class ModelInfo:
     max_positions: int | None  # what the model was trained for
     can_batch: bool  # whether mlx-lm can run rows of different lengths together
     vocab_size: int  # width of the logits
+
+    def with_draft(self, draft: ModelInfo) -> ModelInfo:
+        """The same with a whole draft model on rank 0, beside layer 0."""
+        first = _together([self.caches[0], *draft.caches])
+        head_bytes = self.head_bytes + draft.head_bytes + sum(draft.layer_bytes)
+        return replace(self, head_bytes=head_bytes, caches=[first, *self.caches[1:]])
 
 
 def model_info(checkpoint: Checkpoint, settings: KVSettings) -> ModelInfo:
@@ -131,12 +137,14 @@ def _by_layer(costs: list[CacheCost], flow: Dataflow) -> list[CacheCost]:
     for layer in range(flow.num_layers):
         # What no layer is given belongs to the embedding, on rank 0.
         own = [cost for index, cost in enumerate(costs) if layer_of.get(index, 0) == layer]
-        limits = [cost.max_tokens for cost in own if cost.per_token]
-        merged.append(
-            CacheCost(
-                sum(cost.fixed for cost in own),
-                sum(cost.per_token for cost in own),
-                None if None in limits else max((limit for limit in limits if limit is not None), default=None),
-            )
-        )
+        merged.append(_together(own))
     return merged
+
+
+def _together(costs: list[CacheCost]) -> CacheCost:
+    limits = [cost.max_tokens for cost in costs if cost.per_token]
+    return CacheCost(
+        sum(cost.fixed for cost in costs),
+        sum(cost.per_token for cost in costs),
+        None if None in limits else max((limit for limit in limits if limit is not None), default=None),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hippo_mpi.config import BUNDLED_MODEL
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.grammar import json_grammar
 from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
-from hippo_mpi.engine.request import Request, RequestOutput, Resume, SamplingParams
+from hippo_mpi.engine.request import Propose, Request, RequestOutput, Resume, SamplingParams, Sequence
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.errors import UserError
@@ -57,8 +58,8 @@ class Bench:
         self.ring = LocalRing(make_stages(checkpoint, split))
         prefix_tokens = limits.pop("prefix_tokens", 0)
         budget = PrefixBudget(prefix_tokens, lambda num_tokens: num_tokens) if prefix_tokens else None
-        vocab_size = checkpoint.config["vocab_size"]
-        self.engine = Engine(self.ring.leader, tokenizer, Limits(**limits), CONTEXT, vocab_size, budget)
+        vocab_size, propose = checkpoint.config["vocab_size"], limits.pop("propose", None)
+        self.engine = Engine(self.ring.leader, tokenizer, Limits(**limits), CONTEXT, vocab_size, budget, propose)
         self.tokens: dict[int, list[int]] = {}
         self.reasons: dict[int, str | None] = {}
         self.texts: dict[int, str] = {}
@@ -106,10 +107,33 @@ ARRIVALS = st.lists(
 )
 ROWS = st.sampled_from([{"can_batch": False}, {"can_batch": True}, {"can_batch": True, "can_pad": True}])
 ANSWERS: dict[tuple[int, int, int], list[int]] = {}
+FORESEEN: dict[tuple[int, ...], list[int]] = {}
+
+
+def drafts(folder: Path, tokenizer: TokenizerWrapper, share_right: float) -> Propose:
+    """Of tokens that are right so often."""
+    chance = random.Random(0)
+
+    def propose(sequence: Sequence, most: int) -> list[int]:
+        prompt = sequence.request.prompt
+        if tuple(prompt) not in FORESEEN:
+            FORESEEN[tuple(prompt)] = alone(folder, tokenizer, prompt, 12)
+        made = len(sequence.tokens) - len(prompt)
+        right = FORESEEN[tuple(prompt)][made : made + min(most, chance.randint(0, 5))]
+        return [token if chance.random() < share_right else (token + 1) % 97 for token in right]
+
+    return propose
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(ARRIVALS, st.sampled_from(SPLITS), st.sampled_from([0, 50, 400]), st.sampled_from([1, 3, 16]), ROWS)
+@given(
+    ARRIVALS,
+    st.sampled_from(SPLITS),
+    st.sampled_from([0, 50, 400]),
+    st.sampled_from([1, 3, 16]),
+    ROWS,
+    st.sampled_from([None, 0.0, 0.6, 1.0]),
+)
 def test_company_changes_nothing(
     folder: Path,
     checkpoint: Checkpoint,
@@ -119,11 +143,13 @@ def test_company_changes_nothing(
     prefix_tokens: int,
     max_batch_size: int,
     rows: dict[str, bool],
+    share_right: float | None,
 ) -> None:
-    """Whatever joins, leaves or is taken back meanwhile; and in the end no slot is left but kept prefixes."""
+    """Whatever joins, leaves, is drafted or taken back meanwhile; and in the end no slot is left but kept prefixes."""
     bench = Bench(
         checkpoint, tokenizer, split,
-        max_batch_size=max_batch_size, max_batch_tokens=24, prefix_tokens=prefix_tokens, **rows,
+        max_batch_size=max_batch_size, max_batch_tokens=24, prefix_tokens=prefix_tokens,
+        propose=None if share_right is None else drafts(folder, tokenizer, share_right), **rows,
     )  # fmt: skip
     aborts: dict[int, int] = {}
     steps = 0

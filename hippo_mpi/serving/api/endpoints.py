@@ -220,6 +220,8 @@ class Api:
 
     async def _prepare(self, asked: Asked, model: ServedModel) -> tuple[list[int], SamplingParams]:
         """Tokens of the prompt, and how they are to be answered."""
+        if model.arguments.modes:
+            asked = asked.within(await asyncio.to_thread(lambda: model.modes))
         system = [{"role": "system", "content": model.system_prompt}] if model.system_prompt else []
         return await asyncio.to_thread(lambda: asked.prepare(model.tokenizer, model.chat_format, system))
 

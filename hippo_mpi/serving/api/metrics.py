@@ -31,6 +31,8 @@ class Metrics:
         self._tokens = Counter("hippo_generated_tokens", "Tokens generated.", registry=self.registry)
         self._prompt = Counter("hippo_prompt_tokens", "Prompt tokens of ended answers.", registry=self.registry)
         self._cached = Counter("hippo_cached_tokens", "Those of them that were cached.", registry=self.registry)
+        self._draft = Counter("hippo_draft_tokens", "Proposed by a draft model.", registry=self.registry)
+        self._accepted = Counter("hippo_accepted_draft_tokens", "Those of them accepted.", registry=self.registry)
         self._first = Histogram(
             "hippo_first_token_seconds", "From request to first token.", buckets=_FIRST_TOKEN_S, registry=self.registry
         )
@@ -53,6 +55,8 @@ class Metrics:
         self._ended.labels(output.finish_reason).inc()
         self._prompt.inc(timings.prompt_tokens)
         self._cached.inc(timings.cached_tokens)
+        self._draft.inc(timings.num_draft_tokens)
+        self._accepted.inc(timings.num_accepted)
 
 
 class _Ranks(Collector):

@@ -4,7 +4,7 @@ is silently dropped. The words for answers are in openai_answers.py."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,6 +41,20 @@ class Asked:
     must_call: bool = False  # one of the tools
     most_calls: int | None = None
     template_args: dict[str, Any] = field(default_factory=dict)
+
+    def within(self, modes: Sequence[str]) -> Asked:
+        """The same of a model that is served for some of config.MODES only; without thinking, it is told not to think.
+
+        Raises:
+            UserError: what is asked is none of them.
+        """
+        thinks = bool(self.template_args.get("enable_thinking")) or "reasoning_effort" in self.template_args
+        needed = ["chat" if self.url == CHAT else "completion", *["tools"] * bool(self.tools), *["thinking"] * thinks]
+        if missing := [mode for mode in needed if mode not in modes]:
+            raise UserError(f"this model is served for {', '.join(modes)}, and not for {missing[0]}")
+        if "thinking" in modes or self.url != CHAT:
+            return self
+        return replace(self, template_args={**self.template_args, "enable_thinking": False})
 
     def prepare(
         self, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system: list[dict[str, str]] | None = None

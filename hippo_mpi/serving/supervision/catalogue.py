@@ -16,6 +16,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_config
 
+from hippo_mpi.config import MODES
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.errors import UserError
@@ -25,6 +26,7 @@ from hippo_mpi.shard.hub import find_model
 from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.shard.layer_split import LayerSplit, Machine, plan_split
 from hippo_mpi.shard.model_info import ModelInfo, model_info
+from hippo_mpi.shard.precision import stored_precision
 
 
 class ServedModel:
@@ -59,27 +61,32 @@ class ServedModel:
     def info(self) -> ModelInfo:
         """What the planner knows of it; its code runs once on arrays that hold nothing."""
         arguments = self.arguments
-        source = ModelSource(self.path, arguments.adapter_path, arguments.trust_remote_code)
-        return model_info(open_checkpoint(source), KVSettings.from_options(arguments))
+        info = model_info(open_checkpoint(ModelSource.from_options(arguments)), KVSettings.from_options(arguments))
+        draft = ModelSource.of_draft(arguments)
+        return info.with_draft(model_info(open_checkpoint(draft), KVSettings())) if draft else info
 
     @property
     def modes(self) -> list[str]:
-        """What can be asked of it: completion, chat, tools, thinking."""
-        tokenizer = self.tokenizer
+        """What can be asked of it: those of config.MODES that it has, and that its card allows.
+
+        Raises:
+            UserError: the card names one that it doesn't have.
+        """
+        tokenizer, allowed = self.tokenizer, self.arguments.modes or MODES
         has = {
             "chat": tokenizer.has_chat_template,
             "tools": tokenizer.has_tool_calling,
             "thinking": tokenizer.has_thinking,
         }
-        return ["completion", *(mode for mode, is_there in has.items() if is_there)]
+        found = ["completion", *(mode for mode, is_there in has.items() if is_there)]
+        if missing := [mode for mode in self.arguments.modes if mode not in found]:
+            raise UserError(f"the modes of {self.name}: its chat template has no {' and no '.join(missing)}")
+        return [mode for mode in found if mode in allowed]
 
     @property
     def precision(self) -> str:
-        """Such as 4bit, or bfloat16."""
-        quantization = self.config.get("quantization") or self.config.get("quantization_config")
-        if isinstance(quantization, dict) and "bits" in quantization:
-            return f"{quantization['bits']}bit"
-        return str(self.config.get("torch_dtype") or self.config.get("dtype") or "unknown")
+        """Such as 4bit, or bfloat16: what its card says, or the checkpoint."""
+        return self.arguments.precision or stored_precision(self.config)
 
     def plan(self, machines: Sequence[Machine]) -> LayerSplit:
         """How it would lie on these machines.

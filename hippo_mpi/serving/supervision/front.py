@@ -54,6 +54,7 @@ class Answer:
             self.timings.note(told.token)
         if len(self.timings.token_ids) <= 1:  # after a restart the prompt is read again, which is no cache's doing
             self.timings.cached_tokens = told.cached_tokens
+        self.timings.num_draft_tokens, self.timings.num_accepted = told.num_draft_tokens, told.num_accepted
         self.emitted_chars += len(told.text)
         self.random_state = told.random_state
         self.outcome = told.finish_reason or self.outcome

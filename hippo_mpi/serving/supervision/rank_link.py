@@ -66,6 +66,7 @@ def output_object(output: RequestOutput) -> dict[str, Any]:
         "text": output.text,
         "token": output.token,
         "cached": output.timings.cached_tokens,
+        "draft": [output.timings.num_draft_tokens, output.timings.num_accepted],
         "logprobs": None if logprobs is None else [logprobs.chosen, logprobs.top],
         "finish": output.finish_reason,
         "state": output.random_state,
@@ -80,6 +81,8 @@ class ToldOutput:
     text: str
     token: int | None
     cached_tokens: int
+    num_draft_tokens: int
+    num_accepted: int
     logprobs: TokenLogprobs | None
     finish_reason: FinishReason | None
     random_state: list[int] | None
@@ -91,5 +94,13 @@ def read_output(found: dict[str, Any]) -> ToldOutput:
     if logprobs is not None:
         told = TokenLogprobs(logprobs[0], [(token, value) for token, value in logprobs[1]])
     return ToldOutput(
-        found["id"], found["text"], found["token"], found["cached"], told, found["finish"], found["state"]
+        request_id=found["id"],
+        text=found["text"],
+        token=found["token"],
+        cached_tokens=found["cached"],
+        num_draft_tokens=found["draft"][0],
+        num_accepted=found["draft"][1],
+        logprobs=told,
+        finish_reason=found["finish"],
+        random_state=found["state"],
     )

@@ -76,11 +76,12 @@ def write(text: str) -> None:
 
 def statistics_line(timings: Timings, ranks: list[dict[str, Any]]) -> str:
     """What mlx_lm.generate tells after an answer, in one line, with every rank's memory."""
+    draft = f"; {timings.num_accepted} of {timings.num_draft_tokens} draft tokens accepted"
     memory = ", ".join(f"{rank['peak_memory_bytes'] / 1e9:.3f}" for rank in ranks)
     return (
         f"prompt {timings.prompt_tokens} tokens, {timings.prompt_tps:.1f} tok/s; generation"
         f" {len(timings.token_ids)} tokens, {timings.generation_tps:.1f} tok/s; first token after"
-        f" {timings.first_token_s - timings.started_s:.3f} s; peak memory {memory} GB"
+        f" {timings.first_token_s - timings.started_s:.3f} s{draft if timings.num_draft_tokens else ''}; peak memory {memory} GB"
     )
 
 
@@ -92,6 +93,8 @@ def json_answer(answer: Answer, ranks: list[dict[str, Any]]) -> str:
         "generation_tokens": len(timings.token_ids),
         "generation_tps": timings.generation_tps,
         "time_to_first_token_s": timings.first_token_s - timings.started_s,
+        "draft_tokens": timings.num_draft_tokens,
+        "accepted_draft_tokens": timings.num_accepted,
         "ranks": ranks,
     }
     return json.dumps(
