@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import urllib.error
 import urllib.request
@@ -106,6 +107,41 @@ def test_models_take_turns_and_nothing_is_lost(tmp_path: Path) -> None:
         with pytest.raises(urllib.error.HTTPError, match="404"):
             load(running, "/etc")
         assert running.status()["model"] == before
+
+
+@pytest.mark.slow
+def test_precision_draft_and_modes_of_a_card(tmp_path: Path) -> None:
+    story, draft = BUNDLED_MODEL, BUNDLED_MODEL.parent / DRAFT
+    for name, text in {
+        "plain": "precision: float32",
+        "drafted": f"precision: float32\ndraft-model: {draft}\nnum-draft-tokens: 4",
+        "writer": "precision: 4bit\nmodes: [completion]",
+        "wrong": "modes: [chat, thinking]",
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(f"model: {story}\nmax-context: 1000\n{text}\n")
+    with ranks.single([MODELS, "--catalogue", str(tmp_path), "--machine", "a:16", "--machine", "b:16"]) as listed:
+        assert listed.wait() == 0, listed.err
+    rows = {line.split()[0]: line for line in listed.out.splitlines()}
+    assert "float32" in rows["plain"] and "4bit" in rows["writer"]
+    assert "chat" in rows["plain"] and "chat" not in rows["writer"]
+    assert "the modes of wrong: its chat template has no thinking" in rows["wrong"]
+    sizes = {name: float(rows[name].split()[1]) for name in ("plain", "drafted", "writer")}
+    assert sizes["writer"] < sizes["plain"] < sizes["drafted"]
+
+    with server("--catalogue", str(tmp_path), "--model", "plain") as running:
+        for options in ({}, {"temperature": 1.0, "seed": 5}):
+            assert complete(running, "drafted", **options) == complete(running, "plain", **options)
+        counted = dict(re.findall(r"^(hippo_\w*draft_tokens)_total (\S+)$", running.get("/metrics"), re.M))
+        assert 20 < float(counted["hippo_accepted_draft_tokens"]) < float(counted["hippo_draft_tokens"])
+        assert complete(running, "writer") != complete(running, "plain")
+        ask = running.client().chat.completions.create
+        with pytest.raises(openai.BadRequestError, match="this model is served for completion, and not for chat"):
+            ask(model="writer", messages=[{"role": "user", "content": "A fox?"}])
+        with pytest.raises(openai.BadRequestError, match="the modes of wrong: its chat template has no thinking"):
+            ask(model="wrong", messages=[{"role": "user", "content": "A fox?"}])
+    with ranks.single([SERVE, "--modes", "thinking"]) as refused:
+        assert refused.wait() == 2
+    assert refused.err == "error: the modes of story-3m: its chat template has no thinking\n"
 
 
 @pytest.mark.slow

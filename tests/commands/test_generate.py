@@ -97,6 +97,33 @@ def test_any_split_gives_the_same_text(split: str) -> None:
     assert answer("--layer-split", split)["text"] == reference()
 
 
+DRAFT = BUNDLED_MODEL.parent / "story-draft"
+
+
+def test_a_draft_model_changes_no_text() -> None:
+    plain = answer("--precision", "float32")
+    for num_ranks in (1, 2):
+        drafted = answer("--precision", "float32", "--draft-model", str(DRAFT), num_ranks=num_ranks)
+        assert drafted["token_ids"] == plain["token_ids"]
+        stats = drafted["stats"]
+        assert isinstance(stats, dict)
+        assert 40 < stats["accepted_draft_tokens"] < stats["draft_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("draft", "line"),
+    [
+        (BUNDLED_MODEL.parent / "nowhere", f"no such model folder: {BUNDLED_MODEL.parent / 'nowhere'}"),
+        (BUNDLED_MODEL.parent / "story-other-tokenizer", "--draft-model {} has 1,024 tokens and the model 1,429"),
+    ],
+    ids=["missing", "other tokenizer"],
+)
+def test_a_draft_model_that_cannot_be(draft: Path, line: str) -> None:
+    with ranks.ring([[GENERATE, "--draft-model", str(draft)]] * 2) as running:
+        assert [rank.wait() for rank in running] == [2, 2]
+        assert running[0].err.startswith(f"error: {line.format(draft)}") and running[0].err.count("\n") == 1
+
+
 def test_prompt_from_standard_input() -> None:
     with ranks.single([GENERATE, "--prompt", "-"], stdin=subprocess.PIPE) as running:
         assert running.process.stdin is not None

@@ -2,6 +2,7 @@
 
     decode   tokens per second of one stream, 2 ranks against 1
     prefill  tokens per second of a 4,096-token prompt, 2 ranks against 1
+    draft    tokens per second of one stream of the bundled model, with its draft model against without, on 1 and 2 ranks
     hop      time per hop of an 8 KiB hidden state, on the ring and on MPI
     memory   peak resident memory of each rank against the bytes of its own tensors
     start    seconds from the command to the first token of the bundled model
@@ -34,6 +35,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
+from hippo_mpi.config import BUNDLED_MODEL
 from tests import ranks
 from tests.measure.shaped_link import shaped_link
 from tests.tiny_tokenizer import save_tokenizer
@@ -63,7 +65,7 @@ def run_generate(num_ranks: int, options: list[str], preload: str) -> dict[str, 
     cores = os.cpu_count() or 1
     env = ["env", "OPENBLAS_NUM_THREADS=1", *([f"LD_PRELOAD={preload}"] if preload else [])]
     pin = (lambda rank: ["taskset", "-c", str(rank % cores)]) if sys.platform == "linux" else (lambda rank: [])
-    commands = [[*pin(rank), *env, GENERATE, "--json", "--ignore-chat-template", *options] for rank in range(num_ranks)]
+    commands = [[*pin(rank), *env, GENERATE, "--json", *options] for rank in range(num_ranks)]
     with ranks.ring(commands) as running:
         codes = [rank.wait(900) for rank in running]
         if any(codes):
@@ -96,6 +98,22 @@ def measure_speed(what: str, preload: str, trials: int) -> None:
             compare([*options, "--max-tokens", "1"], "prompt_tps", preload, trials)
         else:
             compare([*options, "--max-tokens", "64"], "generation_tps", preload, trials)
+
+
+def measure_draft(_: str, preload: str, trials: int) -> None:
+    draft = str(BUNDLED_MODEL.parent / "story-draft")
+    options = ["--precision", "float32", "--max-tokens", "140"]
+    print(f"{BUNDLED_MODEL.name} in float32, drafts of story-draft, {preload or 'the wheel’s own BLAS'}")
+    for num_ranks in (1, 2):
+        ratios, last = [], {}
+        for _ in range(trials):
+            plain = run_generate(num_ranks, options, preload)
+            last = run_generate(num_ranks, [*options, "--draft-model", draft], preload)
+            assert last["token_ids"] == plain["token_ids"]
+            ratios.append(last["stats"]["generation_tps"] / plain["stats"]["generation_tps"])
+        accepted = f"{last['stats']['accepted_draft_tokens']} of {last['stats']['draft_tokens']} draft tokens accepted"
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}, n={trials}"
+        print(f"  {num_ranks} ranks: ratio {statistics.median(ratios):.2f} ({spread}); {accepted}")
 
 
 _HOP = """
@@ -253,6 +271,7 @@ def measure_idle(*_: Any) -> None:
 MEASURES: dict[str, Callable[[str, str, int], None]] = {
     "decode": measure_speed,
     "prefill": measure_speed,
+    "draft": measure_draft,
     "hop": measure_hop,
     "memory": measure_memory,
     "simulate": measure_simulation,

@@ -77,6 +77,33 @@ def test_every_stream_goes_on_where_it_was(running: Server, wanted: list[str], r
     assert num_restarts(running) == restarts + 1
 
 
+def test_drafts_are_made_anew() -> None:
+    """An answer that a draft model helps with goes on after a fault as if there had been none."""
+    draft = str(BUNDLED_MODEL.parent / "story-draft")
+    with server("--timeout", str(TIMEOUT_S), "--draft-model", draft, "--precision", "float32") as running:
+
+        def ask(begun: threading.Event, **options: float) -> str:
+            stream = running.client().completions.create(
+                model=MODEL, prompt="Once upon a time a fox", max_tokens=150, stream=True, logit_bias=GOES_ON, **options
+            )  # type: ignore[call-overload]
+            text = ""
+            for index, chunk in enumerate(stream):
+                text += chunk.choices[0].text
+                if index > 5:
+                    begun.set()
+            return text
+
+        for options in ({"temperature": 0}, {"temperature": 1.0, "seed": 4}):
+            undisturbed, begun = ask(threading.Event(), **options), threading.Event()
+            with ThreadPoolExecutor(1) as pool:
+                found = pool.submit(ask, begun, **options)
+                begun.wait(30)
+                os.kill(running.rank_pids()[1], signal.SIGKILL)
+                assert found.result(60) == undisturbed
+        accepted = re.findall(r"^hippo_accepted_draft_tokens_total (\S+)$", running.get("/metrics"), re.M)
+        assert float(accepted[0]) > 100
+
+
 def test_requests_wait_while_ranks_start_again() -> None:
     with server("--timeout", str(TIMEOUT_S)) as running:
         os.kill(running.rank_pids()[0], signal.SIGKILL)

@@ -143,6 +143,22 @@ def test_an_answer_in_a_format_or_a_call(tokenizer: TokenizerWrapper) -> None:
     assert json.loads(text) == {"at": "wood"}
 
 
+def test_a_model_that_is_served_for_some_modes(tokenizer: TokenizerWrapper) -> None:
+    asked = read_body(CHAT, ASKED, SamplingParams())
+    assert asked.within(["chat", "tools", "thinking"]) == asked
+    assert asked.within(["chat", "tools"]).template_args == {"enable_thinking": False}
+    effort = read_body(CHAT, {**ASKED, "reasoning_effort": "high"}, SamplingParams())
+    text = read_body(COMPLETION, {"prompt": "A fox"}, SamplingParams())
+    for body, modes, mode in (
+        (asked, ["chat"], "tools"),
+        (asked, ["completion", "tools"], "chat"),
+        (effort, ["chat", "tools"], "thinking"),
+        (text, ["chat", "tools"], "completion"),
+    ):
+        with pytest.raises(UserError, match=f"served for {', '.join(modes)}, and not for {mode}"):
+            body.within(modes)
+
+
 def test_thoughts_are_free_and_limited() -> None:
     """A grammar waits for the end of a thought, and a limit brings it about."""
     thinker = open_tokenizer(Path(BUNDLED_MODEL), [4, 0], (), False)
