@@ -24,14 +24,13 @@ from hippo_mpi.engine.request import Sequence
 _CHUNK_TOKENS = 512  # of a prompt that are read before a step: few, as rank 0's part of it waits
 
 
-@dataclass
+@dataclass(eq=False)
 class _Reading:
-    """What the draft model has read of one sequence: so many tokens, the last of them from a draft."""
+    """What the draft model has read: tokens, the first of which are known to be the sequence's."""
 
     cache: list[Any]
-    num_tokens: int = 0
-    draft_start: int = 0
-    draft: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    num_sure: int = 0
 
 
 class Drafter:
@@ -48,45 +47,55 @@ class Drafter:
         self._model, self._vocab_size, self._most_tokens = model, vocab_size, most_tokens
         self._num_draft_tokens = num_draft_tokens
         self._readings: WeakKeyDictionary[Sequence, _Reading] = WeakKeyDictionary()
+        self._last: _Reading | None = None
 
     def propose(self, sequence: Sequence, most: int) -> list[int]:
         """The likeliest tokens behind `sequence`, at most `most`; none while its prompt is being read."""
         tokens, count = sequence.tokens, min(most, self._num_draft_tokens)
-        if sequence not in self._readings:
-            self._readings[sequence] = _Reading(make_prompt_cache(self._model))
-        reading = self._readings[sequence]
         if self._most_tokens is not None and len(tokens) + count > self._most_tokens:
             return []
+        reading = self._reading_of(sequence)
         if not _take_back(reading, tokens):
             return []
-        chunk = tokens[reading.num_tokens : reading.num_tokens + _CHUNK_TOKENS]
+        chunk = tokens[len(reading.tokens) : len(reading.tokens) + _CHUNK_TOKENS]
         if max(chunk) >= self._vocab_size:  # MLX doesn't check what it looks up
             return []
         draft = [self._read(reading, mx.array([chunk]))]
-        if reading.num_tokens < len(tokens):
+        reading.tokens += chunk
+        if len(reading.tokens) < len(tokens):
             mx.eval([cache.state for cache in reading.cache])
             return []
         for _ in range(count - 1):
             draft.append(self._read(reading, draft[-1]))
         found = cast(list[int], mx.concatenate(draft, axis=1)[0].tolist())
-        reading.draft_start, reading.draft = len(tokens), found
+        reading.tokens += found[:-1]
         return list(takewhile(lambda token: token < self._vocab_size, found))
+
+    def _reading_of(self, sequence: Sequence) -> _Reading:
+        """A new sequence goes on with what was read last, if that one has ended: a chat's turn costs what it adds."""
+        if sequence not in self._readings:
+            reading = self._last
+            if reading is None or reading in self._readings.values() or not can_trim_prompt_cache(reading.cache):
+                reading = _Reading(make_prompt_cache(self._model))
+            reading.num_sure = 0
+            self._readings[sequence] = reading
+        self._last = self._readings[sequence]
+        return self._last
 
     def _read(self, reading: _Reading, tokens: mx.array) -> mx.array:
         """The likeliest token (1, 1) behind `tokens` (1, L)."""
-        reading.num_tokens += tokens.shape[1]
         return mx.argmax(self._model(tokens, cache=reading.cache)[:, -1:, :], axis=-1)
 
 
 def _take_back(reading: _Reading, tokens: list[int]) -> bool:
-    """Forget what wasn't accepted of a draft; False if the draft model's caches have grown beyond that."""
-    pairs = zip(reading.draft, tokens[reading.draft_start :], strict=False)
-    num_accepted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    wrong = reading.num_tokens - (reading.draft_start + num_accepted) if reading.draft else 0
-    if wrong > 0:
-        if not can_trim_prompt_cache(reading.cache):
-            return False
-        trim_prompt_cache(reading.cache, wrong)
-        reading.num_tokens -= wrong
-    reading.draft = []
+    """Forget what isn't the sequence's, and its last token; False if the draft model's caches can't any more."""
+    sure = reading.num_sure
+    pairs = zip(reading.tokens[sure:], tokens[sure:-1], strict=False)
+    right = sure + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    wrong = len(reading.tokens) - right
+    if wrong and not can_trim_prompt_cache(reading.cache):
+        return False
+    trim_prompt_cache(reading.cache, wrong)
+    del reading.tokens[right:]
+    reading.num_sure = right
     return True

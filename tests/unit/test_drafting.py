@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from mlx_lm import stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -126,6 +127,29 @@ def test_a_long_prompt_is_read_in_chunks(
     plain = answer(story, tokenizer, [12], None, prompt, max_tokens=20)
     assert tokens_of(answer(story, tokenizer, [12], propose, prompt, max_tokens=20)) == tokens_of(plain)
     assert [bool(draft) for draft in proposed[:4]] == [False, False, False, True]
+
+
+def test_what_has_been_read_of_a_conversation_is_not_read_again(
+    story: Checkpoint, tokenizer: TokenizerWrapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter = make_drafter()
+    ring = LocalRing(make_stages(story, [12]))
+    engine = Engine(ring.leader, tokenizer, Limits(), CONTEXT, story.config["vocab_size"], None, drafter.propose)
+    read: list[int] = []
+    model_reads = drafter._read
+
+    def noting_read(reading: Any, tokens: mx.array) -> mx.array:
+        read.append(tokens.shape[1])
+        return model_reads(reading, tokens)
+
+    monkeypatch.setattr(drafter, "_read", noting_read)
+    prompt = encode(tokenizer, "Once upon a time a fox met a hen by the river. " * 5)
+    for turn in range(3):
+        begun = len(read)
+        engine.add(Request(turn, prompt, SamplingParams(max_tokens=12)))
+        made = [output.token or 0 for output in engine.run()]
+        assert max(read[begun:]) == len(prompt) if turn == 0 else max(read[begun:]) < 12
+        prompt = [*prompt, *made, *encode(tokenizer, " And then?")[:5]]
 
 
 def test_a_draft_model_with_a_short_context_falls_silent(story: Checkpoint, tokenizer: TokenizerWrapper) -> None:
