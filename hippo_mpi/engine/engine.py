@@ -1,4 +1,8 @@
-"""The loop on rank 0: plan, step, sample, commit, emit."""
+"""The loop on rank 0: plan, step, sample, commit, emit.
+
+A step begins when its tokens are known. mlx_lm builds the next one while the last is computed; on a CPU, MLX then can't
+update the KV caches in place (one rank, 86M: 1.08 of this loop's rate at 50 tokens of context, 0.59 at 3,000).
+"""
 
 from __future__ import annotations
 

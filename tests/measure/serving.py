@@ -18,6 +18,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -31,6 +32,7 @@ from tests.servers import FAULTS, GOES_ON, MODEL, WITH_FAULTS, Server, server
 
 NUM_STREAMS = 8
 TIMEOUT_S = 4
+LENGTHS = ((24, 32), (512, 64))  # tokens of prompts and answers that servers are compared with
 A_WORD = {"9": 100}  # random weights may choose tokens without a text
 
 
@@ -161,21 +163,21 @@ def measure_idle(_: int) -> None:
     print(f"  first token after idling {after * 1e3:.0f} ms, warm {statistics.median(warm) * 1e3:.0f} ms (n=5)")
 
 
-def _load(url: str, model: str, concurrent: int) -> tuple[float, float]:
-    """(tokens per second of all requests, median seconds to the first token)."""
+def _load(url: str, model: str, concurrent: int, num_prompt: int, num_tokens: int, trial: int) -> tuple[float, float]:
+    """(tokens per second of all requests, median seconds to the first token); no trial's prompts are cached."""
     firsts: dict[int, float] = {}
 
     def ask(number: int) -> int:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
         began = time.perf_counter()
-        words = " ".join(f"w{(number * 7 + i) % 97}" for i in range(24))
+        words = " ".join([f"w{trial}", *(f"w{(number * 7 + i) % 97}" for i in range(num_prompt - 1))])
         pieces = client.completions.create(
-            model=model, prompt=words, max_tokens=32, stream=True, temperature=0, logit_bias=A_WORD
+            model=model, prompt=words, max_tokens=num_tokens, stream=True, temperature=0, logit_bias=A_WORD
         )
         for piece in pieces:
             if piece.choices and piece.choices[0].text:
                 firsts.setdefault(number, time.perf_counter() - began)
-        return 32
+        return num_tokens
 
     began = time.perf_counter()
     with ThreadPoolExecutor(concurrent) as pool:
@@ -196,25 +198,24 @@ def _await(url: str) -> None:
 def measure_compare(count: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         parameters = make_llama(Path(name), 12, 768, 1024, mx.float32)
-        print(
-            f"  llama of {parameters / 1e6:.0f}M parameters, float32, 24 + 32 tokens, all on the same 2 cores, in turn"
-        )
+        print(f"  llama of {parameters / 1e6:.0f}M parameters, float32, all on the same 2 cores, in turn, n={count}")
         (port,) = ranks.free_ports(1)
         theirs = [str(ranks.BIN / "mlx_lm.server"), "--model", name, "--port", str(port)]
-        found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        found: dict[tuple[int, int, int, str], list[tuple[float, float]]] = {}
         with server("--model", name) as two, server("--model", name, "--ranks", "1") as one, ranks.single(theirs):
             _await(f"http://127.0.0.1:{port}/v1/models")
-            for _ in range(count):
-                for concurrent in (1, 4, 16):
-                    for who, url, model in (
-                        ("2 ranks", two.url, Path(name).name),
-                        ("1 rank", one.url, Path(name).name),
-                        ("mlx_lm.server", f"http://127.0.0.1:{port}", name),
-                    ):
-                        found.setdefault((who, concurrent), []).append(_load(url, model, concurrent))
-    for (who, concurrent), runs in found.items():
+            for trial, (_, lengths, concurrent) in enumerate(product(range(count), LENGTHS, (1, 4, 16))):
+                for who, url, model in (
+                    ("2 ranks", two.url, Path(name).name),
+                    ("1 rank", one.url, Path(name).name),
+                    ("mlx_lm.server", f"http://127.0.0.1:{port}", name),
+                ):
+                    run = _load(url, model, concurrent, *lengths, trial=trial)
+                    found.setdefault((*lengths, concurrent, who), []).append(run)
+    for (num_prompt, num_tokens, concurrent, who), runs in found.items():
         rate, first = statistics.median(run[0] for run in runs), statistics.median(run[1] for run in runs)
-        print(f"  {concurrent:>2} at once  {who:<16} {rate:>7.1f} tok/s, first token {first:.3f} s (n={len(runs)})")
+        what = f"{num_prompt} + {num_tokens} tokens, {concurrent:>2} at once"
+        print(f"  {what}  {who:<16} {rate:>7.1f} tok/s, first token {first:.3f} s")
 
 
 MEASURES: dict[str, tuple[Callable[[int], None], int]] = {
