@@ -31,12 +31,13 @@ from typing import Any, NoReturn
 import mlx.core as mx
 import numpy as np
 
-from hippo_mpi.errors import HippoError, RankError, print_error
+from hippo_mpi.errors import HippoError, RankError, UserError, print_error
 from hippo_mpi.transport.world import World, deadline
 
 RUN_KEY = "HIPPO_RUN_KEY"
 """Environment variable with the key that all ranks of a run have been given."""
 BEAT_S = 0.5
+_SAME_S = 0.5  # what is wrong with options or a model, every rank may find: rank 0 says it first, without a rank's name
 _CARD_BYTES = 512
 _LENGTH = struct.Struct("<I")
 _MAX_FRAME_BYTES = 1 << 24
@@ -93,6 +94,8 @@ class Control:
         line = str(error) if self.world.rank == 0 else f"{self._rank_line}: {error}"
         if self.world.rank == 0:
             self._end_all(line, error.exit_code)
+        if isinstance(error, UserError):
+            time.sleep(_SAME_S)
         self._send(0, {"kind": "fail", "line": line, "code": error.exit_code})
         time.sleep(2.0)  # rank 0 answers with the end; if it can't, we leave anyway
         self._leave(None, error.exit_code)

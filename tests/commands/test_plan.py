@@ -97,7 +97,20 @@ def test_simulation_as_a_table() -> None:
     ],
 )
 def test_bad_simulations(options: list[str], line: str) -> None:
-    with ranks.single([PLAN, *options]) as running:
-        assert running.wait() == 2
-    assert line in running.err
-    assert running.err.count("error:") == 1
+    """Every rank finds it, and rank 0 says it."""
+    with ranks.ring([[PLAN, *options]] * 2) as running:
+        assert [rank.wait() for rank in running] == [2, 2]
+    assert line in running[0].err
+    assert running[0].err.count("error:") == 1 and "rank 1" not in running[0].err
+
+
+def test_what_every_rank_finds_is_said_by_rank_0(tmp_path: Path) -> None:
+    """Even if it is the last one to find it."""
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import time\nfrom hippo_mpi import plan\nfound = plan.plan\n"
+        "plan.plan = lambda session: (time.sleep(0.2), found(session))[1]\nplan.main()\n"
+    )
+    with ranks.ring([[str(ranks.BIN / "python"), str(slow), "--json"], [PLAN, "--json"]]) as running:
+        assert [rank.wait() for rank in running] == [2, 2]
+    assert running[0].err == "error: --json prints what a simulation found: add --simulate\n"
