@@ -102,14 +102,14 @@ DRAFT = BUNDLED_MODEL.parent / "story-draft"
 
 def test_a_draft_model_changes_no_text() -> None:
     plain = answer("--precision", "float32")
-    for num_ranks in (1, 2):
-        drafted = answer("--precision", "float32", "--draft-model", str(DRAFT), num_ranks=num_ranks)
-        assert drafted["token_ids"] == plain["token_ids"]
-        stats = drafted["stats"]
-        assert isinstance(stats, dict)
-        assert 40 < stats["accepted_draft_tokens"] < stats["draft_tokens"]
+    drafted = answer("--precision", "float32", "--draft-model", str(DRAFT))
+    assert drafted["token_ids"] == plain["token_ids"]
+    stats = drafted["stats"]
+    assert isinstance(stats, dict)
+    assert 40 < stats["accepted_draft_tokens"] < stats["draft_tokens"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draft", "line"),
     [

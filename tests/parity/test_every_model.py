@@ -52,8 +52,12 @@ UNCUT = {
 PREFILL, CHUNK = 7, 3
 
 
-def every(names: list[str]) -> Any:
-    marks = [pytest.param(n, marks=() if n in SAMPLE else pytest.mark.slow, id=n) for n in names]
+# Where rows run together, for --quick: without those that take long to try.
+SAMPLE_OF_ROWS = SAMPLE - {"rwkv7", "kimi_k3"}
+
+
+def every(names: list[str], sample: set[str] = SAMPLE) -> Any:
+    marks = [pytest.param(n, marks=() if n in sample else pytest.mark.slow, id=n) for n in names]
     return pytest.mark.parametrize("name", marks)
 
 
@@ -194,7 +198,7 @@ BATCHED = [
 ]
 
 
-@every(BATCHED)
+@every(BATCHED, SAMPLE_OF_ROWS)
 def test_ragged_batch(name: str, tmp_path: Path) -> None:
     """Two rows of different length are prefilled alone, then decoded together."""
     folder = tiny_models.make_checkpoint(name, tmp_path)
@@ -258,7 +262,7 @@ def regrouped(ring: LocalRing, name: str) -> list[mx.array]:
     return found
 
 
-@every([n for n in BATCHED if not fails_upstream(n, "batch")])
+@every([n for n in BATCHED if not fails_upstream(n, "batch")], SAMPLE_OF_ROWS)
 def test_regrouping(name: str, tmp_path: Path) -> None:
     """Rows that join, leave, part and are copied give the same logits on one stage and on several."""
     checkpoint = open_folder(tiny_models.make_checkpoint(name, tmp_path))
@@ -269,7 +273,7 @@ def test_regrouping(name: str, tmp_path: Path) -> None:
             assert_same(our, their, f"split {split}, step {step}")
 
 
-@every([n for n in NAMES if n not in UNCUT and not fails_upstream(n, "chunk")])
+@every([n for n in NAMES if n not in UNCUT and not fails_upstream(n, "chunk")], SAMPLE_OF_ROWS)
 def test_batching_is_found_out(name: str, tmp_path: Path) -> None:
     """Models whose rows mlx-lm can't run together, or runs together wrongly, are known before a request comes."""
     checkpoint = open_folder(tiny_models.make_checkpoint(name, tmp_path))

@@ -75,10 +75,13 @@ SPLITS = [pytest.param([12], marks=pytest.mark.slow), [4, 8], pytest.param([2, 3
     [
         {},
         {"temp": 1.0, "top_p": 0.9, "seed": 3},
-        {"repetition_penalty": 1.3, "logprobs": 2},
-        {"grammar": json_grammar({"type": "object", "properties": {"name": {"type": "string"}}})},
-        {"stop_words": ("river",)},
-        {"max_tokens": 7},
+        pytest.param({"repetition_penalty": 1.3, "logprobs": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            {"grammar": json_grammar({"type": "object", "properties": {"name": {"type": "string"}}})},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"stop_words": ("river",)}, marks=pytest.mark.slow),
+        pytest.param({"max_tokens": 7}, marks=pytest.mark.slow),
     ],
     ids=lambda sampling: "-".join(sampling) or "greedy",
 )
@@ -169,7 +172,7 @@ def tiny(name: str, folder: Path, **config: Any) -> tuple[Checkpoint, TokenizerW
     return open_folder(folder), open_tokenizer(folder, None, (), False)
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "llama"])
+@pytest.mark.parametrize("name", ["gemma3_text", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_window_that_is_full_takes_no_drafts(name: str, tmp_path: Path) -> None:
     """Its caches have forgotten what they would have to go back to."""
     checkpoint, tokenizer = tiny(name, tmp_path, sliding_window=24)
@@ -186,7 +189,7 @@ def test_a_window_that_is_full_takes_no_drafts(name: str, tmp_path: Path) -> Non
     assert 18 < max(ends) < 24
 
 
-@pytest.mark.parametrize("name", ["mamba2", "lfm2"])
+@pytest.mark.parametrize("name", ["lfm2", pytest.param("mamba2", marks=pytest.mark.slow)])
 def test_models_whose_state_cannot_go_back_are_refused(name: str, tmp_path: Path) -> None:
     checkpoint, tokenizer = tiny(name, tmp_path)
     with pytest.raises(UserError, match="--draft-model doesn't work with this model: its caches can't lose tokens"):
