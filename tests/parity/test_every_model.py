@@ -18,10 +18,15 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
+from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.request import Propose, Request, SamplingParams, Sequence
 from hippo_mpi.engine.row_check import RowCheck, check_rows
-from hippo_mpi.errors import ModelError
+from hippo_mpi.engine.scheduler import Limits
+from hippo_mpi.engine.text import open_tokenizer
+from hippo_mpi.errors import ModelError, UserError
 from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.shard.checkpoint import Checkpoint
 from hippo_mpi.shard.kv_cache import KVSettings
@@ -30,6 +35,7 @@ from hippo_mpi.shard.stage import Forward, Stage
 from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity import tiny_models
 from tests.parity.metal_stand_ins import metal_stand_ins
+from tests.tiny_tokenizer import save_tokenizer
 
 NAMES = [*tiny_models.CONFIGS, *tiny_models.VARIANTS]
 # One per mechanism: a single array, a tuple, prepared inputs, shared caches, loops, mutated objects, experts, state.
@@ -284,6 +290,43 @@ def test_batching_is_found_out(name: str, tmp_path: Path) -> None:
         wanted = not fails_upstream(name, "batch")
         can_pad = wanted and not fails_upstream(name, "pad")
         assert check_rows(ring.leader, itertools.count()) == RowCheck(wanted, can_pad)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> TokenizerWrapper:
+    folder = tmp_path_factory.mktemp("words")
+    save_tokenizer(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return open_tokenizer(folder, None, (), False)
+
+
+@every([n for n in NAMES if n not in UNCUT and not fails_upstream(n, "trim")], SAMPLE_OF_ROWS)
+def test_drafts_change_no_token(name: str, tmp_path: Path, words: TokenizerWrapper) -> None:
+    """Right ones and wrong ones, unless the model is found to be unable to take tokens back."""
+    checkpoint = open_folder(tiny_models.make_checkpoint(name, tmp_path))
+    split, prompt, chance = splits(checkpoint)[0], tokens_for(name)[:3], random.Random(0)
+
+    plain: list[int | None] = []
+
+    def propose(sequence: Sequence, most: int) -> list[int]:
+        made = len(sequence.tokens) - len(prompt)
+        right = [token or 0 for token in plain[made : made + min(most, 4)]]
+        return [token if chance.random() < 0.8 else (token + 1) % 100 for token in right]
+
+    def make_engine(propose: Propose | None) -> Engine:
+        return Engine(LocalRing(make_stages(checkpoint, split)).leader, words, Limits(), 500, 128, None, propose)
+
+    def answer(engine: Engine) -> list[int | None]:
+        engine.add(Request(0, prompt, SamplingParams(max_tokens=16, ignore_eos=True)))
+        return [output.token for output in engine.run()]
+
+    try:
+        drafting = make_engine(propose)
+    except UserError as error:
+        assert "its caches can't lose tokens again" in str(error) or name == "phi3small"
+        return
+    plain += answer(make_engine(None))
+    assert answer(drafting) == plain
 
 
 @pytest.mark.slow
