@@ -22,7 +22,6 @@ from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.errors import UserError
 from hippo_mpi.serving.config_file import read_card
 from hippo_mpi.shard import ModelSource, open_checkpoint
-from hippo_mpi.shard.hub import find_model
 from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.shard.layer_split import LayerSplit, Machine, plan_split
 from hippo_mpi.shard.model_info import ModelInfo, model_info
@@ -44,9 +43,14 @@ class ServedModel:
         self.system_prompt: str | None = arguments.system_prompt
 
     @cached_property
+    def source(self) -> ModelSource:
+        """Where it comes from; a repo's small files are downloaded."""
+        return ModelSource.from_options(self.arguments)
+
+    @property
     def path(self) -> Path:
-        """Its folder; a repo's small files are downloaded."""
-        return find_model(self.arguments.model, self.arguments.revision)
+        """Its folder."""
+        return self.source.path
 
     @cached_property
     def tokenizer(self) -> TokenizerWrapper:
@@ -60,9 +64,8 @@ class ServedModel:
     @cached_property
     def info(self) -> ModelInfo:
         """What the planner knows of it; its code runs once on arrays that hold nothing."""
-        arguments = self.arguments
-        info = model_info(open_checkpoint(ModelSource.from_options(arguments)), KVSettings.from_options(arguments))
-        draft = ModelSource.of_draft(arguments)
+        info = model_info(open_checkpoint(self.source), KVSettings.from_options(self.arguments))
+        draft = ModelSource.of_draft(self.arguments)
         return info.with_draft(model_info(open_checkpoint(draft), KVSettings())) if draft else info
 
     @property
