@@ -1,7 +1,8 @@
-"""The loop on rank 0: plan, step, sample, commit, emit.
+"""The loop on rank 0: plan, step, draw, look ahead, emit, commit.
 
-A step begins when its tokens are known. mlx_lm builds the next one while the last is computed; on a CPU, MLX then can't
-update the KV caches in place (one rank, 86M: 1.08 of this loop's rate at 50 tokens of context, 0.59 at 3,000).
+While a step is computed, the graph of the next one is built on its tokens, which nobody knows yet: Python takes
+milliseconds for it (here 2.5 of 47 for 12 layers). mlx_lm does so, too, and begins it at once: on a CPU, MLX then can't
+update the KV caches in place (59 % of the rate at 3,000 tokens of context), so ours waits until the first is done.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from hippo_mpi.engine.request import (
     TokenLogprobs,
 )
 from hippo_mpi.engine.row_check import check_drafting, check_rows
-from hippo_mpi.engine.sampling import Chooser, sample
+from hippo_mpi.engine.sampling import Chooser, Drawn, draw
 from hippo_mpi.engine.scheduler import Limits, Scheduler
 from hippo_mpi.engine.text import find_stop
 from hippo_mpi.engine.thinking import Thinking
@@ -130,22 +131,39 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Begin a step, if any can be, and emit what an older one gave."""
         outputs, self._aborted = self._aborted, []
-        planned = self._scheduler.next_plan()
+        planned = None if self._leader.is_ahead else self._scheduler.next_plan()
         if planned is None and not self._leader.num_in_flight:
             return outputs
-        finished = self._leader.step(*planned) if planned else self._leader.step(None, [])
+        finished = self._leader.collect(*planned or (None, []))
         if first := self._scheduler.first_prompt:
             self.on_prefill(first.position, len(first.request.prompt))
         if finished is None:
+            self._leader.go_on()
             return outputs
-        return outputs + self._take(*finished)
+        plan, logits = finished
+        rows, logits = self._running(plan, logits)
+        if not rows:
+            self._leader.go_on()
+            self._scheduler.commit(plan, [])
+            return outputs
+        drawn = _draw(rows, logits, 0)
+        self._leader.go_on(self._scheduler.plan_ahead(plan), drawn.ids[:, None])
+        return outputs + self._take(plan, rows, logits, drawn)
 
-    def _take(self, plan: StepPlan, logits: mx.array) -> list[RequestOutput]:
-        """Choose the token of each row, and behind draft tokens one after the other, for as long as those are the same."""
-        rows, draft = self._scheduler.rows_of(plan), self._scheduler.draft_of(plan)
+    def _running(self, plan: StepPlan, logits: mx.array) -> tuple[list[Sequence], mx.array]:
+        """The rows of a step without those that have ended since it was begun, and their logits."""
+        rows = self._scheduler.rows_of(plan)
+        places = [place for place, row in enumerate(rows) if not row.is_ended]
+        if len(places) == len(rows):
+            return rows, logits
+        return [rows[place] for place in places], logits[mx.array(places, mx.int32)]
+
+    def _take(self, plan: StepPlan, rows: list[Sequence], logits: mx.array, drawn: Drawn) -> list[RequestOutput]:
+        """Emit the token of each row, and behind draft tokens one after the other, for as long as those are the same."""
+        draft = self._scheduler.draft_of(plan)
         outputs: list[RequestOutput] = []
         for place in range(plan.num_tokens):
-            sampled = sample([row.chooser for row in rows], [row.tokens for row in rows], logits[:, place, :])
+            sampled = (drawn if place == 0 else _draw(rows, logits, place)).read()
             emitted = [self._emit(row, *chosen) for row, chosen in zip(rows, sampled, strict=True)]
             for row, (token, _) in zip(rows, sampled, strict=True):
                 row.tokens.append(token)
@@ -155,7 +173,7 @@ class Engine:
         if draft:
             rows[0].timings.num_draft_tokens += len(draft)
             rows[0].timings.num_accepted += len(outputs) - 1
-        self._scheduler.commit(plan, [output.finish_reason for output in emitted])
+        self._scheduler.commit(plan, [row for row, output in zip(rows, emitted, strict=True) if output.finish_reason])
         return outputs
 
     def _ended(self, sequence: Sequence) -> RequestOutput:
@@ -190,6 +208,11 @@ class Engine:
         return RequestOutput(
             sequence.request.id, shown, token, timings, logprobs, reason, sequence.chooser.random_state
         )
+
+
+def _draw(rows: list[Sequence], logits: mx.array, place: int) -> Drawn:
+    """What follows the tokens of each row; `logits` (B, L, V) at `place` are behind these."""
+    return draw([row.chooser for row in rows], [row.tokens for row in rows], logits[:, place, :])
 
 
 def _resume(sequence: Sequence, resume: Resume) -> None:

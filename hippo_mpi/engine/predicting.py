@@ -150,6 +150,9 @@ def _time_step(
     forward = stage.forward(tokens, cache, wants_logits)
     forward.run(None if stage.is_first else arriving)
     sent = forward.outgoing or []
+    mx.async_eval(sent)  # type: ignore[no-untyped-call]
+    if not stage.is_first:
+        forward.run(None)
     mx.eval(sent)
     mx.eval(caches.advance(slots, [position + count] * len(slots)))
     forwarded = time.perf_counter()

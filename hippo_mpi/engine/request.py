@@ -117,6 +117,7 @@ class Sequence:
     position: int = 0
     emitted_chars: int = 0
     is_aborted: bool = False
+    is_ended: bool = False
     loops: LoopWatch | None = None
 
     @property

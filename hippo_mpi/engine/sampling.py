@@ -6,6 +6,7 @@ Legend: B rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
@@ -93,10 +94,30 @@ class Chooser:
         return token
 
 
-def sample(
-    choosers: Sequence[Chooser], tokens: Sequence[list[int]], logits: mx.array
-) -> list[tuple[int, TokenLogprobs | None]]:
-    """The next token of each row, with log-probabilities where they are wanted.
+@dataclass
+class Drawn:
+    """The next token of each row, unevaluated.
+
+    Legend: ids (B,), logprobs (B, V).
+    """
+
+    choosers: Sequence[Chooser]
+    ids: mx.array
+    _logprobs: mx.array
+
+    def read(self) -> list[tuple[int, TokenLogprobs | None]]:
+        """Evaluated, and accepted by each chooser; with log-probabilities where they are wanted."""
+        ids = cast(list[int], self.ids.tolist())
+        for chooser, token in zip(self.choosers, ids, strict=True):
+            chooser.accept(token)
+        return [
+            (token, None if c.num_logprobs is None else _tell(self._logprobs[row], token, c.num_logprobs))
+            for row, (c, token) in enumerate(zip(self.choosers, ids, strict=True))
+        ]
+
+
+def draw(choosers: Sequence[Chooser], tokens: Sequence[list[int]], logits: mx.array) -> Drawn:
+    """The next token of each row.
 
     Args:
         choosers, tokens: of each row; the tokens so far.
@@ -104,18 +125,10 @@ def sample(
     """
     if all(chooser.is_greedy for chooser in choosers):
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        chosen = mx.argmax(logprobs, axis=-1)
-    else:
-        rows = [c.logprobs(t, logits[row : row + 1]) for row, (c, t) in enumerate(zip(choosers, tokens, strict=True))]
-        chosen = mx.concatenate([c.sample(row) for c, row in zip(choosers, rows, strict=True)])
-        logprobs = mx.concatenate(rows)
-    ids = cast(list[int], chosen.tolist())
-    for chooser, token in zip(choosers, ids, strict=True):
-        chooser.accept(token)
-    return [
-        (token, None if c.num_logprobs is None else _tell(logprobs[row], token, c.num_logprobs))
-        for row, (c, token) in enumerate(zip(choosers, ids, strict=True))
-    ]
+        return Drawn(choosers, mx.argmax(logprobs, axis=-1), logprobs)
+    rows = [c.logprobs(t, logits[row : row + 1]) for row, (c, t) in enumerate(zip(choosers, tokens, strict=True))]
+    chosen = mx.concatenate([c.sample(row) for c, row in zip(choosers, rows, strict=True)])
+    return Drawn(choosers, chosen, mx.concatenate(rows))
 
 
 def _tell(logprobs: mx.array, token: int, count: int) -> TokenLogprobs:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from hippo_mpi.engine.prefix_cache import PrefixCache
-from hippo_mpi.engine.request import FinishReason, Propose, Sequence
+from hippo_mpi.engine.request import Propose, Sequence
 from hippo_mpi.parallel.step_plan import StepPlan
 
 _WHOLE_CHUNK_TOKENS = 2048  # mlx_lm.generate's
@@ -39,14 +39,26 @@ class Limits:
 
 @dataclass(eq=False)
 class _MicroBatch:
-    rows: list[Sequence] = field(default_factory=list)  # while in flight, those of the step
+    rows: list[Sequence] = field(default_factory=list)  # while in flight, those of its steps
     joining: list[Sequence] = field(default_factory=list)  # rows of its next step
-    draft: list[int] = field(default_factory=list)  # tokens behind its only row's last one
-    is_in_flight: bool = False
+    num_in_flight: int = 0  # steps; two while the first one's tokens are being read
 
     @property
     def size(self) -> int:
         return len(self.rows) + len(self.joining)
+
+    @property
+    def is_in_flight(self) -> bool:
+        return self.num_in_flight > 0
+
+
+@dataclass(eq=False)
+class _Step:
+    """One in flight."""
+
+    batch: _MicroBatch
+    rows: list[Sequence]
+    draft: list[int]  # tokens behind its only row's last one
 
 
 class Scheduler:
@@ -74,7 +86,7 @@ class Scheduler:
         # Rows that can't share a step take turns instead, each a micro-batch of its own.
         count = num_stages if limits.can_batch else max(num_stages, limits.max_batch_size)
         self._batches = deque(_MicroBatch() for _ in range(count))
-        self._in_flight: dict[int, _MicroBatch] = {}
+        self._in_flight: dict[int, _Step] = {}
         self._propose, self._num_revocable = propose, num_revocable
         self._free_slots: list[int] = []
         self._num_slots = 0
@@ -144,16 +156,33 @@ class Scheduler:
         """The draft tokens that its only row has behind its last one."""
         return self._in_flight[plan.serial].draft
 
-    def commit(self, plan: StepPlan, finished: list[FinishReason | None]) -> None:
-        """A step's tokens have been appended to its rows'; rows that have finished leave."""
-        batch = self._in_flight.pop(plan.serial)
-        batch.is_in_flight = False
-        for sequence in batch.rows:
-            sequence.position = len(sequence.tokens) - 1
-        gone = [row for row, reason in zip(batch.rows, finished, strict=True) if reason is not None]
-        batch.rows = [row for row in batch.rows if row not in gone]
-        for sequence in gone:
-            self._release(sequence)
+    def plan_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """What follows `plan` before its tokens are known: the same rows. None if anything else may come first."""
+        batch, rows = self._in_flight[plan.serial].batch, self._in_flight[plan.serial].rows
+        others_come_first = (
+            self._waiting or self._prefilling or any(b.size and not b.is_in_flight for b in self._batches)
+        )
+        rows_may_change = batch.joining or batch.size > min(other.size for other in self._batches) + 1
+        if others_come_first or rows_may_change or (self._propose and len(rows) == 1):
+            return None
+        if any(row.is_ended or row.is_aborted or len(row.tokens) + 1 >= row.most_tokens for row in rows):
+            return None
+        return self._decode(batch)[0]
+
+    def commit(self, plan: StepPlan, ended: list[Sequence]) -> None:
+        """A step's tokens have been appended to its rows'; those that have `ended` leave behind their last step."""
+        step = self._in_flight.pop(plan.serial)
+        batch = step.batch
+        batch.num_in_flight -= 1
+        if step.draft:
+            step.rows[0].position = len(step.rows[0].tokens) - 1
+        for sequence in ended:
+            sequence.is_ended = True
+        if not batch.is_in_flight:
+            gone = [row for row in batch.rows if row.is_ended]
+            batch.rows = [row for row in batch.rows if not row.is_ended]
+            for sequence in gone:
+                self._release(sequence)
 
     # ---- how it decides
 
@@ -261,13 +290,13 @@ class Scheduler:
         self._prompt_tokens = 0
         batch.rows, batch.joining = [*batch.rows, *batch.joining], []
         starts = [sequence.position for sequence in batch.rows]
-        batch.draft = self._drafted(batch.rows[0]) if self._propose and len(batch.rows) == 1 else []
+        draft = self._drafted(batch.rows[0]) if self._propose and len(batch.rows) == 1 else []
         for sequence in batch.rows:
             sequence.position += 1
-        plan = self._plan(batch.rows, starts, [1 + len(batch.draft)] * len(starts), wants_logits=True)
-        batch.is_in_flight = True
-        self._in_flight[plan.serial] = batch
-        return plan, [[sequence.tokens[-1], *batch.draft] for sequence in batch.rows]
+        plan = self._plan(batch.rows, starts, [1 + len(draft)] * len(starts), wants_logits=True)
+        batch.num_in_flight += 1
+        self._in_flight[plan.serial] = _Step(batch, list(batch.rows), draft)
+        return plan, [[sequence.tokens[-1], *draft] for sequence in batch.rows]
 
     def _drafted(self, sequence: Sequence) -> list[int]:
         assert self._propose is not None

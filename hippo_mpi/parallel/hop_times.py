@@ -29,9 +29,10 @@ class Hop:
 def echo(channel: Channel) -> None:
     """Pass on what comes, until a message without a header."""
     while True:
-        header, arrays = channel.receive()
-        channel.send(header, arrays)
-        if not header:
+        message = channel.receive()
+        message.wait()
+        channel.send(message.header, message.arrays)
+        if not message.header:
             return
 
 
@@ -48,7 +49,7 @@ def time_ring(channel: Channel, num_ranks: int, progress: Callable[[str], None])
         for _ in range(_NUM_SMALL if size <= _SMALL_BYTES else _NUM_LARGE):
             began = time.perf_counter()
             channel.send(b"ring", [message])
-            channel.receive()
+            channel.receive().wait()
             times.append((time.perf_counter() - began) / num_ranks)
         times.sort()
         hops.append(Hop(size, statistics.median(times), times[len(times) * 95 // 100]))

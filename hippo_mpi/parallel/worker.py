@@ -2,12 +2,16 @@
 
 Rank 0 pushes steps and pops results in the same order; up to one step per stage is in flight. The others obey:
 receive, compute, send on. Everything they do follows from the StepPlan that travels in front of the arrays.
+
+Python takes some milliseconds to build a step's graph. So plans run ahead of arrays: each rank announces a step as
+soon as it knows what it will send, and the next one builds on that while the first computes.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -15,7 +19,7 @@ from hippo_mpi.errors import DesyncError
 from hippo_mpi.parallel.step_plan import StepPlan, decode, encode
 from hippo_mpi.shard.kv_cache import KVSettings, SlotCaches
 from hippo_mpi.shard.stage import Forward, Stage
-from hippo_mpi.transport.channel import Channel
+from hippo_mpi.transport.channel import Channel, Message
 
 Progress = Callable[[str], None]
 """Told what this rank does next; each call moves the deadline of the watchdog."""
@@ -25,8 +29,21 @@ def _quiet(_: str) -> None:
     pass
 
 
+@dataclass(eq=False)
+class _Step:
+    """One whose graph has been built."""
+
+    plan: StepPlan
+    forward: Forward
+    state: list[mx.array] = field(default_factory=list)  # arrays of caches, to be evaluated with it
+
+
 class Leader:
-    """Rank 0's side: begins steps over tokens and hands back logits."""
+    """Rank 0's side: begins steps over tokens and hands back logits.
+
+    Two calls a time: `collect` begins a step and builds the logits of one that is due; `go_on` waits for these, and
+    has taken a step after them whose graph was built meanwhile. `step` is both, without such a step.
+    """
 
     def __init__(
         self, stage: Stage, channel: Channel, settings: KVSettings, num_stages: int, progress: Progress = _quiet
@@ -36,77 +53,138 @@ class Leader:
         self._is_looped = stage.flow.num_rounds > 1
         self._num_stages = 1 if self._is_looped else num_stages
         self.caches = SlotCaches(stage.model, settings)
-        self._in_flight: deque[tuple[StepPlan, Forward]] = deque()
+        self._in_flight: deque[_Step] = deque()
+        self._ahead: _Step | None = None  # being computed, and not in flight yet
+        self._begun: _Step | None = None
+        self._due: tuple[_Step | None, Message | None] = None, None
 
     @property
     def num_in_flight(self) -> int:
         """Steps whose logits have not been collected."""
-        return len(self._in_flight)
+        return len(self._in_flight) + self.is_ahead
 
     @property
     def max_in_flight(self) -> int:
         """Steps that keep every stage busy: one per stage, the one being begun among them."""
         return self._num_stages
 
-    def step(self, plan: StepPlan | None, tokens: list[list[int]]) -> tuple[StepPlan, mx.array] | None:
-        """Begin the step `plan` over `tokens` (a list per row) and finish the oldest one, if it is due.
+    @property
+    def is_ahead(self) -> bool:
+        """Whether `go_on` has begun a step: it is the next one, and `collect` takes no other."""
+        return self._ahead is not None
 
-        Order: compute the new step, receive the oldest result, then send the new one (schedule.py says why).
+    def step(self, plan: StepPlan | None, tokens: list[list[int]]) -> tuple[StepPlan, mx.array] | None:
+        """`collect` and `go_on`: the logits may be evaluated."""
+        finished = self.collect(plan, tokens)
+        self.go_on()
+        return finished
+
+    def collect(self, plan: StepPlan | None, tokens: list[list[int]]) -> tuple[StepPlan, mx.array] | None:
+        """Begin the step `plan` over `tokens` (a list per row) and build the logits of the oldest one, if it is due.
+
         Without a plan, the oldest step is waited for.
 
         Returns:
-            A step that wanted logits, with its logits (B, L, V), not yet evaluated; or None.
+            A step that wanted logits, with its logits (B, L, V), not to be evaluated before `go_on`; or None.
         """
         if plan is not None and not plan.has_rows:
             rearrange(self.caches, plan)
-            self._send(plan, [])
+            self._announce(plan, [])
             return None
-        begun = self._begin(plan, tokens) if plan is not None else None
-        finished = None
-        if self._in_flight and (begun is None or len(self._in_flight) >= self._num_stages - 1):
-            finished = self._finish(*self._in_flight.popleft())
-        if plan is None or begun is None:
-            return finished
-        if begun.outgoing is not None:
-            self._send(plan, begun.outgoing)
-        result = self._finish(plan, begun) if self._is_looped or begun.is_done else None
-        state = self.caches.advance(plan.slots, plan.ends)
-        if not self._stage.is_whole or not plan.wants_logits:
-            mx.eval(state)  # while the step is on its way; on a rank that is alone, sampling evaluates it
-        if result is None:
-            self._in_flight.append((plan, begun))
-            return finished
-        return result if plan.wants_logits else finished
+        begun, self._ahead = self._ahead, None
+        if plan is not None:
+            assert begun is None, "another step comes first"
+            self._progress(f"computing {plan}")
+            padded = [row + [0] * (plan.num_tokens - len(row)) for row in tokens]
+            begun = self._build(plan, mx.array(padded, mx.int32))
+            self._submit(begun)
+        due = None
+        if begun is not None and (self._is_looped or begun.forward.is_done):
+            self._send(begun)
+            due, begun = begun, None
+        elif self._in_flight and (begun is None or len(self._in_flight) >= self._num_stages - 1):
+            due = self._in_flight.popleft()
+        self._begun, self._due = begun, (due, self._finish(due) if due is not None else None)
+        if due is None or not due.plan.wants_logits:
+            return None
+        assert due.forward.logits is not None
+        return due.plan, due.forward.logits
 
-    def _begin(self, plan: StepPlan, tokens: list[list[int]]) -> Forward:
-        self._progress(f"computing {plan}")
+    def go_on(self, ahead: StepPlan | None = None, tokens: mx.array | None = None) -> None:
+        """Send what was begun, and wait for what `collect` has returned.
+
+        Order: compute the new step, receive the oldest result, then send the new one (schedule.py says why).
+
+        Args:
+            ahead: a step that comes next. Its graph is built while others are computed; it is begun when they have
+                been, so that MLX can update the caches in place.
+            tokens: (B, L) of that step, made from the logits and unevaluated.
+        """
+        step = self._build(ahead, tokens) if ahead is not None and tokens is not None else None
+        due, message = self._due
+        if due is not None and message is not None:
+            message.wait()
+            self._progress(f"finishing {due.plan}")
+        if self._begun is not None:
+            self._send(self._begun)
+            self._in_flight.append(self._begun)
+        if due is not None:
+            mx.eval(due.state, [] if tokens is None else tokens)
+            due.state = []  # views of the caches, which would keep MLX from updating them in place
+        if step is not None:
+            self._progress(f"computing {step.plan}")
+            self._submit(step)
+        self._begun, self._due, self._ahead = None, (None, None), step
+
+    def _build(self, plan: StepPlan, tokens: mx.array) -> _Step:
         rearrange(self.caches, plan)
         cache = self.caches.at(plan.slots, plan.positions, plan.counts)
-        padded = [row + [0] * (plan.num_tokens - len(row)) for row in tokens]
-        forward = self._stage.forward(mx.array(padded, mx.int32), cache, plan.wants_logits)
-        forward.run(None)
-        if forward.outgoing is not None:
-            mx.eval(forward.outgoing)
-        return forward
+        step = _Step(plan, self._stage.forward(tokens, cache, plan.wants_logits))
+        step.forward.run(None)
+        if step.forward.is_done or not self._is_looped:
+            step.state = self.caches.advance(plan.slots, plan.ends)
+        return step
 
-    def _finish(self, plan: StepPlan, forward: Forward) -> tuple[StepPlan, mx.array]:
-        """Follow a step round the ring until the model's own code has returned."""
+    def _submit(self, step: _Step) -> None:
+        """Have it computed, and tell the next rank what comes."""
+        if step.forward.outgoing is not None:
+            self._announce(step.plan, step.forward.outgoing)
+            mx.async_eval(step.forward.outgoing)  # type: ignore[no-untyped-call]
+        elif step.forward.logits is not None and step.plan.wants_logits:
+            mx.async_eval(step.forward.logits)  # type: ignore[no-untyped-call]
+
+    def _send(self, step: _Step) -> None:
+        """Hand a step on when it has been computed; its caches are while it is on its way."""
+        if step.forward.outgoing is not None:
+            mx.eval(step.forward.outgoing)
+            self._channel.deliver(step.forward.outgoing)
+            mx.eval(step.state)
+            step.state = []
+
+    def _finish(self, step: _Step) -> Message | None:
+        """Follow a step round the ring until the model's own code has returned; the message that is to be waited for."""
+        forward, message = step.forward, None
+        if forward.is_done:
+            return None
         while not forward.is_done:
-            self._progress(f"waiting for {plan}")
-            header, arrays = self._channel.receive()
-            self._progress(f"finishing {plan}")
-            if decode(header) != plan:
-                raise DesyncError(f"rank 0 expected {plan}, got {decode(header)}")
-            forward.run(arrays)
+            self._progress(f"waiting for {step.plan}")
+            message = self._channel.receive()
+            if decode(message.header) != step.plan:
+                raise DesyncError(f"rank 0 expected {step.plan}, got {decode(message.header)}")
+            forward.run(message.arrays)
             if forward.outgoing is not None:  # the next round of a model that loops over its layers
+                self._announce(step.plan, forward.outgoing)
+                message.wait()
+                self._progress(f"finishing {step.plan}")
                 mx.eval(forward.outgoing)
-                self._send(plan, forward.outgoing)
-        assert forward.logits is not None
-        return plan, forward.logits
+                self._channel.deliver(forward.outgoing)
+        if self._is_looped:
+            step.state = self.caches.advance(step.plan.slots, step.plan.ends)
+        return message
 
-    def _send(self, plan: StepPlan, arrays: list[mx.array]) -> None:
+    def _announce(self, plan: StepPlan, arrays: list[mx.array]) -> None:
         if not self._stage.is_whole:
-            self._channel.send(encode(plan), arrays)
+            self._channel.announce(encode(plan), arrays)
 
 
 class Follower:
@@ -123,13 +201,13 @@ class Follower:
 
     def follow(self) -> StepPlan | None:
         """Wait for the next message and do what it says. None: it was the last."""
-        header, arrays = self._channel.receive()
+        message = self._channel.receive()
+        header = message.header
         if not header:
             if not self._is_last:
                 self._channel.send(header, [])
             return None
         plan = decode(header)
-        self._progress(f"computing {plan}")
         forward = self._halfway.pop(plan.serial, None)
         if forward is None:
             if plan.serial != self._next_serial:
@@ -144,17 +222,28 @@ class Follower:
             cache = self.caches.at(plan.slots, plan.positions, plan.counts)
             tokens = mx.zeros((len(plan.slots), plan.num_tokens), mx.int32)  # only their number matters here
             forward = self._stage.forward(tokens, cache, plan.wants_logits)
-        forward.run(arrays)
-        outgoing = forward.outgoing
-        if outgoing is not None:
-            mx.eval(outgoing)
-            self._channel.send(header, outgoing)
+        self._compute(plan, forward, message)
         if forward.is_done:
             mx.eval(self.caches.advance(plan.slots, plan.ends))
         else:
             self._halfway[plan.serial] = forward
         self._progress(f"waiting after {plan}")
         return plan
+
+    def _compute(self, plan: StepPlan, forward: Forward, message: Message) -> None:
+        """Build the graph while the rank before computes what comes, and walk through the phantoms while it is evaluated."""
+        forward.run(message.arrays)
+        outgoing = forward.outgoing
+        if outgoing is not None:
+            self._channel.announce(message.header, outgoing)
+        message.wait()
+        self._progress(f"computing {plan}")
+        if outgoing is not None:
+            mx.async_eval(outgoing)  # type: ignore[no-untyped-call]
+        forward.run(None)
+        if outgoing is not None:
+            mx.eval(outgoing)
+            self._channel.deliver(outgoing)
 
 
 def rearrange(caches: SlotCaches, plan: StepPlan) -> None:

@@ -139,6 +139,7 @@ class Forward:
                 self._keep_outputs(number, result, inputs)
                 if not self.stage.is_first:
                     self.outgoing = self._collect(number + 1)
+                    self._greenlet.parent.switch()
             return result
         if self.stage.is_first:
             self._keep_prepared(number, call, inputs)
@@ -148,13 +149,9 @@ class Forward:
         return self._stand_in(number, call, inputs)
 
     def _keep_outputs(self, number: int, result: Any, inputs: dict[str, Any]) -> None:
-        made = {
-            (call, path): _own(_get({"return": result, **inputs}, path))
-            for call, path in self.stage.crossing[number + 1]
-            if call == number
-        }
-        mx.async_eval(*made.values())  # type: ignore[no-untyped-call]  # computing goes on while the model's code walks through the phantoms
-        self._held.update(made)
+        for call, path in self.stage.crossing[number + 1]:
+            if call == number:
+                self._held[call, path] = _own(_get({"return": result, **inputs}, path))
 
     def _keep_prepared(self, number: int, call: LayerCall, inputs: dict[str, Any]) -> None:
         for path in call.prepared:

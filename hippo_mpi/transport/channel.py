@@ -1,11 +1,13 @@
 """Messages between neighbours on the ring: a few bytes of header and some arrays.
 
-`RingChannel` sends the header, with the arrays' shapes, over the control socket and the arrays over
+A message is announced (header, shapes of its arrays) before its arrays have been computed, so that the next rank
+can build its graph on them meanwhile. `RingChannel` announces over the control socket and sends the arrays over
 `mx.distributed`; several arrays travel as one packed message, because two sends may overtake each other.
 `LocalChannel` is the same inside one process, for tests.
 
-Never a message and a computation in one lazy graph: what is sent has been evaluated, and what is received is
-evaluated before it is used. On Apple GPUs a kernel that waits for a cable hangs the machine.
+Never a message and a computation in one evaluation: what is sent has been evaluated, and what is received is
+evaluated (`Message.wait`) before anything that was built on it. On Apple GPUs a kernel that waits for a cable hangs
+the machine.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
 
+from hippo_mpi.errors import DesyncError
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.world import World
 
@@ -29,23 +33,41 @@ _DTYPES = {
     )
 }  # fmt: skip
 _ALIGN = 8  # a view at an offset that isn't a multiple of the item size reads the wrong bytes
+_SENT = b""  # the frame that says that the arrays of the last announcement are on their way
 _MAX_SENDS_IN_FLIGHT = 4  # MLX stops the calling thread when ten tasks are active
 
 
 Queue = deque[tuple[bytes, list[mx.array]]]
 
 
+@dataclass
+class Message:
+    """What has been announced. Graphs may be built on `arrays` at once, and evaluated after `wait`."""
+
+    header: bytes
+    arrays: list[mx.array]
+    wait: Callable[[], None]
+
+
 class Channel(Protocol):
     """To the next rank of the ring and from the one before."""
 
+    def announce(self, header: bytes, arrays: Sequence[mx.array]) -> None:
+        """Tell what comes next. The arrays may be unevaluated, and are to be delivered before the next announcement."""
+
+    def deliver(self, arrays: Sequence[mx.array]) -> None:
+        """Send the arrays that were announced, evaluated by now. Returns before they have arrived."""
+
+    def receive(self) -> Message:
+        """Wait for the next announcement."""
+
     def send(self, header: bytes, arrays: Sequence[mx.array]) -> None:
-        """Send evaluated arrays. Returns before they have arrived."""
+        """Announce and deliver evaluated arrays."""
+        self.announce(header, arrays)
+        self.deliver(arrays)
 
-    def receive(self) -> tuple[bytes, list[mx.array]]:
-        """Wait for the next message: its header and its arrays, evaluated."""
 
-
-class LocalChannel:
+class LocalChannel(Channel):
     """The same inside one process.
 
     Args:
@@ -55,18 +77,25 @@ class LocalChannel:
 
     def __init__(self, inbox: Queue, outbox: Queue, pump: Callable[[], object]) -> None:
         self._inbox, self._outbox, self._pump = inbox, outbox, pump
+        self._header = b""
 
-    def send(self, header: bytes, arrays: Sequence[mx.array]) -> None:
-        self._outbox.append((header, list(arrays)))
+    def announce(self, header: bytes, arrays: Sequence[mx.array]) -> None:
+        self._header = header
+        if not arrays:
+            self._outbox.append((header, []))
 
-    def receive(self) -> tuple[bytes, list[mx.array]]:
+    def deliver(self, arrays: Sequence[mx.array]) -> None:
+        if arrays:
+            self._outbox.append((self._header, list(arrays)))
+
+    def receive(self) -> Message:
         while not self._inbox:
             self._pump()
-        return self._inbox.popleft()
+        return Message(*self._inbox.popleft(), wait=lambda: None)
 
 
-class RingChannel:
-    """Over `mx.distributed`, with the announcement on the control socket in front of every message."""
+class RingChannel(Channel):
+    """Over `mx.distributed`, with announcements, and word that their arrays come, on the control socket."""
 
     def __init__(self, world: World, control: Control) -> None:
         self._world, self._control = world, control
@@ -74,17 +103,17 @@ class RingChannel:
         self._send_stream = mx.new_stream(mx.cpu)
         self._receive_stream = mx.new_stream(mx.cpu)
         self._in_flight: deque[mx.array] = deque()
-        self.num_hops, self.hop_s = (
-            0,
-            0.0,
-        )  # messages received with arrays, and how long these took after the announcement
+        # Messages received with arrays, and how long these took from the moment at which they were sent.
+        self.num_hops, self.hop_s = 0, 0.0
 
-    def send(self, header: bytes, arrays: Sequence[mx.array]) -> None:
+    def announce(self, header: bytes, arrays: Sequence[mx.array]) -> None:
         shapes = [[str(a.dtype).removeprefix("mlx.core."), *a.shape] for a in arrays]
-        layout = json.dumps(shapes).encode()
-        self._control.announce(len(header).to_bytes(2, "little") + header + layout)
+        self._control.announce(len(header).to_bytes(2, "little") + header + json.dumps(shapes).encode())
+
+    def deliver(self, arrays: Sequence[mx.array]) -> None:
         if not arrays:
             return
+        self._control.announce(_SENT)
         payload = arrays[0] if len(arrays) == 1 else pack(arrays)
         to = (self._world.rank + 1) % self._world.size
         sending = mx.distributed.send(payload, to, group=self._world.group, stream=self._send_stream)
@@ -93,23 +122,30 @@ class RingChannel:
         while len(self._in_flight) > _MAX_SENDS_IN_FLIGHT:
             mx.eval(self._in_flight.popleft())
 
-    def receive(self) -> tuple[bytes, list[mx.array]]:
+    def receive(self) -> Message:
         frame = self._control.await_announcement()
         length = int.from_bytes(frame[:2], "little")
         header, shapes = frame[2 : 2 + length], json.loads(frame[2 + length :])
         if not shapes:
-            return header, []
+            return Message(header, [], wait=lambda: None)
         sender = (self._world.rank - 1) % self._world.size
         if len(shapes) == 1:
             dtype, *shape = shapes[0]
             wanted, kind = tuple(shape), _DTYPES[dtype]
         else:
             wanted, kind = (sum(_padded_bytes(s) for s in shapes),), mx.uint8
-        began = time.perf_counter()
-        received = mx.distributed.recv(wanted, kind, sender, group=self._world.group, stream=self._receive_stream)
-        mx.eval(received)
-        self.num_hops, self.hop_s = self.num_hops + 1, self.hop_s + time.perf_counter() - began
-        return header, [received] if len(shapes) == 1 else unpack(received, shapes)
+        payload = mx.distributed.recv(wanted, kind, sender, group=self._world.group, stream=self._receive_stream)
+        arrays = [payload] if len(shapes) == 1 else unpack(payload, shapes)
+
+        def wait() -> None:
+            if self._control.await_announcement() != _SENT:  # asleep until then: MLX's receives spin
+                raise DesyncError("a message was announced before the arrays of the one before it had come")
+            began = time.perf_counter()
+            mx.eval(payload)
+            self.num_hops, self.hop_s = self.num_hops + 1, self.hop_s + time.perf_counter() - began
+            mx.eval(arrays)
+
+        return Message(header, arrays, wait)
 
     def flush(self) -> None:
         """Wait until everything sent has left."""
@@ -129,7 +165,7 @@ def pack(arrays: Sequence[mx.array]) -> mx.array:
 
 
 def unpack(packed: mx.array, shapes: Sequence[Sequence[str | int]]) -> list[mx.array]:
-    """The inverse of `pack`, for arrays of the given [dtype, *shape]."""
+    """The inverse of `pack`, for arrays of the given [dtype, *shape]; unevaluated."""
     arrays, start = [], 0
     for entry in shapes:
         dtype, shape = _DTYPES[str(entry[0])], tuple(int(n) for n in entry[1:])
@@ -137,7 +173,6 @@ def unpack(packed: mx.array, shapes: Sequence[Sequence[str | int]]) -> list[mx.a
         flat = mx.contiguous(packed[start : start + size])
         arrays.append(flat.view(dtype).reshape(shape) if size else mx.zeros(shape, dtype))
         start += _padded_bytes(entry)
-    mx.eval(arrays)
     return arrays
 
 

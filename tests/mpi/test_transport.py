@@ -41,11 +41,12 @@ def test_messages_arrive_as_they_were_sent(world: World, channel: RingChannel) -
     before = (world.rank - 1) % world.size
     for number in range(60):
         channel.send(str(number).encode(), arrays(1000 * world.rank + number))
-        header, received = channel.receive()
-        assert header == str(number).encode()
+        message = channel.receive()
+        message.wait()
+        assert message.header == str(number).encode()
         expected = arrays(1000 * before + number)
-        assert [(a.shape, a.dtype) for a in received] == [(a.shape, a.dtype) for a in expected]
-        for a, b in zip(received, expected, strict=True):
+        assert [(a.shape, a.dtype) for a in message.arrays] == [(a.shape, a.dtype) for a in expected]
+        for a, b in zip(message.arrays, expected, strict=True):
             assert mx.array_equal(a, b).item()
     channel.flush()
 
@@ -56,8 +57,9 @@ def test_large_messages_both_ways_at_once(world: World, channel: RingChannel) ->
         payload = mx.full((16 << 20,), world.rank, mx.uint8)
         mx.eval(payload)
         channel.send(b"large", [payload])
-        _, (received,) = channel.receive()
-        assert received[0].item() == (world.rank - 1) % world.size
+        message = channel.receive()
+        message.wait()
+        assert message.arrays[0][0].item() == (world.rank - 1) % world.size
     channel.flush()
 
 

@@ -184,6 +184,8 @@ def run_stages(stages: list[Stage], tokens: mx.array, caches: list[list[Any]]) -
             arrays = forward.outgoing
             if forward is forwards[0] and forward.is_done:
                 break
+            if not forward.stage.is_first:
+                forward.run(None)
             mx.eval(arrays)
     mx.eval([c.state for cache in caches for c in cache])
     assert forwards[0].logits is not None

@@ -14,7 +14,7 @@ from hippo_mpi.errors import DesyncError, UserError
 from hippo_mpi.parallel.schedule import actions
 from hippo_mpi.parallel.step_plan import StepPlan, decode
 from hippo_mpi.shard.kv_cache import KVSettings
-from hippo_mpi.transport.channel import LocalChannel
+from hippo_mpi.transport.channel import LocalChannel, Message
 from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity import tiny_models
 from tests.parity.tiny_models import make_checkpoint
@@ -79,24 +79,26 @@ def test_worker_follows_the_schedule(folder: Path, num_stages: int, monkeypatch:
     leader = ring.leader
     channel = leader._channel
     assert isinstance(channel, LocalChannel)
-    send, receive, begin = channel.send, channel.receive, leader._begin
+    deliver, receive, build = channel.deliver, channel.receive, leader._build
+    announced: list[int] = []
 
-    def note_send(header: bytes, arrays: Sequence[mx.array]) -> None:
-        done.append(f"S{decode(header).serial}")
-        send(header, arrays)
+    def note_deliver(arrays: Sequence[mx.array]) -> None:
+        done.append(f"S{announced.pop()}")
+        deliver(arrays)
 
-    def note_receive() -> tuple[bytes, list[mx.array]]:
-        header, arrays = receive()
-        done.append(f"R{decode(header).serial}")
-        return header, arrays
+    def note_receive() -> Message:
+        message = receive()
+        serial = decode(message.header).serial
+        return Message(message.header, message.arrays, lambda: done.append(f"R{serial}"))
 
-    def note_begin(plan: object, tokens: list[list[int]]) -> object:
-        done.append(f"F{plan.serial}")  # type: ignore[attr-defined]
-        return begin(plan, tokens)  # type: ignore[arg-type]
+    def note_build(plan: StepPlan, tokens: mx.array) -> object:
+        done.append(f"F{plan.serial}")
+        announced.append(plan.serial)
+        return build(plan, tokens)
 
-    monkeypatch.setattr(channel, "send", note_send)
+    monkeypatch.setattr(channel, "deliver", note_deliver)
     monkeypatch.setattr(channel, "receive", note_receive)
-    monkeypatch.setattr(leader, "_begin", note_begin)
+    monkeypatch.setattr(leader, "_build", note_build)
     for slot in range(6):
         leader.step(ring.plan(slot, 0, 3), [[1, 2, 3]])
     while leader.num_in_flight:
