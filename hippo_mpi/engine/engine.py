@@ -85,7 +85,7 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return self._scheduler.is_empty and not self._aborted
+        return self._scheduler.is_empty and self._scheduler.is_settled and not self._aborted
 
     @property
     def num_waiting(self) -> int:

@@ -133,7 +133,7 @@ def measure_stage(
             statistics.median(one.head_s for one in timed),
         )
         for slot in slots:
-            caches.drop(slot)
+            caches.drop([slot])
     return StageTimes(chunks, steps)
 
 

@@ -91,6 +91,7 @@ class Scheduler:
         self._free_slots: list[int] = []
         self._num_slots = 0
         self._forks: list[tuple[int, int]] = []
+        self._parts: list[int] = []
         self._drops: list[int] = []
         self._prompt_tokens = 0  # that went in since the last step of a running sequence
         self._is_short_s_turn = False  # whether the next chunk is of the shortest prompt, not of the oldest
@@ -113,6 +114,11 @@ class Scheduler:
     @property
     def is_empty(self) -> bool:
         return not self._waiting and not self._prefilling and not self.running
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no slot that is kept lies among others' rows, and takes their room."""
+        return not self._parts
 
     # ---- what changes it
 
@@ -145,7 +151,7 @@ class Scheduler:
             return self._prefill(room)
         if batch is not None:
             return self._decode(batch)
-        if self.is_empty and (self._drops or self._forks):
+        if self.is_empty and (self._drops or self._forks or self._parts):
             return self._plan(), []
         return None
 
@@ -182,7 +188,7 @@ class Scheduler:
             gone = [row for row in batch.rows if row.is_ended]
             batch.rows = [row for row in batch.rows if not row.is_ended]
             for sequence in gone:
-                self._release(sequence)
+                self._release(sequence, in_company=len(step.rows) > 1)
 
     # ---- how it decides
 
@@ -312,11 +318,11 @@ class Scheduler:
         wants_logits: bool = False,
     ) -> StepPlan:
         slots = tuple(sequence.slot for sequence in rows or [])
-        forks, drops = tuple(self._forks), tuple(self._drops)
-        self._forks, self._drops = [], []
+        forks, parts, drops = tuple(self._forks), tuple(self._parts), tuple(self._drops)
+        self._forks, self._parts, self._drops = [], [], []
         self._free_slots += drops
         return StepPlan(
-            next(self._serials), slots, tuple(starts or []), tuple(counts or []), wants_logits, forks, drops
+            next(self._serials), slots, tuple(starts or []), tuple(counts or []), wants_logits, forks, parts, drops
         )
 
     def _chunk_tokens(self) -> int:
@@ -325,13 +331,15 @@ class Scheduler:
 
     # ---- slots
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence, in_company: bool = False) -> None:
         """A sequence has ended: its cache is kept for others to begin with, or freed."""
         if sequence.slot >= 0:
+            self._parts += [sequence.slot] if in_company else []
             self._drop(self._prefixes.keep(sequence.slot, sequence.tokens[: sequence.position]))
 
     def _drop(self, slots: list[int]) -> None:
         self._drops += slots
+        self._parts = [slot for slot in self._parts if slot not in slots]
 
     def _new_slot(self) -> int:
         if self._free_slots:

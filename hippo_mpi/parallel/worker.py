@@ -90,6 +90,7 @@ class Leader:
         if plan is not None and not plan.has_rows:
             rearrange(self.caches, plan)
             self._announce(plan, [])
+            mx.eval(self.caches.moved())
             return None
         begun, self._ahead = self._ahead, None
         if plan is not None:
@@ -217,6 +218,7 @@ class Follower:
             if not plan.has_rows:
                 if not self._is_last:
                     self._channel.send(header, [])
+                mx.eval(self.caches.moved())
                 self._progress(f"waiting after {plan}")
                 return plan
             cache = self.caches.at(plan.slots, plan.positions, plan.counts)
@@ -250,5 +252,5 @@ def rearrange(caches: SlotCaches, plan: StepPlan) -> None:
     """What a plan does to the slots before its forward pass."""
     for source, slot in plan.forks:
         caches.fork(source, slot)
-    for slot in plan.drops:
-        caches.drop(slot)
+    caches.part(plan.parts)
+    caches.drop(plan.drops)

@@ -52,9 +52,7 @@ class SlotCaches:
     def __init__(self, model: nn.Module, settings: KVSettings) -> None:
         self._model, self._settings = model, settings
         self._blocks: dict[int, _Block] = {}
-        # Of rows that were moved. Until they are evaluated, they hold on to all rows that they were moved from: a row
-        # that is kept for prompts to come would take the memory of a whole batch.
-        self._moved: list[mx.array] = []
+        self._moved: list[list[Any]] = []  # caches of rows that were moved
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._blocks
@@ -89,8 +87,13 @@ class SlotCaches:
         except (NotImplementedError, ValueError) as error:
             raise UserError(f"--kv-bits doesn't work with this model's caches: {error}") from None
         block.lengths = lengths
+        return self.moved() + _arrays(block.cache)
+
+    def moved(self) -> list[mx.array]:
+        """Arrays of rows that were moved, to be evaluated: until then they hold on to all rows that they were moved from."""
         moved, self._moved = self._moved, []
-        return moved + _arrays(block.cache)
+        held = {id(block.cache) for block in self._blocks.values()}
+        return [array for cache in moved if id(cache) in held for array in _arrays(cache)]
 
     @property
     def num_bytes(self) -> int:
@@ -105,10 +108,24 @@ class SlotCaches:
         row = block.slots.index(source)
         self._add(slot, copy.deepcopy(block.cache) if is_alone else self._extract(block, row), length)
 
-    def drop(self, slot: int) -> None:
-        block = self._blocks.pop(slot, None)
-        if block is not None and len(block.slots) > 1:
-            self._keep_rows(block, [row for row, other in enumerate(block.slots) if other != slot])
+    def part(self, slots: Sequence[int]) -> None:
+        """Give each slot a cache of its own, no longer than it needs; their former company moves together."""
+        alone = []
+        for slot in slots:
+            length, block = self._length(slot), self._blocks[slot]
+            if len(block.slots) > 1:
+                alone.append((slot, self._extract(block, block.slots.index(slot)), length))
+        self.drop([slot for slot, _, _ in alone])
+        for slot, cache, length in alone:
+            self._add(slot, cache, length)
+
+    def drop(self, slots: Sequence[int]) -> None:
+        """Free slots; those that were in company with them move together, and once, as every move is a copy."""
+        blocks = {id(self._blocks[slot]): self._blocks.pop(slot) for slot in slots if slot in self._blocks}
+        for block in blocks.values():
+            rest = [row for row, slot in enumerate(block.slots) if slot in self._blocks]
+            if rest:
+                self._keep_rows(block, rest)
 
     def can_trim(self, slot: int) -> bool:
         """Whether a slot may lose any number of tokens at its end."""
@@ -139,15 +156,11 @@ class SlotCaches:
 
     def _alone(self, slot: int, position: int) -> _Block:
         if position == 0:
-            self.drop(slot)
+            self.drop([slot])
             return self._add(slot, make_prompt_cache(self._model, self._settings.max_kv_size), 0)
         length = self._length(slot)
+        self.part([slot])
         block = self._blocks[slot]
-        if len(block.slots) > 1:
-            row = block.slots.index(slot)
-            cache = self._extract(block, row)
-            self.drop(slot)
-            block = self._add(slot, cache, length)
         if length > position:
             if not can_trim_prompt_cache(block.cache) or _begins_at(block.cache) > position:
                 raise DesyncError(f"slot {slot} holds {length} tokens and can't be trimmed to {position}")
@@ -198,7 +211,7 @@ class SlotCaches:
         """A row of a batched block as ordinary caches; a layer that never uses its cache has a new one."""
         fresh = make_prompt_cache(self._model, self._settings.max_kv_size)
         found = [new if c.empty() else c.extract(row) for c, new in zip(block.cache, fresh, strict=True)]
-        self._moved += _arrays(found)
+        self._moved.append(found)
         return found
 
     def _keep_rows(self, block: _Block, rows: list[int]) -> None:
@@ -208,7 +221,7 @@ class SlotCaches:
             return
         for layer in block.cache:
             layer.filter(mx.array(rows))
-        self._moved += _arrays(block.cache)
+        self._moved.append(block.cache)
         block.slots, block.lengths = [block.slots[r] for r in rows], [block.lengths[r] for r in rows]
 
 

@@ -260,7 +260,7 @@ def regrouped(ring: LocalRing, name: str) -> list[mx.array]:
         for source, slot in forks:
             lengths[slot] = lengths[source]
         positions = tuple(lengths.setdefault(slot, 0) for slot in slots)
-        plan = StepPlan(next(serials), slots, positions, (1,) * len(slots), True, forks, drops)
+        plan = StepPlan(next(serials), slots, positions, (1,) * len(slots), True, forks, drops=drops)
         finished = ring.leader.step(plan, [[11 + slot] for slot in slots]) or ring.leader.step(None, [])
         assert finished is not None
         mx.eval(finished[1])

@@ -23,7 +23,7 @@ from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
 from hippo_mpi.engine.request import Propose, Request, RequestOutput, Resume, SamplingParams, Sequence
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import open_tokenizer
-from hippo_mpi.errors import UserError
+from hippo_mpi.errors import DesyncError, UserError
 from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.shard import Checkpoint
 from tests.local_ring import LocalRing, make_stages, open_folder
@@ -232,6 +232,36 @@ def test_kept_prefixes_hold_no_more_than_their_rows(checkpoint: Checkpoint, toke
     bench.engine.forget_prefixes()
     assert kept > 0
     assert with_them - mx.get_active_memory() < 3 * kept
+
+
+def test_rows_that_end_together_keep_the_room_of_their_tokens(
+    checkpoint: Checkpoint, tokenizer: TokenizerWrapper
+) -> None:
+    """They leave their batch, whose caches grow by 256 tokens at a time, at once."""
+    bench = Bench(checkpoint, tokenizer, [6], max_batch_size=8, max_batch_tokens=400, prefix_tokens=1 << 20)
+    for number in range(8):
+        ask(bench, number, prompt_of(number, 40), max_tokens=9, ignore_eos=True)
+    bench.run()
+    config = checkpoint.config
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    token_bytes = 6 * 2 * config["num_key_value_heads"] * head_dim * 4
+    assert bench.ring.leader.caches.num_bytes == 8 * (40 + 9 - 1) * token_bytes
+
+
+def test_slots_that_go_together_move_their_company_once(checkpoint: Checkpoint, tokenizer: TokenizerWrapper) -> None:
+    ring = LocalRing(make_stages(checkpoint, [6]))
+    leader, slots = ring.leader, tuple(range(6))
+    leader.step(StepPlan(0, slots, (0,) * 6, (8,) * 6), [prompt_of(slot, 8) for slot in slots])
+    leader.step(StepPlan(1, parts=(1, 2), drops=(0, 3)), [])
+    together = leader.step(StepPlan(2, (4, 5), (8, 8), (1, 1), True), [[7], [7]])
+    apart = leader.step(StepPlan(3, (1,), (8,), (1,), True), [[7]])
+    again = LocalRing(make_stages(checkpoint, [6]))
+    assert together and apart
+    for slot, logits in ((4, together[1][0, -1]), (5, together[1][1, -1]), (1, apart[1][0, -1])):
+        wanted = again.logits([*prompt_of(slot, 8), 7], 0, slot)[0, -1]
+        assert mx.allclose(logits, wanted, atol=1e-4).item()
+    with pytest.raises(DesyncError, match="slot 3 holds nothing"):
+        leader.step(StepPlan(4, parts=(3,)), [])
 
 
 @pytest.mark.slow

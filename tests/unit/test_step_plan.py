@@ -10,19 +10,20 @@ from hippo_mpi.parallel.step_plan import StepPlan, decode, encode
 INT = st.integers(0, 2**31 - 1)
 ROWS = st.lists(st.tuples(INT, INT, INT), max_size=64)
 FORKS = st.lists(st.tuples(INT, INT), max_size=9).map(tuple)
-DROPS = st.lists(INT, max_size=9).map(tuple)
+SLOTS = st.lists(INT, max_size=9).map(tuple)
 
 
-@given(st.integers(0, 2**32 - 1), ROWS, st.booleans(), FORKS, DROPS)
+@given(st.integers(0, 2**32 - 1), ROWS, st.booleans(), FORKS, SLOTS, SLOTS)
 def test_decode_inverts_encode(
     serial: int,
     rows: list[tuple[int, int, int]],
     wants_logits: bool,
     forks: tuple[tuple[int, int], ...],
+    parts: tuple[int, ...],
     drops: tuple[int, ...],
 ) -> None:
     slots, positions, counts = (tuple(row[part] for row in rows) for part in range(3))
-    plan = StepPlan(serial, slots, positions, counts, wants_logits, forks, drops)
+    plan = StepPlan(serial, slots, positions, counts, wants_logits, forks, parts, drops)
     assert decode(encode(plan)) == plan
 
 
