@@ -334,12 +334,12 @@ class Scheduler:
     def _release(self, sequence: Sequence, in_company: bool = False) -> None:
         """A sequence has ended: its cache is kept for others to begin with, or freed."""
         if sequence.slot >= 0:
-            self._parts += [sequence.slot] if in_company else []
-            self._drop(self._prefixes.keep(sequence.slot, sequence.tokens[: sequence.position]))
+            gone = self._prefixes.keep(sequence.slot, sequence.tokens[: sequence.position])
+            self._parts += [sequence.slot] if in_company and sequence.slot not in gone else []
+            self._drop(gone)
 
     def _drop(self, slots: list[int]) -> None:
         self._drops += slots
-        self._parts = [slot for slot in self._parts if slot not in slots]
 
     def _new_slot(self) -> int:
         if self._free_slots:

@@ -100,7 +100,7 @@ class Leader:
             begun = self._build(plan, mx.array(padded, mx.int32))
             self._submit(begun)
         due = None
-        if begun is not None and (self._is_looped or begun.forward.is_done):
+        if begun is not None and (self._is_looped or begun.forward.logits is not None):
             self._send(begun)
             due, begun = begun, None
         elif self._in_flight and (begun is None or len(self._in_flight) >= self._num_stages - 1):
@@ -128,7 +128,8 @@ class Leader:
             self._progress(f"finishing {due.plan}")
         if self._begun is not None:
             self._send(self._begun)
-            self._in_flight.append(self._begun)
+            if not self._begun.forward.is_done:
+                self._in_flight.append(self._begun)
         if due is not None:
             mx.eval(due.state, [] if tokens is None else tokens)
             due.state = []  # views of the caches, which would keep MLX from updating them in place
@@ -151,7 +152,7 @@ class Leader:
         if step.forward.outgoing is not None:
             self._announce(step.plan, step.forward.outgoing)
             mx.async_eval(step.forward.outgoing)  # type: ignore[no-untyped-call]
-        elif step.forward.logits is not None and step.plan.wants_logits:
+        elif step.forward.logits is not None:
             mx.async_eval(step.forward.logits)  # type: ignore[no-untyped-call]
 
     def _send(self, step: _Step) -> None:
@@ -159,6 +160,7 @@ class Leader:
         if step.forward.outgoing is not None:
             mx.eval(step.forward.outgoing)
             self._channel.deliver(step.forward.outgoing)
+        if step.forward.logits is None:
             mx.eval(step.state)
             step.state = []
 
@@ -177,6 +179,7 @@ class Leader:
                 self._announce(step.plan, forward.outgoing)
                 message.wait()
                 self._progress(f"finishing {step.plan}")
+                message = None
                 mx.eval(forward.outgoing)
                 self._channel.deliver(forward.outgoing)
         if self._is_looped:

@@ -206,6 +206,28 @@ def plans_of(bench: Bench) -> list[StepPlan]:
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_steps_are_built_before_their_tokens_are_known(
+    folder: Path, checkpoint: Checkpoint, tokenizer: TokenizerWrapper, split: list[int]
+) -> None:
+    """But for the first one, and none behind the last token; where an end comes unforeseen, the step is in vain."""
+    bench, ahead = Bench(checkpoint, tokenizer, split), []
+    go_on = bench.ring.leader.go_on
+
+    def noting_go_on(plan: StepPlan | None = None, tokens: mx.array | None = None) -> None:
+        ahead.extend([plan] if plan else [])
+        go_on(plan, tokens)
+
+    bench.ring.leader.go_on = noting_go_on  # type: ignore[method-assign]
+    for number, (length, count, ends) in enumerate(((20, 12, True), (41, 6, False))):
+        ask(bench, number, prompt_of(0, length), max_tokens=count)
+        ahead.clear()
+        bench.run()
+        assert bench.tokens[number] == alone(folder, tokenizer, prompt_of(0, length), count)
+        assert (bench.tokens[number][-1] in tokenizer.eos_token_ids) == ends
+        assert len(ahead) == len(bench.tokens[number]) - (0 if ends else 1)
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_short_prompts_are_read_together(
     folder: Path, checkpoint: Checkpoint, tokenizer: TokenizerWrapper, split: list[int]
 ) -> None:
