@@ -70,13 +70,19 @@ class Forward:
     """One step through this stage, which stops wherever it must wait for another stage.
 
     The model's code runs in a greenlet, so that a layer call in the middle of it can wait for what another
-    stage computes while this stage begins the next step. Use:
+    stage computes while this stage begins the next step. It builds graphs, and evaluates nothing. On the first stage:
 
         forward = stage.forward(tokens, cache)
-        forward.run(None)                    # the first stage; others pass the arrays that arrived
+        forward.run(None)
         send(forward.outgoing)               # None if nothing leaves this stage
         if not forward.is_done: forward.run(arrays that came round the ring)
-        forward.logits                       # (B, L, V) on the first stage
+        forward.logits                       # (B, L, V), if they are wanted
+
+    On others:
+
+        forward.run(arrays that arrived)
+        send(forward.outgoing)
+        forward.run(None)                    # through the phantoms behind, while what is sent is computed
     """
 
     def __init__(self, stage: Stage, tokens: mx.array, cache: list[Any], wants_logits: bool) -> None:
@@ -112,7 +118,7 @@ class Forward:
         logits = self.stage.model(self.tokens, cache=self.cache)
         if self._next_call != len(self.stage.flow.calls) and not self.stage.is_whole:
             raise DesyncError(f"the model called {self._next_call} layers, not {len(self.stage.flow.calls)}")
-        if self.stage.is_first:
+        if self.stage.is_first and self.wants_logits:
             self.logits = logits
 
     def _accept(self, cut: int, incoming: Sequence[mx.array] | None) -> None:

@@ -215,7 +215,9 @@ def measure_compare(count: int) -> None:
     for (num_prompt, num_tokens, concurrent, who), runs in found.items():
         rate, first = statistics.median(run[0] for run in runs), statistics.median(run[1] for run in runs)
         what = f"{num_prompt} + {num_tokens} tokens, {concurrent:>2} at once"
-        print(f"  {what}  {who:<16} {rate:>7.1f} tok/s, first token {first:.3f} s")
+        theirs_runs = found[num_prompt, num_tokens, concurrent, "mlx_lm.server"]
+        ratio = statistics.median(run[0] / other[0] for run, other in zip(runs, theirs_runs, strict=True))
+        print(f"  {what}  {who:<16} {rate:>7.1f} tok/s ({ratio:.2f} of theirs), first token {first:.3f} s")
 
 
 MEASURES: dict[str, tuple[Callable[[int], None], int]] = {
