@@ -106,6 +106,19 @@ def test_worker_follows_the_schedule(folder: Path, num_stages: int, monkeypatch:
     assert done == [str(a) for a in actions(0, num_stages, 6) if a.kind != "head"]
 
 
+@pytest.mark.parametrize("split", [[3, 3], [2, 2, 2]])
+def test_chunks_keep_no_result_waiting(folder: Path, split: list[int]) -> None:
+    """A step that sends nothing back still has the oldest result received while it is computed."""
+    ring = LocalRing(make_stages(open_folder(folder), split))
+    leader, others = ring.leader, len(split) - 1
+    for slot in range(others):
+        assert leader.step(ring.plan(slot, 0, 3), [[1, 2, 3]]) is None
+    for done in range(others):
+        finished = leader.step(ring.plan(others, 4 * done, 4, wants_logits=False), [[1, 2, 3, 4]])
+        assert (finished is not None) == (done == 0)
+    assert leader.num_in_flight == others - 1
+
+
 def test_positions_trim_what_is_longer(folder: Path) -> None:
     ring = LocalRing(make_stages(open_folder(folder), [3, 3]))
     ring.logits([1, 2, 3, 4, 5, 6], 0)
