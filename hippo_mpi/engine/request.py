@@ -117,7 +117,7 @@ class Sequence:
     position: int = 0
     emitted_chars: int = 0
     is_aborted: bool = False
-    is_ended: bool = False
+    is_ended: bool = False  # its last output has been made, but a step may still be on its way
     loops: LoopWatch | None = None
 
     @property

@@ -52,7 +52,7 @@ class SlotCaches:
     def __init__(self, model: nn.Module, settings: KVSettings) -> None:
         self._model, self._settings = model, settings
         self._blocks: dict[int, _Block] = {}
-        self._moved: list[list[Any]] = []  # caches of rows that were moved
+        self._moved: list[list[Any]] = []  # caches of rows that were moved, and haven't been evaluated since
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._blocks
