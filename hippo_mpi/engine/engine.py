@@ -147,7 +147,8 @@ class Engine:
             self._scheduler.commit(plan, [])
             return outputs
         drawn = _draw(rows, logits, 0)
-        self._leader.go_on(self._scheduler.plan_ahead(plan), drawn.ids[:, None])
+        ahead = self._scheduler.plan_ahead(plan) if self._leader.can_look_ahead else None
+        self._leader.go_on(ahead, drawn.ids[:, None])
         return outputs + self._take(plan, rows, logits, drawn)
 
     def _running(self, plan: StepPlan, logits: mx.array) -> tuple[list[Sequence], mx.array]:

@@ -69,6 +69,11 @@ class Leader:
         return self._num_stages
 
     @property
+    def can_look_ahead(self) -> bool:
+        """Whether a step's graph can be built before what it is made from is there."""
+        return not self._stage.flow.looks_at_values
+
+    @property
     def is_ahead(self) -> bool:
         """Whether `go_on` has begun a step: it is the next one, and `collect` takes no other."""
         return self._ahead is not None
@@ -117,7 +122,7 @@ class Leader:
         Order: compute the new step, receive the oldest result, then send the new one (schedule.py says why).
 
         Args:
-            ahead: a step that comes next. Its graph is built while others are computed; it is begun when they have
+            ahead: a step that comes next, if `can_look_ahead`. Its graph is built while others are computed; it is begun when they have
                 been, so that MLX can update the caches in place.
             tokens: (B, L) of that step, made from the logits and unevaluated.
         """
@@ -236,12 +241,16 @@ class Follower:
         return plan
 
     def _compute(self, plan: StepPlan, forward: Forward, message: Message) -> None:
-        """Build the graph while the rank before computes what comes, and walk through the phantoms while it is evaluated."""
+        """Build the graph while the rank before computes what comes, and walk through the phantoms while it is computed."""
+        looks = self._stage.flow.looks_at_values
+        if looks:
+            message.wait()
         forward.run(message.arrays)
         outgoing = forward.outgoing
         if outgoing is not None:
             self._channel.announce(message.header, outgoing)
-        message.wait()
+        if not looks:
+            message.wait()
         self._progress(f"computing {plan}")
         if outgoing is not None:
             mx.async_eval(outgoing)  # type: ignore[no-untyped-call]

@@ -108,6 +108,7 @@ class Dataflow:
     head_weights: set[str]  # weights of embedding, norm and head: everything that no layer call reads
     joined: set[tuple[int, int]]  # (a, b): all layers of [a, b] must be on one rank; b = num_layers is the head
     reason: dict[tuple[int, int], str]
+    looks_at_values: bool  # a layer's code evaluates what it is given, and so everything that this is made from
 
     @property
     def num_rounds(self) -> int:

@@ -84,7 +84,8 @@ class _Conclusion:
             # A weight of a layer belongs to its rank even if no pass read it.
             call.weights |= {n for n, layer in self.observer.layer_of_weight.items() if layer == call.layer}
         self._join_growing(calls, head_reads)
-        return Dataflow(self.num_layers, calls, head_reads, head_weights, self.joined, self.reason)
+        looks = self.observer.was_evaluated()
+        return Dataflow(self.num_layers, calls, head_reads, head_weights, self.joined, self.reason, looks)
 
     def _join(self, a: int, b: int, why: str) -> None:
         """Layers of calls a < b (b may be the head) can't be parted."""

@@ -32,6 +32,7 @@ from hippo_mpi.shard.checkpoint import Checkpoint
 from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.shard.model_info import model_info
 from hippo_mpi.shard.stage import Forward, Stage
+from hippo_mpi.transport.channel import Message
 from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity import tiny_models
 from tests.parity.metal_stand_ins import metal_stand_ins
@@ -93,6 +94,37 @@ def test_what_is_handed_on_late_is_found(tmp_path: Path) -> None:
         for name in ("deepseek_v41", "deepseek_v41-slow")
     ]
     assert cuts[0] == cuts[1] != set()
+
+
+def test_a_model_that_looks_at_values_is_known(tmp_path: Path) -> None:
+    """dbrx picks its experts in Python: its graph can't be built before what it is made from has arrived."""
+    checkpoints = {n: open_folder(tiny_models.make_checkpoint(n, tmp_path / n)) for n in ("dbrx", "mixtral", "llama")}
+    assert [name for name, checkpoint in checkpoints.items() if checkpoint.flow.looks_at_values] == ["dbrx"]
+    for name, awaited in (("dbrx", ["wait", "build"]), ("mixtral", ["build", "wait"])):
+        ring = LocalRing(make_stages(checkpoints[name], splits(checkpoints[name])[0]))
+        assert ring.leader.can_look_ahead == (name != "dbrx")
+        assert _order_on_last_rank(ring) == awaited
+
+
+def _order_on_last_rank(ring: LocalRing) -> list[str]:
+    """Whether it waits for the arrays of a step, or builds its graph, first."""
+    done: list[str] = []
+    channel, stage = ring.followers[-1]._channel, ring.followers[-1]._stage
+    receive, keep_outputs = channel.receive, Forward._keep_outputs
+
+    def note_receive() -> Message:
+        message = receive()
+        return Message(message.header, message.arrays, lambda: done.append("wait"))
+
+    def note_build(forward: Forward, *of: Any) -> None:
+        done.extend(["build"] if forward.stage is stage else [])
+        keep_outputs(forward, *of)
+
+    channel.receive = note_receive  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Forward, "_keep_outputs", note_build)
+        ring.logits([1, 2, 3], 0)
+    return done
 
 
 def tokens_for(name: str, seed: int = 0) -> list[int]:
