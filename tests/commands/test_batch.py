@@ -84,7 +84,9 @@ def job(path: Path) -> list[str]:
     return [f"line-{number}" for number in range(6, 6 + len(PROMPTS))]
 
 
-@pytest.mark.parametrize("write", [plain, short, pytest.param(openai, marks=pytest.mark.slow), job])
+@pytest.mark.parametrize(
+    "write", [plain, *(pytest.param(write, marks=pytest.mark.slow) for write in (short, openai, job))]
+)
 def test_every_kind_of_file(write: Callable[[Path], list[str]], tmp_path: Path) -> None:
     source = tmp_path / "prompts.txt"
     ids = write(source)

@@ -77,6 +77,7 @@ def test_sampling_with_a_seed_is_that_of_mlx_lm() -> None:
     assert answer("--seed", "7", "--temp", "1.0", "--top-p", "0.9", "--top-k", "20")["text"] == expected
 
 
+@pytest.mark.slow
 def test_stop_words_end_an_answer_and_are_not_shown() -> None:
     whole = reference()
     word = whole.split()[6]
@@ -100,6 +101,7 @@ def test_any_split_gives_the_same_text(split: str) -> None:
 DRAFT = BUNDLED_MODEL.parent / "story-draft"
 
 
+@pytest.mark.slow
 def test_a_draft_model_changes_no_text() -> None:
     plain = answer("--precision", "float32")
     drafted = answer("--precision", "float32", "--draft-model", str(DRAFT))

@@ -13,6 +13,7 @@ PLAN = str(ranks.BIN / "hippo_mpi.plan")
 GENERATE = str(ranks.BIN / "hippo_mpi.generate")
 
 
+@pytest.mark.slow
 def test_plan_of_launched_ranks_is_that_of_generate() -> None:
     shown = []
     for command in ([PLAN], [GENERATE, "--show-plan"]):
