@@ -122,8 +122,8 @@ class Leader:
         Order: compute the new step, receive the oldest result, then send the new one (schedule.py says why).
 
         Args:
-            ahead: a step that comes next, if `can_look_ahead`. Its graph is built while others are computed; it is begun when they have
-                been, so that MLX can update the caches in place.
+            ahead: a step that comes next, if `can_look_ahead`. Its graph is built while others are computed; it is
+                begun when they have been, so that MLX can update the caches in place.
             tokens: (B, L) of that step, made from the logits and unevaluated.
         """
         step = self._build(ahead, tokens) if ahead is not None and tokens is not None else None

@@ -274,7 +274,10 @@ def test_slots_that_go_together_move_their_company_once(checkpoint: Checkpoint, 
     ring = LocalRing(make_stages(checkpoint, [6]))
     leader, slots = ring.leader, tuple(range(6))
     leader.step(StepPlan(0, slots, (0,) * 6, (8,) * 6), [prompt_of(slot, 8) for slot in slots])
+    moves, keep_rows = [], leader.caches._keep_rows
+    leader.caches._keep_rows = lambda block, rows: (moves.append(rows), keep_rows(block, rows))  # type: ignore[assignment,func-returns-value]
     leader.step(StepPlan(1, parts=(1, 2), drops=(0, 3)), [])
+    assert len(moves) == 2  # one for those that part, one for those that are dropped
     together = leader.step(StepPlan(2, (4, 5), (8, 8), (1, 1), True), [[7], [7]])
     apart = leader.step(StepPlan(3, (1,), (8,), (1,), True), [[7]])
     again = LocalRing(make_stages(checkpoint, [6]))
