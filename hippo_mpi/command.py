@@ -84,7 +84,7 @@ def _run(parser: Parser, body: Callable[[_Joined], int], argv: list[str] | None 
     argv = sys.argv[1:] if argv is None else argv
     world, arguments, mistake = _start(parser, argv)
     try:
-        control = Control(world, arguments.timeout)
+        control = Control(world, arguments.start_timeout, arguments.timeout)
     except HippoError as error:
         _refuse(f"{world.name}: {error}", error.exit_code, world.rank)
     try:
@@ -115,7 +115,7 @@ def _start(parser: Parser, argv: list[str]) -> tuple[World, argparse.Namespace, 
         arguments, mistake = _parse(parser, argv)
         if mistake and not launch.backend:
             raise mistake
-        return connect(launch, arguments.timeout), arguments, mistake
+        return connect(launch, arguments.start_timeout), arguments, mistake
     except HippoError as error:
         _refuse(str(error), error.exit_code, rank)
 

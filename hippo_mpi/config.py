@@ -27,7 +27,6 @@ class RunOptions:
 
     layer_split: tuple[int, ...] | None
     max_context: int | None
-    timeout_s: float
     prefill_step_size: int | None
 
 
@@ -123,15 +122,22 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_deadlines(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--timeout", type=above_0, default=30.0, help="seconds without progress after which all ranks end"
+    )
+    group.add_argument(
+        "--start-timeout", type=above_0, default=30.0, help="seconds that ranks wait for each other to start"
+    )
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ranks")
     group.add_argument("--layer-split", type=counts, help="layers per rank, such as 14,10; planned if not given")
     group.add_argument(
         "--max-context", type=positive, help="longest prompt and answer together; the model's own, or what fits"
     )
-    group.add_argument(
-        "--timeout", type=above_0, default=30.0, help="seconds without progress after which all ranks end"
-    )
+    add_deadlines(group)
     group.add_argument(
         "--prefill-step-size",
         "--prefill-chunk",
@@ -191,7 +197,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_options(arguments: argparse.Namespace) -> RunOptions:
-    return RunOptions(arguments.layer_split, arguments.max_context, arguments.timeout, arguments.prefill_step_size)
+    return RunOptions(arguments.layer_split, arguments.max_context, arguments.prefill_step_size)
 
 
 # ---- checked values; argparse puts the message behind "argument --name:"

@@ -30,7 +30,7 @@ def make_parser() -> config.Parser:
         "--machine", type=machine, action="append", dest="machines",
         help="machines that aren't here: NAME:GIBIBYTES[:SPEED], once per rank",
     )  # fmt: skip
-    parser.add_argument("--timeout", type=config.above_0, default=30.0, help="seconds that ranks wait for each other")
+    config.add_deadlines(parser)
     return parser
 
 

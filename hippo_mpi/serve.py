@@ -45,6 +45,7 @@ except ImportError as missing:
     print_error(f'hippo_mpi.serve needs {missing.name}: pip install "hippo-mpi[serve]"')
     sys.exit(UserError.exit_code)
 
+_PYTHON_START_S = 30.0  # imports from a cold disk, and a launcher's ssh
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -56,7 +57,6 @@ def serve_rank(session: Session) -> int:
     if session.world.rank > 0:
         command.follow(session)
         return 0
-    tokenizer, _ = open_text(session)
     path = os.environ.get(FRONT)
     if path:
         connection = socket.socket(socket.AF_UNIX)
@@ -66,7 +66,8 @@ def serve_rank(session: Session) -> int:
             raise RankError(f"the front is gone: {error}") from None
     else:
         connection = _start_own_front(session)
-    service = RankService(connection, session.control)
+    service = RankService(connection, session.control)  # beats from here on: what follows may have to be downloaded
+    tokenizer, _ = open_text(session)
     pipeline = session.load()
     engine = make_engine(session, pipeline, tokenizer)
     split, vocab_size = session.agreement.split, session.agreement.vocab_size
@@ -129,7 +130,8 @@ def serve(argv: list[str]) -> int:
             await catalogue.plan(model, [front.machines[index] for index in living])
         return launch_plan([*argv, *model.options], arguments, hosts, living)
 
-    supervisor = Supervisor(front, make_plan, hosts, free_ports, arguments.timeout, arguments.max_restarts)
+    start_s = _PYTHON_START_S + arguments.start_timeout  # so that ranks which wait in vain say so themselves
+    supervisor = Supervisor(front, make_plan, hosts, free_ports, start_s, arguments.timeout, arguments.max_restarts)
     asyncio.run(_serve_supervised(arguments, front, api, supervisor))
     return 0
 

@@ -56,9 +56,14 @@ class Peer:
 
 
 class Control:
-    """This rank's control connections. Without peers (a world of one) everything is a no-op."""
+    """This rank's control connections. Without peers (a world of one) everything is a no-op.
 
-    def __init__(self, world: World, timeout_s: float) -> None:
+    Args:
+        start_timeout_s: how long ranks wait for each other's connections.
+        timeout_s: how long a rank may be silent, or all of them get nothing done, before all end.
+    """
+
+    def __init__(self, world: World, start_timeout_s: float, timeout_s: float) -> None:
         self.world, self.timeout_s = world, timeout_s
         self.reports: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
         self._star: dict[int, socket.socket] = {}
@@ -72,7 +77,7 @@ class Control:
         self.own_status: Callable[[], dict[str, Any]] = dict  # asked by the watch thread; small, and JSON
         self._rank_line = f"rank {world.rank} ({world.host})"
         if world.size > 1:
-            self._connect()
+            self._connect(start_timeout_s)
             threading.Thread(target=self._watch, name="hippo-watch", daemon=True).start()
 
     # ---- what the main thread says about itself
@@ -159,18 +164,18 @@ class Control:
         for rank in list(self._star):
             self._send(rank, {"kind": "bye"})
 
-    def _connect(self) -> None:
+    def _connect(self, timeout_s: float) -> None:
         world = self.world
         listener = socket.create_server((world.address if world.backend == "ring" else "", 0), backlog=world.size + 1)
-        complaint = f"{world.name} waited {self.timeout_s:.0f} s for the addresses of the other ranks"
-        with deadline(self.timeout_s, complaint, world.rank):
+        complaint = f"{world.name} waited {timeout_s:.0f} s for the addresses of the other ranks"
+        with deadline(timeout_s, complaint, world.rank):
             key, addresses = _introduce(world, listener.getsockname()[1])
         names = [f"rank {rank} ({who['host']})" for rank, who in enumerate(addresses)]
         successor, predecessor = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-        listener.settimeout(self.timeout_s)
-        self._next = _dial(addresses[successor], world, key, "ring", self.timeout_s)
+        listener.settimeout(timeout_s)
+        self._next = _dial(addresses[successor], world, key, "ring", timeout_s)
         if world.rank > 0:
-            self._star[0] = _dial(addresses[0], world, key, "star", self.timeout_s)
+            self._star[0] = _dial(addresses[0], world, key, "star", timeout_s)
         expected = {("ring", predecessor)} | ({("star", r) for r in range(1, world.size)} if world.rank == 0 else set())
         while expected:
             connection, who = _answer(listener, key, world, names)

@@ -107,7 +107,8 @@ def connect(launch: Launch, timeout_s: float) -> World:
     if launch.backend == "mpi":
         _find_mpi_library()
     waiting_for = (
-        f"rank {launch.rank} ({host}) waited {timeout_s:.0f} s for the other ranks to start ({launch.backend})"
+        f"rank {launch.rank} ({host}) waited {timeout_s:.0f} s for the other ranks to start"
+        f" ({launch.backend}; --start-timeout)"
     )
     with deadline(timeout_s, waiting_for, launch.rank):
         try:

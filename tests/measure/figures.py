@@ -122,7 +122,7 @@ from hippo_mpi.transport.channel import RingChannel
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.world import connect, detect_launch
 world = connect(detect_launch(), 30)
-control = Control(world, 30)
+control = Control(world, 30, 30)
 channel = RingChannel(world, control)
 if world.rank == 0:
     hop = next(hop for hop in time_ring(channel, world.size, control.progress) if hop.size_bytes == 8192)

@@ -13,7 +13,7 @@ from hippo_mpi.transport.world import World, connect, detect_launch
 
 if "OMPI_COMM_WORLD_SIZE" in os.environ:
     _world = connect(detect_launch(), 30.0)
-    _control = Control(_world, 30.0)
+    _control = Control(_world, 30.0, 30.0)
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,7 @@ def test_stopped_while_decoding(victim: int) -> None:
 
 @pytest.mark.parametrize("delay_s", [0.2, 0.8, 1.5, 2.2])
 def test_killed_while_starting_or_loading(delay_s: float) -> None:
-    with ranks.ring([endless()] * 2) as running:
+    with ranks.ring([[*endless(), "--start-timeout", str(TIMEOUT_S)]] * 2) as running:
         time.sleep(delay_s)
         running[1].process.kill()
         code = running[0].wait(TIMEOUT_S + 10)
@@ -93,7 +93,7 @@ def test_killed_while_starting_or_loading(delay_s: float) -> None:
 
 @pytest.mark.parametrize("delay_s", [0.5, 2.0])
 def test_stopped_while_starting_or_loading(delay_s: float) -> None:
-    with ranks.ring([endless()] * 2) as running:
+    with ranks.ring([[*endless(), "--start-timeout", str(TIMEOUT_S)]] * 2) as running:
         time.sleep(delay_s)
         running[1].process.send_signal(signal.SIGSTOP)
         assert running[0].wait(2 * TIMEOUT_S + 8) != 0

@@ -17,6 +17,7 @@ from tests import ranks
 
 TIMEOUT_S = 4
 GENERATE = [str(ranks.BIN / "hippo_mpi.generate"), "--max-tokens", "1900", "--temp", "8", "--timeout", str(TIMEOUT_S)]
+WAITS = ["--start-timeout", str(TIMEOUT_S)]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -25,7 +26,7 @@ def test_a_rank_whose_peer_never_starts(rank: int, tmp_path: Path) -> None:
     hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ranks.free_ports(2)]))
     env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)}
     began = time.monotonic()
-    with ranks.single(GENERATE, env=env) as running:
+    with ranks.single([*GENERATE, *WAITS], env=env) as running:
         assert running.wait(TIMEOUT_S + 10) != 0
     assert time.monotonic() - began < TIMEOUT_S + 8
     lines = [line for line in running.err.splitlines() if line.startswith("error:")]
@@ -39,7 +40,9 @@ def test_a_ring_of_three_whose_last_rank_never_starts(tmp_path: Path) -> None:
     hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ranks.free_ports(4)]))
     with contextlib.ExitStack() as stack:
         running = [
-            stack.enter_context(ranks.single(GENERATE, env={"MLX_RANK": str(i), "MLX_HOSTFILE": str(hostfile)}))
+            stack.enter_context(
+                ranks.single([*GENERATE, *WAITS], env={"MLX_RANK": str(i), "MLX_HOSTFILE": str(hostfile)})
+            )
             for i in (0, 1, 3)
         ]
         began = time.monotonic()

@@ -74,7 +74,7 @@ def test_every_stream_goes_on_where_it_was(running: Server, wanted: list[str], r
         assert found.result(60) == wanted
     assert not ranks.await_end(before)
     assert running.status()["ready"]
-    assert num_restarts(running) == restarts + 1
+    assert num_restarts(running) == restarts + 1, running.running.err
 
 
 def test_drafts_are_made_anew() -> None:

@@ -124,6 +124,7 @@ class Supervisor:
         make_plan: how the ranks of a model (its name) are started on some of the hosts (given their numbers; None: all).
         hosts: where ranks may be; none: on this machine only.
         find_ports: the first of so many free ports in a row, for the ring of local ranks; new ones for every start.
+        start_s: rank 0 has so long to come from its start.
         silence_s: after so long without a word from rank 0, it counts as lost.
         max_restarts: failures in a row that a request bears, without a token of it between.
     """
@@ -134,11 +135,12 @@ class Supervisor:
         make_plan: Callable[[str, Sequence[int] | None], Awaitable[LaunchPlan]],
         hosts: Sequence[Host],
         find_ports: Callable[[int], int],
+        start_s: float,
         silence_s: float,
         max_restarts: int,
     ) -> None:
         self._front, self._make_plan, self._hosts, self._find_ports = front, make_plan, hosts, find_ports
-        self._silence_s, self._max_restarts = silence_s, max_restarts
+        self._start_s, self._silence_s, self._max_restarts = start_s, silence_s, max_restarts
 
     async def run(self) -> None:
         """Start the ranks, and start them again whenever they fail; ends by being cancelled.
@@ -184,11 +186,11 @@ class Supervisor:
         try:
             group.start(await self._plan(), folder, self._find_ports)
             ended, connected = asyncio.ensure_future(group.wait()), asyncio.ensure_future(arrived.get())
-            await asyncio.wait({ended, connected}, return_when="FIRST_COMPLETED", timeout=self._silence_s)
+            await asyncio.wait({ended, connected}, return_when="FIRST_COMPLETED", timeout=self._start_s)
             if not connected.done():
                 connected.cancel()
                 ended.cancel()
-                return self._why(group) if group.ended() is not None else f"no rank came within {self._silence_s:.0f} s"
+                return self._why(group) if group.ended() is not None else f"no rank came within {self._start_s:.0f} s"
             serving = asyncio.ensure_future(front.serve_ranks(*connected.result(), self._silence_s))
             try:
                 is_turned = await self._until_turn({ended, serving})
