@@ -142,7 +142,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--prefill-step-size",
         "--prefill-chunk",
         type=positive,
-        help="prompt tokens per step; by default 2048 / more, smaller chunks on several ranks",
+        help="prompt tokens per step; by default 2048 on a GPU and 256 on a CPU; smaller chunks on several ranks",
     )
 
 

@@ -19,6 +19,7 @@ from hippo_mpi.errors import UserError
 from hippo_mpi.serving.benchmark.simulation_report import prediction_object, prediction_table, read_times
 from hippo_mpi.shard import pipeline
 from hippo_mpi.shard.layer_split import Machine
+from hippo_mpi.transport.memory import longest_chunk
 
 
 def make_parser() -> config.Parser:
@@ -110,7 +111,7 @@ def plan(session: Session) -> int:
 def _simulate(session: Session) -> None:
     arguments, agreement = session.arguments, session.agreement
     num_stages, prompt = len(agreement.counts), arguments.prompt_tokens
-    chunk = arguments.prefill_step_size or chunk_tokens(prompt, num_stages)
+    chunk = arguments.prefill_step_size or chunk_tokens(prompt, num_stages, longest_chunk())
     workload = Workload(prompt, chunk, arguments.concurrent, agreement.can_batch is not False)
     if arguments.stage_times:
         times = read_times(arguments.stage_times, workload, num_stages)

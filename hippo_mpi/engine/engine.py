@@ -36,6 +36,7 @@ from hippo_mpi.engine.thinking import Thinking
 from hippo_mpi.errors import UserError
 from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.parallel.worker import Leader
+from hippo_mpi.transport.memory import longest_chunk
 
 
 class Engine:
@@ -71,6 +72,7 @@ class Engine:
         if limits.can_batch is None and limits.max_batch_size > 1:
             check = check_rows(leader, serials)
             limits = replace(limits, can_batch=check.can_batch, can_pad=check.can_pad)
+        limits = replace(limits, longest_chunk=longest_chunk())
         if propose is not None:
             check_drafting(leader, serials)
         caches = leader.caches

@@ -20,7 +20,6 @@ from hippo_mpi.engine.prefix_cache import PrefixCache
 from hippo_mpi.engine.request import Propose, Sequence
 from hippo_mpi.parallel.step_plan import StepPlan
 
-_WHOLE_CHUNK_TOKENS = 2048  # mlx_lm.generate's
 _MOST_PADDING = 2  # prompts that are read together are padded to at most this multiple of the shortest
 _CHUNKS_PER_STAGE = 8  # with 8 chunks a stage, filling and draining the pipeline costs 1 part in 16 at 2 stages
 
@@ -35,6 +34,7 @@ class Limits:
     prefill_chunk: int | None = None  # prompt tokens per step; None: as suits the number of stages
     can_batch: bool | None = None  # whether rows may share a step; None: the engine asks the model, also for can_pad
     can_pad: bool = False  # whether prompts of different lengths may be read in one step, padded on the right
+    longest_chunk: int = 2048  # prompt tokens per step on one stage; the engine asks the machine
 
 
 @dataclass(eq=False)
@@ -327,7 +327,7 @@ class Scheduler:
 
     def _chunk_tokens(self) -> int:
         unread = sum(len(s.request.prompt) - s.timings.cached_tokens for s in self._prefilling)
-        return self._limits.prefill_chunk or chunk_tokens(unread, self._num_stages)
+        return self._limits.prefill_chunk or chunk_tokens(unread, self._num_stages, self._limits.longest_chunk)
 
     # ---- slots
 
@@ -348,11 +348,11 @@ class Scheduler:
         return self._num_slots - 1
 
 
-def chunk_tokens(unread_tokens: int, num_stages: int) -> int:
+def chunk_tokens(unread_tokens: int, num_stages: int, longest: int) -> int:
     """Prompt tokens per step: few enough that the chunks keep all stages busy, enough to be efficient."""
     if num_stages == 1:
-        return _WHOLE_CHUNK_TOKENS
-    return max(64, min(512, -(-unread_tokens // (_CHUNKS_PER_STAGE * num_stages))))
+        return longest
+    return max(64, min(512, longest, -(-unread_tokens // (_CHUNKS_PER_STAGE * num_stages))))
 
 
 def _tokens_left(sequence: Sequence) -> int:

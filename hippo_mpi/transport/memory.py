@@ -1,4 +1,4 @@
-"""What this machine has: memory for a rank, and speed."""
+"""What this machine has: memory for a rank, speed, and how long a step it takes best."""
 
 from __future__ import annotations
 
@@ -37,6 +37,15 @@ def measured_speed() -> float:
     del matrix, vector
     mx.clear_cache()  # what MLX keeps for later would count as this rank's memory
     return size / best
+
+
+def longest_chunk() -> int:
+    """Prompt tokens that one step should read at most.
+
+    A GPU takes mlx_lm.generate's 2,048. On a CPU the scores of so many against each other leave the caches: a prompt
+    of 2,048 took 8.8 ms a token in one step, 5.3 in steps of 512, 5.1 in steps of 256 (86M parameters, one core).
+    """
+    return 2048 if mx.default_device() == mx.Device(mx.gpu) else 256
 
 
 def peak_resident_bytes() -> int:
