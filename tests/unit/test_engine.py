@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.errors import DesyncError, UserError
 from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.shard import Checkpoint
+from hippo_mpi.transport.memory import longest_chunk
 from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity.tiny_models import make_checkpoint
 from tests.tiny_tokenizer import save_tokenizer
@@ -287,6 +289,18 @@ def test_slots_that_go_together_move_their_company_once(checkpoint: Checkpoint, 
         assert mx.allclose(logits, wanted, atol=1e-4).item()
     with pytest.raises(DesyncError, match="slot 3 holds nothing"):
         leader.step(StepPlan(4, parts=(3,)), [])
+
+
+def test_a_long_prompt_is_read_in_steps_that_suit_the_machine(
+    checkpoint: Checkpoint, tokenizer: TokenizerWrapper
+) -> None:
+    for split in [6], [2, 4]:
+        bench, read = Bench(checkpoint, tokenizer, split), [0]
+        bench.engine.on_prefill = lambda done, total, read=read: read.append(done)  # type: ignore[misc]
+        bench.engine.add(Request(0, prompt_of(1, 4500), SamplingParams(max_tokens=1)))
+        bench.run()
+        longest = max(after - before for before, after in pairwise(read))
+        assert longest == longest_chunk() if len(split) == 1 else 64 <= longest <= min(512, longest_chunk())
 
 
 @pytest.mark.slow

@@ -32,6 +32,20 @@ _END_S = 3.0
 _LOOK_S = 0.05
 _KNOCK_S = 5  # for a host to let us in
 
+# Rows that join or leave a batch are copies of its caches. On Linux MLX asks malloc for each, which gets new pages from
+# the system and gives them back at once, unless told to keep them, in huge pages: 1,000 page faults instead of
+# 2,400,000, and 0.95 of the time, for 16 prompts of 512 tokens with 64 to answer (86M parameters, one core).
+_TUNABLES = "GLIBC_TUNABLES"
+_KEEP_MEMORY = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {
+        "hugetlb": 1,
+        "mmap_threshold": 4 << 30,
+        "trim_threshold": 8 << 30,
+        "top_pad": 256 << 20,
+    }.items()
+)
+
 _Arrived = asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
 
 
@@ -73,11 +87,12 @@ class RankGroup:
             RUN_KEY: secrets.token_hex(32),
             TERMINAL: str(int(sys.stderr.isatty())),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            _TUNABLES: os.environ.get(_TUNABLES, _KEEP_MEMORY),
         }
         hostfile = folder / "hosts.json"
         if plan.launcher:
             hostfile.write_text(json.dumps(list(plan.hosts)))
-            given = [word for name in (FRONT, RUN_KEY) for word in ("--env", f"{name}={env[name]}")]
+            given = [word for name in (FRONT, RUN_KEY, _TUNABLES) for word in ("--env", f"{name}={env[name]}")]
             self._start([*plan.launcher, "--hostfile", str(hostfile), *given, "--", *plan.command], env)
             return
         first = find_ports(plan.num_local)
