@@ -34,6 +34,17 @@ def test_a_rank_whose_peer_never_starts(rank: int, tmp_path: Path) -> None:
     assert f"rank {rank} (" in lines[0] and "waited 4 s for the other ranks" in lines[0]
 
 
+def test_a_rank_that_starts_late_is_waited_for(tmp_path: Path) -> None:
+    """However little time ranks have once they run."""
+    hostfile = tmp_path / "hosts.json"
+    hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ranks.free_ports(2)]))
+    envs = [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)} for rank in range(2)]
+    with ranks.single(GENERATE, env=envs[0]) as first:
+        time.sleep(TIMEOUT_S + 3)
+        with ranks.single(GENERATE, env=envs[1]):
+            first.await_output()
+
+
 def test_a_ring_of_three_whose_last_rank_never_starts(tmp_path: Path) -> None:
     """Some ranks have joined by then, and wait for addresses: that wait has a deadline, too."""
     hostfile = tmp_path / "hosts.json"

@@ -297,7 +297,7 @@ def test_a_long_prompt_is_read_in_steps_that_suit_the_machine(
     for split in [6], [2, 4]:
         bench, read = Bench(checkpoint, tokenizer, split), [0]
         bench.engine.on_prefill = lambda done, total, read=read: read.append(done)  # type: ignore[misc]
-        bench.engine.add(Request(0, prompt_of(1, 4500), SamplingParams(max_tokens=1)))
+        bench.engine.add(Request(0, prompt_of(1, 2 * longest_chunk() + 88), SamplingParams(max_tokens=1)))
         bench.run()
         longest = max(after - before for before, after in pairwise(read))
         assert longest == longest_chunk() if len(split) == 1 else 64 <= longest <= min(512, longest_chunk())
