@@ -40,7 +40,7 @@ def test_a_rank_that_starts_late_is_waited_for(tmp_path: Path) -> None:
     hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ranks.free_ports(2)]))
     envs = [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)} for rank in range(2)]
     with ranks.single(GENERATE, env=envs[0]) as first:
-        time.sleep(TIMEOUT_S + 3)
+        time.sleep(2 * TIMEOUT_S + 2)
         with ranks.single(GENERATE, env=envs[1]):
             first.await_output()
 
