@@ -210,7 +210,7 @@ class Supervisor:
             try:
                 is_turned = await self._until_turn({ended, serving})
                 await asyncio.wait({serving}, timeout=_END_S)  # rank 0 may still have something to tell
-                if is_turned:
+                if is_turned or front.about is None:  # ranks that were never ready: their exit status says why
                     await asyncio.wait({ended}, timeout=_END_S)
             finally:
                 ended.cancel()
