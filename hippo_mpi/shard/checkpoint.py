@@ -167,15 +167,14 @@ def _absent(weight: mx.array) -> mx.array:
 
 def _files_of(source: ModelSource, wanted: set[str]) -> set[str]:
     """The files from which the weights `wanted` come; mlx-lm renames, stacks and splits what it loads."""
-    loaded: dict[str, str] = {}
-    arrays: dict[str, mx.array] = {}
+    files: list[str] = []
+    arrays: list[mx.array] = []
     load = mx.load
 
     def noting_load(file: Any, *args: Any, **kwargs: Any) -> Any:
         found: Any = load(file, *args, **kwargs)
-        for array in found.values():
-            name = f"from_{len(arrays)}"
-            arrays[name], loaded[name] = array, Path(file).name
+        files.extend([Path(file).name] * len(found))
+        arrays.extend(found.values())
         return found
 
     mx.load = noting_load
@@ -183,12 +182,8 @@ def _files_of(source: ModelSource, wanted: set[str]) -> set[str]:
         model, _ = open_lazily(source)
     finally:
         mx.load = load
-    targets = {
-        f"to_{i}": mx.stop_gradient(weight)
-        for i, (name, weight) in enumerate(tree_flatten(model.parameters()))
-        if name in wanted
-    }
-    return {loaded[name] for name in ancestors(targets, arrays)}
+    targets = [mx.stop_gradient(weight) for name, weight in tree_flatten(model.parameters()) if name in wanted]
+    return {files[index] for indices in ancestors(targets, arrays) for index in indices}
 
 
 def open_lazily(source: ModelSource) -> tuple[nn.Module, dict[str, Any]]:

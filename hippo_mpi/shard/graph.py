@@ -5,30 +5,41 @@ from __future__ import annotations
 import io
 import re
 from collections import defaultdict
+from collections.abc import Sequence
+from itertools import product
 
 import mlx.core as mx
 
-
-def ancestors(targets: dict[str, mx.array], sources: dict[str, mx.array]) -> set[str]:
-    """Names of those `sources` that any of the (unevaluated) `targets` is made from."""
-    parents = parents_of({**sources, **targets})
-    return {node for target in targets for node in above(target, parents)} & set(sources)
+# mx.export_to_dot takes 1,024 named arrays at most. Each drawing repeats the sources' names, so targets share it.
+_TARGETS_PER_DRAWING, _SOURCES_PER_DRAWING = 200, 800
 
 
-def parents_of(named: dict[str, mx.array]) -> dict[str, list[str]]:
-    """The edges of MLX's graph above the named arrays, read off its drawing of it."""
+def ancestors(targets: Sequence[mx.array], sources: Sequence[mx.array]) -> list[set[int]]:
+    """Return, for each of the unevaluated `targets`, the indices of those `sources` that it is made from."""
+    found: list[set[int]] = [set() for _ in targets]
+    for target, source in product(
+        range(0, len(targets), _TARGETS_PER_DRAWING), range(0, len(sources), _SOURCES_PER_DRAWING)
+    ):
+        drawn = {f"t{i}": i for i in range(target, min(target + _TARGETS_PER_DRAWING, len(targets)))}
+        leaves = {f"s{i}": i for i in range(source, min(source + _SOURCES_PER_DRAWING, len(sources)))}
+        parents = _parents({n: targets[i] for n, i in drawn.items()} | {n: sources[i] for n, i in leaves.items()})
+        for node, index in drawn.items():
+            found[index].update(leaves[above] for above in _above(node, parents) if above in leaves)
+    return found
+
+
+def _parents(named: dict[str, mx.array]) -> dict[str, list[str]]:
+    """Return the edges of MLX's graph above the named arrays: for each node those that it is computed from."""
     drawing = io.StringIO()
     mx.export_to_dot(drawing, **named)
     parents: dict[str, list[str]] = defaultdict(list)
-    for line in drawing.getvalue().splitlines():
-        edge = re.match(r'"?(\w+)"? -> "?(\w+)"?$', line)
-        if edge:
-            parents[edge[2]].append(edge[1])
+    for start, stop in re.findall(r'^"?(\w+)"? -> "?(\w+)"?$', drawing.getvalue(), re.MULTILINE):
+        parents[stop].append(start)
     return parents
 
 
-def above(start: str, parents: dict[str, list[str]]) -> set[str]:
-    """Every node that `start` is made from."""
+def _above(start: str, parents: dict[str, list[str]]) -> set[str]:
+    """Return every node that `start` is made from."""
     seen, todo = {start}, [start]
     while todo:
         for parent in parents.get(todo.pop(), ()):
@@ -39,7 +50,7 @@ def above(start: str, parents: dict[str, list[str]]) -> set[str]:
 
 
 def leaf(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """An evaluated array of zeros that holds one number, whatever its shape."""
+    """Return an evaluated array of zeros that holds one number, whatever its shape."""
     array = mx.broadcast_to(mx.zeros((), dtype), shape) if 0 not in shape else mx.zeros(shape, dtype)
     mx.eval(array)
     return array

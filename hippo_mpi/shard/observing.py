@@ -21,7 +21,7 @@ from hippo_mpi.errors import ModelError
 from hippo_mpi.shard import arrays_in
 from hippo_mpi.shard.arrays_in import Opaque, Path
 from hippo_mpi.shard.dataflow import ArgumentRef, Returned, ReturnedArray, ReturnedSequence, ReturnedValue
-from hippo_mpi.shard.graph import above, leaf, parents_of
+from hippo_mpi.shard.graph import ancestors, leaf
 
 _READS = {"make_mask", "size", "empty", "is_trimmable", "keys_and_values", "__getitem__", "__len__", "batch_size"}
 
@@ -57,15 +57,13 @@ class Observer:
         self.needs: list[dict[Any, set[Any]]] = []
         self.current: list[Seen] = []
         self.effect_log: list[tuple[Path, str, tuple[Any, ...]]] | None = None
-        self.roots: dict[str, mx.array] = {}
-        self.names: dict[str, Any] = {}
+        self.sources: list[tuple[Any, mx.array]] = []
+        self.targets: list[tuple[Any, mx.array]] = []
 
     def run(self, cache: list[Any], num_rows: int, num_tokens: int) -> None:
-        self.current, self.roots, self.names = [], {}, {}
-        for name, weight in self.weights.items():
-            self._name(("weight", name), weight)
         tokens = leaf((num_rows, num_tokens), mx.int32)
-        self._name(("token",), tokens)
+        self.current, self.targets = [], []
+        self.sources = [(("weight", name), weight) for name, weight in self.weights.items()] + [(("token",), tokens)]
         self.opaque = Opaque(all_caches(cache))
         self.cache_index = {id(c): index for index, entry in enumerate(cache) for c in all_caches([entry])}
         plain = [type(layer) for layer in self.layers]
@@ -85,7 +83,7 @@ class Observer:
                 layer.__class__ = kind
             for c, kind in plain_caches:
                 c.__class__ = kind
-        self._name(("logits",), mx.stop_gradient(logits))
+        self._note(("logits",), logits)
         self.passes.append(self.current)
         self.needs.append(self._read_graph())
 
@@ -98,15 +96,14 @@ class Observer:
             for path in seen.inputs
         )
 
-    def _name(self, name: Any, array: mx.array) -> None:
-        key = f"n_{len(self.roots)}"
-        self.roots[key] = array
-        self.names[key] = name
+    def _note(self, name: Any, array: mx.array) -> None:
+        """Remember an array whose ancestors are wanted, as it is now."""
+        self.targets.append((name, mx.stop_gradient(array)))
 
     def _fresh(self, name: Any, like: mx.array) -> mx.array:
         """A leaf called `name` in place of `like`. In-place changes by the model must not rename it."""
         fresh = leaf(like.shape, like.dtype)
-        self._name(name, fresh)
+        self.sources.append((name, fresh))
         return mx.stop_gradient(fresh)
 
     def _spy_layer(self, kind: type, index: int) -> type:
@@ -125,9 +122,9 @@ class Observer:
 
         def enter(path: Path, array: mx.array) -> mx.array:
             seen.inputs[path] = array.shape
-            self._name(("made", number, path), mx.stop_gradient(array))
+            self._note(("made", number, path), array)
             handle = self._fresh(("in", number, path), array)
-            self._name(("handle", number, path), handle)
+            self.targets.append((("handle", number, path), handle))
             return handle
 
         arrays_in.replace(inputs, self.opaque, enter)
@@ -144,7 +141,7 @@ class Observer:
 
         def leave(path: Path, array: mx.array) -> mx.array:
             seen.outputs[path] = array
-            self._name(("made-out", number, path), mx.stop_gradient(array))
+            self._note(("made-out", number, path), array)
             return self._fresh(("out", number, path), array)
 
         for path, container in mutable:
@@ -156,7 +153,7 @@ class Observer:
 
     def _detach_cache(self, number: int, cache: Any) -> None:
         def new(path: Path, array: mx.array) -> mx.array:
-            self._name(("made-cache", number), mx.stop_gradient(array))
+            self._note(("made-cache", number), array)
             return self._fresh(("cache", number), array)
 
         inside = {key: value for key, value in vars(cache).items() if key != "caches"}
@@ -164,12 +161,12 @@ class Observer:
         vars(cache).update(inside)
 
     def _read_graph(self) -> dict[Any, set[Any]]:
-        """For every named array: the leaves that it is made from."""
-        parents = parents_of(self.roots)
+        """Return, for every noted array, the names of the leaves that it is made from."""
         needs: dict[Any, set[Any]] = defaultdict(set)
-        for key, name in self.names.items():
-            if parents.get(key):
-                needs[name] |= {self.names[node] for node in above(key, parents) if node in self.names}
+        found = ancestors([array for _, array in self.targets], [array for _, array in self.sources])
+        for (name, _), indices in zip(self.targets, found, strict=True):
+            needs[name] |= {self.sources[index][0] for index in indices}
+        self.targets, self.sources = [], []
         return needs
 
 
