@@ -100,7 +100,12 @@ def make_engine(session: Session, pipeline: Pipeline, tokenizer: TokenizerWrappe
     assert split is not None  # rank 0 has planned
     size, cache_tokens = split.cache_room(arguments.max_batch_size)
     limits = Limits(
-        size, arguments.max_batch_tokens, cache_tokens, arguments.prefill_step_size, session.agreement.can_batch
+        size,
+        arguments.max_batch_tokens,
+        cache_tokens,
+        arguments.prefill_step_size,
+        session.agreement.can_batch,
+        deadline_s=arguments.timeout,
     )
     num_bytes = arguments.prompt_cache_bytes
     num_bytes = split.prefix_room_bytes() if num_bytes is None else num_bytes

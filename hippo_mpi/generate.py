@@ -94,7 +94,7 @@ def lead(session: Session, first_prompt: str | None = None) -> tuple[Pipeline, C
     loaded = session.load()
     if arguments.seed is not None:
         mx.random.seed(arguments.seed)
-    limits = Limits(prefill_chunk=arguments.prefill_step_size)
+    limits = Limits(prefill_chunk=arguments.prefill_step_size, deadline_s=arguments.timeout)
     # The conversation so far is all that is kept, and at most the context: the plan has counted it.
     budget = PrefixBudget(max_context, lambda num_tokens: num_tokens)
     vocab_size = session.agreement.vocab_size

@@ -97,11 +97,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make_sparse_checkpoint(name: str, folder: Path) -> dict[str, int]:
+def make_sparse_checkpoint(config: dict[str, Any], folder: Path) -> dict[str, int]:
     """Write config, index and sparse weight files of a 4-bit checkpoint; return the bytes of each tensor by name."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**CONFIGS[name]}
-    config.setdefault("quantization", _AFFINE)
+    config = {"quantization": _AFFINE, **config}
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
     nn.quantize(model, **config["quantization"], class_predicate=lambda _, m: hasattr(m, "to_quantized"))

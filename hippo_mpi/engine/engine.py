@@ -7,6 +7,7 @@ update the KV caches in place (59 % of the rate at 3,000 tokens of context), so 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
@@ -136,11 +137,14 @@ class Engine:
         planned = None if self._leader.is_ahead else self._scheduler.next_plan()
         if planned is None and not self._leader.num_in_flight:
             return outputs
+        began_s = time.monotonic()
         finished = self._leader.collect(*planned or (None, []))
         if first := self._scheduler.first_prompt:
             self.on_prefill(first.position, len(first.request.prompt))
         if finished is None:
             self._leader.go_on()
+            if planned is not None and planned[0].has_rows:
+                self._scheduler.note_step(planned[0], time.monotonic() - began_s)
             return outputs
         plan, logits = finished
         rows, logits = self._running(plan, logits)

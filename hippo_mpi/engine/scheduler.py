@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from hippo_mpi.engine.prefill_pace import PrefillPace
 from hippo_mpi.engine.prefix_cache import PrefixCache
 from hippo_mpi.engine.request import Propose, Sequence
 from hippo_mpi.parallel.step_plan import StepPlan
@@ -35,6 +36,7 @@ class Limits:
     can_batch: bool | None = None  # whether rows may share a step; None: the engine asks the model, also for can_pad
     can_pad: bool = False  # whether prompts of different lengths may be read in one step, padded on the right
     longest_chunk: int = 2048  # prompt tokens per step on one stage; the engine asks the machine
+    deadline_s: float | None = None  # after which a rank that is in a step counts as stuck; None: never
 
 
 @dataclass(eq=False)
@@ -81,6 +83,7 @@ class Scheduler:
         num_revocable: Callable[[int], int] = lambda slot: 0,
     ) -> None:
         self._num_stages, self._limits, self._prefixes, self._serials = num_stages, limits, prefixes, serials
+        self._pace = PrefillPace(limits.deadline_s)
         self._waiting: deque[Sequence] = deque()
         self._prefilling: deque[Sequence] = deque()
         # Rows that can't share a step take turns instead, each a micro-batch of its own.
@@ -189,6 +192,11 @@ class Scheduler:
             batch.rows = [row for row in batch.rows if not row.is_ended]
             for sequence in gone:
                 self._release(sequence, in_company=len(step.rows) > 1)
+
+    def note_step(self, plan: StepPlan, took_s: float) -> None:
+        """Learn from how long a step took, if it was one of prompts."""
+        if not plan.wants_logits:
+            self._pace.note(len(plan.slots) * plan.num_tokens, took_s)
 
     # ---- how it decides
 
@@ -327,7 +335,9 @@ class Scheduler:
 
     def _chunk_tokens(self) -> int:
         unread = sum(len(s.request.prompt) - s.timings.cached_tokens for s in self._prefilling)
-        return self._limits.prefill_chunk or chunk_tokens(unread, self._num_stages, self._limits.longest_chunk)
+        if self._limits.prefill_chunk is not None:
+            return self._limits.prefill_chunk
+        return self._pace.limit(chunk_tokens(unread, self._num_stages, self._limits.longest_chunk))
 
     # ---- slots
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-_WAITING = "waiting"
+from hippo_mpi.transport.pulse import WAITING
 
 Mark = tuple[float, str]
 """(seconds of the wall clock, what began)"""
@@ -36,7 +36,7 @@ class Timeline:
 
     def pause(self) -> None:
         """What comes next until the next mark is no work."""
-        self._account(_WAITING)
+        self._account(WAITING)
 
     @property
     def busy_s(self) -> float:
@@ -48,7 +48,7 @@ class Timeline:
         now = time.perf_counter()
         if self._busy_since:
             self._busy_s += now - self._busy_since
-        self._busy_since = 0.0 if doing.startswith(_WAITING) else now
+        self._busy_since = 0.0 if doing.startswith(WAITING) else now
 
     def start(self) -> None:
         self._marks = []

@@ -28,6 +28,11 @@ def ancestors(targets: Sequence[mx.array], sources: Sequence[mx.array]) -> list[
     return found
 
 
+def num_nodes(targets: Sequence[mx.array]) -> int:
+    """Return how many arrays there are in the graph above the first thousand `targets`."""
+    return len(_parents({f"t{i}": target for i, target in enumerate(targets[:1000])}))
+
+
 def _parents(named: dict[str, mx.array]) -> dict[str, list[str]]:
     """Return the edges of MLX's graph above the named arrays: for each node those that it is computed from."""
     drawing = io.StringIO()

@@ -21,7 +21,7 @@ from hippo_mpi.errors import ModelError
 from hippo_mpi.shard import arrays_in
 from hippo_mpi.shard.arrays_in import Opaque, Path
 from hippo_mpi.shard.dataflow import ArgumentRef, Returned, ReturnedArray, ReturnedSequence, ReturnedValue
-from hippo_mpi.shard.graph import ancestors, leaf
+from hippo_mpi.shard.graph import ancestors, leaf, num_nodes
 
 _READS = {"make_mask", "size", "empty", "is_trimmable", "keys_and_values", "__getitem__", "__len__", "batch_size"}
 
@@ -42,6 +42,11 @@ class Observer:
     """Runs passes over the model with named leaves, and keeps each pass's graph as sets of leaf names.
 
     Names: ("weight", name), ("token",), ("in", call, path), ("out", call, path), ("cache", call).
+
+    Attributes:
+        passes: what each pass saw, call by call.
+        needs: for each pass, the leaves that each noted array is made from.
+        sizes: the number of arrays in each pass's graph.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,15 +60,22 @@ class Observer:
         self.layer_of_weight = _owning_layers(self.layers, self.weights)
         self.passes: list[list[Seen]] = []
         self.needs: list[dict[Any, set[Any]]] = []
+        self.sizes: list[int] = []
         self.current: list[Seen] = []
         self.effect_log: list[tuple[Path, str, tuple[Any, ...]]] | None = None
         self.sources: list[tuple[Any, mx.array]] = []
         self.targets: list[tuple[Any, mx.array]] = []
 
-    def run(self, cache: list[Any], num_rows: int, num_tokens: int) -> None:
+    def run(self, cache: list[Any], num_rows: int, num_tokens: int, names_layers: bool = True) -> None:
+        """Run a pass of `num_tokens` tokens for each of `num_rows` rows over `cache`.
+
+        Args:
+            names_layers: whether weights of layers are told apart; a large graph is drawn faster without.
+        """
         tokens = leaf((num_rows, num_tokens), mx.int32)
         self.current, self.targets = [], []
-        self.sources = [(("weight", name), weight) for name, weight in self.weights.items()] + [(("token",), tokens)]
+        named = [name for name in self.weights if names_layers or name not in self.layer_of_weight]
+        self.sources = [(("token",), tokens), *((("weight", name), self.weights[name]) for name in named)]
         self.opaque = Opaque(all_caches(cache))
         self.cache_index = {id(c): index for index, entry in enumerate(cache) for c in all_caches([entry])}
         plain = [type(layer) for layer in self.layers]
@@ -163,7 +175,9 @@ class Observer:
     def _read_graph(self) -> dict[Any, set[Any]]:
         """Return, for every noted array, the names of the leaves that it is made from."""
         needs: dict[Any, set[Any]] = defaultdict(set)
-        found = ancestors([array for _, array in self.targets], [array for _, array in self.sources])
+        targets = [array for _, array in self.targets]
+        self.sizes.append(num_nodes(targets))
+        found = ancestors(targets, [array for _, array in self.sources])
         for (name, _), indices in zip(self.targets, found, strict=True):
             needs[name] |= {self.sources[index][0] for index in indices}
         self.targets, self.sources = [], []

@@ -30,8 +30,11 @@ Pass = tuple[int, int, bool]
 # The second repeats the shape of the first, so that a shape that differs grows with the context; 1 token takes
 # the decoding branch; 2 rows tell rows from constants.
 _SHORT_PASSES: list[Pass] = [(1, 5, True), (1, 5, False), (1, 1, False), (2, 3, True)]
-# Some layers begin to hand something on only after many tokens (deepseek_v41 compresses up to so many into one).
-_LONG_PASSES: list[Pass] = [(1, 1031, True), (1, 1031, False)]
+# Some layers begin to hand something on only after many tokens (deepseek_v41 compresses up to so many into one): two
+# passes of that many. Where a layer is a loop over tokens (recurrent ones, on a CPU), of fewer, so that the loops
+# don't make more arrays than this. All are primes, so that a size tells what it is a multiple of.
+_LONG_PASS_TOKENS = (1031, 257, 61, 17)
+_MAX_LOOP_ARRAYS = 100_000
 
 
 def trace(model: nn.Module) -> Dataflow:
@@ -44,17 +47,27 @@ def trace(model: nn.Module) -> Dataflow:
     _run(observer, _SHORT_PASSES)
     passes = list(_SHORT_PASSES)
     if not observer.was_evaluated():  # a model that looks at values computes: its long passes would take long
-        _run(observer, _LONG_PASSES)
-        passes += _LONG_PASSES
+        long_passes = _long_passes(observer.sizes)
+        _run(observer, long_passes, names_layers=False)
+        passes += long_passes
     return _Conclusion(observer, passes).dataflow()
 
 
-def _run(observer: Observer, passes: list[Pass]) -> None:
+def _long_passes(sizes: list[int]) -> list[Pass]:
+    """Return two passes over as many tokens as the loops over tokens allow, given the sizes of the short passes."""
+    per_token = (sizes[0] - sizes[-1]) / (_SHORT_PASSES[0][1] - _SHORT_PASSES[-1][1])
+    num_tokens = next(
+        (tokens for tokens in _LONG_PASS_TOKENS if per_token * tokens <= _MAX_LOOP_ARRAYS), _LONG_PASS_TOKENS[-1]
+    )
+    return [(1, num_tokens, True), (1, num_tokens, False)]
+
+
+def _run(observer: Observer, passes: list[Pass], names_layers: bool = True) -> None:
     cache: list[Any] = []
     for num_rows, num_tokens, fresh in passes:
         if fresh:
             cache = make_prompt_cache(observer.model)
-        observer.run(cache, num_rows, num_tokens)
+        observer.run(cache, num_rows, num_tokens, names_layers)
 
 
 class _Conclusion:

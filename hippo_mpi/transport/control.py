@@ -32,6 +32,7 @@ import mlx.core as mx
 import numpy as np
 
 from hippo_mpi.errors import HippoError, RankError, UserError, print_error
+from hippo_mpi.transport.pulse import Pulse
 from hippo_mpi.transport.world import World, deadline
 
 RUN_KEY = "HIPPO_RUN_KEY"
@@ -51,6 +52,7 @@ class Peer:
     beat_at: float
     progress: int = 0
     doing: str = "starting"
+    longest_s: float = 0.0  # its longest step so far
     said_bye: bool = False
     status: dict[str, Any] = field(default_factory=dict)  # what it last said of itself
 
@@ -70,7 +72,7 @@ class Control:
         self._peers: dict[int, Peer] = {}
         self._write_lock = threading.Lock()
         self._end_lock = threading.Lock()
-        self._progress, self._doing, self._is_idle = 0, "starting", False
+        self._pulse = Pulse(timeout_s)
         self._moved_at = time.monotonic()
         self._closing = False
         self.on_end: Callable[[int], None] = lambda code: None  # told the exit status on a bad end
@@ -85,12 +87,11 @@ class Control:
     def progress(self, doing: str) -> None:
         """Something was finished, and `doing` comes next: the deadline starts anew."""
         self._moved_at = time.monotonic()  # first: the watch thread must not see an old time and "not idle"
-        self._progress += 1
-        self._doing, self._is_idle = doing, False
+        self._pulse.progress(doing)
 
     def idle(self) -> None:
         """Nothing is due: no deadline runs until the next `progress`."""
-        self._is_idle, self._doing = True, "idle"
+        self._pulse.idle()
 
     def fail(self, error: HippoError) -> NoReturn:
         """Tell everyone and end this process. Rank 0 prints."""
@@ -208,7 +209,7 @@ class Control:
         time.sleep(1.0)
         if self._closing:
             os._exit(0)
-        self.fail(RankError(f"lost {self._names[rank]} while {self._doing}: {why}"))
+        self.fail(RankError(f"lost {self._names[rank]} while {self._pulse.doing}: {why}"))
 
     # ---- the watch thread
 
@@ -222,11 +223,19 @@ class Control:
             now = time.monotonic()
             if now - beat_at > BEAT_S:
                 beat_at = now
-                beat = {"kind": "beat", "progress": self._progress, "doing": self._doing, "status": self.own_status()}
+                beat = self._beat()
                 for rank in list(self._star):
                     self._send(rank, beat)
             if not self._closing:
                 self._check(now)
+
+    def _beat(self) -> dict[str, Any]:
+        """Return what the other ranks hear of this one, which moves the deadline here, too, while it is at work."""
+        pulse, works = self._pulse, self._pulse.is_working()
+        if works:
+            self._moved_at = time.monotonic()
+        progress = {"progress": pulse.count, "doing": pulse.doing, "works": works, "longest_s": pulse.longest_s}
+        return {"kind": "beat", **progress, "status": self.own_status()}
 
     def _read(self, rank: int, connection: socket.socket) -> None:
         try:
@@ -237,14 +246,17 @@ class Control:
         if frame is None:
             del self._star[rank]
             if not peer.said_bye and not self._closing:
-                self._on_failure(f"{peer.name} died; it was {peer.doing}, and {self._rank_line} was {self._doing}")
+                self._on_failure(
+                    f"{peer.name} died; it was {peer.doing}, and {self._rank_line} was {self._pulse.doing}"
+                )
             return
         peer.beat_at = time.monotonic()
         message = json.loads(frame)
         if message["kind"] == "beat":
-            if message["progress"] != peer.progress:
+            if message["progress"] != peer.progress or message["works"]:
                 self._moved_at = time.monotonic()
             peer.progress, peer.doing, peer.status = message["progress"], message["doing"], message["status"]
+            peer.longest_s = message["longest_s"]
         elif message["kind"] == "report":
             self.reports.put((rank, message["body"]))
         elif message["kind"] == "bye":
@@ -260,11 +272,18 @@ class Control:
             if silent_s > self.timeout_s and not peer.said_bye:
                 self._on_failure(
                     f"{peer.name} answered last {silent_s:.1f} s ago; it was {peer.doing}, and"
-                    f" {self._rank_line} was {self._doing}"
+                    f" {self._rank_line} was {self._pulse.doing}"
                 )
-        if self.world.rank == 0 and not self._is_idle and now - self._moved_at > self.timeout_s:
+        if self.world.rank == 0 and not self._pulse.is_idle and now - self._moved_at > self._patience_s():
             others = "; ".join(f"{peer.name} is {peer.doing}" for peer in self._peers.values())
-            self._on_failure(f"no rank got on for {self.timeout_s:.0f} s: {self._rank_line} is {self._doing}; {others}")
+            self._on_failure(
+                f"no rank got on for {now - self._moved_at:.0f} s: {self._rank_line} is {self._pulse.doing}; {others}"
+            )
+
+    def _patience_s(self) -> float:
+        """Return how long all ranks may get nothing done: a step like the longest so far must not be cut short."""
+        longest_s = max(self._pulse.longest_s, *(peer.longest_s for peer in self._peers.values()))
+        return self.timeout_s + 2 * longest_s
 
     def _on_failure(self, line: str) -> None:
         if self.world.rank == 0:
@@ -281,7 +300,9 @@ class Control:
     def _leave(self, line: str | None, code: int) -> NoReturn:
         """End this process at once: an orderly end would wait in MPI_Finalize for ranks that are gone."""
         if line is not None:
-            print_error(line, starts_anew=self._is_idle)  # while a person is asked, the cursor is behind the prompt
+            print_error(
+                line, starts_anew=self._pulse.is_idle
+            )  # while a person is asked, the cursor is behind the prompt
         if self.world.rank == 0:
             self.on_end(code)
         if threading.current_thread() is threading.main_thread():  # elsewhere a full pipe could hold us up

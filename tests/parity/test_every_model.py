@@ -6,10 +6,8 @@ second chunk and in decode; after a trim; with bfloat16 and 4-bit weights; with 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_model
+from mlx_lm.utils import load_adapters, load_model
 
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.request import Propose, Request, SamplingParams, Sequence
@@ -35,7 +33,6 @@ from hippo_mpi.shard.stage import Forward, Stage
 from hippo_mpi.transport.channel import Message
 from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity import tiny_models
-from tests.parity.metal_stand_ins import metal_stand_ins
 from tests.tiny_tokenizer import save_tokenizer
 
 NAMES = [*tiny_models.CONFIGS, *tiny_models.VARIANTS]
@@ -66,13 +63,6 @@ SAMPLE_OF_ROWS = SAMPLE - {"rwkv7", "kimi_k3"}
 def every(names: list[str], sample: set[str] = SAMPLE) -> Any:
     marks = [pytest.param(n, marks=() if n in sample else pytest.mark.slow, id=n) for n in names]
     return pytest.mark.parametrize("name", marks)
-
-
-@pytest.fixture(autouse=True)
-def stand_ins() -> Iterator[None]:
-    tiny_models.allow_olmo()
-    with metal_stand_ins() if not mx.metal.is_available() else contextlib.nullcontext():
-        yield
 
 
 def splits(checkpoint: Checkpoint) -> list[list[int]]:
@@ -139,8 +129,13 @@ def steps(name: str) -> list[tuple[int, int]]:
     return [(0, PREFILL), (PREFILL, CHUNK), (PREFILL + CHUNK, 1), (PREFILL + CHUNK + 1, 1)]
 
 
-def reference(folder: Path, name: str, tokens: list[int]) -> tuple[nn.Module, list[Any], list[mx.array]]:
+def reference(
+    folder: Path, name: str, tokens: list[int], adapter: Path | None = None
+) -> tuple[nn.Module, list[Any], list[mx.array]]:
     model, _ = load_model(folder)
+    if adapter is not None:
+        model = load_adapters(model, str(adapter))
+        model.eval()
     cache, found = make_prompt_cache(model), []
     for position, count in steps(name):
         found.append(model(mx.array([tokens[position : position + count]]), cache=cache))

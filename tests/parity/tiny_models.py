@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -818,6 +819,47 @@ def config_of(name: str) -> Config:
     return {"model_type": model_type, **copy.deepcopy(config)}
 
 
+_LAYER_COUNTS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers"}
+
+
+def deepened(config: Config, num_layers: int) -> Config:
+    """Gives a tiny config `num_layers` layers, or the next multiple of its own number: its kinds of layers repeat.
+
+    Args:
+        config: What `config_of` gives.
+        num_layers: How many are wanted.
+
+    Returns:
+        A config of the same widths.
+    """
+    counts = [count for key, count in _layer_counts(config)]
+    own = max(counts, default=6)
+    return cast(Config, _repeated(config, own, -(-num_layers // own)))
+
+
+def _layer_counts(config: Config) -> Iterator[tuple[str, int]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _layer_counts(value)
+        elif key in _LAYER_COUNTS:
+            yield key, value
+
+
+def _repeated(value: Any, own: int, times: int, key: str = "") -> Any:
+    """Repeats whatever there is one of for each layer, and what names layers by their numbers."""
+    if isinstance(value, dict):
+        return {key: _repeated(inner, own, times, key) for key, inner in value.items()}
+    if key in _LAYER_COUNTS:
+        return value * times
+    if isinstance(value, list) and (len(value) == own or key == "hybrid_override_pattern"):
+        return value * times
+    if isinstance(value, list) and key.endswith("_layers"):
+        return [number + own * turn for turn in range(times) for number in value]
+    if key == "moe_layers_enum":
+        return ",".join(str(int(number) + own * turn) for turn in range(times) for number in value.split(","))
+    return value
+
+
 def allow_olmo() -> None:
     """Lets mlx-lm import its olmo module, which ends the process unless hf_olmo can be imported.
 
@@ -875,6 +917,8 @@ def make_checkpoint(
     *,
     dtype: mx.Dtype = mx.float32,
     quantize_bits: int | None = None,
+    num_layers: int | None = None,
+    overrides: Config | None = None,
     seed: int = 0,
 ) -> Path:
     """Writes a tiny random checkpoint that mlx_lm.utils.load_model can read.
@@ -884,12 +928,17 @@ def make_checkpoint(
         folder: Where to write; made if missing.
         dtype: The type of the floating parameters that the model lets one cast.
         quantize_bits: Bits of the affine quantisation (groups of 32), None for none.
+        num_layers: At least so many, its own kinds repeated; None for its own number.
+        overrides: Values of the config instead of its own.
         seed: Seed of the random parameters.
 
     Returns:
         The folder.
     """
     config = config_of(name)
+    if num_layers is not None:
+        config = deepened(config, num_layers)
+    config.update(overrides or {})
     if name == "olmo":
         allow_olmo()
     model_class, args_class = _get_classes(config)

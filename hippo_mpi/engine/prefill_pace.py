@@ -1,0 +1,38 @@
+"""How many prompt tokens a step may read, so that no step comes near the deadline."""
+
+from __future__ import annotations
+
+_FIRST_TOKENS = 16
+_MAX_GROWTH = 4
+_SHARE_OF_DEADLINE = 0.25
+
+
+class PrefillPace:
+    """Sizes prefill steps by how long earlier ones took.
+
+    The speed of a model on its machines is unknown before its first step, and ranges over five orders of magnitude. So
+    the first step is short, and each may have four times as many tokens as the longest before: where steps are quick,
+    the sizes depend on nothing that was measured, and every run reads a prompt in the same steps.
+
+    Args:
+        deadline_s: after which a rank that is in a step counts as stuck; None: never.
+    """
+
+    def __init__(self, deadline_s: float | None) -> None:
+        self._max_step_s = None if deadline_s is None else _SHARE_OF_DEADLINE * deadline_s
+        self._longest_tokens = 0
+        self._token_s = 0.0
+
+    def note(self, num_tokens: int, took_s: float) -> None:
+        """Learn from a prefill step of `num_tokens` in all its rows."""
+        self._longest_tokens = max(self._longest_tokens, num_tokens)
+        self._token_s = took_s / num_tokens
+
+    def limit(self, wanted_tokens: int) -> int:
+        """Return how many of `wanted_tokens` the next step may read; at least one."""
+        if self._max_step_s is None:
+            return wanted_tokens
+        if not self._longest_tokens:
+            return min(wanted_tokens, _FIRST_TOKENS)
+        in_time = int(self._max_step_s / max(self._token_s, 1e-9))
+        return max(1, min(wanted_tokens, _MAX_GROWTH * self._longest_tokens, in_time))

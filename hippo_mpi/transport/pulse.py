@@ -1,0 +1,57 @@
+"""What a rank tells of its own progress, so that a slow rank isn't taken for a dead one.
+
+The main thread notes what it does; the watch thread asks whether that goes on. Three things move a deadline: that
+something was finished; that this process uses the CPU for something other than waiting (a step of a big model can
+take minutes on a CPU); and how long steps have been seen to take (on a GPU, a process at work uses no CPU).
+"""
+
+from __future__ import annotations
+
+import time
+
+WAITING = "waiting"
+"""The first word of what a rank does while it waits for another."""
+_COMPUTING = ("computing", "finishing")
+_WORKING_SHARE = 0.05  # of a core, beside nine busy processes on two cores; an idle watch thread takes 0.002
+_MAX_DEADLINES = 20  # that one thing may take, while the CPU is used for it: an endless loop ends, too
+
+
+class Pulse:
+    """This rank's progress.
+
+    Args:
+        timeout_s: how long a rank may get nothing done.
+
+    Attributes:
+        count: how many things have been finished.
+        doing: what is being done.
+        is_idle: nothing is due.
+        longest_s: the longest step so far.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.count, self.doing, self.is_idle = 0, "starting", False
+        self.longest_s = 0.0
+        self._max_s = _MAX_DEADLINES * timeout_s
+        self._began_s = self._looked_s = time.monotonic()
+        self._cpu_s = time.process_time()
+
+    def progress(self, doing: str) -> None:
+        """Note that something was finished and `doing` begins."""
+        now = time.monotonic()
+        if self.doing.startswith(_COMPUTING):
+            self.longest_s = max(self.longest_s, now - self._began_s)
+        self._began_s, self.doing, self.is_idle = now, doing, False
+        self.count += 1
+
+    def idle(self) -> None:
+        """Note that nothing is due until the next `progress`."""
+        self.doing, self.is_idle = "idle", True
+
+    def is_working(self) -> bool:
+        """Return True if the CPU was used since the last call, for something that may still take its time."""
+        now, cpu_s = time.monotonic(), time.process_time()
+        share = (cpu_s - self._cpu_s) / max(now - self._looked_s, 1e-9)
+        self._looked_s, self._cpu_s = now, cpu_s
+        may_last = now - self._began_s < self._max_s
+        return may_last and not self.is_idle and not self.doing.startswith(WAITING) and share > _WORKING_SHARE

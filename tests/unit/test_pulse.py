@@ -1,0 +1,78 @@
+"""Slow isn't dead: what moves a deadline, and what doesn't."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from hippo_mpi.engine.prefill_pace import PrefillPace
+from hippo_mpi.transport.pulse import Pulse
+
+
+def compute(seconds: float) -> None:
+    ends = time.process_time() + seconds
+    while time.process_time() < ends:
+        sum(range(1000))
+
+
+def test_computing_moves_the_deadline() -> None:
+    pulse = Pulse(timeout_s=30)
+    pulse.progress("computing step 1")
+    compute(0.1)
+    assert pulse.is_working()
+
+
+@pytest.mark.parametrize("doing", ["waiting for step 1", "computing step 1"])
+def test_neither_waiting_nor_sleeping_does(doing: str) -> None:
+    """MLX's receives spin, so a rank that waits uses a core; one that is stuck in its work uses none."""
+    pulse = Pulse(timeout_s=30)
+    pulse.progress(doing)
+    pulse.is_working()
+    if doing.startswith("waiting"):
+        compute(0.1)
+    else:
+        time.sleep(0.2)
+    assert not pulse.is_working()
+
+
+def test_an_endless_loop_ends() -> None:
+    pulse = Pulse(timeout_s=0.005)
+    pulse.progress("computing step 1")
+    compute(0.15)
+    assert not pulse.is_working()
+
+
+def test_the_longest_step_is_known() -> None:
+    pulse = Pulse(timeout_s=30)
+    for doing, seconds in (("loading weights", 0.2), ("computing step 0", 0.05), ("waiting after step 0", 0.2)):
+        pulse.progress(doing)
+        time.sleep(seconds)
+    pulse.progress("computing step 1")
+    assert 0.05 <= pulse.longest_s < 0.2
+
+
+def test_quick_steps_have_sizes_that_nothing_measured_changes() -> None:
+    sizes = []
+    pace = PrefillPace(deadline_s=30)
+    for took_s in (0.01, 0.2, 0.03, 0.1, 1.0):
+        sizes.append(pace.limit(2048))
+        pace.note(sizes[-1], took_s)
+    assert sizes == [16, 64, 256, 1024, 2048]
+
+
+def test_slow_steps_stay_well_under_the_deadline() -> None:
+    pace, token_s = PrefillPace(deadline_s=30), 0.1
+    for _ in range(6):
+        size = pace.limit(2048)
+        pace.note(size, size * token_s)
+        assert size * token_s <= 7.5
+    assert size == 75
+    for _ in range(3):  # another program takes the machine
+        size = pace.limit(2048)
+        pace.note(size, size * 100)
+    assert size == 1
+
+
+def test_without_a_deadline_steps_are_as_long_as_wanted() -> None:
+    assert PrefillPace(None).limit(2048) == 2048
