@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_FIRST_TOKENS = 16
+_FIRST_TOKENS = 4
 _MAX_GROWTH = 4
 _SHARE_OF_DEADLINE = 0.25
 

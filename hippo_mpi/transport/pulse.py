@@ -13,7 +13,7 @@ WAITING = "waiting"
 """The first word of what a rank does while it waits for another."""
 _COMPUTING = ("computing", "finishing")
 _WORKING_SHARE = 0.05  # of a core, beside nine busy processes on two cores; an idle watch thread takes 0.002
-_MAX_DEADLINES = 20  # that one thing may take, while the CPU is used for it: an endless loop ends, too
+_MAX_DEADLINES = 100  # that one thing may take, while the CPU is used for it: an endless loop ends, too
 
 
 class Pulse:
