@@ -26,7 +26,7 @@ from hippo_mpi.command import Session
 from hippo_mpi.config import API_KEYS, Parser
 from hippo_mpi.errors import HippoError, RankError, UserError, print_error
 from hippo_mpi.generate import open_text
-from hippo_mpi.run import check_hosts, free_ports, installed, read_hostfile
+from hippo_mpi.run import check_hosts, installed, read_hostfile
 from hippo_mpi.serving.api.audit_log import AuditLog
 from hippo_mpi.serving.config_file import ConfigFile, make_parser, read_config
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel, read_catalogue
@@ -131,7 +131,7 @@ def serve(argv: list[str]) -> int:
         return launch_plan([*argv, *model.options], arguments, hosts, living)
 
     start_s = _PYTHON_START_S + arguments.start_timeout  # so that ranks which wait in vain say so themselves
-    supervisor = Supervisor(front, make_plan, hosts, free_ports, start_s, arguments.timeout, arguments.max_restarts)
+    supervisor = Supervisor(front, make_plan, hosts, start_s, arguments.timeout, arguments.max_restarts)
     asyncio.run(_serve_supervised(arguments, front, api, supervisor))
     return 0
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,10 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hippo_mpi.transport.ports import HeldPorts
+
 BIN = Path(sys.executable).parent
 LIMIT_S = 60.0
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would ranks
-_draw = random.SystemRandom()  # test processes beside this one must not draw the same ports
+_held: list[HeldPorts] = []
 
 
 @dataclass
@@ -89,20 +89,14 @@ def _collect(descriptor: int, into: bytearray) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    found: set[int] = set()
-    while len(found) < count:
-        found.add(consecutive_ports(1))
-    return list(found)
+    first = consecutive_ports(count)
+    return list(range(first, first + count))
 
 
 def consecutive_ports(count: int) -> int:
-    """The first of `count` free ports in a row, for mlx.launch; below those that the system gives to connections."""
-    while True:
-        first = _draw.randrange(12_000, 30_000)
-        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
-            for port in range(first, first + count):
-                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return first
+    """The first of `count` ports in a row that are ours until this process ends: other tests run beside these."""
+    _held.append(HeldPorts(count))
+    return _held[-1].first
 
 
 @contextlib.contextmanager

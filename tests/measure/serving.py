@@ -3,6 +3,7 @@
 faults   random faults while 8 streams run: requests lost, answers changed, processes left, time until ready again
 soak     64 streams for ten minutes, some of whose clients go away: errors, changed answers, memory
 idle     CPU of front and ranks without a request, and the first token after it against a warm one
+together rounds of three servers and three runs that start at the same moment: how many came up at once
 compare  throughput and time to the first token at 1, 4 and 16 requests, on two ranks and on one, beside mlx_lm.server
 """
 
@@ -27,6 +28,7 @@ import mlx.core as mx
 import openai
 
 from tests import ranks
+from tests.commands.test_side_by_side import start_together
 from tests.measure.figures import make_llama
 from tests.servers import FAULTS, GOES_ON, MODEL, WITH_FAULTS, Server, server
 
@@ -220,7 +222,15 @@ def measure_compare(count: int) -> None:
         print(f"  {what}  {who:<16} {rate:>7.1f} tok/s ({ratio:.2f} of theirs), first token {first:.3f} s")
 
 
+def measure_together(rounds: int) -> None:
+    began = time.monotonic()
+    for done in range(1, rounds + 1):
+        start_together(3, 3)  # which fails if any start isn't good, or was a second try
+        print(f"  {done} rounds: {6 * done} good starts, 0 restarts, {time.monotonic() - began:.0f} s", flush=True)
+
+
 MEASURES: dict[str, tuple[Callable[[int], None], int]] = {
+    "together": (measure_together, 20),
     "faults": (measure_faults, 50),
     "soak": (measure_soak, 10),
     "idle": (measure_idle, 1),

@@ -26,6 +26,7 @@ from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES
 from hippo_mpi.serving.terminal.progress import TERMINAL
 from hippo_mpi.transport.control import RUN_KEY
+from hippo_mpi.transport.ports import HeldPorts
 
 _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 _END_S = 3.0
@@ -74,12 +75,14 @@ class RankGroup:
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._ports: HeldPorts | None = None
 
-    def start(self, plan: LaunchPlan, folder: Path, find_ports: Callable[[int], int]) -> None:
+    def start(self, plan: LaunchPlan, folder: Path) -> None:
         """Start them.
 
         Raises:
             OSError: this machine has no room for another process; those that were started are still to be ended.
+            LaunchError: it has no free ports.
         """
         env = {
             **os.environ,
@@ -93,9 +96,12 @@ class RankGroup:
         if plan.launcher:
             hostfile.write_text(json.dumps(list(plan.hosts)))
             given = [word for name in (FRONT, RUN_KEY, _TUNABLES) for word in ("--env", f"{name}={env[name]}")]
-            self._start([*plan.launcher, "--hostfile", str(hostfile), *given, "--", *plan.command], env)
+            self._ports = HeldPorts(sum(max(1, len(host.get("ips", ()))) for host in plan.hosts))
+            ports = ["--starting-port", str(self._ports.first)]
+            self._start([*plan.launcher, "--hostfile", str(hostfile), *ports, *given, "--", *plan.command], env)
             return
-        first = find_ports(plan.num_local)
+        self._ports = HeldPorts(plan.num_local)
+        first = self._ports.first
         hostfile.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(plan.num_local)]))
         for rank in range(plan.num_local):
             self._start(plan.command, {**env, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)})
@@ -125,6 +131,8 @@ class RankGroup:
             self._signal(signal.SIGKILL)
             for process in self._processes:
                 process.wait()
+            if self._ports is not None:
+                self._ports.close()
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._processes:
@@ -138,7 +146,6 @@ class Supervisor:
     Args:
         make_plan: how the ranks of a model (its name) are started on some of the hosts (given their numbers; None: all).
         hosts: where ranks may be; none: on this machine only.
-        find_ports: the first of so many free ports in a row, for the ring of local ranks; new ones for every start.
         start_s: rank 0 has so long to come from its start.
         silence_s: after so long without a word from rank 0, it counts as lost.
         max_restarts: failures in a row that a request bears, without a token of it between.
@@ -149,12 +156,11 @@ class Supervisor:
         front: Front,
         make_plan: Callable[[str, Sequence[int] | None], Awaitable[LaunchPlan]],
         hosts: Sequence[Host],
-        find_ports: Callable[[int], int],
         start_s: float,
         silence_s: float,
         max_restarts: int,
     ) -> None:
-        self._front, self._make_plan, self._hosts, self._find_ports = front, make_plan, hosts, find_ports
+        self._front, self._make_plan, self._hosts = front, make_plan, hosts
         self._start_s, self._silence_s, self._max_restarts = start_s, silence_s, max_restarts
 
     async def run(self) -> None:
@@ -199,7 +205,7 @@ class Supervisor:
         """One life of the ranks; returns why it ended, or None if it is another model's turn."""
         front, group = self._front, RankGroup()
         try:
-            group.start(await self._plan(), folder, self._find_ports)
+            group.start(await self._plan(), folder)
             ended, connected = asyncio.ensure_future(group.wait()), asyncio.ensure_future(arrived.get())
             await asyncio.wait({ended, connected}, return_when="FIRST_COMPLETED", timeout=self._start_s)
             if not connected.done():
