@@ -128,13 +128,18 @@ def test_shares_and_hops_are_of_the_last_second(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     ranks_now = [{"busy_s": 5.0, "num_hops": 100, "hop_s": 1.0}]
     about = {"ready": True, "ranks": [{"host": "a", "layers": [0, 12], "weight_bytes": 1 << 20}], "model": "m"}
-    view = ClusterView(lambda: {**about, "now": [dict(rank) for rank in ranks_now]})
+    beat_s = [10.0]
+    view = ClusterView(lambda: {**about, "now": [dict(rank) for rank in ranks_now], "beat_s": beat_s[0]})
     view.look()
-    now[0] += 2
+    now[0] += 1.5
+    beat_s[0] += 2
     ranks_now[0] = {"busy_s": 6.0, "num_hops": 110, "hop_s": 1.02}
     view.look()
+    now[0] += 1
+    view.look()  # they have said nothing new
     assert view.rows[0][-2:] == ["50 %", "2.00 ms"]
-    now[0] += 2
+    now[0] += 1
+    beat_s[0] += 2
     ranks_now[0] = {"busy_s": 0.5, "num_hops": 1, "hop_s": 0.001}
     view.look()
     assert view.rows[0][-2:] == ["0 %", "0.00 ms"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 from hippo_mpi.errors import UserError
 
+_log = logging.getLogger(__name__)
 _FIRST = "0" * 64  # what the first line of all has instead of a hash
 _MOST_BYTES = 64 << 20  # then a new file begins
 
@@ -36,6 +38,7 @@ class AuditLog:
         if chain.mistakes:
             raise UserError(f"{chain.mistakes[0]}: set it aside to begin anew")
         self._hash = chain.last_hash
+        _log.info("audit log %s: --lines %d --last-hash %s", path, chain.num_lines, chain.last_hash)
         try:
             self._file = path.open("ab")
         except OSError as error:
@@ -55,6 +58,11 @@ class AuditLog:
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def key_id(key: str) -> str:
+    """Return a name for an API key that doesn't give it away."""
+    return digest(key)[:16]
 
 
 def files_of(path: Path) -> list[Path]:

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
+import urllib.error
+import urllib.request
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hippo_mpi.config import API_KEYS
 from hippo_mpi.shard.layer_split import show_bytes
 
 COLUMNS = ("rank", "host", "layers", "weights", "resident", "KV caches", "busy", "hop")
 _LOOK_S = 1.0
 _MOST_LOOKS = 120
+_ASK_S = 5.0
+
+
+def own_key() -> str:
+    """Return the API key for the server that the environment has; "none" if it has none."""
+    return os.environ.get(API_KEYS, "").split(",")[0].strip() or "none"
+
+
+def fetch_status(url: str) -> dict[str, Any]:
+    """Return what GET /ready of the server at `url` says, ready or not.
+
+    Raises:
+        OSError: it doesn't answer.
+    """
+    request = urllib.request.Request(f"{url}/ready", headers={"Authorization": f"Bearer {own_key()}"})
+    try:
+        with urllib.request.urlopen(request, timeout=_ASK_S) as answer:
+            return dict(json.loads(answer.read()))
+    except urllib.error.HTTPError as error:  # 503: not ready, and why
+        return dict(json.loads(error.read()))
 
 
 @dataclass(frozen=True)
@@ -37,24 +62,24 @@ class ClusterView:
         self._status: dict[str, Any] = {}
         self._points: deque[tuple[float, list[tuple[float, float]]]] = deque(maxlen=_MOST_LOOKS)
         self._before: list[dict[str, Any]] = []
-        self._looked_at = 0.0
+        self._looked_at = self._beat_s = 0.0
 
     def look(self) -> None:
         """Ask the server, if that was long enough ago: many pages may share one view."""
         now = time.monotonic()
-        passed_s, self._looked_at = now - self._looked_at, now
-        if passed_s < _LOOK_S * 0.9:
-            self._looked_at -= passed_s
+        if now - self._looked_at < _LOOK_S * 0.9:
             return
+        self._looked_at = now
         try:
             self._status = self._fetch()
         except OSError as error:
             self._status = {"ready": False, "state": f"the server can't be reached: {error}"}
-        ranks = self._status.get("now", [])
-        if len(ranks) == len(self._before) and all(ranks) and all(self._before):
+        ranks, beat_s = self._status.get("now", []), self._status.get("beat_s", 0.0)
+        passed_s = beat_s - self._beat_s
+        if passed_s > 0 and len(ranks) == len(self._before) and all(ranks) and all(self._before):
             pairs = zip(ranks, self._before, strict=True)
             self._points.append((now, [_rates(rank, before, passed_s) for rank, before in pairs]))
-        self._before = ranks
+        self._before, self._beat_s = ranks, beat_s
 
     @property
     def line(self) -> str:
@@ -101,5 +126,5 @@ def _rates(rank: dict[str, Any], before: dict[str, Any], passed_s: float) -> tup
     hops = rank["num_hops"] - before["num_hops"]
     if hops < 0:
         return 0.0, 0.0
-    busy = 100 * (rank["busy_s"] - before["busy_s"]) / max(passed_s, 1e-9)
+    busy = 100 * (rank["busy_s"] - before["busy_s"]) / passed_s
     return max(0.0, min(100.0, busy)), 1e3 * (rank["hop_s"] - before["hop_s"]) / hops if hops else 0.0
