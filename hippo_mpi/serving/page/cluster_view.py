@@ -10,6 +10,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from hippo_mpi.config import API_KEYS
@@ -91,7 +92,9 @@ class ClusterView:
         silent = status.get("silent_hosts") or []
         without = f" Without {', '.join(silent)}, who doesn't answer." if silent else ""
         on = f"{status['model']}, {count} rank{'s' * (count != 1)}, " if count else ""
-        return f"Ready: {on}{requests} request{'s' * (requests != 1)}.{without}"
+        following = status.get("state", "").partition("; ")[2]  # a model that is loaded next
+        then = f" {following}." if following else ""
+        return f"Ready: {on}{requests} request{'s' * (requests != 1)}.{then}{without}"
 
     @property
     def rows(self) -> list[list[str]]:
@@ -109,6 +112,17 @@ class ClusterView:
                 show_bytes(status.get("cache_bytes", 0)), f"{busy:.0f} %", f"{hop_ms:.2f} ms",
             ])  # fmt: skip
         return found
+
+    @property
+    def html(self) -> str:
+        """The rows as a table whose cells know their column's name, so that it can be shown as cards, too."""
+        head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+        cells = (
+            "".join(f'<td data-name="{name}">{escape(cell)}</td>' for name, cell in zip(COLUMNS, row, strict=True))
+            for row in self.rows
+        )
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     @property
     def points(self) -> list[Point]:
