@@ -110,6 +110,7 @@ def test_clients_that_go_away_and_one_too_many(running: Server) -> None:
     running.await_status(lambda status: status["requests"] == 0)
 
 
+@pytest.mark.slow
 def test_who_waits_for_another_model_hears_why(running: Server) -> None:
     """A running answer, then clients for another model: the log, /ready and the streams say what happens."""
     first = endless(running, max_tokens=200)
@@ -139,6 +140,7 @@ def test_who_waits_for_another_model_hears_why(running: Server) -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.slow
 def test_a_restart_is_logged(running: Server) -> None:
     os.kill(running.rank_pids()[0], signal.SIGKILL)
     await_line(running, r"WARNING the ranks are gone \(.*\); starting them again")

@@ -18,6 +18,7 @@ from hippo_mpi.serving.api.request_log import RequestLog
 from hippo_mpi.serving.logs import ANNOUNCEMENTS
 from hippo_mpi.serving.supervision.front import Front
 
+_log = logging.getLogger(__name__)
 _announcements = logging.getLogger(ANNOUNCEMENTS)
 HEADERS_S = 10.0  # uvicorn itself waits for ever for the end of a request's headers
 _KEEP_ALIVE_S = 30
@@ -93,6 +94,7 @@ async def serve_http(app: Starlette, front: Front, address: str, port: int) -> N
 async def _end_answers(server: uvicorn.Server, front: Front) -> None:
     while not server.should_exit:
         await asyncio.sleep(0.1)
+    _log.info("ending: %d requests are told so", front.num_requests)
     front.fail_all(RankError("the server is ending"))
 
 

@@ -101,4 +101,4 @@ def _level(path: str, status: int, answered: Answered | None) -> int:
 
 def _printable(text: str) -> str:
     """Keep what a client may put into a line from looking like more than it is."""
-    return re.sub(r"[^!-+\--~]", "?", text[:120])
+    return re.sub("[^!-~]|,", "?", text[:120])

@@ -247,6 +247,8 @@ class Supervisor:
             if silent:
                 _log.warning("starting without %s: no answer from there", ", ".join(silent))
         plan = await self._make_plan(self._front.model, living)
+        where = ", ".join(host["ssh"] for host in plan.hosts) or f"this machine ({plan.num_local})"
+        _log.info("starting the ranks of %s on %s", self._front.model, where)
         if about is None:
             return plan
         return replace(plan, command=[*plan.command, "--max-context", str(about.max_context)])
