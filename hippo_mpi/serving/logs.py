@@ -17,7 +17,7 @@ _END_S = 1.0
 
 
 class _StderrHandler(logging.Handler):
-    """Writes lines from a thread: a server goes on if nobody reads its stderr; what is too much then is dropped."""
+    """Write lines from a thread: a server goes on if nobody reads its stderr; what is too much then is dropped."""
 
     def __init__(self) -> None:
         super().__init__()

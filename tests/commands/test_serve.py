@@ -244,8 +244,8 @@ def test_a_body_too_large_and_one_that_never_comes(running: Server) -> None:
 def test_keys_and_defaults() -> None:
     """The command line's system prompt and seed hold where a body brings none."""
     options = ("--ranks", "1", "--seed", "5", "--temp", "1.0", "--system-prompt", "You tell of hens.")
-    with server(*options, env={"HIPPO_API_KEYS": "first, second"}) as found:
-        chat = found.client("first").chat.completions
+    with server(*options, env={"HIPPO_API_KEYS": "first-key, second-key"}) as found:
+        chat = found.client("first-key").chat.completions
         answers = [chat.create(model=MODEL, messages=ASKED, max_tokens=20) for _ in range(2)]
         assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
         own = chat.create(model=MODEL, messages=[{"role": "system", "content": "x"}, *ASKED], max_tokens=1)
@@ -254,8 +254,8 @@ def test_keys_and_defaults() -> None:
         assert found.get("/health") == {"status": "ok"}
         with pytest.raises(openai.AuthenticationError, match="API key"):
             found.client("wrong").models.list()
-        assert [model.id for model in found.client("second").models.list()] == [MODEL]
-        assert "first" not in found.running.err
+        assert [model.id for model in found.client("second-key").models.list()] == [MODEL]
+        assert "first-key" not in found.running.err
 
 
 @pytest.mark.slow

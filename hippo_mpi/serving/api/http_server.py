@@ -94,7 +94,7 @@ async def serve_http(app: Starlette, front: Front, address: str, port: int) -> N
 async def _end_answers(server: uvicorn.Server, front: Front) -> None:
     while not server.should_exit:
         await asyncio.sleep(0.1)
-    _log.info("ending: %d requests are told so", front.num_requests)
+    _log.info("the server is ending; requests that are told so: %d", front.num_requests)
     front.fail_all(RankError("the server is ending"))
 
 

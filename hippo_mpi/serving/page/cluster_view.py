@@ -115,7 +115,7 @@ class ClusterView:
 
     @property
     def html(self) -> str:
-        """The rows as a table whose cells know their column's name, so that it can be shown as cards, too."""
+        """Return the rows as a table whose cells know their column's name, so that it can be shown as cards, too."""
         head = "".join(f"<th>{name}</th>" for name in COLUMNS)
         cells = (
             "".join(f'<td data-name="{name}">{escape(cell)}</td>' for name, cell in zip(COLUMNS, row, strict=True))

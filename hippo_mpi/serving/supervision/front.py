@@ -132,7 +132,7 @@ class Front:
 
     @property
     def state(self) -> str:
-        """How it stands, in words: "ready", or what is waited for, and for how long by now."""
+        """Return how it stands, in words: "ready", or what is waited for, and for how long by now."""
         if not self.is_ready:
             return f"{self._state} ({time.monotonic() - self._state_since_s:.0f} s)"
         following = self._next_model()
@@ -222,8 +222,8 @@ class Front:
             self.turn_is_over.set()
 
     def _note_wanted(self, model: str) -> None:
-        """Log that another model is asked for, once per turn."""
-        if model != self.model and self._next_model() is None:
+        """Log that another model is asked for while answers of this one must end first, once per turn."""
+        if model != self.model and self._begun and self._next_model() is None:
             _log.info("%s is asked for: %s", model, self.why_waiting(model))
 
     def _next_model(self) -> str | None:
