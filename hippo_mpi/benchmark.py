@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ def benchmark(session: Session) -> int:
     tokenizer = open_model_tokenizer(session)
     bench = _bench(session, session.load(), tokenizer)
     modes = bench.modes()
-    found: dict[str, Any] = {"ranks": session.world.size, "backend": session.world.backend, "ring": []}
+    found: dict[str, Any] = {**_facts(session), "ring": []}
     if session.world.size > 1:
         found["ring"] = [asdict(hop) for hop in bench.ring()]
     results: dict[tuple[str, int], list[Measured]] = {}
@@ -95,6 +97,22 @@ def benchmark(session: Session) -> int:
     if arguments.plot:
         plot(found, arguments.plot)
     return 0
+
+
+def _facts(session: Session) -> dict[str, Any]:
+    """Return what must be known of figures to compare them with others."""
+    arguments = session.arguments
+    return {
+        "model": arguments.model,
+        "precision": arguments.precision,
+        "ranks": session.world.size,
+        "backend": session.world.backend,
+        "prompt_tokens": arguments.prompt_tokens,
+        "generation_tokens": arguments.generation_tokens,
+        "trials": arguments.trials,
+        "date": date.today().isoformat(),
+        "version": version("hippo-mpi"),
+    }
 
 
 def _bench(session: Session, part: Pipeline, tokenizer: TokenizerWrapper) -> Bench:

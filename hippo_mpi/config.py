@@ -18,6 +18,7 @@ API_KEYS = "HIPPO_API_KEYS"
 """Environment variable with a server's keys, with commas between."""
 PRECISIONS = ("float32", "float16", "bfloat16", "8bit", "6bit", "5bit", "4bit", "3bit", "2bit")
 MODES = ("completion", "chat", "tools", "thinking")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 DEFAULT_PROMPT = "Tell me a story about a fox."
 
 
@@ -184,6 +185,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--audit-log", type=Path, help="write who asked for what, and how it ended, into this file")
     group.add_argument("--audit-text", action="store_true", help="prompts and answers, too, and not only digests")
+    group.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="least weight of the lines on stderr")
     group = parser.add_argument_group("ranks that this command starts itself")
     group.add_argument("--hostfile", type=Path, help="JSON list of hosts, as for mlx.launch")
     group.add_argument("--ranks", type=positive, default=2, help="ranks on this machine, without a hostfile")

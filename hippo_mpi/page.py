@@ -6,16 +6,13 @@ hippo_mpi.page                                  # http://127.0.0.1:7860
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import urllib.error
-import urllib.request
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from hippo_mpi import config
 from hippo_mpi.errors import HippoError, UserError, print_error
-from hippo_mpi.serving.page.cluster_view import ClusterView
+from hippo_mpi.serving.page.cluster_view import ClusterView, fetch_status, own_key
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _ASK_S = 5.0
@@ -48,14 +45,13 @@ def show(argv: list[str]) -> int:
         from hippo_mpi.serving.page.web_page import CSS, make_page, theme
     except ImportError as missing:
         raise UserError(f'hippo_mpi.page needs {missing.name}: pip install "hippo-mpi[page]"') from None
-    key = os.environ.get(config.API_KEYS, "").split(",")[0].strip() or "none"
     url = arguments.url.rstrip("/")
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=own_key())
     try:
         models = [model.id for model in client.with_options(timeout=_ASK_S, max_retries=0).models.list()]
     except openai.OpenAIError as error:
         raise UserError(f"no server answers at {url}: {error} (start hippo_mpi.serve, or give --url)") from None
-    page = make_page(client, models, ClusterView(lambda: _status(url, key)))
+    page = make_page(client, models, ClusterView(lambda: fetch_status(url)))
     try:
         page.launch(
             server_name=arguments.address, server_port=arguments.port, prevent_thread_lock=True, quiet=True, theme=theme(),
@@ -67,15 +63,6 @@ def show(argv: list[str]) -> int:
     sys.stderr.flush()
     page.block_thread()
     return 0
-
-
-def _status(url: str, key: str) -> dict[str, Any]:
-    request = urllib.request.Request(f"{url}/ready", headers={"Authorization": f"Bearer {key}"})
-    try:
-        with urllib.request.urlopen(request, timeout=_ASK_S) as answer:
-            return dict(json.loads(answer.read()))
-    except urllib.error.HTTPError as error:  # 503: not ready, and why
-        return dict(json.loads(error.read()))
 
 
 def main() -> NoReturn:

@@ -29,6 +29,7 @@ from hippo_mpi.generate import open_text
 from hippo_mpi.run import check_hosts, installed, read_hostfile
 from hippo_mpi.serving.api.audit_log import AuditLog
 from hippo_mpi.serving.config_file import ConfigFile, make_parser, read_config
+from hippo_mpi.serving.logs import set_up_logging
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel, read_catalogue
 from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES, About
@@ -87,6 +88,7 @@ def _start_own_front(session: Session) -> socket.socket:
     arguments = session.arguments
     if arguments.catalogue:
         raise UserError("a launcher starts the ranks of one model: for a catalogue, start hippo_mpi.serve without one")
+    set_up_logging(arguments.log_level)
     catalogue = Catalogue([ServedModel(arguments.model_name or Path(arguments.model).name, arguments)])
     front, api = _make_api(arguments, catalogue)
     connection, ours = socket.socketpair()
@@ -118,6 +120,7 @@ def serve(argv: list[str]) -> int:
     """
     file, argv = read_command_line(argv)
     arguments = make_parser().parse_args(argv)
+    set_up_logging(arguments.log_level)
     catalogue = _read_models(arguments, argv, file)
     _ = catalogue.first.modes  # a mistake is told before anything is started
     front, api = _make_api(arguments, catalogue)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from datetime import date, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hippo_mpi.serving.benchmark.benchmark_report import headline
 from tests import ranks
 from tests.parity.tiny_models import make_checkpoint
 from tests.tiny_tokenizer import save_tokenizer
@@ -27,6 +30,12 @@ def test_all_modes(tmp_path: Path) -> None:
     picture, trace = tmp_path / "rates.png", tmp_path / "trace.json"
     out = run("--json", "--compare", "mlx-lm", "--plot", str(picture), "--trace", str(trace))
     found: dict[str, Any] = json.loads(out)
+    first, second = headline(found)
+    assert first == "story-3m, 2 ranks over ring"
+    assert second == (
+        f"prompts of 20 tokens, 6 generated; medians of 2 trials; {found['date']}, hippo-mpi {version('hippo-mpi')}"
+    )
+    assert abs(date.fromisoformat(found["date"]) - date.today()) <= timedelta(days=1)
     modes = ["standalone", "pipeline", "replicas", "mlx-lm"]
     assert {(r["mode"], r["concurrent"]) for r in found["results"]} == {(m, c) for m in modes for c in (1, 3)}
     for result in found["results"]:
@@ -60,7 +69,7 @@ def test_mlx_lm_s_own_pipeline(tmp_path: Path) -> None:
 def test_tables_of_the_pipeline_alone() -> None:
     out = run("--pipeline-only", num_ranks=3)
     assert "one hop of the ring" in out
-    assert "3 ranks over ring" in out
+    assert "story-3m, 3 ranks over ring\nprompts of 20 tokens, 6 generated; medians of 2 trials; " in out
     assert "pipeline" in out
     assert "standalone " not in out
     assert "only the pipeline is shown" in out
@@ -72,6 +81,7 @@ def test_one_rank() -> None:
         assert running.wait() == 0, running.err
         assert "hop" not in running.out
         assert "standalone" in running.out
+        assert "story-3m, 1 rank\n" in running.out
 
 
 @pytest.mark.slow

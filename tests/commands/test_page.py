@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 
 from hippo_mpi.config import DEFAULT_PROMPT
-from hippo_mpi.serving.page.cluster_view import ClusterView
+from hippo_mpi.serving.page.cluster_view import COLUMNS, ClusterView
 from tests import ranks
 from tests.servers import MODEL, Server, server
 
@@ -25,7 +28,7 @@ QUIET = [
     "--disable-component-update",
     "--disable-sync",
 ]
-DESKTOP, PHONE = {"width": 1280, "height": 850}, {"width": 390, "height": 844}
+DESKTOP, PHONE = {"width": 1280, "height": 850}, {"width": 375, "height": 812}
 WAIT_MS = 40_000
 
 
@@ -85,14 +88,38 @@ def test_a_chat_and_a_rank_that_dies(running: Server, url: str, browser: Any, tm
     for size in (DESKTOP, PHONE):
         page.set_viewport_size(size)
         page.get_by_role("tab", name="Cluster").click()
-        page.get_by_test_id("cell-0-2").get_by_text("0-5 and head").wait_for(timeout=WAIT_MS)
-        page.locator("#ranks").wait_for(timeout=WAIT_MS)
+        page.locator("#ranks tr", has_text="0-5 and head").wait_for(timeout=WAIT_MS)
+        for column in COLUMNS:
+            box = page.locator(f"#ranks [data-name='{column}']").last.bounding_box()
+            assert box and box["x"] >= 0 and box["x"] + box["width"] <= size["width"], f"{column} is cut off"
         page.screenshot(path=str(tmp_path / f"cluster-{size['width']}.png"))
         page.get_by_role("tab", name="Chat").click()
         page.locator("#message").wait_for(timeout=WAIT_MS)
+        buttons, answers = (page.locator(f"#chat {part}").bounding_box() for part in (".top-panel", ".bubble-wrap"))
+        assert buttons and answers and buttons["y"] + buttons["height"] <= answers["y"] + 1, "buttons cover answers"
         page.screenshot(path=str(tmp_path / f"chat-{size['width']}.png"))
         assert page.evaluate("document.documentElement.scrollWidth") <= size["width"] + 1, "wider than the screen"
     assert not problems
+
+
+@pytest.mark.slow
+def test_rates_are_shown_and_not_sent_back(running: Server, url: str, browser: Any) -> None:
+    page = browser.new_page(viewport=PHONE)
+    page.goto(url)
+    page.get_by_role("heading", name="Hippo MPI").wait_for(timeout=WAIT_MS)
+    page.get_by_text("Ready: story-3m, 2 ranks").wait_for(timeout=WAIT_MS)
+    rates = page.locator("#chat .thought", has_text=re.compile(r"^\s*\d+ tokens, \d+\.\d tok/s\s*$"))
+    answer = ask(page, DEFAULT_PROMPT)
+    rates.first.wait_for(timeout=WAIT_MS)
+    said = page.locator("#chat .bot .md").first.inner_text()
+    ask(page, "And a hen?")
+    rates.nth(1).wait_for(timeout=WAIT_MS)
+    assert answer.count() and not page.get_by_text("Answers", exact=True).count()
+    turns = [("user", DEFAULT_PROMPT), ("assistant", said), ("user", "And a hen?")]
+    body = json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}).encode()
+    with urllib.request.urlopen(urllib.request.Request(f"{running.url}/tokenize", body), timeout=10) as counted:
+        count = json.loads(counted.read())["count"]
+    assert f"story-3m, prompt {count} tokens" in running.running.err
 
 
 @pytest.mark.slow
@@ -128,13 +155,18 @@ def test_shares_and_hops_are_of_the_last_second(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     ranks_now = [{"busy_s": 5.0, "num_hops": 100, "hop_s": 1.0}]
     about = {"ready": True, "ranks": [{"host": "a", "layers": [0, 12], "weight_bytes": 1 << 20}], "model": "m"}
-    view = ClusterView(lambda: {**about, "now": [dict(rank) for rank in ranks_now]})
+    beat_s = [10.0]
+    view = ClusterView(lambda: {**about, "now": [dict(rank) for rank in ranks_now], "beat_s": beat_s[0]})
     view.look()
-    now[0] += 2
+    now[0] += 1.5
+    beat_s[0] += 2
     ranks_now[0] = {"busy_s": 6.0, "num_hops": 110, "hop_s": 1.02}
     view.look()
+    now[0] += 1
+    view.look()  # they have said nothing new
     assert view.rows[0][-2:] == ["50 %", "2.00 ms"]
-    now[0] += 2
+    now[0] += 1
+    beat_s[0] += 2
     ranks_now[0] = {"busy_s": 0.5, "num_hops": 1, "hop_s": 0.001}
     view.look()
     assert view.rows[0][-2:] == ["0 %", "0.00 ms"]

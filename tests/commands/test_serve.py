@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import anthropic
 import openai
 import pytest
 
-from hippo_mpi.config import DEFAULT_PROMPT
+from hippo_mpi.config import BUNDLED_MODEL, DEFAULT_PROMPT
 from tests import ranks
 from tests.servers import GOES_ON, MODEL, SERVE, Server, server
 
@@ -243,8 +244,8 @@ def test_a_body_too_large_and_one_that_never_comes(running: Server) -> None:
 def test_keys_and_defaults() -> None:
     """The command line's system prompt and seed hold where a body brings none."""
     options = ("--ranks", "1", "--seed", "5", "--temp", "1.0", "--system-prompt", "You tell of hens.")
-    with server(*options, env={"HIPPO_API_KEYS": "first, second"}) as found:
-        chat = found.client("first").chat.completions
+    with server(*options, env={"HIPPO_API_KEYS": "first-key, second-key"}) as found:
+        chat = found.client("first-key").chat.completions
         answers = [chat.create(model=MODEL, messages=ASKED, max_tokens=20) for _ in range(2)]
         assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
         own = chat.create(model=MODEL, messages=[{"role": "system", "content": "x"}, *ASKED], max_tokens=1)
@@ -253,8 +254,8 @@ def test_keys_and_defaults() -> None:
         assert found.get("/health") == {"status": "ok"}
         with pytest.raises(openai.AuthenticationError, match="API key"):
             found.client("wrong").models.list()
-        assert [model.id for model in found.client("second").models.list()] == [MODEL]
-        assert "first" not in found.running.err
+        assert [model.id for model in found.client("second-key").models.list()] == [MODEL]
+        assert "first-key" not in found.running.err
 
 
 @pytest.mark.slow
@@ -351,20 +352,40 @@ def test_inside_a_launcher(wanted: str) -> None:
 
 @pytest.mark.slow
 def test_launch_serve() -> None:
-    """start, status, stop."""
-    script = str(ranks.BIN.parent.parent / "launch" / "serve")
-    if not (ranks.BIN.parent.parent / "launch").exists():
+    """start, status, restart with the options and in the folder of the start, stop; keys are never written down."""
+    root = ranks.BIN.parent.parent
+    if not (root / "launch").exists():
         pytest.skip("the tests don't run in the project's own .venv")
-    began = subprocess.run([script, "start", "--port", "0"], capture_output=True, text=True, timeout=100)
+    keys = {**os.environ, "HIPPO_API_KEYS": "key-of-a-fox"}
+
+    def run(*words: str, **options: Any) -> Any:
+        options = {"capture_output": True, "text": True, "timeout": 100, **options}
+        return subprocess.run([str(root / "launch" / "serve"), *words], **options)
+
+    began = run("start", "--port", "0", "--model", f"./{MODEL}", "--ranks", "1", env=keys, cwd=BUNDLED_MODEL.parent)
     try:
         assert began.returncode == 0, began.stderr
         assert began.stdout.startswith("ready: http://127.0.0.1:")
-        again = subprocess.run([script, "start"], capture_output=True, text=True, timeout=20)
+        again = run("start")
         assert again.returncode == 2 and "it runs already" in again.stderr
-        status = subprocess.run([script, "status"], capture_output=True, text=True, timeout=20)
-        assert json.loads(status.stdout)["ready"] is True
+        table = run("status", env=keys).stdout
+        assert re.search(r"^state     ready\nURL       http://\S+\nmodel     story-3m\nuptime    0:00:\d\d\n", table)
+        assert "\nrequests  0 running, 0 waiting\nrestarts  0\n" in table
+        assert re.search(r"^rank  host +layers +weights .* busy +hop\n0 .* 0-11 and head ", table, re.M)
+        assert "HIPPO_API_KEYS" in run("status").stdout, "without the key: no hosts"
+        before = json.loads(run("status", "--json", env=keys).stdout)
+        assert before["ready"] is True and len(before["ranks"]) == 1
+
+        without_keys = run("restart")
+        assert without_keys.returncode == 2 and "started with HIPPO_API_KEYS" in without_keys.stderr
+        restarted = run("restart", env=keys)
+        assert restarted.returncode == 0, restarted.stderr
+        assert restarted.stdout.startswith("stopped\nready: http://127.0.0.1:")
+        after = json.loads(run("status", "--json", env=keys).stdout)
+        assert after["ranks"] == before["ranks"] and after["uptime_s"] < 60
+        assert not [file for file in (root / ".serve").iterdir() if "key-of-a-fox" in file.read_text()]
     finally:
-        ended = subprocess.run([script, "stop"], capture_output=True, text=True, timeout=20)
+        ended = run("stop")
     assert ended.stdout == "stopped\n"
     time.sleep(0.1)
-    assert subprocess.run([script, "status"], capture_output=True, timeout=20).returncode == 3
+    assert run("status").returncode == 3

@@ -17,11 +17,26 @@ def test_a_pause_is_filled_with_comments() -> None:
         yield b"data: b\n\n"
 
     async def collect() -> list[bytes]:
-        return [event async for event in kept_alive(events(), 0.1)]
+        return [event async for event in kept_alive(events(), 0.1, lambda: "")]
 
     first, *comments, last = asyncio.run(collect())
     assert (first, last) == (b"data: a\n\n", b"data: b\n\n")
     assert comments and all(comment.startswith(b":") and comment.endswith(b"\n\n") for comment in comments)
+
+
+def test_comments_say_what_is_waited_for() -> None:
+    """At once, and again; in one line, whatever the reason has in it."""
+    reasons = iter(["quant is being loaded (1 s)", "rank 1\ndata: failed", ""])
+
+    async def events() -> AsyncIterator[bytes]:
+        await asyncio.sleep(0.25)
+        yield b"data: a\n\n"
+
+    async def collect() -> list[bytes]:
+        return [event async for event in kept_alive(events(), 0.1, lambda: next(reasons))]
+
+    told = [b": quant is being loaded (1 s)\n\n", b": rank 1 data: failed\n\n", b": no news yet\n\n", b"data: a\n\n"]
+    assert asyncio.run(collect()) == told
 
 
 def test_events_end_with_their_reader() -> None:
@@ -36,7 +51,7 @@ def test_events_end_with_their_reader() -> None:
             ended.append(True)
 
     async def leave() -> None:
-        async for _ in kept_alive(events(), 60):
+        async for _ in kept_alive(events(), 60, lambda: ""):
             pass
 
     async def run() -> None:
@@ -57,7 +72,7 @@ def test_a_mistake_is_not_hidden() -> None:
         raise ValueError("x")
 
     async def collect() -> list[bytes]:
-        return [event async for event in kept_alive(events(), 1)]
+        return [event async for event in kept_alive(events(), 1, lambda: "")]
 
     with pytest.raises(ValueError, match="x"):
         asyncio.run(collect())

@@ -25,11 +25,12 @@ from starlette.routing import Route
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.serving.api.access import Access, key_of
-from hippo_mpi.serving.api.audit_log import AuditLog, digest
+from hippo_mpi.serving.api.audit_log import AuditLog, digest, key_id
 from hippo_mpi.serving.api.event_stream import EventStream
 from hippo_mpi.serving.api.http_errors import HANDLERS, error_of
 from hippo_mpi.serving.api.metrics import Metrics
 from hippo_mpi.serving.api.openapi import openapi_object
+from hippo_mpi.serving.api.request_log import Answered
 from hippo_mpi.serving.protocols.anthropic_messages import (
     COUNT_TOKENS,
     MESSAGES,
@@ -177,7 +178,7 @@ class Api:
 
     async def _ready(self, request: Request) -> Response:
         front = self._front
-        status = {"ready": front.is_ready, "state": front.state, "requests": front.num_requests}
+        status = front.status()
         if front.about is not None and self._access.has_key(request):  # hosts and memory are nobody else's business
             status |= {"model": front.model, "max_context": front.about.max_context, "ranks": front.about.ranks}
             status |= {"now": front.beat.get("ranks", []), "silent_hosts": front.silent_hosts}
@@ -243,7 +244,8 @@ class Api:
         end = partial(self._end, request, name, asked, answers, model)
         choices = [Choice(asked, prompt, model.tokenizer) for _ in answers]
         if is_stream:
-            return EventStream(_chunks(asked, model.name, name, answers, choices, wants_usage), end)
+            chunks = _chunks(asked, model.name, name, answers, choices, wants_usage)
+            return EventStream(chunks, end, partial(self._front.why_waiting, model.name))
         try:
             found = await _unless_gone(request, asyncio.gather(*(_all(answer) for answer in answers)))
         finally:
@@ -266,7 +268,8 @@ class Api:
         written = dialect.answer(asked, model.name, name, prompt, model.tokenizer)
         end = partial(self._end, request, name, asked, answers, model)
         if is_stream:
-            return EventStream(written.events(answers[0].outputs()), end)
+            events = written.events(answers[0].outputs())
+            return EventStream(events, end, partial(self._front.why_waiting, model.name))
         try:
             (outputs,) = await _unless_gone(request, asyncio.gather(_all(answers[0])))
         finally:
@@ -279,6 +282,7 @@ class Api:
             self._front.abort(answer)
         made = sum(len(answer.timings.token_ids) for answer in answers)
         self._access.count_tokens(request, len(answers[0].request.prompt) + made)
+        request.state.answered = Answered(name, model.name, answers)
         if self._audit is None:
             return
         key = key_of(request)
@@ -286,7 +290,7 @@ class Api:
         prompt = model.tokenizer.decode(answers[0].request.prompt)
         record: dict[str, Any] = {
             "id": name,
-            "key": digest(key)[:16] if key else None,
+            "key": key_id(key) if key else None,
             "model": model.name,
             "endpoint": request.url.path,
             "parameters": given,

@@ -12,11 +12,17 @@ _KEEP_ALIVE_S = 10.0  # proxies and clients give up on connections that say noth
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; `end` is called when they have ended, or the client has gone away, even before the first."""
+    """Server-sent events of an answer.
 
-    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], None]) -> None:
+    Args:
+        end: called when they have ended, or the client has gone away, even before the first.
+        why_waiting: says what the answer waits for; empty: for nothing but its tokens.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], None], why_waiting: Callable[[], str]) -> None:
         headers = {"Cache-Control": "no-store"}
-        super().__init__(kept_alive(events, _KEEP_ALIVE_S), media_type="text/event-stream", headers=headers)
+        pieces = kept_alive(events, _KEEP_ALIVE_S, why_waiting)
+        super().__init__(pieces, media_type="text/event-stream", headers=headers)
         self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -26,13 +32,18 @@ class EventStream(StreamingResponse):
             self._end()
 
 
-async def kept_alive(events: AsyncIterator[bytes], silence_s: float) -> AsyncIterator[bytes]:
-    """The same events, with a comment, which clients skip, after every so many seconds without one."""
+async def kept_alive(
+    events: AsyncIterator[bytes], silence_s: float, why_waiting: Callable[[], str]
+) -> AsyncIterator[bytes]:
+    """Yield the same events, and comments, which clients skip: at once if they have to wait for something, and after
+    every so many seconds without an event."""
     pending = asyncio.ensure_future(_next(events))
     try:
+        if why := why_waiting():
+            yield _comment(why)
         while True:
             if not (await asyncio.wait({pending}, timeout=silence_s))[0]:
-                yield b": no news yet\n\n"
+                yield _comment(why_waiting() or "no news yet")
             elif (event := pending.result()) is None:
                 return
             else:
@@ -40,6 +51,10 @@ async def kept_alive(events: AsyncIterator[bytes], silence_s: float) -> AsyncIte
                 pending = asyncio.ensure_future(_next(events))
     finally:
         pending.cancel()
+
+
+def _comment(text: str) -> bytes:
+    return f": {' '.join(text.split())}\n\n".encode()  # a line break would begin an event
 
 
 async def _next(events: AsyncIterator[bytes]) -> bytes | None:

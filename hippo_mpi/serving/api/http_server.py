@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
-import sys
 import threading
 from typing import Any
 
@@ -14,8 +14,12 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hippo_mpi.errors import RankError, UserError
+from hippo_mpi.serving.api.request_log import RequestLog
+from hippo_mpi.serving.logs import ANNOUNCEMENTS
 from hippo_mpi.serving.supervision.front import Front
 
+_log = logging.getLogger(__name__)
+_announcements = logging.getLogger(ANNOUNCEMENTS)
 HEADERS_S = 10.0  # uvicorn itself waits for ever for the end of a request's headers
 _KEEP_ALIVE_S = 30
 _MOST_HEADER_BYTES = 32 << 10
@@ -70,11 +74,11 @@ async def serve_http(app: Starlette, front: Front, address: str, port: int) -> N
     except OSError as error:
         raise UserError(f"can't listen on {address}:{port}: {error.strerror}") from None
     settings = uvicorn.Config(
-        app, http=_DeadlineProtocol, lifespan="off", log_level="warning", timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=2, h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
+        RequestLog(app), http=_DeadlineProtocol, lifespan="off", log_config=None,
+        timeout_keep_alive=_KEEP_ALIVE_S, timeout_graceful_shutdown=2,
+        h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
     )  # fmt: skip
-    sys.stderr.write(f"listening on http://{address}:{listener.getsockname()[1]}\n")
-    sys.stderr.flush()
+    _announcements.info("listening on http://%s:%d", address, listener.getsockname()[1])
     announcing = asyncio.ensure_future(_announce(front))
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has ended
@@ -90,11 +94,11 @@ async def serve_http(app: Starlette, front: Front, address: str, port: int) -> N
 async def _end_answers(server: uvicorn.Server, front: Front) -> None:
     while not server.should_exit:
         await asyncio.sleep(0.1)
+    _log.info("the server is ending; requests that are told so: %d", front.num_requests)
     front.fail_all(RankError("the server is ending"))
 
 
 async def _announce(front: Front) -> None:
     while not front.is_ready:
         await asyncio.sleep(0.1)
-    sys.stderr.write("ready\n")
-    sys.stderr.flush()
+    _announcements.info("ready")

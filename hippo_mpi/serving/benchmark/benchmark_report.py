@@ -9,6 +9,18 @@ from typing import Any
 from hippo_mpi.errors import UserError
 
 
+def headline(found: dict[str, Any]) -> list[str]:
+    """Return two lines: what was measured, and with how much of what, when."""
+    ranks, trials = found["ranks"], found["trials"]
+    model = Path(found["model"]).name + (f" in {found['precision']}" if found["precision"] else "")
+    over = f" over {found['backend']}" if ranks > 1 else ""
+    return [
+        f"{model}, {ranks} rank{'s' * (ranks != 1)}{over}",
+        f"prompts of {found['prompt_tokens']:,} tokens, {found['generation_tokens']:,} generated;"
+        f" medians of {trials} trial{'s' * (trials != 1)}; {found['date']}, hippo-mpi {found['version']}",
+    ]
+
+
 def report(found: dict[str, Any], has_whole: bool) -> str:
     """Tables: the ring, the rates by mode and load, and where each rank's time went."""
     parts = [_ring_table(found["ring"])] if found["ring"] else []
@@ -44,7 +56,7 @@ def _rate_table(found: dict[str, Any]) -> str:
     head = (
         f"{'at once':>7}  {'mode':<15} {'generation':>22} {'prompt':>14} {'first token':>12}  {'of the best other':>17}"
     )
-    lines = [f"{found['ranks']} ranks over {found['backend']}", head]
+    lines = [*headline(found), head]
     for count in next(iter(decode.values())):
         others = [decode[mode][count][0] for mode in decode if mode in ("standalone", "replicas")]
         for mode in decode:
@@ -82,7 +94,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
         below = [counts[count][0] - counts[count][1] for count in counts]
         above = [counts[count][2] - counts[count][0] for count in counts]
         axes.errorbar(list(counts), middle, yerr=[below, above], marker="o", capsize=3, label=mode)
-    axes.set(xlabel="requests at once", ylabel="generated tokens per second", title=f"{found['ranks']} ranks")
+    axes.set(xlabel="requests at once", ylabel="generated tokens per second")
+    axes.set_title("\n".join(headline(found)), fontsize="small")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(bottom=0)

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
+import urllib.error
+import urllib.request
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
+from hippo_mpi.config import API_KEYS
 from hippo_mpi.shard.layer_split import show_bytes
 
 COLUMNS = ("rank", "host", "layers", "weights", "resident", "KV caches", "busy", "hop")
 _LOOK_S = 1.0
 _MOST_LOOKS = 120
+_ASK_S = 5.0
+
+
+def own_key() -> str:
+    """Return the API key for the server that the environment has; "none" if it has none."""
+    return os.environ.get(API_KEYS, "").split(",")[0].strip() or "none"
+
+
+def fetch_status(url: str) -> dict[str, Any]:
+    """Return what GET /ready of the server at `url` says, ready or not.
+
+    Raises:
+        OSError: it doesn't answer.
+    """
+    request = urllib.request.Request(f"{url}/ready", headers={"Authorization": f"Bearer {own_key()}"})
+    try:
+        with urllib.request.urlopen(request, timeout=_ASK_S) as answer:
+            return dict(json.loads(answer.read()))
+    except urllib.error.HTTPError as error:  # 503: not ready, and why
+        return dict(json.loads(error.read()))
 
 
 @dataclass(frozen=True)
@@ -37,24 +63,24 @@ class ClusterView:
         self._status: dict[str, Any] = {}
         self._points: deque[tuple[float, list[tuple[float, float]]]] = deque(maxlen=_MOST_LOOKS)
         self._before: list[dict[str, Any]] = []
-        self._looked_at = 0.0
+        self._looked_at = self._beat_s = 0.0
 
     def look(self) -> None:
         """Ask the server, if that was long enough ago: many pages may share one view."""
         now = time.monotonic()
-        passed_s, self._looked_at = now - self._looked_at, now
-        if passed_s < _LOOK_S * 0.9:
-            self._looked_at -= passed_s
+        if now - self._looked_at < _LOOK_S * 0.9:
             return
+        self._looked_at = now
         try:
             self._status = self._fetch()
         except OSError as error:
             self._status = {"ready": False, "state": f"the server can't be reached: {error}"}
-        ranks = self._status.get("now", [])
-        if len(ranks) == len(self._before) and all(ranks) and all(self._before):
+        ranks, beat_s = self._status.get("now", []), self._status.get("beat_s", 0.0)
+        passed_s = beat_s - self._beat_s
+        if passed_s > 0 and len(ranks) == len(self._before) and all(ranks) and all(self._before):
             pairs = zip(ranks, self._before, strict=True)
             self._points.append((now, [_rates(rank, before, passed_s) for rank, before in pairs]))
-        self._before = ranks
+        self._before, self._beat_s = ranks, beat_s
 
     @property
     def line(self) -> str:
@@ -66,7 +92,9 @@ class ClusterView:
         silent = status.get("silent_hosts") or []
         without = f" Without {', '.join(silent)}, who doesn't answer." if silent else ""
         on = f"{status['model']}, {count} rank{'s' * (count != 1)}, " if count else ""
-        return f"Ready: {on}{requests} request{'s' * (requests != 1)}.{without}"
+        following = status.get("state", "").partition("; ")[2]  # a model that is loaded next
+        then = f" {following}." if following else ""
+        return f"Ready: {on}{requests} request{'s' * (requests != 1)}.{then}{without}"
 
     @property
     def rows(self) -> list[list[str]]:
@@ -86,6 +114,17 @@ class ClusterView:
         return found
 
     @property
+    def html(self) -> str:
+        """Return the rows as a table whose cells know their column's name, so that it can be shown as cards, too."""
+        head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+        cells = (
+            "".join(f'<td data-name="{name}">{escape(cell)}</td>' for name, cell in zip(COLUMNS, row, strict=True))
+            for row in self.rows
+        )
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    @property
     def points(self) -> list[Point]:
         """All that is remembered, oldest first."""
         now = time.monotonic()
@@ -101,5 +140,5 @@ def _rates(rank: dict[str, Any], before: dict[str, Any], passed_s: float) -> tup
     hops = rank["num_hops"] - before["num_hops"]
     if hops < 0:
         return 0.0, 0.0
-    busy = 100 * (rank["busy_s"] - before["busy_s"]) / max(passed_s, 1e-9)
+    busy = 100 * (rank["busy_s"] - before["busy_s"]) / passed_s
     return max(0.0, min(100.0, busy)), 1e3 * (rank["hop_s"] - before["hop_s"]) / hops if hops else 0.0

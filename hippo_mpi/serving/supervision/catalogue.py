@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import queue
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -26,6 +28,8 @@ from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.shard.layer_split import LayerSplit, Machine, plan_split
 from hippo_mpi.shard.model_info import ModelInfo, model_info
 from hippo_mpi.shard.precision import stored_precision
+
+_log = logging.getLogger(__name__)
 
 
 class ServedModel:
@@ -64,9 +68,12 @@ class ServedModel:
     @cached_property
     def info(self) -> ModelInfo:
         """What the planner knows of it; its code runs once on arrays that hold nothing."""
+        began_s = time.monotonic()
         info = model_info(open_checkpoint(self.source), KVSettings.from_options(self.arguments))
-        draft = ModelSource.of_draft(self.arguments)
-        return info.with_draft(model_info(open_checkpoint(draft), KVSettings())) if draft else info
+        if draft := ModelSource.of_draft(self.arguments):
+            info = info.with_draft(model_info(open_checkpoint(draft), KVSettings()))
+        _log.info("%s was read for planning, in %.1f s", self.name, time.monotonic() - began_s)
+        return info
 
     @property
     def modes(self) -> list[str]:

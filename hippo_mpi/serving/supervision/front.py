@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +23,8 @@ from hippo_mpi.engine.request import Request, RequestOutput, Resume, SamplingPar
 from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.serving.supervision.rank_link import About, ToldOutput, line_of, read_about, read_output, request_object
 from hippo_mpi.shard.layer_split import Machine
+
+_log = logging.getLogger(__name__)
 
 
 class Overloaded(UserError):
@@ -102,7 +106,8 @@ class Front:
         self.turn_is_over = asyncio.Event()
         self._abouts: dict[str, About] = {}
         self.machines: list[Machine] = []  # the budgets of the ranks that were ready last, whatever they held
-        self.state = f"{model} is being loaded"
+        self._made_s = time.monotonic()
+        self._set_state(f"{model} is being loaded")
         self.num_starts = 0
         self.num_restarts = 0  # after failures
         self.silent_hosts: list[str] = []  # without which the ranks were started
@@ -125,6 +130,44 @@ class Front:
         """Under way or waiting."""
         return len(self._answers)
 
+    @property
+    def state(self) -> str:
+        """Return how it stands, in words: "ready", or what is waited for, and for how long by now."""
+        if not self.is_ready:
+            return f"{self._state} ({time.monotonic() - self._state_since_s:.0f} s)"
+        following = self._next_model()
+        return "ready" if following is None else f"ready; {self._turn_of(following)}"
+
+    def why_waiting(self, model: str) -> str:
+        """Say why a request for a model is not at work; empty if it is, or waits among others for the same."""
+        if not self.is_ready:
+            return self.state if model == self.model else f"{self.state}; {model} is loaded after that"
+        return "" if model == self.model else self._turn_of(model)
+
+    def status(self) -> dict[str, Any]:
+        """Return what anybody may know: the state, and counts of requests (a second old) and of restarts."""
+        waiting = len(self._answers) - len(self._begun) + self.beat.get("waiting", 0)
+        running = max(0, len(self._answers) - waiting)
+        return {
+            "ready": self.is_ready,
+            "state": self.state,
+            "uptime_s": round(time.monotonic() - self._made_s),
+            "requests": len(self._answers),
+            "running": running,
+            "waiting": len(self._answers) - running,
+            "restarts": self.num_restarts,
+            "beat_s": self.beat.get("at_s", 0.0),  # when the ranks spoke last, on the clock of uptime_s
+        }
+
+    def _turn_of(self, model: str) -> str:
+        count = len(self._begun)
+        return (
+            f"{model} comes after {count} answer{'s' * (count != 1)} of {self.model}" if count else f"{model} is next"
+        )
+
+    def _set_state(self, state: str) -> None:
+        self._state, self._state_since_s = state, time.monotonic()
+
     def submit(self, prompt: list[int], sampling: SamplingParams, model: str) -> Answer:
         """Ask for an answer of a model.
 
@@ -140,7 +183,9 @@ class Front:
             sampling = replace(sampling, seed=secrets.randbits(63))
         request = Request(next(self._ids), prompt, sampling)
         answer = Answer(request, Timings(prompt_tokens=len(prompt)), model)
+        self._note_wanted(model)
         self._answers[request.id] = answer
+        _log.debug("request %d for %s: %d prompt tokens", request.id, model, len(prompt))
         self._advance()
         return answer
 
@@ -159,6 +204,7 @@ class Front:
             UserError: it can't be loaded.
         """
         loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._note_wanted(model)
         self._wanted.append((model, loaded))
         self._advance()
         await loaded
@@ -174,6 +220,11 @@ class Front:
             self._begin_all()
         elif not self._begun:
             self.turn_is_over.set()
+
+    def _note_wanted(self, model: str) -> None:
+        """Log that another model is asked for while answers of this one must end first, once per turn."""
+        if model != self.model and self._begun and self._next_model() is None:
+            _log.info("%s is asked for: %s", model, self.why_waiting(model))
 
     def _next_model(self) -> str | None:
         """The model that somebody waits for, if it isn't the present one."""
@@ -210,6 +261,9 @@ class Front:
             self._advance()
             return False
         self._model_before, self.model = self.model, other
+        waiting = sum(answer.model == other for answer in self._answers.values())
+        _log.info("changing from %s to %s; %s for it", self._model_before, other, _waiting(waiting))
+        self._set_state(f"{other} is being loaded")
         if self._writer is not None:
             self._writer.close()  # the ranks end
             self._writer = None
@@ -225,7 +279,9 @@ class Front:
             if answer.model == self.model:
                 del self._answers[number]
                 answer.fail(error)
+        _log.warning("%s; back to %s", error, self._model_before)
         self.model, self._model_before = self._model_before, None
+        self._set_state(f"{self.model} is being loaded")
         return True
 
     # ---- the ranks
@@ -233,14 +289,16 @@ class Front:
     def lose_ranks(self, why: str, most_failures: int) -> None:
         """Ranks have failed. A request of theirs that has seen so many failures without a token between is given up:
         it may be what they fail of."""
-        self.state = f"the ranks are being started again: {why}"
+        self._set_state(f"the ranks are being started again: {why}")
         for number, answer in list(self._answers.items()):
             if answer.model != self.model:
                 continue
             answer.num_failures += 1
             if answer.num_failures > most_failures:
                 del self._answers[number]
-                answer.fail(RankError(f"the ranks failed {answer.num_failures} times in a row, last: {why}"))
+                error = RankError(f"the ranks failed {answer.num_failures} times in a row, last: {why}")
+                _log.warning("request %d is given up: %s", number, error)
+                answer.fail(error)
 
     def fail_all(self, error: RankError) -> None:
         """Give every request up."""
@@ -262,7 +320,10 @@ class Front:
         except (OSError, ValueError) as error:
             return f"rank 0 is gone: {error}"
         finally:
-            self._writer, self.state, self.beat = None, "the ranks are gone", {}
+            if self._writer is writer:
+                self._writer = None
+                self._set_state("the ranks are gone")
+            self.beat = {}
             self._begun.clear()
             writer.close()
 
@@ -275,14 +336,21 @@ class Front:
                 answer.fail(UserError(message["why"]))
                 self._forget(answer.request.id)
         elif "beat" in message:
-            self.beat = message["beat"]
+            self.beat = {**message["beat"], "at_s": round(time.monotonic() - self._made_s, 3)}
         elif "ready" in message:
             about = read_about(message["ready"])
             self._abouts[self.model], self.machines = about, about.machines
-            self._writer, self.state = writer, "ready"
+            self._writer = writer
             self.num_starts += 1
+            self._log_start(about)
             self._begin_all()
             self._advance()
+
+    def _log_start(self, about: About) -> None:
+        took_s = time.monotonic() - self._state_since_s
+        ranks = ", ".join(f"{rank['host']} {_show_layers(*rank['layers'])}" for rank in about.ranks)
+        waiting = sum(answer.model == self.model for answer in self._answers.values())
+        _log.info("%s is loaded after %.1f s: %s; %s", self.model, took_s, ranks, _waiting(waiting))
 
     def _note(self, told: ToldOutput) -> None:
         self.has_progressed = True
@@ -299,3 +367,11 @@ class Front:
         """To the ranks, if there are any; those to come are told everything."""
         if self._writer is not None:
             self._writer.write(line_of(**message))
+
+
+def _waiting(count: int) -> str:
+    return {0: "no request waits", 1: "1 request waits"}.get(count, f"{count} requests wait")
+
+
+def _show_layers(start: int, stop: int) -> str:
+    return f"layer {start}" if stop == start + 1 else f"layers {start}-{stop - 1}"

@@ -1,7 +1,8 @@
 """What the front and rank 0 say to each other: JSON, a line each, over a local socket.
 
     front -> rank 0   {"add": Request}  {"abort": id}
-    rank 0 -> front   {"ready": About}  {"output": RequestOutput}  {"refused": id, "why": text}  {"beat": {"ranks": [...]}}
+    rank 0 -> front   {"ready": About}  {"output": RequestOutput}  {"refused": id, "why": text}
+                     {"beat": {"ranks": [status of each], "waiting": requests that no step has begun}}
 
 Each object is a dataclass's fields. Nothing here is ever executed or unpickled.
 """

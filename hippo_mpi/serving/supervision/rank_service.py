@@ -26,11 +26,13 @@ class RankService:
         self._connection, self._control = connection, control
         self._inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._write_lock = threading.Lock()
+        self._engine: Engine | None = None
         for work, name in ((self._read, "hippo-front"), (self._beat, "hippo-beat")):
             threading.Thread(target=work, name=name, daemon=True).start()
 
     def run(self, engine: Engine, about: About, timeline: Timeline) -> None:
         """Answer requests until the front is gone."""
+        self._engine = engine
         self._tell(line_of(ready=asdict(about)))
         while True:
             if engine.is_idle:
@@ -82,6 +84,7 @@ class RankService:
         while True:
             time.sleep(BEAT_S)
             try:
-                self._tell(line_of(beat={"ranks": self._control.statuses()}))
+                waiting = self._engine.num_waiting if self._engine else 0
+                self._tell(line_of(beat={"ranks": self._control.statuses(), "waiting": waiting}))
             except RankError:
                 return

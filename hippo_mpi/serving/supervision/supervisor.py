@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import secrets
 import signal
@@ -28,6 +29,7 @@ from hippo_mpi.serving.terminal.progress import TERMINAL
 from hippo_mpi.transport.control import RUN_KEY
 from hippo_mpi.transport.ports import HeldPorts
 
+_log = logging.getLogger(__name__)
 _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 _END_S = 3.0
 _LOOK_S = 0.05
@@ -191,11 +193,10 @@ class Supervisor:
                     except PlanError as error:  # on the hosts that answer
                         why = str(error).splitlines()[0]
                     if why is None:
-                        front.state = f"{front.model} is being loaded"
                         failures = 0
                         continue
                     failures = 1 if front.has_progressed else failures + 1
-                    sys.stderr.write(f"the ranks are gone ({why}); starting them again\n")
+                    _log.warning("the ranks are gone (%s); starting them again", why)
                     front.lose_ranks(why, self._max_restarts)
                     front.take_turn()
                     front.num_restarts += 1
@@ -249,7 +250,11 @@ class Supervisor:
             silent = [str(h["ssh"]) for h, answer in zip(self._hosts, answers, strict=True) if not answer]
             living = [index for index, answer in enumerate(answers) if answer] if silent else None
             self._front.silent_hosts = silent
+            if silent:
+                _log.warning("starting without %s: no answer from there", ", ".join(silent))
         plan = await self._make_plan(self._front.model, living)
+        where = ", ".join(host["ssh"] for host in plan.hosts) or f"this machine ({plan.num_local})"
+        _log.info("starting the ranks of %s on %s", self._front.model, where)
         if about is None:
             return plan
         return replace(plan, command=[*plan.command, "--max-context", str(about.max_context)])

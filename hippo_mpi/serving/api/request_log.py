@@ -1,0 +1,104 @@
+"""A log line for every request. Never a text, a key, or the query of a URL, which may have one."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hippo_mpi.serving.api.access import key_of
+from hippo_mpi.serving.api.audit_log import key_id
+from hippo_mpi.serving.supervision.front import Answer
+
+_log = logging.getLogger(__name__)
+_POLLED = ("/health", "/ready", "/metrics")  # every second or so, by machines
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What an endpoint leaves in `request.state.answered` for the log: its answers, and the id that they went out with."""
+
+    id: str
+    model: str
+    answers: Sequence[Answer]
+
+
+class RequestLog:
+    """ASGI middleware that logs every request when it has ended, however that was."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began_s, status, request_id = time.perf_counter(), 500, ""
+
+        async def watched(message: Message) -> None:
+            nonlocal status, request_id
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                request_id = dict(message.get("headers", ())).get(b"x-request-id", b"").decode("latin-1")
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            answered: Answered | None = scope.get("state", {}).get("answered")
+            parts = [_asked(scope, status), *(_made(answered, began_s) if answered else ())]
+            parts.append(f"total {time.perf_counter() - began_s:.2f} s")
+            if ids := dict.fromkeys(filter(None, (request_id, answered.id if answered else ""))):
+                parts.append(f"id {_printable('/'.join(ids))}")
+            if key := key_of(Request(scope)):
+                parts.append(f"key {key_id(key)}")
+            _log.log(_level(scope["path"], status, answered), "%s", ", ".join(parts))
+
+
+def _asked(scope: Scope, status: int) -> str:
+    path = scope.get("raw_path", b"").decode("latin-1")
+    return f"{_printable(scope['method'])} {_printable(path)} {status}"
+
+
+def _made(answered: Answered, began_s: float) -> list[str]:
+    """Return what was computed, as parts of a line."""
+    timings = [answer.timings for answer in answered.answers]
+    tokens = sum(len(one.token_ids) for one in timings)
+    first = timings[0]
+    parts = [
+        answered.model,
+        f"prompt {first.prompt_tokens} tokens ({first.cached_tokens} cached)",
+        f"answer {tokens} tokens",
+        _outcome([answer.outcome for answer in answered.answers]),
+    ]
+    begun = [one for one in timings if one.token_ids]
+    if begun:
+        first_s, last_s = min(one.first_token_s for one in begun), max(one.finished_s for one in begun)
+        parts.append(f"first token {first_s - began_s:.2f} s")
+        if last_s > first_s:
+            parts.append(f"{(tokens - len(begun)) / (last_s - first_s):.1f} tok/s")
+    return parts
+
+
+def _outcome(outcomes: Sequence[str]) -> str:
+    """Join finish reasons. Errors are named as such only: their messages may quote what was asked."""
+    if any(outcome.startswith("error") for outcome in outcomes):
+        return "error"
+    return "client gone" if "abort" in outcomes else "/".join(dict.fromkeys(outcomes))
+
+
+def _level(path: str, status: int, answered: Answered | None) -> int:
+    if path in _POLLED and status in (200, 503):
+        return logging.DEBUG
+    failed = answered is not None and _outcome([answer.outcome for answer in answered.answers]) == "error"
+    return logging.WARNING if status >= 500 or failed else logging.INFO
+
+
+def _printable(text: str) -> str:
+    """Keep what a client may put into a line from looking like more than it is."""
+    return re.sub("[^!-~]|,", "?", text[:120])
