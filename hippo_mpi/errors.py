@@ -14,6 +14,9 @@ from __future__ import annotations
 import contextlib
 import os
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 
 class HippoError(Exception):
     exit_code = 1

@@ -1,0 +1,119 @@
+"""The standard streams of ./launch/run, lent to rank 0 on the same machine.
+
+mlx.launch and mpirun copy their input into a pipe, never pass on its end, and gather what ranks write. So ./launch/run
+listens on a socket in a folder of its own, and rank 0 fetches the descriptors themselves: it reads, writes and ends like a
+process that the shell has started. On the socket each also hears when the other is gone, and rank 0 of a Ctrl-C.
+
+Knows descriptors and process groups. Must not load MLX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+CONSOLE = "HIPPO_CONSOLE"
+"""Environment variable with the path of the socket."""
+_STREAMS = (0, 1, 2)
+_TAKES_INTERRUPTS, _INTERRUPT = b"i", b"c"
+_CONNECT_S = 5.0
+
+
+class Console:
+    """The lender's side, in ./launch/run.
+
+    Args:
+        folder: a private one, for the socket.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "console"
+        self.pid: int | None = None  # rank 0's, once it has come
+        self.takes_interrupts = False
+        self._is_terminal = os.isatty(0)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self.path))
+        self._listener.listen(1)
+        self._connection: socket.socket | None = None
+        self._thread = threading.Thread(target=self._lend, name="hippo-console", daemon=True)
+        self._thread.start()
+
+    def interrupt(self) -> None:
+        """Tell rank 0 of a Ctrl-C, unless its terminal does."""
+        if self._connection and not self._is_terminal:
+            with contextlib.suppress(OSError):  # it is gone
+                self._connection.sendall(_INTERRUPT)
+
+    def signal(self, number: int) -> None:
+        """Signal rank 0, if it has come and lives."""
+        if self._connection and self._thread.is_alive() and self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def await_end(self, timeout_s: float) -> bool:
+        """Wait for rank 0's end; False if it still lives then."""
+        if self._connection:
+            self._thread.join(timeout_s)
+        return not self._connection or not self._thread.is_alive()
+
+    def _lend(self) -> None:
+        connection, _ = self._listener.accept()
+        with contextlib.suppress(OSError, ValueError):  # rank 0 has died; its launcher says so
+            self.pid = int(connection.recv(32))
+            # Only processes of a terminal's own group may read from it.
+            group = os.getpgrp() if self._is_terminal else None
+            socket.send_fds(connection, [json.dumps({"group": group}).encode()], _STREAMS)
+            self._connection = connection
+            while data := connection.recv(1):
+                self.takes_interrupts = data == _TAKES_INTERRUPTS
+
+
+@dataclass(frozen=True)
+class LentConsole:
+    """The borrower's side, in rank 0, whose standard streams are those of ./launch/run."""
+
+    connection: socket.socket
+    launcher_input: int  # descriptor of the input that the launcher had given
+
+    def take_interrupts(self) -> None:
+        """From now on a Ctrl-C is for this process, and doesn't end all."""
+        with contextlib.suppress(OSError):
+            self.connection.sendall(_TAKES_INTERRUPTS)
+
+    def await_interrupt(self) -> bool:
+        """Wait for a Ctrl-C that the terminal doesn't tell; False if ./launch/run is gone."""
+        try:
+            return bool(self.connection.recv(1))
+        except OSError:
+            return False
+
+
+def borrow_console() -> LentConsole | None:
+    """Make the streams of ./launch/run this process's own; None if it didn't start us, or not on this machine."""
+    path = os.environ.pop(CONSOLE, None)
+    if path is None:
+        return None
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(_CONNECT_S)
+    try:
+        connection.connect(path)
+        connection.sendall(str(os.getpid()).encode())
+        data, lent, _, _ = socket.recv_fds(connection, 1024, len(_STREAMS))
+    except OSError:
+        connection.close()
+        return None
+    connection.settimeout(None)
+    launcher_input = os.dup(0)
+    for descriptor, own in zip(lent, _STREAMS, strict=True):
+        os.dup2(descriptor, own)
+        os.close(descriptor)
+    group = json.loads(data)["group"]
+    if group is not None:
+        with contextlib.suppress(PermissionError):  # another session, one of ssh: no terminal stops it there
+            os.setpgid(0, group)
+    return LentConsole(connection, launcher_input)
