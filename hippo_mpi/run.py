@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports needs no traceback
+
 import argparse
 import ipaddress
 import json
@@ -13,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hippo_mpi.config import Parser, port, positive
-from hippo_mpi.errors import INTERRUPTED, HippoError, LaunchError, print_error
+from hippo_mpi.errors import HippoError, LaunchError, print_error
 from hippo_mpi.serving.terminal.launch import Launch
 
 HOSTFILE = Path(__file__).parent.parent / "hostfile"
@@ -188,8 +193,6 @@ def main() -> None:
     except HippoError as error:
         print_error(str(error))
         code = error.exit_code
-    except KeyboardInterrupt:
-        code = INTERRUPTED
     sys.exit(code)
 
 

@@ -61,7 +61,9 @@ class Terminal:
     def has_echo(self) -> bool:
         """Whether it is as a shell wants it."""
         settings = termios.tcgetattr(self.descriptor)
-        return bool(settings[3] & termios.ECHO and settings[3] & termios.ICANON) and settings[6][termios.VEOF] == b"\x04"
+        return (
+            bool(settings[3] & termios.ECHO and settings[3] & termios.ICANON) and settings[6][termios.VEOF] == b"\x04"
+        )
 
 
 @contextlib.contextmanager

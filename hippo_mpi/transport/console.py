@@ -17,8 +17,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-CONSOLE = "HIPPO_CONSOLE"
-"""Environment variable with the path of the socket."""
+from hippo_mpi.environment import CONSOLE
+from hippo_mpi.errors import RankError
+
 _STREAMS = (0, 1, 2)
 _TAKES_INTERRUPTS, _INTERRUPT = b"i", b"c"
 _CONNECT_S = 5.0
@@ -49,17 +50,16 @@ class Console:
             with contextlib.suppress(OSError):  # it is gone
                 self._connection.sendall(_INTERRUPT)
 
+    @property
+    def is_rank_alive(self) -> bool:
+        """Whether rank 0 has come and lives."""
+        return self._connection is not None and self._thread.is_alive()
+
     def signal(self, number: int) -> None:
         """Signal rank 0, if it has come and lives."""
-        if self._connection and self._thread.is_alive() and self.pid:
+        if self.is_rank_alive and self.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
-
-    def await_end(self, timeout_s: float) -> bool:
-        """Wait for rank 0's end; False if it still lives then."""
-        if self._connection:
-            self._thread.join(timeout_s)
-        return not self._connection or not self._thread.is_alive()
 
     def _lend(self) -> None:
         connection, _ = self._listener.accept()
@@ -94,7 +94,11 @@ class LentConsole:
 
 
 def borrow_console() -> LentConsole | None:
-    """Make the streams of ./launch/run this process's own; None if it didn't start us, or not on this machine."""
+    """Make the streams of ./launch/run this process's own; None if it didn't start us, or not on this machine.
+
+    Raises:
+        RankError: it has started us, but is gone.
+    """
     path = os.environ.pop(CONSOLE, None)
     if path is None:
         return None
@@ -104,6 +108,8 @@ def borrow_console() -> LentConsole | None:
         connection.connect(path)
         connection.sendall(str(os.getpid()).encode())
         data, lent, _, _ = socket.recv_fds(connection, 1024, len(_STREAMS))
+    except ConnectionRefusedError:
+        raise RankError("./launch/run is gone") from None
     except OSError:
         connection.close()
         return None

@@ -12,12 +12,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from hippo_mpi.environment import CONSOLE, RUN_KEY, STATUS_FILE
 from hippo_mpi.errors import LaunchError, RankError
 from hippo_mpi.serving.terminal.launcher_messages import LauncherMessages
-from hippo_mpi.transport.console import CONSOLE, Console
-from hippo_mpi.transport.control import RUN_KEY
+from hippo_mpi.transport.console import Console
 from hippo_mpi.transport.terminal import kept_terminal
-from hippo_mpi.transport.world import STATUS_FILE
 
 _LOOK_S = 0.1
 _END_S = 5.0  # for ranks and their launcher, from SIGTERM to SIGKILL
@@ -65,16 +64,29 @@ class Launch:
             return RankError.exit_code if self._console.pid else self._launcher.returncode or 1
 
     def _await_end(self) -> None:
-        """Wait for the launcher, then for rank 0, whose last words come straight from it; kill what doesn't end."""
+        """Wait for the launcher, then for the ranks, of which rank 0 says its last words itself; kill what doesn't end."""
         assert self._launcher and self._console
         while self._launcher.poll() is None:
             if time.monotonic() > self._kill_at_s:
                 self._signal(signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._launcher.wait(_LOOK_S)
-        self._signal(signal.SIGTERM)  # ranks that have outlived it
-        if not self._console.await_end(_END_S):
-            self._signal(signal.SIGKILL)
+        if self._ended_by is None:
+            self._signal(signal.SIGTERM)  # ranks that have outlived it
+        ends_s = time.monotonic() + _END_S
+        while self._is_group_alive() or self._console.is_rank_alive:
+            if time.monotonic() > min(ends_s, self._kill_at_s):
+                self._signal(signal.SIGKILL)
+                return
+            time.sleep(_LOOK_S / 5)
+
+    def _is_group_alive(self) -> bool:
+        assert self._launcher
+        try:
+            os.killpg(self._launcher.pid, 0)
+        except (ProcessLookupError, PermissionError):  # on macOS a group of zombies permits nothing
+            return False
+        return True
 
     @contextlib.contextmanager
     def _signals_handled(self) -> Iterator[None]:
@@ -102,7 +114,7 @@ class Launch:
     def _signal(self, number: signal.Signals) -> None:
         """Signal the launcher with all of its local ranks, and rank 0, which has left their group for our terminal's."""
         if self._launcher:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # all gone; on macOS: all but zombies
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # all gone
                 os.killpg(self._launcher.pid, number)
         if self._console:
             self._console.signal(number)
