@@ -39,7 +39,10 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--backend", choices=("ring", "mpi", "jaccl", "jaccl-ring"), help="ring if not given")
     parser.add_argument(
-        "--starting-port", type=port, metavar="PORT", help="first port of the ring; a free one if not given"
+        "--starting-port",
+        type=port,
+        metavar="PORT",
+        help="first port of the ring, one per rank; a free one if not given",
     )
     parser.add_argument("--command", choices=COMMANDS, default=COMMANDS[0], help="what every rank runs")
     return parser
@@ -135,6 +138,8 @@ def launch_arguments(arguments: argparse.Namespace, rest: list[str]) -> list[str
         launch += ["--hostfile", str(arguments.hostfile)]
     launch += ["--backend", backend]
     if backend == "ring":
+        if (arguments.starting_port or 0) + num_ranks > 1 << 16:
+            raise LaunchError(f"--starting-port {arguments.starting_port} leaves no {num_ranks} ports up to 65535")
         launch += ["--starting-port", str(arguments.starting_port or free_ports(num_ranks))]
     return [*launch, "--", installed(arguments.command), *rest]
 
@@ -155,7 +160,10 @@ def knock(hosts: list[dict[str, Any]], where: str) -> None:
     Raises:
         LaunchError: some don't, within seconds; it names each, with ssh's last line.
     """
-    names = {host["ssh"]: rank for rank, host in reversed(list(enumerate(hosts))) if host["ssh"] != "127.0.0.1"}
+    names: dict[str, int] = {}
+    for rank, host in enumerate(hosts):
+        if host["ssh"] != "127.0.0.1":
+            names.setdefault(host["ssh"], rank)
     with ThreadPoolExecutor(max(1, len(names))) as pool:
         answers = dict(zip(names, pool.map(_answer, names), strict=True))
     silent = [f"{name} (rank {names[name]}): {why}" for name, why in answers.items() if why]
@@ -177,18 +185,15 @@ def _answer(name: str) -> str:
     return last if found.returncode else ""
 
 
-def _help(parser: Parser, command: str) -> int:
-    """Our own options, then those of the command."""
-    print(f"{parser.format_help()}\n{command}:\n", flush=True)
-    return subprocess.run([installed(command), "--help"]).returncode
-
-
 def main() -> None:
     parser = make_parser()
     try:
         arguments, rest = parser.parse_known_args()
         if {"-h", "--help"} & set(rest):
-            sys.exit(_help(parser, arguments.command))
+            print(f"{parser.format_help()}\n{arguments.command}:\n", flush=True)
+            sys.exit(subprocess.run([installed(arguments.command), "--help"]).returncode)
+        if "--version" in rest:
+            sys.exit(subprocess.run([installed(arguments.command), "--version"]).returncode)
         code = Launch().run(launch_arguments(arguments, rest))
     except HippoError as error:
         print_error(str(error))
