@@ -12,7 +12,7 @@ import sys
 from hippo_mpi import command, config
 from hippo_mpi.command import Session
 from hippo_mpi.engine.request import SamplingParams
-from hippo_mpi.errors import INTERRUPTED, HippoError, UserError
+from hippo_mpi.errors import INTERRUPTED, UserError, interrupted
 from hippo_mpi.generate import lead
 from hippo_mpi.parallel.pipeline import Pipeline
 from hippo_mpi.serving.terminal.console import Conversation, ask, statistics_line, write
@@ -40,7 +40,7 @@ def chat(session: Session) -> int:
         command.follow(session)
         return 0
     pipeline, conversation = lead(session)
-    interrupts = Interrupts(lambda: session.control.fail(_interrupted()))
+    interrupts = Interrupts(lambda: session.control.fail(interrupted()))
     session.launcher.take_interrupts()
     sys.stderr.write(f"{_HELP}\n")
     code = 0
@@ -64,12 +64,6 @@ def _ask(session: Session, interrupts: Interrupts) -> str | None:
         if line is None:
             sys.stderr.write("\n")  # the cursor is behind the prompt
     return None if line is None else line.rstrip()
-
-
-def _interrupted() -> HippoError:
-    error = HippoError("left by Ctrl-C")
-    error.exit_code = INTERRUPTED
-    return error
 
 
 def _turn(session: Session, pipeline: Pipeline, conversation: Conversation, interrupts: Interrupts, line: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from hippo_mpi.config import Parser, run_options
-from hippo_mpi.errors import HippoError, UserError, print_error
+from hippo_mpi.errors import HippoError, UserError, interrupted, print_error
 from hippo_mpi.parallel.pipeline import Agreement, Pipeline, agree, meet
 from hippo_mpi.serving.terminal.progress import Progress
 from hippo_mpi.shard.checkpoint import ModelSource
@@ -96,6 +96,8 @@ def _run(parser: Parser, body: Callable[[_Joined], int], argv: list[str] | None 
         code = body(_Joined(arguments, given, mistake, world, control, console))
     except HippoError as error:
         control.fail(error)
+    except KeyboardInterrupt:
+        control.fail(interrupted())
     except BrokenPipeError:  # whoever read our answer has enough
         control.fail(HippoError("nobody reads the answer any more"))
     except Exception as error:  # a worker's top frame: whatever went wrong, all ranks must end

@@ -46,6 +46,13 @@ class DesyncError(RankError):
     pass
 
 
+def interrupted() -> HippoError:
+    """Return the error of a run that a Ctrl-C has ended."""
+    error = HippoError("left by Ctrl-C")
+    error.exit_code = INTERRUPTED
+    return error
+
+
 def print_error(line: str, starts_anew: bool = False) -> None:
     """One line on stderr, a new one if asked. Nobody may be left to read it: that never raises."""
     with contextlib.suppress(OSError):

@@ -10,19 +10,23 @@ Knows descriptors and process groups. Must not load MLX.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import signal
 import socket
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from hippo_mpi.environment import CONSOLE
 from hippo_mpi.errors import RankError
+from hippo_mpi.transport.terminal import set_foreground
 
 _STREAMS = (0, 1, 2)
 _TAKES_INTERRUPTS, _INTERRUPT = b"i", b"c"
 _CONNECT_S = 5.0
+_LOOK_S = 0.1
 
 
 class Console:
@@ -36,7 +40,6 @@ class Console:
         self.path = folder / "console"
         self.pid: int | None = None  # rank 0's, once it has come
         self.takes_interrupts = False
-        self._is_terminal = os.isatty(0)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self.path))
         self._listener.listen(1)
@@ -45,8 +48,8 @@ class Console:
         self._thread.start()
 
     def interrupt(self) -> None:
-        """Tell rank 0 of a Ctrl-C, unless its terminal does."""
-        if self._connection and not self._is_terminal:
+        """Tell rank 0 of a Ctrl-C."""
+        if self._connection:
             with contextlib.suppress(OSError):  # it is gone
                 self._connection.sendall(_INTERRUPT)
 
@@ -65,9 +68,7 @@ class Console:
         connection, _ = self._listener.accept()
         with contextlib.suppress(OSError, ValueError):  # rank 0 has died; its launcher says so
             self.pid = int(connection.recv(32))
-            # Only processes of a terminal's own group may read from it.
-            group = os.getpgrp() if self._is_terminal else None
-            socket.send_fds(connection, [json.dumps({"group": group}).encode()], _STREAMS)
+            socket.send_fds(connection, [str(os.getpgrp()).encode()], _STREAMS)
             self._connection = connection
             while data := connection.recv(1):
                 self.takes_interrupts = data == _TAKES_INTERRUPTS
@@ -79,14 +80,37 @@ class LentConsole:
 
     connection: socket.socket
     launcher_input: int  # descriptor of the input that the launcher had given
+    lender: int  # the process group of ./launch/run
 
     def take_interrupts(self) -> None:
         """From now on a Ctrl-C is for this process, and doesn't end all."""
         with contextlib.suppress(OSError):
             self.connection.sendall(_TAKES_INTERRUPTS)
 
+    @contextlib.contextmanager
+    def foreground(self) -> Iterator[None]:
+        """Read from the terminal in the block: only its foreground group may, and Ctrl-C goes there."""
+        own = os.getpgrp()
+        try:
+            while os.tcgetpgrp(0) != self.lender:  # ./launch/run itself is in the background
+                time.sleep(_LOOK_S)
+        except OSError:  # no terminal, or not the one of this session (another one, of ssh): then nothing stops us
+            yield
+            return
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTSTP)}
+        if handlers[signal.SIGINT] is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # the shell wouldn't see that we stop
+        set_foreground(own)
+        try:
+            yield
+        finally:
+            set_foreground(self.lender)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
     def await_interrupt(self) -> bool:
-        """Wait for a Ctrl-C that the terminal doesn't tell; False if ./launch/run is gone."""
+        """Wait for a Ctrl-C that ./launch/run has got; False if it is gone."""
         try:
             return bool(self.connection.recv(1))
         except OSError:
@@ -118,8 +142,6 @@ def borrow_console() -> LentConsole | None:
     for descriptor, own in zip(lent, _STREAMS, strict=True):
         os.dup2(descriptor, own)
         os.close(descriptor)
-    group = json.loads(data)["group"]
-    if group is not None:
-        with contextlib.suppress(PermissionError):  # another session, one of ssh: no terminal stops it there
-            os.setpgid(0, group)
-    return LentConsole(connection, launcher_input)
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)  # Ctrl-C is for the terminal's group, and must not reach the launcher
+    return LentConsole(connection, launcher_input, int(data))

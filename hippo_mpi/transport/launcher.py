@@ -71,14 +71,20 @@ class Launcher:
         """All of the input, to its end."""
         if self._copied:
             return self._copied.read_all()
-        return sys.stdin.read() if sys.stdin else ""
+        with self.foreground():
+            return sys.stdin.read() if sys.stdin else ""
 
     def read_line(self) -> str | None:
         """The next line without its end; None at the end of the input."""
         if self._copied:
             return self._copied.read_line()
-        line = sys.stdin.readline() if sys.stdin else ""
+        with self.foreground():
+            line = sys.stdin.readline() if sys.stdin else ""
         return line.rstrip("\n") if line else None
+
+    def foreground(self) -> contextlib.AbstractContextManager[None]:
+        """Read from standard input in the block, which may be the terminal of ./launch/run."""
+        return self._console.foreground() if self._console else contextlib.nullcontext()
 
     def take_interrupts(self) -> None:
         """A Ctrl-C is this rank's to handle, also under ./launch/run."""

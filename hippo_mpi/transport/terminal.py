@@ -31,13 +31,35 @@ def changed_terminal(descriptor: int, characters: Mapping[int, bytes]) -> Iterat
 
 @contextlib.contextmanager
 def kept_terminal() -> Iterator[None]:
-    """Put our terminal back after the block, if it is ours then, whatever another process has made of it."""
+    """Put our terminal back after the block, whatever processes that are gone have made of it."""
     settings = termios.tcgetattr(0) if os.isatty(0) else None
     try:
         yield
     finally:
-        if settings and os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp():
-            _set(0, settings)
+        with contextlib.suppress(OSError):  # the terminal is gone, or isn't this session's
+            if settings and _is_foreground_ours():
+                set_foreground(os.getpgrp())
+                _set(0, settings)
+
+
+def set_foreground(group: int) -> None:
+    """Make a process group the one that reads from our terminal and gets its Ctrl-C."""
+    with _allowed_in_background(), contextlib.suppress(OSError):
+        os.tcsetpgrp(0, group)
+
+
+def _is_foreground_ours() -> bool:
+    """Whether nobody else uses our terminal: its group is our own, or none that lives."""
+    group = os.tcgetpgrp(0)
+    if group == os.getpgrp():
+        return True
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def put_back_terminal() -> None:
@@ -53,10 +75,15 @@ def _end(number: int, frame: object) -> None:
 
 
 def _set(descriptor: int, settings: list[Any]) -> None:
-    """A process in the background may do so only while SIGTTOU is blocked."""
+    with _allowed_in_background(), contextlib.suppress(termios.error):  # the terminal is gone
+        termios.tcsetattr(descriptor, termios.TCSANOW, settings)
+
+
+@contextlib.contextmanager
+def _allowed_in_background() -> Iterator[None]:
+    """A process in the background may change its terminal only while SIGTTOU is blocked."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:
-        with contextlib.suppress(termios.error):  # the terminal is gone
-            termios.tcsetattr(descriptor, termios.TCSANOW, settings)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -93,7 +93,7 @@ def ask(launcher: Launcher, prompt: str) -> str | None:
         return launcher.read_line()
     with contextlib.suppress(ImportError):  # a Python without it: then there is no history
         import readline  # noqa: F401
-    with changed_terminal(0, {}):
+    with launcher.foreground(), changed_terminal(0, {}):
         try:
             return input(prompt)
         except EOFError:

@@ -78,15 +78,15 @@ class Launch:
             if time.monotonic() > min(ends_s, self._kill_at_s):
                 self._signal(signal.SIGKILL)
                 return
-            time.sleep(_LOOK_S / 5)
+            time.sleep(_LOOK_S)
 
     def _is_group_alive(self) -> bool:
+        """Whether anything of the launcher's group runs; zombies, which init has yet to look at, don't."""
         assert self._launcher
-        try:
-            os.killpg(self._launcher.pid, 0)
-        except (ProcessLookupError, PermissionError):  # on macOS a group of zombies permits nothing
-            return False
-        return True
+        command = ["ps", "-A", "-o", "pgid=,stat="]
+        listing = subprocess.run(command, capture_output=True, text=True).stdout
+        pairs = (line.split() for line in listing.splitlines())
+        return any(group == str(self._launcher.pid) and not state.startswith("Z") for group, state in pairs)
 
     @contextlib.contextmanager
     def _signals_handled(self) -> Iterator[None]:
@@ -112,7 +112,7 @@ class Launch:
             self._kill_at_s = 0.0
 
     def _signal(self, number: signal.Signals) -> None:
-        """Signal the launcher with all of its local ranks, and rank 0, which has left their group for our terminal's."""
+        """Signal the launcher with all of its local ranks, and rank 0, which has a group of its own."""
         if self._launcher:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # all gone
                 os.killpg(self._launcher.pid, number)

@@ -110,7 +110,9 @@ class BatchProgress:
 
 
 def _is_terminal() -> bool:
-    """Whether a person sees our stderr. Under mlx.launch it is a pipe to the launcher's."""
+    """Whether a person sees our stderr, where a bar can be drawn. Under mlx.launch it is a pipe to the launcher's."""
+    if os.environ.get("TERM") == "dumb":
+        return False
     told = os.environ.get(TERMINAL)  # whoever started us knows
     if told is not None:
         return told == "1"
