@@ -56,6 +56,7 @@ class Launch:
             messages = LauncherMessages(self._launcher)
             with kept_terminal():
                 self._await_end()
+                messages.await_end()
             if self._ended_by is not None:
                 return 128 + self._ended_by
             if status.exists():

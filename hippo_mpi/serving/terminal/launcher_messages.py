@@ -11,7 +11,8 @@ import threading
 from hippo_mpi.errors import print_error
 
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
-_WARNING = re.compile(r"\x1b\[3\dm\[(?:WARN|INFO|ERROR)\].*")
+# mlx.launch's threads write the parts of these lines one by one, between each other's.
+_WARNING = re.compile(r"(?:\x1b\[3\dm\[(?:WARN|INFO|ERROR)\]|\s*Node with rank \d+ |\s*\x1b\[0m\s*$).*")
 _RULE = re.compile(r"-{20,}")  # above and below what mpirun has to say
 _USAGE, _MISTAKE = "usage: mlx.launch", "mlx.launch: error: "
 _JOIN_S = 2.0
@@ -35,9 +36,12 @@ class LauncherMessages:
         self._thread = threading.Thread(target=self._read, name="hippo-messages", daemon=True)
         self._thread.start()
 
+    def await_end(self) -> None:
+        """Wait until all is read; but not for a rank that has outlived its launcher."""
+        self._thread.join(_JOIN_S)
+
     def show(self) -> None:
         """Pass on what was kept back."""
-        self._thread.join(_JOIN_S)
         sys.stderr.write("".join(f"{line}\n" for line in self._kept))
 
     def _read(self) -> None:
@@ -57,7 +61,7 @@ class LauncherMessages:
         elif self._is_usage or text.startswith(_USAGE):
             self._is_usage = True
         elif warning := _WARNING.search(line):
-            self._kept.append(_COLOR.sub("", warning[0]).strip())
+            self._kept += list(filter(None, [_COLOR.sub("", warning[0]).strip()]))
             os.write(2, line[: warning.start()].encode())  # of a rank's line that it came into
         else:
             os.write(2, line.encode())
