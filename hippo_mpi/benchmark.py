@@ -9,6 +9,7 @@ the whole model on every rank with the requests shared out; with --compare also 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from datetime import date
@@ -25,7 +26,7 @@ from hippo_mpi.errors import UserError
 from hippo_mpi.generate import open_model_tokenizer
 from hippo_mpi.parallel.pipeline import Pipeline
 from hippo_mpi.parallel.timeline import busy_shares, trace_events
-from hippo_mpi.serving.benchmark.benchmark_report import plot, report
+from hippo_mpi.serving.benchmark.benchmark_report import check_plot, plot, report
 from hippo_mpi.serving.benchmark.benchmark_run import Bench
 
 
@@ -52,7 +53,9 @@ def make_parser() -> config.Parser:
     )
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    group.add_argument("--plot", type=Path, help="draw throughput against requests at once into this file (.png)")
+    group.add_argument(
+        "--plot", type=Path, help="draw throughput against requests at once into this file (.png, .svg, .pdf ...)"
+    )
     group.add_argument("--trace", type=Path, help="write what every rank did, when, for Perfetto or chrome://tracing")
     config.add_cache_options(parser)
     config.add_run_options(parser)
@@ -70,6 +73,10 @@ def benchmark(session: Session) -> int:
             f"--prompt-tokens {arguments.prompt_tokens} and --generation-tokens {arguments.generation_tokens} are more"
             f" than the context of {session.agreement.max_context:,} (--max-context)"
         )
+    for path in filter(None, (arguments.plot, arguments.trace)):
+        _check_folder(path)
+    if arguments.plot:
+        check_plot(arguments.plot)
     tokenizer = open_model_tokenizer(session)
     bench = _bench(session, session.load(), tokenizer)
     modes = bench.modes()
@@ -121,6 +128,12 @@ def _bench(session: Session, part: Pipeline, tokenizer: TokenizerWrapper) -> Ben
         part, session.settings, tokenizer, arguments.prefill_step_size,
         has_whole=not arguments.pipeline_only, has_mlx_lm=bool(arguments.compare),
     )  # fmt: skip
+
+
+def _check_folder(path: Path) -> None:
+    """Raise a UserError if no file could be written there: before anything is measured."""
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path} can't be written: {path.parent} is no folder that may be written to")
 
 
 def _write_trace(path: Path, trace: dict[str, Any]) -> None:

@@ -12,12 +12,16 @@ import sys
 from hippo_mpi import command, config
 from hippo_mpi.command import Session
 from hippo_mpi.engine.request import SamplingParams
-from hippo_mpi.errors import UserError
+from hippo_mpi.errors import INTERRUPTED, UserError, interrupted
 from hippo_mpi.generate import lead
 from hippo_mpi.parallel.pipeline import Pipeline
-from hippo_mpi.serving.terminal.console import Conversation, statistics_line, write
+from hippo_mpi.serving.terminal.console import Conversation, ask, statistics_line, write
+from hippo_mpi.serving.terminal.interrupts import Interrupts
 
-_HELP = "q: quit, r: begin anew, h: this help; anything else is said to the model"
+_HELP = (
+    "/bye, q or Ctrl-D: leave; /reset, r: begin anew; /help, h: this help; Ctrl-C: stop the answer.\n"
+    "Anything else is said to the model, and so is a line that begins with a space."
+)
 
 
 def make_parser() -> config.Parser:
@@ -36,32 +40,51 @@ def chat(session: Session) -> int:
         command.follow(session)
         return 0
     pipeline, conversation = lead(session)
+    interrupts = Interrupts(lambda: session.control.fail(interrupted()))
+    session.launcher.take_interrupts()
     sys.stderr.write(f"{_HELP}\n")
-    while True:
-        sys.stderr.write(">> ")
-        sys.stderr.flush()
-        session.control.idle()
-        line = session.launcher.read_line()
-        if line is None or line.strip() == "q":
-            break
-        _turn(session, pipeline, conversation, line.strip())
+    code = 0
+    try:
+        while (line := _ask(session, interrupts)) not in (None, "/bye", "q"):
+            _turn(session, pipeline, conversation, interrupts, line or "")
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     pipeline.end()
-    return 0
+    return code
 
 
-def _turn(session: Session, pipeline: Pipeline, conversation: Conversation, line: str) -> None:
-    if line == "h":
+def _ask(session: Session, interrupts: Interrupts) -> str | None:
+    """The next line, without the space at its end."""
+    session.control.idle()
+    line = None
+    try:
+        with interrupts.asking():
+            line = ask(session.launcher, ">> ")
+    finally:
+        if line is None:
+            sys.stderr.write("\n")  # the cursor is behind the prompt
+    return None if line is None else line.rstrip()
+
+
+def _turn(session: Session, pipeline: Pipeline, conversation: Conversation, interrupts: Interrupts, line: str) -> None:
+    if line in ("/help", "h"):
         sys.stderr.write(f"{_HELP}\n")
-    elif line == "r":
+    elif line in ("/reset", "r"):
         conversation.reset()
+    elif line.startswith("/"):
+        sys.stderr.write(
+            f"{line.split()[0]} isn't a command: /help lists them; a space before it says it to the model\n"
+        )
     elif line:
+        sampling = SamplingParams.from_options(session.arguments)
         try:
-            answer = conversation.say(line, SamplingParams.from_options(session.arguments), write, session.progress)
+            answer = conversation.say(line.strip(), sampling, write, session.progress, lambda: interrupts.is_stopped)
         except UserError as error:  # too long, say: the conversation goes on without this turn
             sys.stderr.write(f"error: {error}\n")
             return
         write("\n")
-        sys.stderr.write(statistics_line(answer.timings, [pipeline.statistics()]) + "\n")
+        if answer.timings.token_ids:
+            sys.stderr.write(statistics_line(answer.timings, [pipeline.statistics()]) + "\n")
 
 
 def main() -> None:

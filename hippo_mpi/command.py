@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from hippo_mpi.config import Parser, run_options
-from hippo_mpi.errors import HippoError, UserError, print_error
+from hippo_mpi.errors import HippoError, UserError, interrupted, print_error
 from hippo_mpi.parallel.pipeline import Agreement, Pipeline, agree, meet
 from hippo_mpi.serving.terminal.progress import Progress
 from hippo_mpi.shard.checkpoint import ModelSource
 from hippo_mpi.shard.kv_cache import KVSettings
 from hippo_mpi.shard.layer_split import Machine
+from hippo_mpi.transport.console import LentConsole, borrow_console
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.launcher import Launcher
+from hippo_mpi.transport.terminal import put_back_terminal
 from hippo_mpi.transport.world import World, connect, detect_launch, write_status
 
 
@@ -58,6 +60,7 @@ class _Joined:
     mistake: UserError | None
     world: World
     control: Control
+    console: LentConsole | None
 
 
 def run(parser: Parser, body: Callable[[Session], int], argv: list[str] | None = None) -> NoReturn:
@@ -82,17 +85,19 @@ def run_without_model(parser: Parser, body: Callable[[argparse.Namespace, list[M
 def _run(parser: Parser, body: Callable[[_Joined], int], argv: list[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Python handler wouldn't run while MLX waits
     argv = sys.argv[1:] if argv is None else argv
-    world, arguments, mistake = _start(parser, argv)
+    world, arguments, mistake, console = _start(parser, argv)
     try:
         control = Control(world, arguments.start_timeout, arguments.timeout)
     except HippoError as error:
         _refuse(f"{world.name}: {error}", error.exit_code, world.rank)
     try:
         given = {k: str(v) for k, v in vars(arguments).items() if v != parser.get_default(k)}
-        control.on_end = write_status
-        code = body(_Joined(arguments, given, mistake, world, control))
+        control.on_end = _note_end
+        code = body(_Joined(arguments, given, mistake, world, control, console))
     except HippoError as error:
         control.fail(error)
+    except KeyboardInterrupt:
+        control.fail(interrupted())
     except BrokenPipeError:  # whoever read our answer has enough
         control.fail(HippoError("nobody reads the answer any more"))
     except Exception as error:  # a worker's top frame: whatever went wrong, all ranks must end
@@ -104,18 +109,25 @@ def _run(parser: Parser, body: Callable[[_Joined], int], argv: list[str] | None 
     _exit(code, world.rank, is_orderly=world.backend == "mpi")
 
 
-def _start(parser: Parser, argv: list[str]) -> tuple[World, argparse.Namespace, UserError | None]:
-    """The world and the parsed arguments; a mistake in them is kept until all ranks can hear of it."""
+def _note_end(code: int) -> None:
+    """What rank 0 leaves behind when it must end at once."""
+    put_back_terminal()
+    write_status(code)
+
+
+def _start(parser: Parser, argv: list[str]) -> tuple[World, argparse.Namespace, UserError | None, LentConsole | None]:
+    """The world, the parsed arguments and rank 0's console; a mistake is kept until all ranks can hear of it."""
     rank = 0
     try:
         launch = detect_launch()
         rank = launch.rank
-        if rank > 0 and {"-h", "--help"} & set(argv):
+        if rank > 0 and {"-h", "--help", "--version"} & set(argv):
             _exit(0, rank)
+        console = borrow_console() if rank == 0 else None
         arguments, mistake = _parse(parser, argv)
         if mistake and not launch.backend:
             raise mistake
-        return connect(launch, arguments.start_timeout), arguments, mistake
+        return connect(launch, arguments.start_timeout), arguments, mistake, console
     except HippoError as error:
         _refuse(str(error), error.exit_code, rank)
 
@@ -128,7 +140,7 @@ def _refuse(line: str, code: int, rank: int) -> NoReturn:
 
 def _with_model(joined: _Joined, body: Callable[[Session], int]) -> int:
     arguments, world, control, mistake = joined.arguments, joined.world, joined.control, joined.mistake
-    launcher = Launcher(world)
+    launcher = Launcher(world, joined.console)
     progress = Progress(is_shown=world.rank == 0 and not getattr(arguments, "json", False))
     settings = KVSettings.from_options(arguments)
 
@@ -159,7 +171,7 @@ def _with_model(joined: _Joined, body: Callable[[Session], int]) -> int:
 def _parse(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, UserError | None]:
     try:
         return parser.parse_args(argv), None
-    except SystemExit:  # --help
+    except SystemExit:  # --help, --version
         _exit(0, 0)
     except UserError as error:
         return parser.parse_args([]), error

@@ -7,7 +7,10 @@ program's own arguments, abbreviations too: none of ours may be a prefix of one 
 from __future__ import annotations
 
 import argparse
+import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,10 +35,26 @@ class RunOptions:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults that say something."""
+    """Shows defaults that say something, as one types them."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, ()) else super()._get_help_string(action)
+        if action.default in (None, False, ()):
+            return action.help
+        if isinstance(action.default, tuple):
+            return f"{action.help} (default: {','.join(map(str, action.default))})"
+        return super()._get_help_string(action)
+
+
+class _Version(argparse.Action):
+    """Prints what a report of a mistake needs."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        versions = ", ".join(f"{name} {version(name)}" for name in ("hippo-mpi", "mlx", "mlx-lm"))
+        print(f"{parser.prog}: {versions}, Python {platform.python_version()}")
+        parser.exit()
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,6 +62,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+        if self.add_help:
+            self.add_argument("--version", action=_Version, help="print the versions of this and of mlx-lm, and stop")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
@@ -94,7 +115,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
         default=0,
         help="end an answer that says the same so many times in a row; 0: let it",
     )
-    group.add_argument("--seed", type=int, help="seed of the random numbers")
+    group.add_argument("--seed", type=seed, help="seed of the random numbers")
     group.add_argument("--stop-words", nargs="+", default=(), help="texts that end an answer; not shown")
 
 
@@ -166,7 +187,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, help="YAML file of options, hosts and models; options of the command line win"
     )
     group.add_argument("--address", default="127.0.0.1", help="address to listen on")
-    group.add_argument("--port", type=whole, default=8080, help="port to listen on; 0: any free one")
+    group.add_argument("--port", type=port, default=8080, help="port to listen on; 0: any free one")
     group.add_argument("--model-name", help="name of the model in the API; the last part of --model if not given")
     group.add_argument(
         "--catalogue",
@@ -223,6 +244,14 @@ def positive(text: str) -> int:
 
 def whole(text: str) -> int:
     return int(_number(text, int, "a whole number", 0))
+
+
+def port(text: str) -> int:
+    return int(_number(text, int, "a port, from 0 to 65535", 0, 65535))
+
+
+def seed(text: str) -> int:
+    return int(_number(text, int, "a seed, from 0 to 2**64 - 1", 0, 2**64 - 1))
 
 
 def at_least_0(text: str) -> float:

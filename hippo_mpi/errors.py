@@ -14,6 +14,9 @@ from __future__ import annotations
 import contextlib
 import os
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 
 class HippoError(Exception):
     exit_code = 1
@@ -41,6 +44,13 @@ class RankError(HippoError):
 
 class DesyncError(RankError):
     pass
+
+
+def interrupted() -> HippoError:
+    """Return the error of a run that a Ctrl-C has ended."""
+    error = HippoError("left by Ctrl-C")
+    error.exit_code = INTERRUPTED
+    return error
 
 
 def print_error(line: str, starts_anew: bool = False) -> None:

@@ -116,6 +116,7 @@ def answer(session: Session) -> int:
     if prompt == "-":
         session.control.idle()
         prompt = session.launcher.read_all()
+        session.control.progress("loading")
     loaded, conversation = lead(session, prompt)
     show_text = (lambda text: None) if arguments.json else write
     result = conversation.say(prompt, SamplingParams.from_options(arguments), show_text, session.progress)

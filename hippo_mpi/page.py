@@ -24,7 +24,7 @@ def make_parser() -> config.Parser:
         "--url", default="http://127.0.0.1:8080", help=f"of hippo_mpi.serve; its key from {config.API_KEYS}"
     )
     parser.add_argument("--address", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=config.positive, default=7860, help="port to listen on")
+    parser.add_argument("--port", type=config.port, default=7860, help="port to listen on")
     parser.add_argument("--insecure", action="store_true", help="listen on other addresses, where anyone may ask")
     return parser
 

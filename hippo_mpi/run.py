@@ -1,40 +1,52 @@
-"""What ./launch/run does: check the hostfile, start mlx.launch, and pass on the exit status that it swallows."""
+"""What ./launch/run does: check the hosts, start mlx.launch, lend rank 0 its terminal, and end with rank 0's status."""
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports needs no traceback
+
 import argparse
+import contextlib
 import ipaddress
 import json
-import os
-import secrets
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi.config import Parser, positive
-from hippo_mpi.errors import HippoError, LaunchError
-from hippo_mpi.serving.terminal.progress import TERMINAL
-from hippo_mpi.transport.control import RUN_KEY
-from hippo_mpi.transport.world import STATUS_FILE
+from hippo_mpi.config import Parser, port, positive
+from hippo_mpi.errors import HippoError, LaunchError, print_error
+from hippo_mpi.serving.terminal.launch import Launch
+from hippo_mpi.transport.ports import HeldPorts
 
 HOSTFILE = Path(__file__).parent.parent / "hostfile"
+COMMANDS = [f"hippo_mpi.{name}" for name in ("generate", "chat", "batch", "benchmark", "models", "plan", "serve")]
+_KNOCK_S = 5
 
 
 def make_parser() -> Parser:
     parser = Parser(
         prog="./launch/run",
-        description="Start a command on all ranks; what isn't listed here goes to the command.",
+        usage="./launch/run [-n RANKS | --hostfile FILE] [--backend NAME] [--starting-port PORT] [--command NAME] [options of the command]",
+        description="Start a command on all ranks. What isn't listed here goes to the command, whose options follow.",
         add_help=False,
     )
-    parser.add_argument("-n", type=positive, help="number of local ranks, instead of a hostfile")
-    parser.add_argument("--hostfile", type=Path, default=HOSTFILE, help="JSON list of hosts, as for mlx.launch")
-    parser.add_argument("--backend", default=None, help="ring, mpi, jaccl or jaccl-ring")
-    parser.add_argument("--starting-port", type=positive, help="first port of the ring; a free one if not given")
-    parser.add_argument("--command", default="hippo_mpi.generate", help="hippo_mpi.generate, .chat or .plan")
+    parser.add_argument("-n", type=positive, metavar="RANKS", help="number of local ranks, instead of a hostfile")
+    parser.add_argument(
+        "--hostfile", type=Path, metavar="FILE", default=HOSTFILE, help="JSON list of hosts, as for mlx.launch"
+    )
+    parser.add_argument("--backend", choices=("ring", "mpi", "jaccl", "jaccl-ring"), help="ring if not given")
+    parser.add_argument(
+        "--starting-port",
+        type=port,
+        metavar="PORT",
+        help="first port of the ring, one per rank; a free one if not given",
+    )
+    parser.add_argument("--command", choices=COMMANDS, default=COMMANDS[0], help="what every rank runs")
     return parser
 
 
@@ -44,17 +56,21 @@ def read_hostfile(path: Path) -> list[dict[str, Any]]:
     Raises:
         LaunchError: it can't be read, names no host, or a host that can't be found.
     """
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise LaunchError(f"hostfile {path} can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise LaunchError(f"hostfile {path} is not JSON: {error}") from None
+    content = _read_json(path)
     hosts = content.get("hosts") if isinstance(content, dict) else content
     if not isinstance(hosts, list) or not hosts:
         raise LaunchError(f'hostfile {path} lists no host; it needs one {{"ssh": ..., "ips": [...]}} per rank')
     check_hosts(hosts, f"hostfile {path}")
     return hosts
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise LaunchError(f"hostfile {path} can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise LaunchError(f"hostfile {path} is not JSON: {error}") from None
 
 
 def check_hosts(hosts: list[Any], where: str) -> None:
@@ -84,67 +100,93 @@ def _check_host(where: str, rank: int, name: str) -> None:
         raise LaunchError(f"{where}: there is no host {name} (rank {rank})") from None
 
 
-def free_ports(count: int) -> int:
-    """The first of `count` local ports in a row that nobody listens on."""
-    for first in range(32323, 60000, 16):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind(("", port))
-            return first
-        except OSError:
-            continue
-    raise LaunchError(f"no {count} free ports in a row between 32323 and 60000")
-
-
 def installed(command: str) -> str:
     """A command's full path, if it is installed beside us: through ssh, no PATH leads to a virtual environment."""
     path = Path(sys.executable).parent / command
     return str(path) if path.exists() else command
 
 
-def launch_arguments(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
-    """The mlx.launch command line."""
+def launch_arguments(arguments: argparse.Namespace, rest: list[str], held: contextlib.ExitStack) -> list[str]:
+    """Return the mlx.launch command line; its ports are `held`.
+
+    Raises:
+        LaunchError: the hosts can't be used, or don't answer.
+    """
     launch = [installed("mlx.launch")]
+    backend = arguments.backend or "ring"
     if arguments.n is not None:
-        num_ranks = arguments.n
-        launch += ["-n", str(num_ranks)]
+        num_ports = arguments.n
+        launch += ["-n", str(arguments.n)]
     else:
-        num_ranks = len(read_hostfile(arguments.hostfile))
+        hosts, content = read_hostfile(arguments.hostfile), _read_json(arguments.hostfile)
+        num_ports = sum(len(host.get("ips", ())) for host in hosts)
+        backend = arguments.backend or (isinstance(content, dict) and content.get("backend")) or "ring"
+        _check_addresses(hosts, backend, f"hostfile {arguments.hostfile}")
+        knock(hosts, f"hostfile {arguments.hostfile}")
         launch += ["--hostfile", str(arguments.hostfile)]
-    launch += ["--backend", arguments.backend] if arguments.backend else []
-    if arguments.backend in (None, "ring"):
-        launch += ["--starting-port", str(arguments.starting_port or free_ports(num_ranks))]
+    launch += ["--backend", backend]
+    if backend == "ring":
+        if (arguments.starting_port or 0) + num_ports > 1 << 16:
+            raise LaunchError(f"--starting-port {arguments.starting_port} leaves no {num_ports} ports up to 65535")
+        first = arguments.starting_port or held.enter_context(HeldPorts(num_ports)).first
+        launch += ["--starting-port", str(first)]
     return [*launch, "--", installed(arguments.command), *rest]
 
 
-def start(command_line: list[str]) -> int:
-    """Run mlx.launch to its end; the exit status of rank 0, or 1 if it left none."""
-    with tempfile.TemporaryDirectory(prefix="hippo-run-") as folder:
-        status = Path(folder) / "status"
-        # mlx.launch lives on after SIGINT, with nobody to read its ranks' output; after SIGTERM the ranks see
-        # their input end, and go.
-        given = {STATUS_FILE: str(status), RUN_KEY: secrets.token_hex(32)}
-        env = {**os.environ, **given, TERMINAL: str(int(sys.stderr.isatty()))}
-        # A host that isn't called 127.0.0.1 is reached through ssh, which passes no environment on.
-        words = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
-        command_line = [command_line[0], *words, *command_line[1:]]
-        launcher = subprocess.Popen(command_line, env=env)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: launcher.terminate())
-        code = launcher.wait()
-        if code != 0:
-            return code if code > 0 else 128 - code
-        return int(status.read_text()) if status.exists() else 1
+def _check_addresses(hosts: list[dict[str, Any]], backend: str, where: str) -> None:
+    """Raise a LaunchError if the ring's ranks wouldn't know where to listen."""
+    for rank, host in enumerate(hosts):
+        if backend == "ring" and not host.get("ips"):
+            raise LaunchError(
+                f'{where}: rank {rank} ({host["ssh"]}) has no "ips", where the ring listens; such as'
+                f' {{"ssh": "{host["ssh"]}", "ips": ["192.168.5.{rank + 1}"]}}'
+            )
+
+
+def knock(hosts: list[dict[str, Any]], where: str) -> None:
+    """Ask all hosts at once whether they let us in without a password.
+
+    Raises:
+        LaunchError: some don't, within seconds; it names each, with ssh's last line.
+    """
+    names: dict[str, int] = {}
+    for rank, host in enumerate(hosts):
+        if host["ssh"] != "127.0.0.1":
+            names.setdefault(host["ssh"], rank)
+    with ThreadPoolExecutor(max(1, len(names))) as pool:
+        answers = dict(zip(names, pool.map(_answer, names), strict=True))
+    silent = [f"{name} (rank {names[name]}): {why}" for name, why in answers.items() if why]
+    if silent:
+        raise LaunchError(f"{where}: no way in by `ssh NAME true` to {'; '.join(silent)}")
+
+
+def _answer(name: str) -> str:
+    """ "" if ssh lets us in, else its last line."""
+    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_KNOCK_S}", name, "true"]
+    try:
+        found = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=2 * _KNOCK_S
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {2 * _KNOCK_S} s"
+    lines = found.stderr.decode(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), f"exit status {found.returncode}")
+    return last if found.returncode else ""
 
 
 def main() -> None:
+    parser = make_parser()
     try:
-        arguments, rest = make_parser().parse_known_args()
-        code = start(launch_arguments(arguments, rest))
+        arguments, rest = parser.parse_known_args()
+        if {"-h", "--help"} & set(rest):
+            print(f"{parser.format_help()}\n{arguments.command}:\n", flush=True)
+            sys.exit(subprocess.run([installed(arguments.command), "--help"]).returncode)
+        if "--version" in rest:
+            sys.exit(subprocess.run([installed(arguments.command), "--version"]).returncode)
+        with contextlib.ExitStack() as held:
+            code = Launch().run(launch_arguments(arguments, rest, held))
     except HippoError as error:
-        sys.stderr.write(f"error: {error}\n")
+        print_error(str(error))
         code = error.exit_code
     sys.exit(code)
 

@@ -51,7 +51,7 @@ class Chooser:
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
         )
-        self._key = None if params.seed is None or params.temp == 0 else mx.random.key(params.seed)
+        self._key = None if params.seed is None or params.temp == 0 else mx.random.key(params.seed % 2**64)
         self.is_greedy = params.temp == 0 and not (self._processors or grammar or thinking.is_limited)
 
     @property

@@ -24,7 +24,7 @@ from hippo_mpi.config import Parser, add_batch_options, add_card_options, add_se
 from hippo_mpi.errors import UserError
 
 _MAX_TOKENS = 512  # of an answer, where nobody says more
-_NEVER = ("config", "help")
+_NEVER = ("config", "help", "version")
 
 
 @dataclass(frozen=True)

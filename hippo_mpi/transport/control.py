@@ -31,12 +31,11 @@ from typing import Any, NoReturn
 import mlx.core as mx
 import numpy as np
 
+from hippo_mpi.environment import RUN_KEY as RUN_KEY
 from hippo_mpi.errors import HippoError, RankError, UserError, print_error
 from hippo_mpi.transport.pulse import Pulse
 from hippo_mpi.transport.world import World, deadline
 
-RUN_KEY = "HIPPO_RUN_KEY"
-"""Environment variable with the key that all ranks of a run have been given."""
 BEAT_S = 0.5
 _SAME_S = 0.5  # what is wrong with options or a model, every rank may find: rank 0 says it first, without a rank's name
 _CARD_BYTES = 512

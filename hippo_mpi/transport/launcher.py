@@ -1,11 +1,13 @@
-"""Living under mlx.launch: its standard input and its death."""
+"""Living under a launcher: where standard input comes from, and the launcher's death."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import queue
 import re
+import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -13,86 +15,123 @@ from pathlib import Path
 from typing import NoReturn
 
 from hippo_mpi.errors import RankError, print_error
+from hippo_mpi.transport.console import LentConsole
+from hippo_mpi.transport.copied_input import CopiedInput
+from hippo_mpi.transport.terminal import put_back_terminal
 from hippo_mpi.transport.world import World
 
-_SILENCE_S = 1.0
 _LOOK_S = 0.5
 _FROZEN_LOOKS = 4
+_MLX_VARIABLES = {"MLX_HOSTFILE", "MLX_IBV_DEVICES"}
+_MPI_LAUNCHERS = {"mpirun", "mpiexec", "prterun", "orterun"}
 
 
 class Launcher:
-    """Standard input, shared with whoever started us.
+    """Who started us: standard input, which is rank 0's to read, and its death, with which ranks end.
 
-    mlx.launch gives its ranks a pipe and copies its own input to all of them, but never passes on its end; when
-    the pipe itself ends, mlx.launch is gone, and so must be its ranks. A SIGINT sent to mlx.launch alone ends only
-    its main thread, while others keep the pipe open: rank 0, beside it, looks at that thread (on Linux; elsewhere
-    the ranks end with the answer). Where no mlx.launch started us, the input is just the input.
+    Under mlx.launch a rank's input is a pipe, and when that ends, mlx.launch is gone, and so must be its ranks. A SIGINT
+    sent to mlx.launch alone ends only its main thread, while others keep the pipe open: rank 0, beside it, looks at that
+    thread (on Linux; elsewhere the ranks end with the answer). Rank 0 of ./launch/run has its own streams, and a
+    connection that ends with it. Where none of these started us, the input is just the input.
+
+    Args:
+        console: the streams that rank 0 has from ./launch/run.
     """
 
-    def __init__(self, world: World) -> None:
-        self._chunks: queue.Queue[bytes] = queue.Queue()
-        self._pending = b""
-        self._is_pipe = bool({"MLX_HOSTFILE", "MLX_IBV_DEVICES"} & set(os.environ)) and stat.S_ISFIFO(
-            os.fstat(0).st_mode
-        )
-        if self._is_pipe:
-            threading.Thread(target=self._pump, args=(world,), name="hippo-stdin", daemon=True).start()
-            if world.rank == 0 and _is_launched_here():
-                threading.Thread(target=self._watch, name="hippo-launcher", daemon=True).start()
+    def __init__(self, world: World, console: LentConsole | None) -> None:
+        self._rank, self._console = world.rank, console
+        self._copied = self._find_copied_input(os.getppid())
+        if console:
+            threading.Thread(target=self._listen, args=(console,), name="hippo-console", daemon=True).start()
+
+    def _find_copied_input(self, parent: int) -> CopiedInput | None:
+        """Watch an mlx.launch; the input that a launcher copies to us, if rank 0 has no other."""
+        given = self._console.launcher_input if self._console else 0
+        is_reader, is_pipe = self._rank == 0 and not self._console, _is_pipe(given)
+        is_ours = bool(_MLX_VARIABLES & set(os.environ))
+        if is_pipe and is_ours and any(Path(word).name == "mlx.launch" for word in _command_line(parent)):
+            if self._rank == 0:
+                threading.Thread(target=self._watch, args=(parent,), name="hippo-launcher", daemon=True).start()
+            if is_reader:
+                return CopiedInput(given, parent, self._end)
+            threading.Thread(target=self._await_end, args=(given,), name="hippo-stdin", daemon=True).start()
+        elif is_reader and is_pipe and "OMPI_COMM_WORLD_SIZE" in os.environ:
+            name = Path(_command_line(parent)[0]).name
+            return CopiedInput(given, parent if name in _MPI_LAUNCHERS else None, lambda: None)
+        elif is_reader and is_ours and "SSH_CONNECTION" in os.environ:
+            return CopiedInput(given, None, self._end)
+        return None
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a person types into our input and sees our output on a terminal of ours."""
+        return self._copied is None and os.isatty(0) and os.isatty(1)
 
     def read_all(self) -> str:
-        """All of the input. Under mlx.launch it ends with a second of silence after the first text."""
-        if not self._is_pipe:
-            return sys.stdin.read()
-        data = self._chunks.get()
-        try:
-            while True:
-                data += self._chunks.get(timeout=_SILENCE_S)
-        except queue.Empty:
-            return data.decode(errors="replace")
+        """All of the input, to its end."""
+        if self._copied:
+            return self._copied.read_all()
+        with self.foreground():
+            return sys.stdin.read() if sys.stdin else ""
 
     def read_line(self) -> str | None:
         """The next line without its end; None at the end of the input."""
-        if not self._is_pipe:
-            line = sys.stdin.readline()
-            return line.rstrip("\n") if line else None
-        while b"\n" not in self._pending:
-            self._pending += self._chunks.get()
-        line_bytes, self._pending = self._pending.split(b"\n", 1)
-        return line_bytes.decode(errors="replace")
+        if self._copied:
+            return self._copied.read_line()
+        with self.foreground():
+            line = sys.stdin.readline() if sys.stdin else ""
+        return line.rstrip("\n") if line else None
 
-    def _pump(self, world: World) -> None:
-        while True:
-            data = os.read(0, 8192)
-            if not data:
-                _end(world.rank)
-            if world.rank == 0:
-                self._chunks.put(data)
+    def foreground(self) -> contextlib.AbstractContextManager[None]:
+        """Read from standard input in the block, which may be the terminal of ./launch/run."""
+        return self._console.foreground() if self._console else contextlib.nullcontext()
 
-    def _watch(self) -> None:
+    def take_interrupts(self) -> None:
+        """A Ctrl-C is this rank's to handle, also under ./launch/run."""
+        if self._console:
+            self._console.take_interrupts()
+
+    def _listen(self, console: LentConsole) -> None:
+        while console.await_interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+        self._end()
+
+    def _await_end(self, descriptor: int) -> None:
+        while os.read(descriptor, 8192):
+            pass
+        self._end()
+
+    def _watch(self, launcher: int) -> None:
         """End when the launcher's main thread, which wakes ten times a second, waits for its threads only."""
-        parent, seen, frozen = os.getppid(), "", 0
+        seen, frozen = "", 0
         while frozen < _FROZEN_LOOKS:
             time.sleep(_LOOK_S)
             try:
-                waits_in = Path(f"/proc/{parent}/wchan").read_text()
-                status = Path(f"/proc/{parent}/task/{parent}/status").read_text()
+                waits_in = Path(f"/proc/{launcher}/wchan").read_text()
+                status = Path(f"/proc/{launcher}/task/{launcher}/status").read_text()
             except OSError:
                 return  # gone: the pipe says so
             switches = re.findall(r"^voluntary_ctxt_switches:.*", status, re.MULTILINE)[0]
             is_frozen = waits_in.startswith("futex") and switches == seen
             seen, frozen = switches, frozen + 1 if is_frozen else 0
-        _end(0)
+        self._end()
+
+    def _end(self) -> NoReturn:
+        put_back_terminal()
+        if self._rank == 0:
+            print_error("the launcher is gone")
+        os._exit(RankError.exit_code)
 
 
-def _is_launched_here() -> bool:
+def _is_pipe(descriptor: int) -> bool:
     try:
-        return b"mlx.launch" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-    except OSError:  # no /proc, or a launcher that is gone
+        return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+    except OSError:  # closed
         return False
 
 
-def _end(rank: int) -> NoReturn:
-    if rank == 0:
-        print_error("the launcher is gone")
-    os._exit(RankError.exit_code)
+def _command_line(pid: int) -> list[str]:
+    """The words of a process's command line; [""] if it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    return subprocess.run(["ps", "-p", str(pid), "-o", "args="], capture_output=True, text=True).stdout.split(" ")

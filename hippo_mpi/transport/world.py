@@ -19,9 +19,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from hippo_mpi.environment import STATUS_FILE
 from hippo_mpi.errors import LaunchError, RankError, print_error
-
-STATUS_FILE = "HIPPO_STATUS_FILE"
 
 
 def write_status(code: int) -> None:

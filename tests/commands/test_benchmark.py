@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import date, timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -86,11 +87,27 @@ def test_one_rank() -> None:
 
 @pytest.mark.slow
 def test_what_is_measured_is_not_lost(tmp_path: Path) -> None:
-    missing = tmp_path / "no" / "trace.json"
-    with ranks.single([BENCHMARK, *SMALL, "--pipeline-only", "--trace", str(missing)]) as running:
+    with ranks.single([BENCHMARK, *SMALL, "--pipeline-only", "--trace", str(tmp_path)]) as running:
         assert running.wait() == 2
         assert "pipeline" in running.out
-        assert running.err.splitlines()[-1] == f"error: {missing} can't be written: No such file or directory"
+        assert running.err.splitlines()[-1] == f"error: {tmp_path} can't be written: Is a directory"
+
+
+NO_MATPLOTLIB = "import sys; sys.modules['matplotlib.figure'] = None; from hippo_mpi import benchmark; benchmark.main()"
+FILES = {
+    "no such format": ([BENCHMARK], "--plot", "rates.bmp", "no such format; it must end in one of"),
+    "no such folder": ([BENCHMARK], "--trace", "no/trace.json", "can't be written"),
+    "no matplotlib": ([sys.executable, "-c", NO_MATPLOTLIB], "--plot", "rates.png", "-m pip install matplotlib"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_are_checked_before_anything_is_measured(case: str, tmp_path: Path) -> None:
+    command, option, name, expected = FILES[case]
+    with ranks.single([*command, *SMALL, option, str(tmp_path / name)]) as running:
+        assert running.wait() == 2
+        assert not running.out
+        assert running.err.startswith("error: ") and expected in running.err and running.err.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,25 @@ def _busy_table(busy: list[dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def check_plot(path: Path) -> None:
+    """Raise a UserError if `plot` could not draw into this file: before anything is measured."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(f"--plot needs matplotlib: {sys.executable} -m pip install matplotlib") from None
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise UserError(f"--plot {path}: no such format; it must end in one of .{', .'.join(sorted(formats))}")
+
+
 def plot(found: dict[str, Any], path: Path) -> None:
     """Draw generated tokens per second against requests at once, one line per mode.
 
     Raises:
-        UserError: matplotlib isn't installed, or the file can't be written.
+        UserError: the file can't be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('--plot needs matplotlib: pip install "hippo-mpi[plot]"') from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for mode, counts in medians(found, "decode_tps").items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.request import Request, SamplingParams, Timings
 from hippo_mpi.engine.text import ChatFormat
 from hippo_mpi.serving.terminal.progress import Progress
+from hippo_mpi.transport.launcher import Launcher
+from hippo_mpi.transport.terminal import changed_terminal
 
 
 @dataclass
@@ -49,8 +52,17 @@ class Conversation:
         """
         return self._format.encode(self._tokenizer, [*self.messages, {"role": "user", "content": text}])
 
-    def say(self, text: str, sampling: SamplingParams, show: Callable[[str], None], progress: Progress) -> Answer:
+    def say(
+        self,
+        text: str,
+        sampling: SamplingParams,
+        show: Callable[[str], None],
+        progress: Progress,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> Answer:
         """Answer the user's next turn; `show` gets each piece of text as it is made.
+
+        An answer that `is_stopped` ends where it is, and stays in the conversation as far as it goes.
 
         Raises:
             UserError: the turn is empty or too long.
@@ -60,13 +72,32 @@ class Conversation:
         self.engine.on_prefill = progress.prefill
         self.engine.add(request)
         pieces = []
-        for output in self.engine.run():
-            progress.clear()
-            pieces.append(output.text)
-            show(output.text)
+        while not self.engine.is_idle:
+            if is_stopped():
+                self.engine.abort(request.id)
+            for output in self.engine.step():
+                progress.clear()
+                pieces.append(output.text)
+                show(output.text)
         answer = Answer("".join(pieces), output.finish_reason or "length", output.timings)
-        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
+        if answer.text or output.finish_reason != "abort":
+            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
         return answer
+
+
+def ask(launcher: Launcher, prompt: str) -> str | None:
+    """The next line that a person types, on a terminal with the keys of readline; None at the end of the input."""
+    if not launcher.is_terminal:
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+        return launcher.read_line()
+    with contextlib.suppress(ImportError):  # a Python without it: then there is no history
+        import readline  # noqa: F401
+    with launcher.foreground(), changed_terminal(0, {}):
+        try:
+            return input(prompt)
+        except EOFError:
+            return None
 
 
 def write(text: str) -> None:

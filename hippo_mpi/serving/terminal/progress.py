@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from hippo_mpi.environment import STATUS_FILE
+
 TERMINAL = "HIPPO_TERMINAL"
 _LINE_EVERY_S = 10.0
 
@@ -108,9 +110,12 @@ class BatchProgress:
 
 
 def _is_terminal() -> bool:
-    """Whether a person sees our stderr. Under mlx.launch it is a pipe to the launcher's."""
-    told = os.environ.get(TERMINAL)  # ./launch/run knows
+    """Whether a person sees our stderr, where a bar can be drawn. Under mlx.launch it is a pipe to the launcher's."""
+    if os.environ.get("TERM") == "dumb":
+        return False
+    told = os.environ.get(TERMINAL)  # whoever started us knows
     if told is not None:
         return told == "1"
-    # mlx.launch tells the size of its terminal, if it has one.
-    return sys.stderr.isatty() or ("MLX_HOSTFILE" in os.environ and "COLUMNS" in os.environ)
+    # mlx.launch tells the size of its terminal, if it has one; under ./launch/run our stderr is a person's or isn't.
+    is_copied = "MLX_HOSTFILE" in os.environ and STATUS_FILE not in os.environ
+    return sys.stderr.isatty() or (is_copied and "COLUMNS" in os.environ)
