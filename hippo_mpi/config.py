@@ -34,6 +34,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action.default, tuple) and action.default:  # as one types it
+            return f"{action.help} (default: {','.join(map(str, action.default))})"
         return action.help if action.default in (None, False, ()) else super()._get_help_string(action)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from hippo_mpi.errors import PlanError
 from hippo_mpi.shard.model_info import CacheCost, ModelInfo
@@ -99,7 +100,29 @@ class LayerSplit:
         if self.info.forbidden_cuts:
             cuts = ", ".join(map(str, sorted(self.info.forbidden_cuts)))
             lines.append(f"this model can't be cut before layers {cuts}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"assumed: {assumption}" for assumption in self.info.assumptions)])
+
+    def as_object(self) -> dict[str, Any]:
+        """The plan for JSON, in bytes."""
+        return {
+            "num_layers": self.info.num_layers,
+            "max_context": self.max_context,
+            "forbidden_cuts": sorted(self.info.forbidden_cuts),
+            "assumptions": list(self.info.assumptions),
+            "ranks": [
+                {
+                    "machine": asdict(stage.machine),
+                    "layers": [stage.start, stage.stop],
+                    "layer_bytes": sum(self.info.layer_bytes[stage.start : stage.stop]),
+                    "head_bytes": self.info.head_bytes if rank == 0 else 0,
+                    "cache_bytes": stage.cache_bytes,
+                    "working_bytes": _WORKING_BYTES,
+                    "margin_bytes": stage.margin_bytes,
+                    "work_share": stage.share,
+                }
+                for rank, stage in enumerate(self.stages)
+            ],
+        }
 
 
 def show_bytes(count: int) -> str:

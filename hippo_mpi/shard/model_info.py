@@ -46,12 +46,14 @@ class ModelInfo:
     max_positions: int | None  # what the model was trained for
     can_batch: bool  # whether mlx-lm can run rows of different lengths together
     vocab_size: int  # width of the logits
+    assumptions: tuple[str, ...] = ()  # sentences: what isn't known of a model without weights
 
     def with_draft(self, draft: ModelInfo) -> ModelInfo:
         """The same with a whole draft model on rank 0, beside layer 0."""
         first = _together([self.caches[0], *draft.caches])
         head_bytes = self.head_bytes + draft.head_bytes + sum(draft.layer_bytes)
-        return replace(self, head_bytes=head_bytes, caches=[first, *self.caches[1:]])
+        assumptions = tuple(dict.fromkeys((*self.assumptions, *draft.assumptions)))
+        return replace(self, head_bytes=head_bytes, caches=[first, *self.caches[1:]], assumptions=assumptions)
 
 
 def model_info(checkpoint: Checkpoint, settings: KVSettings) -> ModelInfo:
@@ -81,6 +83,7 @@ def model_info(checkpoint: Checkpoint, settings: KVSettings) -> ModelInfo:
         max_positions=positions,
         can_batch=_can_batch(checkpoint, settings),
         vocab_size=_lazy_model(checkpoint)(mx.zeros((1, 1), mx.int32)).shape[-1],
+        assumptions=checkpoint.assumptions,
     )
 
 
