@@ -53,8 +53,9 @@ class ModelSource:
         Raises:
             ModelError: there is no such model.
         """
-        path = find_model(options.model, options.revision, on_progress)
-        return cls(path, options.adapter_path, options.trust_remote_code, options.precision, _needs_weights(options))
+        needs_weights = not _ends_with_the_plan(options)
+        path = find_model(options.model, options.revision, on_progress, not needs_weights)
+        return cls(path, options.adapter_path, options.trust_remote_code, options.precision, needs_weights)
 
     @classmethod
     def of_draft(
@@ -68,13 +69,13 @@ class ModelSource:
         name = getattr(options, "draft_model", None)
         if not name:
             return None
-        path = find_model(name, None, on_progress)
-        return cls(path, trust_remote_code=options.trust_remote_code, needs_weights=_needs_weights(options))
+        needs_weights = not _ends_with_the_plan(options)
+        path = find_model(name, None, on_progress, not needs_weights)
+        return cls(path, trust_remote_code=options.trust_remote_code, needs_weights=needs_weights)
 
 
-def _needs_weights(options: argparse.Namespace) -> bool:
-    """Return False for commands that show a plan and end."""
-    return not getattr(options, "show_plan", False)
+def _ends_with_the_plan(options: argparse.Namespace) -> bool:
+    return bool(getattr(options, "show_plan", False))
 
 
 @dataclass
