@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
+from importlib.metadata import requires
 
 
 class HippoError(Exception):
@@ -41,6 +43,16 @@ class RankError(HippoError):
 
 class DesyncError(RankError):
     pass
+
+
+def install_hint(extra: str) -> str:
+    """Return the pip command that installs what one of our extras lists, by the packages' own names.
+
+    It works wherever hippo-mpi came from.
+    """
+    ends = f'extra == "{extra}"'
+    listed = [line.partition(";")[0].strip() for line in requires("hippo-mpi") or () if line.endswith(ends)]
+    return f"pip install {shlex.join(listed)}"
 
 
 def print_error(line: str, starts_anew: bool = False) -> None:

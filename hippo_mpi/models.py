@@ -24,7 +24,7 @@ _ROW = "{:<24} {:>9}  {:<9} {:>6} {:>9}  {:<34} {}"
 
 def make_parser() -> config.Parser:
     parser = config.Parser(prog="hippo_mpi.models", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--catalogue", type=Path, default=config.BUNDLED_MODEL.parent, help="folder of cards")
+    parser.add_argument("--catalogue", type=Path, default=config.BUNDLED_MODELS, help="folder of cards")
     parser.add_argument("--config", type=Path, help="the models of a server's YAML file instead")
     parser.add_argument(
         "--machine", type=machine, action="append", dest="machines",

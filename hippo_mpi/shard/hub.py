@@ -20,7 +20,7 @@ from typing import Any
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from tqdm import tqdm
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config import BUNDLED_MODELS
 from hippo_mpi.errors import ModelError
 from hippo_mpi.shard.hub_errors import explain
 
@@ -53,8 +53,11 @@ def find_model(
     path = Path(model).expanduser()
     if path.exists():
         return path
-    if path == BUNDLED_MODEL:
-        raise ModelError(f"the bundled model is missing ({path}); give --model")
+    if "/" not in model:
+        bundled = sorted(card.stem for card in BUNDLED_MODELS.glob("*.yaml"))
+        if model in bundled:
+            return BUNDLED_MODELS / model
+        raise ModelError(f"no such model folder: {model}; bundled are {', '.join(bundled) or 'none'}")
     if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
         raise ModelError(f"no such model folder: {model}")
     return open_repo(model, revision, on_progress, is_for_plan)

@@ -110,6 +110,7 @@ def test_bad_checkpoint(case: str, tmp_path: Path) -> None:
 
 ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "no such folder": (["--model", "/no/such/folder"], ["no such model folder: /no/such/folder"]),
+    "no such name": (["--model", "tale"], ["no such model folder: tale; bundled are story-3m, story-draft, story-o"]),
     "a file": (["--model", __file__], ["is not a directory"]),
     "empty prompt": (["--prompt", " "], ["the prompt is empty"]),
     "long prompt": (["--prompt", "fox " * 3000], ["tokens, but the context is 2,048"]),

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi.errors import UserError
+from hippo_mpi.errors import UserError, install_hint
 
 
 def report(found: dict[str, Any], has_whole: bool) -> str:
@@ -74,7 +74,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError('--plot needs matplotlib: pip install "hippo-mpi[plot]"') from None
+        raise UserError(f"--plot needs matplotlib: {install_hint('plot')}") from None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for mode, counts in medians(found, "decode_tps").items():
