@@ -1,6 +1,7 @@
 """Everything that can go wrong, as a tree. `exit_code` is the status with which every rank ends.
 
 HippoError                 one clear line for the user, no traceback
+|-- ForeignError    1      something below us raised what nobody expected
 |-- UserError       2      something that was typed or configured
 |   |-- ModelError         the checkpoint can't be used
 |   |-- PlanError          the layers don't fit the ranks or their memory
@@ -14,11 +15,23 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import traceback
 from importlib.metadata import requires
 
 
 class HippoError(Exception):
     exit_code = 1
+
+
+class ForeignError(HippoError):
+    """MLX, mlx-lm or Python raised what nobody expected: our mistake, as long as nobody knows better."""
+
+    @classmethod
+    def caused_by(cls, error: BaseException, what: str = "") -> ForeignError:
+        """Say `what` failed and how, and ask for a report; HIPPO_TRACEBACK=1 prints the traceback."""
+        print_traceback(error)
+        text = ": ".join(part for part in (what, type(error).__name__, " ".join(str(error).split())) if part)
+        return cls(f"{text}; please report this, with what HIPPO_TRACEBACK=1 prints")
 
 
 class UserError(HippoError):
@@ -43,6 +56,12 @@ class RankError(HippoError):
 
 class DesyncError(RankError):
     pass
+
+
+def print_traceback(error: BaseException) -> None:
+    """Print where an error comes from, if HIPPO_TRACEBACK asks for it."""
+    if os.environ.get("HIPPO_TRACEBACK"):
+        traceback.print_exception(error)
 
 
 def install_hint(extra: str) -> str:

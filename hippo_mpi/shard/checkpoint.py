@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hippo_mpi.shard.blueprint import assumptions, build_from_config, has_weight
 from hippo_mpi.shard.dataflow import Dataflow
 from hippo_mpi.shard.graph import ancestors
 from hippo_mpi.shard.hub import commit_of, fetch, find_model, is_view
+from hippo_mpi.shard.model_errors import loading_errors, running_errors
 from hippo_mpi.shard.precision import convert
 from hippo_mpi.shard.tracing import trace
 
@@ -114,13 +115,15 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
 
     Raises:
         ModelError: something is missing, damaged or unknown; the message says what.
+        ForeignError: its own code raises something when it is run.
     """
-    _check_files(source.path, source.needs_weights)
+    with loading_errors(source.path):
+        _check_files(source.path, source.needs_weights)
     model, config = open_lazily(source)
     weights = tree_flatten(model.parameters())
     sizes = {name: array.nbytes for name, array in weights}
     shares = _expert_shares(config, {name: array.shape for name, array in weights})
-    with _errors_of(source.path, "can't be run"):
+    with running_errors(source.path):
         flow = trace(model)
     assumed = () if has_weights(source.path) else assumptions(source.path, config, source.precision)
     return Checkpoint(source, config, flow, sizes, shares, assumed)
@@ -163,7 +166,7 @@ def load_stage_weights(
     model.update(tree_unflatten(list(absent.items())))
     del weights
     here = [(name, array) for name, array in tree_flatten(model.parameters()) if name in wanted]
-    with _errors_of(checkpoint.source.path, "can't be read"):
+    with loading_errors(folder, "can't be read"):
         done_bytes, step = 0, []
         for name, array in here:
             step.append(array)
@@ -212,7 +215,7 @@ def _files_of(source: ModelSource, wanted: set[str]) -> set[str]:
 
 def open_lazily(source: ModelSource) -> tuple[nn.Module, dict[str, Any]]:
     """The model with weights that are read only when they are evaluated, and its config."""
-    with _errors_of(source.path, "can't be loaded"), contextlib.redirect_stdout(io.StringIO()):
+    with loading_errors(source.path), contextlib.redirect_stdout(io.StringIO()):
         if has_weights(source.path):
             model, config = load_model(source.path, lazy=True, trust_remote_code=source.trust_remote_code)
         else:
@@ -226,20 +229,6 @@ def open_lazily(source: ModelSource) -> tuple[nn.Module, dict[str, Any]]:
             model.eval()
         adapt(model, str(config["model_type"]))
     return model, config
-
-
-@contextlib.contextmanager
-def _errors_of(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever mlx-lm raises for a bad checkpoint into one line."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except SystemExit:  # olmo's file ends the program if a package is missing
-        raise ModelError(f"{path} {what}: its model type needs a package that isn't installed") from None
-    except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"{path} {what}: {text[:300]}") from None
 
 
 def _check_files(path: Path, needs_weights: bool = True) -> None:

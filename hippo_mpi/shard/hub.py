@@ -80,7 +80,7 @@ def open_repo(repo: str, revision: str | None, on_progress: Callable[[], None], 
             _make_view(view, repo, snapshot, on_progress)
         _link_small_files(view, snapshot)
     except Exception as error:  # the hub's client raises its own errors and those of two HTTP libraries
-        raise ModelError(explain(error, repo, revision)) from error
+        raise explain(error, repo, revision) from error
     return view
 
 
@@ -107,7 +107,7 @@ def fetch(folder: Path, files: Iterable[str], on_progress: Callable[[], None]) -
         try:
             path = hf_hub_download(note["repo"], name, revision=note["commit"], tqdm_class=_ticker(on_progress))
         except Exception as error:
-            raise ModelError(f"{name}: {explain(error, note['repo'], note['commit'])}") from error
+            raise explain(error, note["repo"], note["commit"]) from error
         on_progress()
         _link(folder / name, Path(path))
 

@@ -15,14 +15,22 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
+from hippo_mpi.errors import ForeignError, HippoError, ModelError
+
 _LOG_IN = "log in with: hf auth login"
-_MOST_CHARACTERS = 300
 
 
-def explain(error: Exception, repo: str, revision: str | None) -> str:
-    """Say in one line why a repo, or a file of it, can't be had from the hub."""
+def explain(error: Exception, repo: str, revision: str | None) -> HippoError:
+    """Make an error of one line that says why a repo, or a file of it, can't be had from the hub."""
+    why = _reason(error, repo, revision)
+    return ModelError(why) if why else ForeignError.caused_by(error, f"{repo} can't be downloaded")
+
+
+def _reason(error: Exception, repo: str, revision: str | None) -> str | None:
+    """What to tell the user; None if nobody can have expected that."""
     chain = list(_causes(error))
     host = urlparse(constants.ENDPOINT).netloc
     for cause in chain:
@@ -42,8 +50,9 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
         return f"no folder {repo}, and not all of it is in the cache; unset HF_HUB_OFFLINE to download it"
     if any(_is_of_network(cause) for cause in chain):
         return f"no network: {host} can't be reached, and {repo} isn't in the cache"
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"{repo} can't be downloaded: {text if len(text) <= _MOST_CHARACTERS else f'{text[:_MOST_CHARACTERS]} ...'}"
+    if isinstance(error, OSError | SafetensorsParsingError):
+        return f"{repo} can't be downloaded: {' '.join(str(error).split())}"
+    return None
 
 
 def _explain_status(status: int, repo: str, host: str) -> str:
