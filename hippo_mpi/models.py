@@ -50,7 +50,8 @@ def _row(model: ServedModel, machines: Sequence[Machine]) -> str:
         return f"{model.name:<24} {str(error).splitlines()[0]}"
     try:
         split = model.plan(machines)
-        context, fits = f"{split.max_context:,}", f"yes: {', '.join(map(str, split.counts))} layers"
+        layers = f"{', '.join(map(str, split.counts))} layer{'' if split.counts == [1] else 's'}"
+        context, fits = f"{split.max_context:,}", f"yes: {layers}"
     except HippoError as error:
         context, fits = "", f"no: {str(error).splitlines()[0]}"
     weights = show_bytes(sum(info.layer_bytes) + info.head_bytes)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hippo_mpi.errors import UserError, install_hint
+from hippo_mpi.units import count_of
 
 
 def report(found: dict[str, Any], has_whole: bool) -> str:
@@ -44,7 +45,7 @@ def _rate_table(found: dict[str, Any]) -> str:
     head = (
         f"{'at once':>7}  {'mode':<15} {'generation':>22} {'prompt':>14} {'first token':>12}  {'of the best other':>17}"
     )
-    lines = [f"{found['ranks']} ranks over {found['backend']}", head]
+    lines = [f"{count_of(found['ranks'], 'rank')} over {found['backend']}", head]
     for count in next(iter(decode.values())):
         others = [decode[mode][count][0] for mode in decode if mode in ("standalone", "replicas")]
         for mode in decode:
@@ -82,7 +83,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         below = [counts[count][0] - counts[count][1] for count in counts]
         above = [counts[count][2] - counts[count][0] for count in counts]
         axes.errorbar(list(counts), middle, yerr=[below, above], marker="o", capsize=3, label=mode)
-    axes.set(xlabel="requests at once", ylabel="generated tokens per second", title=f"{found['ranks']} ranks")
+    axes.set(xlabel="requests at once", ylabel="generated tokens per second", title=count_of(found["ranks"], "rank"))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(bottom=0)
