@@ -138,7 +138,12 @@ def _predicate(
 
 
 def _names(pattern: str, path: str) -> bool:
-    """True if a pattern of another library (a regular expression behind re:, else with *) names a module or its parent."""
+    """True if a pattern of another library names a module or one around it.
+
+    A pattern is a regular expression behind re:, else a path, perhaps with *. Such paths may begin deeper than MLX's, and
+    have experts one by one that mlx-lm stacks.
+    """
+    path = path.replace(".switch_mlp.", ".experts.0.")
     if pattern.startswith("re:"):
         return re.match(pattern.removeprefix("re:"), path) is not None
-    return fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"{pattern}.*")
+    return any(fnmatch.fnmatch(f".{path}.", f"*.{pattern}.{rest}") for rest in ("", "*"))

@@ -93,6 +93,14 @@ def commit_of(folder: Path) -> str | None:
     return str(json.loads((folder / _NOTE).read_text())["commit"]) if is_view(folder) else None
 
 
+def downloaded_share(folder: Path) -> float:
+    """Return the share of a model's weight bytes that is on this machine: 1.0 for an ordinary folder."""
+    files = list(folder.glob("*.safetensors"))
+    total = sum(file.stat().st_size for file in files)
+    here = sum(file.stat().st_size for file in files if not is_view(folder) or file.is_symlink())
+    return here / total if total else 0.0
+
+
 def fetch(folder: Path, files: Iterable[str], on_progress: Callable[[], None]) -> None:
     """Replace stand-ins in a view by the real files.
 

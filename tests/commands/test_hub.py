@@ -197,6 +197,19 @@ def test_a_plan_downloads_config_and_index_only(hub: tuple[str, list[str]], tmp_
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} < set(downloads)
 
 
+@pytest.mark.slow
+def test_models_say_how_much_is_here(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    endpoint, _ = hub
+    (tmp_path / "tale.yaml").write_text(f"model: {REPO}\n")
+    listing = on_rank(tmp_path / "home", endpoint, command=str(ranks.BIN / "hippo_mpi.models"))[:-2]
+    for share in ("0%", "100%"):
+        with ranks.single([*listing, "--catalogue", str(tmp_path)]) as running:
+            assert running.wait() == 0, running.err
+        assert running.out.splitlines()[1].split()[:4] == ["tale", "5.0", "MiB", share]
+        with ranks.single(on_rank(tmp_path / "home", endpoint, "--max-tokens", "1")) as running:
+            assert running.wait() == 0, running.err
+
+
 LOG_IN = "log in with: hf auth login"
 REFUSALS: dict[str, tuple[tuple[int, str], str]] = {
     "gated": ((403, "GatedRepo"), f"{REPO} is gated: ask for access at {{url}}/{REPO}, then {LOG_IN}"),

@@ -44,6 +44,15 @@ GPT_OSS_120B: dict[str, Any] = {
             ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
     },
 }  # fmt: skip
+KIMI_K2_THINKING = DEEPSEEK_V3 | {
+    "model_type": "kimi_k2", "n_routed_experts": 384, "num_attention_heads": 64, "num_key_value_heads": 64,
+    "vocab_size": 163840, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "quantization_config": {
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "ignore":
+            ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"],
+    },
+}  # fmt: skip
 GEMMA_3_TEXT: dict[str, Any] = {"model_type": "gemma3_text", "num_hidden_layers": 6}
 
 
@@ -57,9 +66,13 @@ def num_bytes(folder: Path) -> int:
 
 
 def test_sizes_of_real_models(tmp_path: Path) -> None:
-    """What Hugging Face's index of gpt-oss-120b says to the byte; DeepSeek-V3's 671B, which mlx-lm turns into 16 bits."""
+    """What Hugging Face's index of gpt-oss-120b says to the byte; DeepSeek-V3's 671B, which mlx-lm turns into 16 bits.
+
+    Kimi-K2-Thinking has its experts in 4 bits, in groups of 32, to which MLX adds a bias each.
+    """
     assert num_bytes(folder_of(GPT_OSS_120B, tmp_path)) == 65_248_815_744
     assert num_bytes(folder_of(DEEPSEEK_V3, tmp_path)) // 2_000_000_000 == 671
+    assert 620e9 < num_bytes(folder_of(KIMI_K2_THINKING, tmp_path)) < 660e9
 
 
 def test_a_giant_takes_little_memory(tmp_path: Path) -> None:
