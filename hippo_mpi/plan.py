@@ -115,25 +115,29 @@ def _with_unit(text: str, units: dict[str, float]) -> float:
     return value
 
 
-def show_plan(session: Session) -> None:
-    """Print which rank would hold what; rank 0 knows."""
-    if session.agreement.split is not None:
-        print(session.agreement.split.table(), flush=True)
+def show_plan(session: Session, simulation: dict[str, Any] | None = None) -> None:
+    """Print which rank would hold what; rank 0 knows. As JSON with --json, and then with what a simulation found."""
+    arguments, split = session.arguments, session.agreement.split
+    if split is None:
+        return
+    if arguments.json:
+        print(json.dumps({"model": arguments.model, "plan": split.as_object(), **(simulation or {})}), flush=True)
+    else:
+        print(split.table(), flush=True)
 
 
 def plan(session: Session) -> int:
     arguments = session.arguments
-    if not arguments.json:
+    if not (arguments.json and arguments.simulate):
         show_plan(session)
-    simulation = _simulate(session) if arguments.simulate else None
-    session.progress.clear()
-    split = session.agreement.split
-    if split is not None:
-        if arguments.json:
-            found = {"model": arguments.model, "plan": split.as_object()}
-            print(json.dumps(found | (prediction_object(*simulation) if simulation else {})))
-        elif simulation:
-            print(f"\n{prediction_table(*simulation)}")
+    if arguments.simulate:
+        simulation = _simulate(session)
+        session.progress.clear()
+        if session.world.rank == 0:
+            if arguments.json:
+                show_plan(session, prediction_object(*simulation))
+            else:
+                print(f"\n{prediction_table(*simulation)}")
     session.control.close()
     return 0
 

@@ -13,6 +13,7 @@ from hippo_mpi.shard.checkpoint import Checkpoint, open_lazily
 from hippo_mpi.shard.dataflow import Dataflow
 from hippo_mpi.shard.graph import leaf
 from hippo_mpi.shard.kv_cache import KVSettings, cache_bytes, merged
+from hippo_mpi.shard.model_errors import running_errors
 from hippo_mpi.shard.observing import all_caches
 
 _PROBE_TOKENS = 512
@@ -57,6 +58,11 @@ class ModelInfo:
 
 
 def model_info(checkpoint: Checkpoint, settings: KVSettings) -> ModelInfo:
+    """Find what a model costs; its own code runs on arrays that hold nothing.
+
+    Raises:
+        ForeignError: it raises something.
+    """
     flow = checkpoint.flow
     sizes, shares = checkpoint.weight_bytes, checkpoint.expert_share
     names: list[set[str]] = [set() for _ in range(flow.num_layers)]
@@ -72,18 +78,21 @@ def model_info(checkpoint: Checkpoint, settings: KVSettings) -> ModelInfo:
     reads_embedding = embedding == head or not any("head" in n or n.endswith("output.weight") for n in head - embedding)
     text = {**checkpoint.config, **checkpoint.config.get("text_config", {})}
     positions = next((int(text[key]) for key in _CONTEXT_KEYS if isinstance(text.get(key), int)), None)
-    model = _lazy_model(checkpoint)
+    with running_errors(checkpoint.source.path):
+        model = _lazy_model(checkpoint)
+        costs, can_batch = _cache_costs(model, settings), _can_batch(model, settings)
+        vocab_size = model(mx.zeros((1, 1), mx.int32)).shape[-1]
     return ModelInfo(
         num_layers=flow.num_layers,
         layer_bytes=[sum(sizes[n] for n in layer) for layer in names],
         layer_work=[work(layer) for layer in names],
         head_bytes=sum(sizes[n] for n in head),
         head_work=work(head if reads_embedding else head - embedding),
-        caches=_by_layer(_cache_costs(model, settings), flow),
+        caches=_by_layer(costs, flow),
         forbidden_cuts=flow.forbidden_cuts(),
         max_positions=positions,
-        can_batch=_can_batch(model, settings),
-        vocab_size=model(mx.zeros((1, 1), mx.int32)).shape[-1],
+        can_batch=can_batch,
+        vocab_size=vocab_size,
         assumptions=checkpoint.assumptions,
     )
 

@@ -49,7 +49,8 @@ def make_repo(folder: Path) -> None:
 class Hub(http.server.BaseHTTPRequestHandler):
     folder: Path
     downloads: list[str]
-    refusal: tuple[int, str] | None = None  # status and the hub's own code for every request
+    refusal: tuple[int, str] | None = None  # status and the hub's own code for every request, or for files
+    refuses_files_only = False
 
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
@@ -60,7 +61,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def _answer(self, with_body: bool) -> None:
         path = unquote(urlparse(self.path).path)
         _, _, revision = path.partition("/revision/")
-        if self.refusal:
+        if self.refusal and (not self.refuses_files_only or "/resolve/" in path):
             self._refuse(*self.refusal)
         elif revision and revision not in ("main", COMMIT):
             self._refuse(404, "RevisionNotFound")
@@ -136,11 +137,11 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 @contextlib.contextmanager
-def serving_hub(tmp_path: Path, downloads: list[str], refusal: tuple[int, str] | None = None) -> Iterator[str]:
+def serving_hub(tmp_path: Path, downloads: list[str], **behaviour: Any) -> Iterator[str]:
     folder = tmp_path / "repo"
     folder.mkdir()
     make_repo(folder)
-    handler = type("Handler", (Hub,), {"folder": folder, "downloads": downloads, "refusal": refusal})
+    handler = type("Handler", (Hub,), {"folder": folder, "downloads": downloads, **behaviour})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -224,10 +225,13 @@ REFUSALS: dict[str, tuple[tuple[int, str], str]] = {
     "case", [pytest.param(case, marks=() if case == "gated" else pytest.mark.slow) for case in REFUSALS]
 )
 def test_a_hub_that_refuses(case: str, tmp_path: Path) -> None:
+    """Everything, or, as of a gated repo, only the files."""
     refusal, line = REFUSALS[case]
-    with serving_hub(tmp_path, [], refusal) as url, ranks.single(on_rank(tmp_path / "home", url)) as running:
+    is_gated = case == "gated"
+    behaviour = {"refusal": refusal, "refuses_files_only": is_gated}
+    with serving_hub(tmp_path, [], **behaviour) as url, ranks.single(on_rank(tmp_path / "home", url)) as running:
         assert running.wait() == 2
-        assert running.err == f"error: {line.format(url=url, host=url.removeprefix('http://'))}\n"
+    assert running.err == f"error: {line.format(url=url, host=url.removeprefix('http://'))}\n"
 
 
 def test_no_such_revision(hub: tuple[str, list[str]], tmp_path: Path) -> None:

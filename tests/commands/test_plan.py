@@ -55,6 +55,9 @@ def test_plan_as_json() -> None:
     with ranks.single([PLAN, *machines, "--max-context", "1024", "--json"]) as running:
         assert running.wait() == 0, running.err
         found = json.loads(running.out)
+    with ranks.single([GENERATE, "--show-plan", "--max-context", "1024", "--json"]) as running:
+        assert running.wait() == 0, running.err
+        assert json.loads(running.out)["plan"].keys() == found["plan"].keys()
     assert found["model"] == str(BUNDLED_MODEL)
     assert (found["plan"]["max_context"], found["plan"]["assumptions"]) == (1024, [])
     stages = found["plan"]["ranks"]
