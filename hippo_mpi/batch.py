@@ -108,7 +108,7 @@ def _open_prompts(session: Session) -> Prompts:
     """The file of prompts, or what comes from standard input.
 
     Raises:
-        UserError: none was given, or standard input has options, for which it is too late.
+        UserError: none was given, or standard input isn't text, or has options, for which it is too late.
     """
     path = session.arguments.prompts
     if path is None:
@@ -116,7 +116,11 @@ def _open_prompts(session: Session) -> Prompts:
     session.control.idle()  # reading long files may take its time
     if path != _STANDARD:
         return Prompts(path)
-    prompts = Prompts(path, session.launcher.read_all().encode("utf-8", "surrogateescape"))
+    try:
+        text = session.launcher.read_all()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 (byte {error.start + 1})") from None
+    prompts = Prompts(path, text.encode("utf-8", "surrogateescape"))
     if job_options(prompts):
         raise UserError("#HIPPO lines on standard input come too late: give their options on the command line")
     return prompts

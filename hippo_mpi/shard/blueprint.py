@@ -121,6 +121,7 @@ def _predicate(
     model: nn.Module, quantization: dict[str, Any], names: set[str], foreign: dict[str, Any] | None
 ) -> Predicate:
     converts: Predicate = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    listed = {name.removesuffix(".scales") for name in names} & {path for path, _ in model.named_modules()}
     kept = [*(foreign or {}).get("ignore", ()), *((foreign or {}).get("modules_to_not_convert") or ())]
 
     def is_quantized(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -128,11 +129,11 @@ def _predicate(
             return False
         if path in quantization or module.weight.shape[-1] % quantization["group_size"]:
             return False
-        if f"{path}.scales" in names:
-            return True
+        if listed:  # else there is no index, or one with other names than the model has when it is loaded
+            return path in listed
         if foreign is not None:  # these libraries leave embeddings as they are
             return not isinstance(module, nn.Embedding) and not any(_names(pattern, path) for pattern in kept)
-        return not names and converts(path, module)
+        return converts(path, module)
 
     return is_quantized
 

@@ -120,12 +120,27 @@ class Model(llama.Model):
 """
 
 
+def with_own_code(folder: Path) -> Path:
+    copied(folder)
+    edit_config(model_file="own.py")(folder)
+    (folder / "own.py").write_text(OWN_CODE)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_server_does_not_try_our_mistakes_again(tmp_path: Path) -> None:
+    folder = with_own_code(tmp_path / "model")
+    serve = str(ranks.BIN / "hippo_mpi.serve")
+    with ranks.single([serve, "--port", "0", "--model", str(folder), "--trust-remote-code"]) as running:
+        assert running.wait(2 * SECONDS) == 1
+    assert running.err.splitlines()[-1] == "error: the ranks didn't start; they said why"
+    assert "starting them again" not in running.err
+
+
 @pytest.mark.parametrize("shows_traceback", [False, True])
 def test_a_model_whose_code_fails_is_our_mistake(shows_traceback: bool, tmp_path: Path) -> None:
     """Status 1, and a line that asks for a report; it is none of what was typed or configured."""
-    folder = copied(tmp_path / "model")
-    edit_config(model_file="own.py")(folder)
-    (folder / "own.py").write_text(OWN_CODE)
+    folder = with_own_code(tmp_path / "model")
     command = [
         "env",
         f"HIPPO_TRACEBACK={shows_traceback or ''}",

@@ -322,8 +322,10 @@ def test_other_options_than_those_of_the_answers(tmp_path: Path) -> None:
 
 
 def from_pipe(text: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [BATCH, *map(str, arguments), "--max-tokens", str(TOKENS)]
-    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=100)
+    command = ["env", "PYTHONIOENCODING=utf-8:strict", BATCH, *map(str, arguments), "--max-tokens", str(TOKENS)]
+    return subprocess.run(
+        command, input=text, capture_output=True, encoding="utf-8", errors="surrogateescape", timeout=100
+    )
 
 
 def test_standard_input_and_output(tmp_path: Path) -> None:
@@ -345,6 +347,7 @@ def test_standard_input_and_output(tmp_path: Path) -> None:
     ("text", "line"),
     [
         ("", "standard input has no prompts"),
+        ("hello\n\udcff\n", "standard input is not UTF-8 (byte 7)"),
         ("#!/usr/bin/env hippo_mpi.batch\n#HIPPO --temp 1\nhello\n", "#HIPPO lines on standard input come too late"),
     ],
 )

@@ -102,16 +102,20 @@ def test_a_model_that_ties_its_head_by_itself(of: dict[str, Any], has_head: bool
     assert ("lm_head" in model) == has_head
 
 
-def test_an_index_says_what_is_quantised(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["", "of.another."])
+def test_an_index_says_what_is_quantised(prefix: str, tmp_path: Path) -> None:
+    """If its names are the model's; sanitize() may have changed them."""
     config = GEMMA_3_TEXT | {"quantization": {"group_size": 64, "bits": 4}}
     names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.scales"]
     (tmp_path / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")})
+        json.dumps({"weight_map": {f"{prefix}{name}": "model-00001-of-00001.safetensors" for name in names}})
     )
     weights = dict(tree_flatten(build_from_config(folder_of(config, tmp_path))[0].parameters()))
-    assert {name.removesuffix(".scales") for name in weights if name.endswith(".scales")} == {
-        "model.layers.0.mlp.up_proj"
-    }
+    found = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
+    if prefix:
+        assert "model.embed_tokens" in found and "model.layers.5.mlp.up_proj" in found
+    else:
+        assert found == {"model.layers.0.mlp.up_proj"}
 
 
 def test_what_is_assumed_is_said(tmp_path: Path) -> None:

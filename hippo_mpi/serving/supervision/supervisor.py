@@ -254,9 +254,8 @@ class Supervisor:
         code = group.ended()
         if code in (UserError.exit_code, ForeignError.exit_code):  # the next start would end alike
             if not self._front.num_starts:
-                raise (UserError if code == UserError.exit_code else ForeignError)(
-                    "the ranks didn't start; they said why"
-                )
+                kind = UserError if code == UserError.exit_code else ForeignError
+                raise kind("the ranks didn't start; they said why")
             if self._front.give_up_model("its ranks refuse it; the server's log says why"):
                 return None
         return f"exit status {code}"
