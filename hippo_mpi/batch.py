@@ -3,7 +3,7 @@
     mlx.launch --hostfile hostfile -n 2 hippo_mpi.batch --model M prompts.jsonl -o answers.jsonl
 
 The file holds OpenAI batch lines, short JSON lines, or a prompt a line; a job script (#!) brings its own options in
-#HIPPO lines. The same command again goes on where it stopped.
+#HIPPO lines; - reads standard input. The same command again goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,11 +25,21 @@ from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.errors import UserError
 from hippo_mpi.generate import load_drafter, open_text
 from hippo_mpi.parallel.pipeline import Pipeline
-from hippo_mpi.serving.batch.batch_file import AnswerFile, job_options, read_tasks
+from hippo_mpi.serving.batch.answer_file import AnswerFile, Answers, StandardOutput
+from hippo_mpi.serving.batch.batch_file import Prompts, job_options, read_tasks
 from hippo_mpi.serving.batch.batch_run import BatchRun
 from hippo_mpi.serving.terminal.progress import BatchProgress
+from hippo_mpi.shard.hub import commit_of
+from hippo_mpi.units import count_of
 
 SOME_FAILED = 4
+_STANDARD = Path("-")  # input or output
+# Options that leave answers what they are: all others must be those of answers that are kept.
+_WITHOUT_EFFECT = {
+    "prompts", "output", "restart", "keep_order", "model", "revision", "trust_remote_code", "draft_model",
+    "num_draft_tokens", "max_batch_size", "max_batch_tokens", "prompt_cache_bytes", "layer_split", "timeout",
+    "start_timeout", "prefill_step_size",
+}  # fmt: skip
 
 
 class _Parser(config.Parser):
@@ -38,14 +48,19 @@ class _Parser(config.Parser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         found = super().parse_args(args, namespace)
         # Ranks that don't see the file say so by their arguments, if it had any to give.
-        options = job_options(found.prompts) if found.prompts and found.prompts.exists() else []
+        options = job_options(Prompts(found.prompts)) if found.prompts and found.prompts.exists() else []
         return super().parse_args(args, super().parse_args(options)) if options else found
 
 
 def make_parser() -> config.Parser:
     parser = _Parser(prog="hippo_mpi.batch", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("prompts", type=Path, nargs="?", help="file of prompts, or a job script")
-    parser.add_argument("--output", "-o", type=Path, help="file for the answers; default: PROMPTS.answers.jsonl")
+    parser.add_argument(
+        "prompts", type=Path, nargs="?", help="file of prompts, or a job script; - reads standard input"
+    )
+    parser.add_argument(
+        "--output", "-o", type=Path,
+        help="file for the answers, or - for standard output; default: PROMPTS.answers.jsonl, and - for -",
+    )  # fmt: skip
     parser.add_argument("--restart", action="store_true", help="forget the answers that are in the output already")
     parser.add_argument("--keep-order", action="store_true", help="put the answers into the order of the prompts")
     config.add_model_options(parser)
@@ -63,18 +78,13 @@ def answer_all(session: Session) -> int:
         command.follow(session)
         return 0
     arguments = session.arguments
-    if arguments.prompts is None:
-        raise UserError("no file of prompts was given (--help lists the options)")
-    session.control.idle()  # reading long files may take its time
     # Each line draws numbers of its own, whatever runs beside it or has run before.
     defaults = replace(SamplingParams.from_options(arguments), seed=arguments.seed)
-    output = arguments.output or arguments.prompts.with_suffix(".answers.jsonl")
-    if output.exists() and arguments.prompts.exists() and output.samefile(arguments.prompts):
-        raise UserError(f"{output} holds the prompts: give another file with --output")
-    if not any(True for _ in read_tasks(arguments.prompts, defaults)):
-        raise UserError(f"{arguments.prompts} has no prompts")
-    answers = AnswerFile(output, arguments.restart)
-    total = answers.check(read_tasks(arguments.prompts, defaults))
+    prompts = _open_prompts(session)
+    if not any(True for _ in read_tasks(prompts, defaults)):
+        raise UserError(f"{prompts} has no prompts")
+    answers = _open_answers(session)
+    total = answers.check(read_tasks(prompts, defaults))
     tokenizer, chat_format = open_text(session)
     pipeline = session.load()
     engine = make_engine(session, pipeline, tokenizer)
@@ -84,14 +94,66 @@ def answer_all(session: Session) -> int:
     run = BatchRun(
         engine, tokenizer, chat_format, answers, progress, Path(arguments.model).name, arguments.system_prompt
     )
-    run.run(read_tasks(arguments.prompts, defaults), lambda: session.control.progress("reading prompts"))
+    run.run(read_tasks(prompts, defaults), lambda: session.control.progress("reading prompts"))
     if arguments.keep_order:
         session.control.idle()
-        answers.sort(read_tasks(arguments.prompts, defaults))
+        answers.sort(read_tasks(prompts, defaults))
     pipeline.end()
     if progress.failed:
-        sys.stderr.write(f"{progress.failed:,} requests failed; {output} says why\n")
+        sys.stderr.write(_failures(progress.failed, run.reasons, answers))
     return SOME_FAILED if progress.failed else 0
+
+
+def _open_prompts(session: Session) -> Prompts:
+    """The file of prompts, or what comes from standard input.
+
+    Raises:
+        UserError: none was given, or standard input isn't text, or has options, for which it is too late.
+    """
+    path = session.arguments.prompts
+    if path is None:
+        raise UserError("no file of prompts was given (--help lists the options)")
+    session.control.idle()  # reading long files may take its time
+    if path != _STANDARD:
+        return Prompts(path)
+    try:
+        text = session.launcher.read_all()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 (byte {error.start + 1})") from None
+    prompts = Prompts(path, text.encode("utf-8", "surrogateescape"))
+    if job_options(prompts):
+        raise UserError("#HIPPO lines on standard input come too late: give their options on the command line")
+    return prompts
+
+
+def _open_answers(session: Session) -> Answers:
+    """Where answers go.
+
+    Raises:
+        UserError: there is something else, or answers that other options have made.
+    """
+    arguments = session.arguments
+    prompts, output = arguments.prompts, arguments.output
+    if output is None:
+        output = _STANDARD if prompts == _STANDARD else prompts.with_suffix(".answers.jsonl")
+    if output == _STANDARD:
+        return StandardOutput(arguments.keep_order)
+    if prompts != _STANDARD and output.exists() and prompts.exists() and output.samefile(prompts):
+        raise UserError(f"{output} holds the prompts: give another file with --output")
+    path = session.agreement.checkpoint.source.path
+    model = (
+        {"--model": arguments.model, "--revision": commit}
+        if (commit := commit_of(path))
+        else {"--model": path.resolve()}
+    )
+    others = {f"--{name.replace('_', '-')}": v for name, v in vars(arguments).items() if name not in _WITHOUT_EFFECT}
+    return AnswerFile(output, model | others, arguments.restart)
+
+
+def _failures(count: int, reasons: list[str], answers: Answers) -> str:
+    """What to say at the end of requests that failed."""
+    more = [f"... and {count - len(reasons):,} more"] if count > len(reasons) else []
+    return "\n  ".join([f"{count_of(count, 'request')} failed; {answers} says why:", *reasons, *more]) + "\n"
 
 
 def make_engine(session: Session, pipeline: Pipeline, tokenizer: TokenizerWrapper) -> Engine:

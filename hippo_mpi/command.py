@@ -6,13 +6,12 @@ import argparse
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
 from hippo_mpi.config import Parser, run_options
-from hippo_mpi.errors import HippoError, UserError, interrupted, print_error
+from hippo_mpi.errors import ForeignError, HippoError, UserError, interrupted, print_error
 from hippo_mpi.parallel.pipeline import Agreement, Pipeline, agree, meet
 from hippo_mpi.serving.terminal.progress import Progress
 from hippo_mpi.shard.checkpoint import ModelSource
@@ -101,10 +100,7 @@ def _run(parser: Parser, body: Callable[[_Joined], int], argv: list[str] | None 
     except BrokenPipeError:  # whoever read our answer has enough
         control.fail(HippoError("nobody reads the answer any more"))
     except Exception as error:  # a worker's top frame: whatever went wrong, all ranks must end
-        if os.environ.get("HIPPO_TRACEBACK"):
-            traceback.print_exc()
-        line = f"{type(error).__name__}: {' '.join(str(error).split())} (HIPPO_TRACEBACK=1 shows where)"
-        control.fail(HippoError(line))
+        control.fail(ForeignError.caused_by(error))
     world.group = None  # MPI is finalised when the last reference goes
     _exit(code, world.rank, is_orderly=world.backend == "mpi")
 

@@ -16,7 +16,10 @@ from typing import Any, NoReturn
 
 from hippo_mpi.errors import UserError
 
-BUNDLED_MODEL = Path(__file__).parent.parent / "models" / "story-3m"
+_PACKAGE = Path(__file__).parent
+# Beside the package in a checkout, inside it where pip has installed it (pyproject.toml).
+BUNDLED_MODELS = _PACKAGE / "bundled" if (_PACKAGE / "bundled").is_dir() else _PACKAGE.parent / "models"
+BUNDLED_MODEL = BUNDLED_MODELS / "story-3m"
 API_KEYS = "HIPPO_API_KEYS"
 """Environment variable with a server's keys, with commas between."""
 PRECISIONS = ("float32", "float16", "bfloat16", "8bit", "6bit", "5bit", "4bit", "3bit", "2bit")
@@ -71,7 +74,11 @@ class Parser(argparse.ArgumentParser):
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default=str(BUNDLED_MODEL), help="folder or Hugging Face repo of an mlx-lm model")
+    group.add_argument(
+        "--model",
+        default=str(BUNDLED_MODEL),
+        help="folder or Hugging Face repo of an mlx-lm model, or a bundled one: story-3m, story-draft",
+    )
     group.add_argument("--revision", help="revision of the Hugging Face repo")
     group.add_argument(
         "--precision", choices=PRECISIONS, help="cast or quantise the weights while loading; as stored if not given"

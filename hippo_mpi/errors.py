@@ -1,6 +1,7 @@
 """Everything that can go wrong, as a tree. `exit_code` is the status with which every rank ends.
 
 HippoError                 one clear line for the user, no traceback
+|-- ForeignError    1      something below us raised what nobody expected
 |-- UserError       2      something that was typed or configured
 |   |-- ModelError         the checkpoint can't be used
 |   |-- PlanError          the layers don't fit the ranks or their memory
@@ -13,6 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
+import traceback
+from importlib.metadata import requires
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -20,6 +24,17 @@ INTERRUPTED = 130
 
 class HippoError(Exception):
     exit_code = 1
+
+
+class ForeignError(HippoError):
+    """MLX, mlx-lm or Python raised what nobody expected: our mistake, as long as nobody knows better."""
+
+    @classmethod
+    def caused_by(cls, error: BaseException, what: str = "") -> ForeignError:
+        """Say `what` failed and how, and ask for a report; HIPPO_TRACEBACK=1 prints the traceback."""
+        print_traceback(error)
+        text = ": ".join(part for part in (what, type(error).__name__, " ".join(str(error).split())) if part)
+        return cls(f"{text}; please report this, with what HIPPO_TRACEBACK=1 prints")
 
 
 class UserError(HippoError):
@@ -51,6 +66,22 @@ def interrupted() -> HippoError:
     error = HippoError("left by Ctrl-C")
     error.exit_code = INTERRUPTED
     return error
+
+
+def print_traceback(error: BaseException) -> None:
+    """Print where an error comes from, if HIPPO_TRACEBACK asks for it."""
+    if os.environ.get("HIPPO_TRACEBACK"):
+        traceback.print_exception(error)
+
+
+def install_hint(extra: str) -> str:
+    """Return the pip command that installs what one of our extras lists, by the packages' own names.
+
+    It works wherever hippo-mpi came from.
+    """
+    ends = f'extra == "{extra}"'
+    listed = [line.partition(";")[0].strip() for line in requires("hippo-mpi") or () if line.endswith(ends)]
+    return f"pip install {shlex.join(listed)}"
 
 
 def print_error(line: str, starts_anew: bool = False) -> None:

@@ -8,6 +8,7 @@ hippo_mpi.models --config hippo.yaml --machine mini1:16 --machine mini2:24
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,20 +17,22 @@ from hippo_mpi.errors import HippoError
 from hippo_mpi.plan import machine
 from hippo_mpi.serving.config_file import card_parser, read_config
 from hippo_mpi.serving.supervision.catalogue import ServedModel, read_catalogue
+from hippo_mpi.shard.hub import downloaded_share
 from hippo_mpi.shard.layer_split import Machine, show_bytes
 from hippo_mpi.transport.control import Control
 
-_ROW = "{:<24} {:>9}  {:<9} {:>6} {:>9}  {:<34} {}"
+_ROW = "{:<24} {:>9} {:>5}  {:<9} {:>6} {:>9}  {:<34} {}"
 
 
 def make_parser() -> config.Parser:
     parser = config.Parser(prog="hippo_mpi.models", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--catalogue", type=Path, default=config.BUNDLED_MODEL.parent, help="folder of cards")
+    parser.add_argument("--catalogue", type=Path, default=config.BUNDLED_MODELS, help="folder of cards")
     parser.add_argument("--config", type=Path, help="the models of a server's YAML file instead")
     parser.add_argument(
         "--machine", type=machine, action="append", dest="machines",
         help="machines that aren't here: NAME:GIBIBYTES[:SPEED], once per rank",
     )  # fmt: skip
+    parser.add_argument("--paths", action="store_true", help="also print each model's folder")
     config.add_deadlines(parser)
     return parser
 
@@ -37,9 +40,15 @@ def make_parser() -> config.Parser:
 def list_models(arguments: argparse.Namespace, machines: list[Machine], control: Control) -> int:
     control.idle()  # looking at a repo's files may take its time
     cards = read_config(arguments.config).cards if arguments.config else read_catalogue(arguments.catalogue)
-    print(_ROW.format("model", "weights", "precision", "layers", "context", "modes", "fits"))
-    for name, options in cards.items():
-        print(_row(ServedModel(name, card_parser().parse_args(options), options), arguments.machines or machines))
+    models = [ServedModel(name, card_parser().parse_args(options), options) for name, options in cards.items()]
+    print(_ROW.format("model", "weights", "here", "precision", "layers", "context", "modes", "fits"))
+    for model in models:
+        print(_row(model, arguments.machines or machines))
+    if arguments.paths:
+        print()
+    for model in models if arguments.paths else ():
+        with contextlib.suppress(HippoError):  # its row says why
+            print(f"{model.name:<24} {model.path}")
     return 0
 
 
@@ -50,11 +59,13 @@ def _row(model: ServedModel, machines: Sequence[Machine]) -> str:
         return f"{model.name:<24} {str(error).splitlines()[0]}"
     try:
         split = model.plan(machines)
-        context, fits = f"{split.max_context:,}", f"yes: {', '.join(map(str, split.counts))} layers"
+        layers = f"{', '.join(map(str, split.counts))} layer{'' if split.counts == [1] else 's'}"
+        context, fits = f"{split.max_context:,}", f"yes: {layers}"
     except HippoError as error:
         context, fits = "", f"no: {str(error).splitlines()[0]}"
     weights = show_bytes(sum(info.layer_bytes) + info.head_bytes)
-    return _ROW.format(model.name, weights, model.precision, info.num_layers, context, modes, fits)
+    here = f"{downloaded_share(model.path):.0%}"  # of the weights; the rest is on the hub
+    return _ROW.format(model.name, weights, here, model.precision, info.num_layers, context, modes, fits)
 
 
 def main() -> None:

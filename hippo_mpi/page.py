@@ -11,7 +11,7 @@ import sys
 from typing import NoReturn
 
 from hippo_mpi import config
-from hippo_mpi.errors import HippoError, UserError, print_error
+from hippo_mpi.errors import HippoError, UserError, install_hint, print_error
 from hippo_mpi.serving.page.cluster_view import ClusterView, fetch_status, own_key
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -44,7 +44,7 @@ def show(argv: list[str]) -> int:
 
         from hippo_mpi.serving.page.web_page import CSS, make_page, theme
     except ImportError as missing:
-        raise UserError(f'hippo_mpi.page needs {missing.name}: pip install "hippo-mpi[page]"') from None
+        raise UserError(f"hippo_mpi.page needs {missing.name}: {install_hint('page')}") from None
     url = arguments.url.rstrip("/")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=own_key())
     try:

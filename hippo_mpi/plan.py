@@ -2,7 +2,7 @@
 
 mlx.launch --hostfile hostfile -n 2 hippo_mpi.plan --model M
 hippo_mpi.plan --model M --machine mini1:16 --machine mini2:24:1.5
-hippo_mpi.plan --model M --machine mini1:16 --machine mini2:16 --simulate --link thunderbolt4
+hippo_mpi.plan --model M --machine mini1:16 --machine mini2:16 --simulate --link thunderbolt4 --link wifi
 """
 
 from __future__ import annotations
@@ -10,28 +10,48 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from hippo_mpi import command, config
 from hippo_mpi.command import Session
-from hippo_mpi.engine.predicting import LINKS, Link, StageTimes, Workload, check_can_time, measure_stage
+from hippo_mpi.engine.predicting import LINKS, Link, MeasuredStage, Workload, check_can_time, measure_stage
 from hippo_mpi.engine.scheduler import chunk_tokens
-from hippo_mpi.errors import UserError
-from hippo_mpi.serving.benchmark.simulation_report import prediction_object, prediction_table, read_times
+from hippo_mpi.serving.benchmark.simulation_report import (
+    prediction_object,
+    prediction_table,
+    read_machines,
+    read_times,
+)
 from hippo_mpi.shard import pipeline
 from hippo_mpi.shard.layer_split import Machine
 from hippo_mpi.transport.memory import longest_chunk
 
 
+class _Parser(config.Parser):
+    """Plans for the machines that the times of --stage-times were measured for, if no others are given."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        found: argparse.Namespace = super().parse_args(args, namespace)
+        if found.simulate and found.stage_times and not found.machines:
+            found.machines = read_machines(found.stage_times)
+        return found
+
+
 def make_parser() -> config.Parser:
-    parser = config.Parser(prog="hippo_mpi.plan", description=(__doc__ or "").splitlines()[0])
+    parser = _Parser(prog="hippo_mpi.plan", description=(__doc__ or "").splitlines()[0])
     config.add_model_options(parser)
     config.add_draft_options(parser)
+    parser.set_defaults(show_plan=True)  # a config alone will do, as for hippo_mpi.generate --show-plan
     parser.add_argument(
         "--machine",
         type=machine,
         action="append",
         dest="machines",
+        metavar="MACHINE",
         help="plan for machines that aren't here: NAME:GIBIBYTES[:SPEED], once per rank; speed is relative",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the plan, and what --simulate finds, as one JSON object"
     )
     group = parser.add_argument_group("simulation")
     group.add_argument(
@@ -42,15 +62,19 @@ def make_parser() -> config.Parser:
     group.add_argument(
         "--link",
         type=_link,
-        default="thunderbolt4",
-        help=f"{', '.join(LINKS)}, or LATENCY,BANDWIDTH such as 300us,2GB/s (hippo_mpi.benchmark measures both)",
+        action="append",
+        dest="links",
+        metavar="LINK",
+        help=f"{', '.join(link.name for link in LINKS)}, or LATENCY,BANDWIDTH such as 300us,2GB/s (hippo_mpi.benchmark"
+        f" measures both); as often as you like (default: {LINKS[0].name})",
     )
     group.add_argument("--prompt-tokens", type=config.positive, default=1024, help="tokens of the prompt")
     group.add_argument(
         "--concurrent", type=config.request_counts, default=(1, 4, 16), help="numbers of requests at once"
     )
-    group.add_argument("--stage-times", type=Path, help="a --json output to take the times from, instead of measuring")
-    group.add_argument("--json", action="store_true", help="print one JSON object with the times and the prediction")
+    group.add_argument(
+        "--stage-times", type=Path, help="a --json output to take the times and machines from, instead of measuring"
+    )
     config.add_cache_options(parser)
     config.add_run_options(parser)
     return parser
@@ -69,13 +93,14 @@ _BYTES_PER_S = {"Gbit/s": 1e9 / 8, "Mbit/s": 1e6 / 8, "GB/s": 1e9, "MB/s": 1e6}
 
 
 def _link(text: str) -> Link:
-    if text in LINKS:
-        return LINKS[text]
+    for link in LINKS:
+        if text == link.name:
+            return link
     latency, _, bandwidth = text.partition(",")
     try:
-        return Link(_with_unit(latency, _SECONDS), _with_unit(bandwidth, _BYTES_PER_S))
+        return Link(_with_unit(latency, _SECONDS), _with_unit(bandwidth, _BYTES_PER_S), text)
     except ValueError:
-        names = ", ".join(LINKS)
+        names = ", ".join(link.name for link in LINKS)
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither {names} nor LATENCY,BANDWIDTH such as 300us,2GB/s"
         ) from None
@@ -90,48 +115,52 @@ def _with_unit(text: str, units: dict[str, float]) -> float:
     return value
 
 
-def show_plan(session: Session) -> None:
-    """Print which rank would hold what; rank 0 knows."""
-    if session.agreement.split is not None:
-        print(session.agreement.split.table(), flush=True)
+def show_plan(session: Session, simulation: dict[str, Any] | None = None) -> None:
+    """Print which rank would hold what; rank 0 knows. As JSON with --json, and then with what a simulation found."""
+    arguments, split = session.arguments, session.agreement.split
+    if split is None:
+        return
+    if arguments.json:
+        print(json.dumps({"model": arguments.model, "plan": split.as_object(), **(simulation or {})}), flush=True)
+    else:
+        print(split.table(), flush=True)
 
 
 def plan(session: Session) -> int:
     arguments = session.arguments
-    if arguments.json and not arguments.simulate:
-        raise UserError("--json prints what a simulation found: add --simulate")
-    if not arguments.json:
+    if not (arguments.json and arguments.simulate):
         show_plan(session)
     if arguments.simulate:
-        _simulate(session)
+        simulation = _simulate(session)
+        session.progress.clear()
+        if session.world.rank == 0:
+            if arguments.json:
+                show_plan(session, prediction_object(*simulation))
+            else:
+                print(f"\n{prediction_table(*simulation)}")
     session.control.close()
     return 0
 
 
-def _simulate(session: Session) -> None:
+def _simulate(session: Session) -> tuple[list[MeasuredStage], list[Link], Workload]:
+    """The times of all stages (on rank 0), the links, and what is asked of them."""
     arguments, agreement = session.arguments, session.agreement
     num_stages, prompt = len(agreement.counts), arguments.prompt_tokens
     chunk = arguments.prefill_step_size or chunk_tokens(prompt, num_stages, longest_chunk())
     workload = Workload(prompt, chunk, arguments.concurrent, agreement.can_batch is not False)
     if arguments.stage_times:
-        times = read_times(arguments.stage_times, workload, num_stages)
+        stages = read_times(arguments.stage_times, workload, agreement.counts)
     else:
         check_can_time(agreement.checkpoint.flow)
-        times = _measure(session, workload)
-    session.progress.clear()
-    if session.world.rank > 0:
-        return
-    if arguments.json:
-        print(json.dumps(prediction_object(times, arguments.link, workload)))
-    else:
-        print(f"\n{prediction_table(times, arguments.link, workload)}")
+        stages = _measure(session, workload)
+    return stages, arguments.links or LINKS[:1], workload
 
 
-def _measure(session: Session, workload: Workload) -> list[StageTimes]:
+def _measure(session: Session, workload: Workload) -> list[MeasuredStage]:
     """Times by rank, on rank 0: each rank's own, or, for machines that aren't here, one stage after the other."""
     control, counts = session.control, session.agreement.counts
 
-    def measure(rank: int) -> StageTimes:
+    def measure(rank: int) -> MeasuredStage:
         checkpoint, loading = session.agreement.checkpoint, f"loading stage {rank}"
         stage = pipeline(checkpoint, counts, rank, lambda done_bytes: control.progress(loading))
         session.progress.clear()
@@ -140,7 +169,7 @@ def _measure(session: Session, workload: Workload) -> list[StageTimes]:
     if session.arguments.machines is None:
         gathered = control.gather(measure(session.world.rank).as_object())
         control.share({} if gathered is not None else None)
-        return [StageTimes.from_object(one) for one in gathered or []]
+        return [MeasuredStage.from_object(one) for one in gathered or []]
     if session.world.rank > 0:
         control.share(None)
         return []

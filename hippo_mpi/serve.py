@@ -24,7 +24,7 @@ from hippo_mpi import command
 from hippo_mpi.batch import make_engine
 from hippo_mpi.command import Session
 from hippo_mpi.config import API_KEYS, Parser
-from hippo_mpi.errors import HippoError, RankError, UserError, print_error
+from hippo_mpi.errors import HippoError, RankError, UserError, install_hint, print_error
 from hippo_mpi.generate import open_text
 from hippo_mpi.run import check_hosts, installed, read_hostfile
 from hippo_mpi.serving.api.audit_log import AuditLog
@@ -43,7 +43,7 @@ try:
     from hippo_mpi.serving.api.http_server import serve_http
     from hippo_mpi.serving.api.metrics import Metrics
 except ImportError as missing:
-    print_error(f'hippo_mpi.serve needs {missing.name}: pip install "hippo-mpi[serve]"')
+    print_error(f"hippo_mpi.serve needs {missing.name}: {install_hint('serve')}")
     sys.exit(UserError.exit_code)
 
 _PYTHON_START_S = 30.0  # imports from a cold disk, and a launcher's ssh

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from hippo_mpi.errors import UserError
+from hippo_mpi.errors import UserError, install_hint
 
 _COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 
@@ -113,7 +113,7 @@ def _library() -> Any:
         import llguidance
         import llguidance.hf
     except ImportError:
-        raise UserError('a grammar needs llguidance: pip install "hippo-mpi[serve]"') from None
+        raise UserError(f"a grammar needs llguidance: {install_hint('serve')}") from None
     return llguidance
 
 

@@ -1,7 +1,7 @@
 """What a pipeline would give over a link that isn't there yet: stages timed one by one, then the schedule simulated.
 
-times = [measure_stage(stage, ...) for each rank]       # on the machines themselves, or on one of them in turn
-predict(times, link, workload)                          # no MLX any more: arithmetic
+measured = [measure_stage(stage, ...) for each rank]    # on the machines themselves, or on one of them in turn
+predict([stage.typical for stage in measured], link, workload)     # no MLX any more: arithmetic
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hippo_mpi.shard.dataflow import Dataflow
 from hippo_mpi.shard.kv_cache import KVSettings, SlotCaches
 from hippo_mpi.shard.stage import Stage
 
-_TRIALS = 5
+_TRIALS, _PROMPT_TRIALS = 5, 3
 _ROUNDS = 20  # of micro-batches: enough that filling the pipeline doesn't count
 
 
@@ -30,15 +30,16 @@ class Link:
 
     latency_s: float
     bytes_per_s: float
+    name: str = ""
 
 
-LINKS = {
-    # TCP through MLX's ring as people report it, not the cable's own rate. Measure yours: hippo_mpi.benchmark.
-    "thunderbolt4": Link(300e-6, 16e9 / 8),
-    "thunderbolt5": Link(300e-6, 40e9 / 8),
-    "10gbe": Link(300e-6, 9.4e9 / 8),
-    "wifi": Link(3e-3, 0.5e9 / 8),
-}
+# TCP through MLX's ring as people report it, not the cable's own rate. Measure yours: hippo_mpi.benchmark.
+LINKS = [
+    Link(300e-6, 16e9 / 8, "thunderbolt4"),
+    Link(300e-6, 40e9 / 8, "thunderbolt5"),
+    Link(300e-6, 9.4e9 / 8, "10gbe"),
+    Link(3e-3, 0.5e9 / 8, "wifi"),
+]
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,33 @@ class StageTimes:
         steps = {rows: step.at_speed(speed) for rows, step in self.steps.items()}
         return StageTimes([chunk.at_speed(speed) for chunk in self.chunks], steps)
 
+    @classmethod
+    def from_object(cls, found: dict[str, Any]) -> StageTimes:
+        """The inverse of dataclasses.asdict; JSON makes the numbers of rows text."""
+        steps = {int(rows): StepTime(**step) for rows, step in found["steps"].items()}
+        return cls([StepTime(**chunk) for chunk in found["chunks"]], steps)
+
+
+@dataclass(frozen=True)
+class MeasuredStage:
+    """A stage that was timed several times over: the medians of all repetitions, the shortest times, the longest."""
+
+    typical: StageTimes
+    fastest: StageTimes
+    slowest: StageTimes
+
+    def at_speed(self, speed: float) -> MeasuredStage:
+        """The same on a machine that is so many times as fast."""
+        return MeasuredStage(*(times.at_speed(speed) for times in (self.typical, self.fastest, self.slowest)))
+
     def as_object(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
     @classmethod
-    def from_object(cls, found: dict[str, Any]) -> StageTimes:
-        """The inverse of `as_object`; JSON makes the numbers of rows text."""
-        steps = {int(rows): StepTime(**step) for rows, step in found["steps"].items()}
-        return cls([StepTime(**chunk) for chunk in found["chunks"]], steps)
+    def from_object(cls, found: dict[str, Any]) -> MeasuredStage:
+        """The inverse of `as_object`."""
+        return cls(*(StageTimes.from_object(found[name]) for name in ("typical", "fastest", "slowest")))
 
 
 @dataclass(frozen=True)
@@ -108,15 +127,13 @@ class Prediction:
 
 def measure_stage(
     stage: Stage, settings: KVSettings, workload: Workload, num_stages: int, progress: Callable[[str], None]
-) -> StageTimes:
+) -> MeasuredStage:
     """Time a stage by itself; what other stages would send is made up."""
     caches = SlotCaches(stage.model, settings)
-    chunk, prompt = workload.chunk_tokens, workload.prompt_tokens
-    for _ in range(2):  # once to warm up
-        chunks = []
-        for start in range(0, prompt, chunk):
-            progress(f"timing the prompt at {start:,}")
-            chunks.append(_time_step(stage, caches, [0], start, min(chunk, prompt - start), wants_logits=False))
+    prompts = []
+    for _ in range(_PROMPT_TRIALS + 1):
+        prompts.append(_time_prompt(stage, caches, workload, progress))
+    chunks = list(zip(*prompts[1:], strict=True))  # the first was to warm up
     steps = {}
     for rows in workload.batch_sizes(num_stages):
         slots = list(range(1, rows + 1))
@@ -125,16 +142,35 @@ def measure_stage(
         trials = []
         for trial in range(_TRIALS + 1):
             progress(f"timing steps of {rows} rows")
-            trials.append(_time_step(stage, caches, slots, prompt + trial, 1, wants_logits=True))
-        timed = trials[1:]
-        steps[rows] = StepTime(
-            statistics.median(one.forward_s for one in timed),
-            timed[0].num_bytes,
-            statistics.median(one.head_s for one in timed),
-        )
+            trials.append(_time_step(stage, caches, slots, workload.prompt_tokens + trial, 1, wants_logits=True))
+        steps[rows] = trials[1:]
         for slot in slots:
             caches.drop([slot])
-    return StageTimes(chunks, steps)
+
+    def reduced(of: Callable[[list[float]], float]) -> StageTimes:
+        return StageTimes(
+            [_reduced(trials, of) for trials in chunks], {rows: _reduced(trials, of) for rows, trials in steps.items()}
+        )
+
+    return MeasuredStage(reduced(statistics.median), reduced(min), reduced(max))
+
+
+def _time_prompt(
+    stage: Stage, caches: SlotCaches, workload: Workload, progress: Callable[[str], None]
+) -> list[StepTime]:
+    """Read a prompt into slot 0: the time of each chunk."""
+    times = []
+    for start in range(0, workload.prompt_tokens, workload.chunk_tokens):
+        progress(f"timing the prompt at {start:,}")
+        count = min(workload.chunk_tokens, workload.prompt_tokens - start)
+        times.append(_time_step(stage, caches, [0], start, count, wants_logits=False))
+    return times
+
+
+def _reduced(trials: Sequence[StepTime], of: Callable[[list[float]], float]) -> StepTime:
+    return StepTime(
+        of([trial.forward_s for trial in trials]), trials[0].num_bytes, of([trial.head_s for trial in trials])
+    )
 
 
 def _time_step(

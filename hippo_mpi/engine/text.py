@@ -12,7 +12,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from hippo_mpi.errors import ModelError, UserError
+from hippo_mpi.errors import ModelError, UserError, print_traceback
 
 
 def open_tokenizer(
@@ -30,6 +30,7 @@ def open_tokenizer(
     try:
         tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos_token_ids)
     except Exception as error:  # transformers raises whatever its parsers raise
+        print_traceback(error)
         raise ModelError(f"the tokenizer of {path} can't be read: {one_line(error)}") from None
     for token in extra_eos:
         try:

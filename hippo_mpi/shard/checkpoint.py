@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from mlx_lm.utils import load_adapters, load_config, load_model
 
 from hippo_mpi.errors import ModelError
 from hippo_mpi.shard.adapters import adapt
+from hippo_mpi.shard.blueprint import assumptions, build_from_config, has_weights
 from hippo_mpi.shard.dataflow import Dataflow
 from hippo_mpi.shard.graph import ancestors
 from hippo_mpi.shard.hub import commit_of, fetch, find_model, is_view
+from hippo_mpi.shard.model_errors import loading_errors, running_errors
 from hippo_mpi.shard.precision import convert
 from hippo_mpi.shard.tracing import trace
 
@@ -34,12 +36,16 @@ _SAMPLES_PER_FILE, _SAMPLE_BYTES = 64, 1024
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from; names of mlx_lm.generate's options, and the precision of its weights (None: as stored)."""
+    """Where a model comes from; names of mlx_lm.generate's options, and the precision of its weights (None: as stored).
+
+    Where only a plan is made (`needs_weights` is False), a folder with a config and no weights will do.
+    """
 
     path: Path
     adapter_path: str | None = None
     trust_remote_code: bool = False
     precision: str | None = None
+    needs_weights: bool = True
 
     @classmethod
     def from_options(cls, options: argparse.Namespace, on_progress: Callable[[], None] = lambda: None) -> ModelSource:
@@ -48,8 +54,9 @@ class ModelSource:
         Raises:
             ModelError: there is no such model.
         """
-        path = find_model(options.model, options.revision, on_progress)
-        return cls(path, options.adapter_path, options.trust_remote_code, options.precision)
+        needs_weights = not _ends_with_the_plan(options)
+        path = find_model(options.model, options.revision, on_progress, not needs_weights)
+        return cls(path, options.adapter_path, options.trust_remote_code, options.precision, needs_weights)
 
     @classmethod
     def of_draft(
@@ -61,7 +68,15 @@ class ModelSource:
             ModelError: there is no such model.
         """
         name = getattr(options, "draft_model", None)
-        return cls(find_model(name, None, on_progress), None, options.trust_remote_code) if name else None
+        if not name:
+            return None
+        needs_weights = not _ends_with_the_plan(options)
+        path = find_model(name, None, on_progress, not needs_weights)
+        return cls(path, trust_remote_code=options.trust_remote_code, needs_weights=needs_weights)
+
+
+def _ends_with_the_plan(options: argparse.Namespace) -> bool:
+    return bool(getattr(options, "show_plan", False))
 
 
 @dataclass
@@ -73,6 +88,7 @@ class Checkpoint:
     flow: Dataflow
     weight_bytes: dict[str, int]
     expert_share: dict[str, float]  # of weights stacked over experts: the share that one token reads
+    assumptions: tuple[str, ...] = ()  # what isn't known of a model without weights
 
     def digest(self) -> str:
         """A short hash of structure and weights (samples of them), equal on ranks that hold the same model."""
@@ -99,15 +115,18 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
 
     Raises:
         ModelError: something is missing, damaged or unknown; the message says what.
+        ForeignError: its own code raises something when it is run.
     """
-    _check_files(source.path)
+    with loading_errors(source.path):
+        _check_files(source.path, source.needs_weights)
     model, config = open_lazily(source)
     weights = tree_flatten(model.parameters())
     sizes = {name: array.nbytes for name, array in weights}
     shares = _expert_shares(config, {name: array.shape for name, array in weights})
-    with _errors_of(source.path, "can't be run"):
+    with running_errors(source.path):
         flow = trace(model)
-    return Checkpoint(source, config, flow, sizes, shares)
+    assumed = () if has_weights(source.path) else assumptions(source.path, config, source.precision)
+    return Checkpoint(source, config, flow, sizes, shares, assumed)
 
 
 def _sample_of_files(source: ModelSource) -> str:
@@ -135,8 +154,11 @@ def load_stage_weights(
     Raises:
         ModelError: a file can't be read.
     """
-    if is_view(checkpoint.source.path):
-        fetch(checkpoint.source.path, checkpoint.stage_files(start, stop), lambda: on_progress(0))
+    folder = checkpoint.source.path
+    if not has_weights(folder):
+        raise ModelError(f"{folder} has no model*.safetensors: only a plan can be made of it")
+    if is_view(folder):
+        fetch(folder, checkpoint.stage_files(start, stop), lambda: on_progress(0))
     model, _ = open_lazily(checkpoint.source)
     wanted = checkpoint.stage_weights(start, stop)
     weights = dict(tree_flatten(model.parameters()))
@@ -144,7 +166,7 @@ def load_stage_weights(
     model.update(tree_unflatten(list(absent.items())))
     del weights
     here = [(name, array) for name, array in tree_flatten(model.parameters()) if name in wanted]
-    with _errors_of(checkpoint.source.path, "can't be read"):
+    with loading_errors(folder, "can't be read"):
         done_bytes, step = 0, []
         for name, array in here:
             step.append(array)
@@ -188,8 +210,11 @@ def _files_of(source: ModelSource, wanted: set[str]) -> set[str]:
 
 def open_lazily(source: ModelSource) -> tuple[nn.Module, dict[str, Any]]:
     """The model with weights that are read only when they are evaluated, and its config."""
-    with _errors_of(source.path, "can't be loaded"), contextlib.redirect_stdout(io.StringIO()):
-        model, config = load_model(source.path, lazy=True, trust_remote_code=source.trust_remote_code)
+    with loading_errors(source.path), contextlib.redirect_stdout(io.StringIO()):
+        if has_weights(source.path):
+            model, config = load_model(source.path, lazy=True, trust_remote_code=source.trust_remote_code)
+        else:
+            model, config = build_from_config(source.path, source.trust_remote_code)
         if source.precision is not None:
             model, config = convert(model, config, source.precision)
         if source.adapter_path is not None:
@@ -201,21 +226,7 @@ def open_lazily(source: ModelSource) -> tuple[nn.Module, dict[str, Any]]:
     return model, config
 
 
-@contextlib.contextmanager
-def _errors_of(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever mlx-lm raises for a bad checkpoint into one line."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except SystemExit:  # olmo's file ends the program if a package is missing
-        raise ModelError(f"{path} {what}: its model type needs a package that isn't installed") from None
-    except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"{path} {what}: {text[:300]}") from None
-
-
-def _check_files(path: Path) -> None:
+def _check_files(path: Path, needs_weights: bool = True) -> None:
     if not path.is_dir():
         raise ModelError(f"{path} is not a directory")
     if not (path / "config.json").is_file():
@@ -227,10 +238,10 @@ def _check_files(path: Path) -> None:
     if not isinstance(config, dict) or "model_type" not in config:
         raise ModelError(f"{path / 'config.json'} names no model_type")
     files = sorted(path.glob("model*.safetensors"))
-    if not files:
+    if not files and needs_weights:
         raise ModelError(f"{path} has no model*.safetensors")
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and files:
         named = set(json.loads(index.read_text()).get("weight_map", {}).values())
         missing = sorted(named - {file.name for file in files})
         if missing:

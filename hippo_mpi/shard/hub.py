@@ -7,26 +7,45 @@ the data would be. mlx-lm opens such a folder like any other, because it reads w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from tqdm import tqdm
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config import BUNDLED_MODELS
 from hippo_mpi.errors import ModelError
+from hippo_mpi.shard.hub_errors import explain
 
 _SMALL_FILES = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
+_FILES_OF_A_PLAN = [
+    "config.json",
+    "generation_config.json",
+    "hf_quant_config.json",
+    "model.safetensors.index.json",
+    "*.py",
+]
+_HEADERS_AT_ONCE = 16
 _NOTE = ".hippo-hub.json"
 
 
-def find_model(model: str, revision: str | None, on_progress: Callable[[], None] = lambda: None) -> Path:
-    """The folder of a model: a local one, or the hub's.
+def find_model(
+    model: str, revision: str | None, on_progress: Callable[[], None] = lambda: None, is_for_plan: bool = False
+) -> Path:
+    """The folder of a model: a local one, a bundled one by its name, or the hub's.
+
+    Args:
+        model: its path or repo, or the name of a bundled one, as hippo_mpi.models lists them.
+        revision: of the repo.
+        on_progress: told of every piece that arrives.
+        is_for_plan: of a repo, only what a plan needs is downloaded.
 
     Raises:
         ModelError: there is neither.
@@ -34,30 +53,34 @@ def find_model(model: str, revision: str | None, on_progress: Callable[[], None]
     path = Path(model).expanduser()
     if path.exists():
         return path
-    if path == BUNDLED_MODEL:
-        raise ModelError(f"the bundled model is missing ({path}); give --model")
+    if "/" not in model:
+        bundled = sorted(card.stem for card in BUNDLED_MODELS.glob("*.yaml"))
+        if model in bundled:
+            return BUNDLED_MODELS / model
+        raise ModelError(f"no such model folder: {model}; bundled are {', '.join(bundled) or 'none'}")
     if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
         raise ModelError(f"no such model folder: {model}")
-    return open_repo(model, revision, on_progress)
+    return open_repo(model, revision, on_progress, is_for_plan)
 
 
-def open_repo(repo: str, revision: str | None, on_progress: Callable[[], None]) -> Path:
-    """The view of a repo: all its small files, and its weight files, real ones or stand-ins.
+def open_repo(repo: str, revision: str | None, on_progress: Callable[[], None], is_for_plan: bool = False) -> Path:
+    """The view of a repo: its small files, and its weight files, real ones or stand-ins.
 
     Raises:
         ModelError: the hub has no such repo or can't be reached, and the cache doesn't have it either.
     """
     try:
         ticker = _ticker(on_progress)
-        small: Any = {"allow_patterns": _SMALL_FILES, "tqdm_class": ticker}
+        small: Any = {"allow_patterns": _FILES_OF_A_PLAN if is_for_plan else _SMALL_FILES, "tqdm_class": ticker}
         snapshot = Path(snapshot_download(repo, revision=revision, **small))
         view = Path(constants.HF_HOME) / "hippo_mpi" / f"{repo.replace('/', '--')}--{snapshot.name}"
         if is_view(view) and any(path.is_symlink() and not path.exists() for path in view.iterdir()):
             shutil.rmtree(view, ignore_errors=True)  # the cache was cleaned behind its back
         if not is_view(view):
             _make_view(view, repo, snapshot, on_progress)
+        _link_small_files(view, snapshot)
     except Exception as error:  # the hub's client raises its own errors and those of two HTTP libraries
-        raise ModelError(f"no folder {repo}, and no such repo could be had from the hub: {_short(error)}") from None
+        raise explain(error, repo, revision) from error
     return view
 
 
@@ -68,6 +91,14 @@ def is_view(folder: Path) -> bool:
 def commit_of(folder: Path) -> str | None:
     """The commit that a view shows; None for an ordinary folder."""
     return str(json.loads((folder / _NOTE).read_text())["commit"]) if is_view(folder) else None
+
+
+def downloaded_share(folder: Path) -> float:
+    """Return the share of a model's weight bytes that is on this machine: 1.0 for an ordinary folder."""
+    files = list(folder.glob("*.safetensors"))
+    total = sum(file.stat().st_size for file in files)
+    here = sum(file.stat().st_size for file in files if not is_view(folder) or file.is_symlink())
+    return here / total if total else 0.0
 
 
 def fetch(folder: Path, files: Iterable[str], on_progress: Callable[[], None]) -> None:
@@ -84,7 +115,7 @@ def fetch(folder: Path, files: Iterable[str], on_progress: Callable[[], None]) -
         try:
             path = hf_hub_download(note["repo"], name, revision=note["commit"], tqdm_class=_ticker(on_progress))
         except Exception as error:
-            raise ModelError(f"{name} of {note['repo']} can't be downloaded: {_short(error)}") from None
+            raise explain(error, note["repo"], note["commit"]) from error
         on_progress()
         _link(folder / name, Path(path))
 
@@ -103,24 +134,17 @@ def _ticker(on_progress: Callable[[], None]) -> type[tqdm]:  # type: ignore[type
     return Ticker
 
 
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 def _make_view(view: Path, repo: str, snapshot: Path, on_progress: Callable[[], None]) -> None:
     view.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=view.parent))  # ranks of one host may do this at the same time
     try:
-        for path in snapshot.iterdir():
-            if path.suffix != ".safetensors":
-                (folder / path.name).symlink_to(path.resolve())
-        for name in _weight_files(repo, snapshot):
-            on_progress()
-            cached = try_to_load_from_cache(repo, name, revision=snapshot.name)
-            if isinstance(cached, str):
-                (folder / name).symlink_to(Path(cached).resolve())
-            else:
-                _make_stand_in(folder / name, repo, snapshot.name)
+        with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+            made = [
+                pool.submit(_make_weight_file, folder / name, repo, snapshot) for name in _weight_files(repo, snapshot)
+            ]
+            for one in as_completed(made):
+                one.result()
+                on_progress()
         (folder / _NOTE).write_text(json.dumps({"repo": repo, "commit": snapshot.name}))
         os.rename(folder, view)
     except OSError:
@@ -128,6 +152,14 @@ def _make_view(view: Path, repo: str, snapshot: Path, on_progress: Callable[[], 
             raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _link_small_files(view: Path, snapshot: Path) -> None:
+    """Show in a view what has been downloaded since it was made: a plan needs fewer files."""
+    for path in snapshot.iterdir():
+        if path.suffix != ".safetensors" and not (view / path.name).exists():
+            with contextlib.suppress(FileExistsError):  # another rank was faster
+                (view / path.name).symlink_to(path.resolve())
 
 
 def _weight_files(repo: str, snapshot: Path) -> list[str]:
@@ -138,6 +170,15 @@ def _weight_files(repo: str, snapshot: Path) -> list[str]:
         return ["model.safetensors"]
     names = HfApi().list_repo_files(repo, revision=snapshot.name)
     return [name for name in names if name.startswith("model") and name.endswith(".safetensors")]
+
+
+def _make_weight_file(path: Path, repo: str, snapshot: Path) -> None:
+    """The real file, if it is in the cache, or a stand-in."""
+    cached = try_to_load_from_cache(repo, path.name, revision=snapshot.name)
+    if isinstance(cached, str):
+        path.symlink_to(Path(cached).resolve())
+    else:
+        _make_stand_in(path, repo, snapshot.name)
 
 
 def _make_stand_in(path: Path, repo: str, commit: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from hippo_mpi.errors import PlanError
 from hippo_mpi.shard.model_info import CacheCost, ModelInfo
+from hippo_mpi.units import count_of
 
 # What a rank needs beside weights and cache: activations, the interpreter, the libraries.
 _WORKING_BYTES = 256 << 20
@@ -88,7 +90,7 @@ class LayerSplit:
     def table(self) -> str:
         """The plan for people: a line per rank."""
         head = f"{'rank':>4}  {'host':<16} {'layers':<9} {'weights':>9} {'KV cache':>9} {'memory':>9} {'margin':>9} {'work':>5}"
-        lines = [f"{self.info.num_layers} layers, context of {self.max_context:,} tokens", head]
+        lines = [f"{count_of(self.info.num_layers, 'layer')}, context of {self.max_context:,} tokens", head]
         for rank, stage in enumerate(self.stages):
             layers = f"{stage.start}-{stage.stop - 1}" + ("+head" if rank == 0 and len(self.stages) > 1 else "")
             lines.append(
@@ -99,7 +101,29 @@ class LayerSplit:
         if self.info.forbidden_cuts:
             cuts = ", ".join(map(str, sorted(self.info.forbidden_cuts)))
             lines.append(f"this model can't be cut before layers {cuts}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"assumed: {assumption}" for assumption in self.info.assumptions)])
+
+    def as_object(self) -> dict[str, Any]:
+        """The plan for JSON, in bytes."""
+        return {
+            "num_layers": self.info.num_layers,
+            "max_context": self.max_context,
+            "forbidden_cuts": sorted(self.info.forbidden_cuts),
+            "assumptions": list(self.info.assumptions),
+            "ranks": [
+                {
+                    "machine": asdict(stage.machine),
+                    "layers": [stage.start, stage.stop],
+                    "layer_bytes": sum(self.info.layer_bytes[stage.start : stage.stop]),
+                    "head_bytes": self.info.head_bytes if rank == 0 else 0,
+                    "cache_bytes": stage.cache_bytes,
+                    "working_bytes": _WORKING_BYTES,
+                    "margin_bytes": stage.margin_bytes,
+                    "work_share": stage.share,
+                }
+                for rank, stage in enumerate(self.stages)
+            ],
+        }
 
 
 def show_bytes(count: int) -> str:
@@ -202,13 +226,14 @@ def _check_layer_split(info: ModelInfo, num_ranks: int, counts: Sequence[int]) -
     even = ",".join(str(info.num_layers // num_ranks + (i < info.num_layers % num_ranks)) for i in range(num_ranks))
     if len(counts) != num_ranks:
         raise PlanError(
-            f"layer split {text} is for {len(counts)} ranks, but there are {num_ranks}; try --layer-split {even}"
+            f"layer split {text} is for {count_of(len(counts), 'rank')}, but there {'is' if num_ranks == 1 else 'are'} {num_ranks}; try --layer-split {even}"
         )
     if min(counts) < 1:
         raise PlanError(f"layer split {text} leaves a rank without layers; try --layer-split {even}")
     if sum(counts) != info.num_layers:
         raise PlanError(
-            f"layer split {text} covers {sum(counts)} layers but the model has {info.num_layers}; try --layer-split {even}"
+            f"layer split {text} covers {count_of(sum(counts), 'layer')} but the model has {info.num_layers};"
+            f" try --layer-split {even}"
         )
     for cut in _bounds(counts)[1:-1]:
         if cut in info.forbidden_cuts:
@@ -223,8 +248,11 @@ def _too_many_ranks(info: ModelInfo, num_ranks: int) -> str:
     most = 1 + sum(1 for cut in range(1, info.num_layers) if cut not in info.forbidden_cuts)
     if info.forbidden_cuts:
         why = next(iter(info.forbidden_cuts.values()))
-        return f"{num_ranks} ranks, but this model can be cut into {most} stages at most ({why}); use -n {most}"
-    return f"{num_ranks} ranks, but the model has {info.num_layers} layers; use at most -n {info.num_layers}"
+        stages = count_of(most, "stage")
+        return f"{num_ranks} ranks, but this model can be cut into {stages} at most ({why}); use -n {most}"
+    return (
+        f"{num_ranks} ranks, but the model has {count_of(info.num_layers, 'layer')}; use at most -n {info.num_layers}"
+    )
 
 
 def _does_not_fit(split: LayerSplit) -> str:

@@ -13,6 +13,7 @@ from hippo_mpi.shard.checkpoint import Checkpoint, open_lazily
 from hippo_mpi.shard.dataflow import Dataflow
 from hippo_mpi.shard.graph import leaf
 from hippo_mpi.shard.kv_cache import KVSettings, cache_bytes, merged
+from hippo_mpi.shard.model_errors import running_errors
 from hippo_mpi.shard.observing import all_caches
 
 _PROBE_TOKENS = 512
@@ -46,15 +47,22 @@ class ModelInfo:
     max_positions: int | None  # what the model was trained for
     can_batch: bool  # whether mlx-lm can run rows of different lengths together
     vocab_size: int  # width of the logits
+    assumptions: tuple[str, ...] = ()  # sentences: what isn't known of a model without weights
 
     def with_draft(self, draft: ModelInfo) -> ModelInfo:
         """The same with a whole draft model on rank 0, beside layer 0."""
         first = _together([self.caches[0], *draft.caches])
         head_bytes = self.head_bytes + draft.head_bytes + sum(draft.layer_bytes)
-        return replace(self, head_bytes=head_bytes, caches=[first, *self.caches[1:]])
+        assumptions = tuple(dict.fromkeys((*self.assumptions, *draft.assumptions)))
+        return replace(self, head_bytes=head_bytes, caches=[first, *self.caches[1:]], assumptions=assumptions)
 
 
 def model_info(checkpoint: Checkpoint, settings: KVSettings) -> ModelInfo:
+    """Find what a model costs; its own code runs on arrays that hold nothing.
+
+    Raises:
+        ForeignError: it raises something.
+    """
     flow = checkpoint.flow
     sizes, shares = checkpoint.weight_bytes, checkpoint.expert_share
     names: list[set[str]] = [set() for _ in range(flow.num_layers)]
@@ -70,17 +78,22 @@ def model_info(checkpoint: Checkpoint, settings: KVSettings) -> ModelInfo:
     reads_embedding = embedding == head or not any("head" in n or n.endswith("output.weight") for n in head - embedding)
     text = {**checkpoint.config, **checkpoint.config.get("text_config", {})}
     positions = next((int(text[key]) for key in _CONTEXT_KEYS if isinstance(text.get(key), int)), None)
+    with running_errors(checkpoint.source.path):
+        model = _lazy_model(checkpoint)
+        costs, can_batch = _cache_costs(model, settings), _can_batch(model, settings)
+        vocab_size = model(mx.zeros((1, 1), mx.int32)).shape[-1]
     return ModelInfo(
         num_layers=flow.num_layers,
         layer_bytes=[sum(sizes[n] for n in layer) for layer in names],
         layer_work=[work(layer) for layer in names],
         head_bytes=sum(sizes[n] for n in head),
         head_work=work(head if reads_embedding else head - embedding),
-        caches=_cache_costs(checkpoint, settings),
+        caches=_by_layer(costs, flow),
         forbidden_cuts=flow.forbidden_cuts(),
         max_positions=positions,
-        can_batch=_can_batch(checkpoint, settings),
-        vocab_size=_lazy_model(checkpoint)(mx.zeros((1, 1), mx.int32)).shape[-1],
+        can_batch=can_batch,
+        vocab_size=vocab_size,
+        assumptions=checkpoint.assumptions,
     )
 
 
@@ -90,11 +103,11 @@ def _lazy_model(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _can_batch(checkpoint: Checkpoint, settings: KVSettings) -> bool:
+def _can_batch(model: Any, settings: KVSettings) -> bool:
     """Try it, on arrays that hold nothing: some caches can't be merged, and some models count on one position."""
     if settings.kv_bits is not None:
         return False
-    model, caches = _lazy_model(checkpoint), []
+    caches: list[list[Any]] = []
     if any(getattr(cache, "keep", 0) for cache in all_caches(make_prompt_cache(model, settings.max_kv_size))):
         return False  # of a rotating cache's first tokens, which its batched form doesn't keep
     for num_tokens in (2, 3, 4):
@@ -107,9 +120,8 @@ def _can_batch(checkpoint: Checkpoint, settings: KVSettings) -> bool:
     return True
 
 
-def _cache_costs(checkpoint: Checkpoint, settings: KVSettings) -> list[CacheCost]:
-    """Run the model lazily over two chunks and look at how the caches grew; nothing is computed."""
-    model = _lazy_model(checkpoint)
+def _cache_costs(model: Any, settings: KVSettings) -> list[CacheCost]:
+    """Run the model lazily over two chunks and look at how the caches grew, one by one; nothing is computed."""
     cache = make_prompt_cache(model, settings.max_kv_size)
     sizes = []
     for _ in range(2):
@@ -124,7 +136,7 @@ def _cache_costs(checkpoint: Checkpoint, settings: KVSettings) -> list[CacheCost
             per_token = max(per_token, sizes[0][index] // _PROBE_TOKENS if window >= _PROBE_TOKENS else 0)
         fixed = max(0, sizes[1][index] - per_token * 2 * _PROBE_TOKENS)
         costs.append(CacheCost(fixed, int(per_token * scale), window or None))
-    return _by_layer(costs, checkpoint.flow)
+    return costs
 
 
 def _by_layer(costs: list[CacheCost], flow: Dataflow) -> list[CacheCost]:

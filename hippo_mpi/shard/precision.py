@@ -20,6 +20,11 @@ def stored_precision(config: dict[str, Any]) -> str:
     quantization = config.get("quantization") or config.get("quantization_config")
     if isinstance(quantization, dict) and "bits" in quantization:
         return f"{quantization['bits']}bit"
+    return stored_dtype(config)
+
+
+def stored_dtype(config: dict[str, Any]) -> str:
+    """The type of weights that a checkpoint's config names, such as bfloat16; "unknown" if it names none."""
     text = config.get("text_config", {})
     names = (config.get(key) or text.get(key) for key in ("torch_dtype", "dtype"))
     return str(next((name for name in names if name), "unknown"))
@@ -35,14 +40,7 @@ def convert(model: nn.Module, config: dict[str, Any], precision: str) -> tuple[n
         ModelError: the checkpoint is quantised to other bits.
     """
     if not precision.endswith("bit"):
-        dtype: mx.Dtype = getattr(mx, precision)
-        casts = getattr(model, "cast_predicate", lambda name: True)
-
-        def cast(name: str, weight: mx.array) -> mx.array:
-            is_real = mx.issubdtype(weight.dtype, mx.floating) and casts(name)
-            return weight.astype(dtype) if is_real else weight
-
-        model.update(tree_map_with_path(cast, model.parameters()))
+        cast(model, getattr(mx, precision))
         return model, config
     stored = stored_precision(config)
     if stored.endswith("bit"):
@@ -53,3 +51,14 @@ def convert(model: nn.Module, config: dict[str, Any], precision: str) -> tuple[n
         model, config, None, int(precision.removesuffix("bit"))
     )
     return quantized
+
+
+def cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Give all real weights the type `dtype`, but for those that the model wants left as they are."""
+    casts = getattr(model, "cast_predicate", lambda name: True)
+
+    def cast_one(name: str, weight: mx.array) -> mx.array:
+        is_real = mx.issubdtype(weight.dtype, mx.floating) and casts(name)
+        return weight.astype(dtype) if is_real else weight
+
+    model.update(tree_map_with_path(cast_one, model.parameters()))

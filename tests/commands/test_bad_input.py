@@ -50,7 +50,8 @@ def with_text(name: str, text: str) -> Callable[[Path], None]:
 def edit_config(**changes: object) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        config = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
     return edit
 
@@ -90,6 +91,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "config not JSON": (with_text("config.json", "{not json"), ["config.json is not JSON"]),
     "config without a type": (with_text("config.json", "{}"), ["names no model_type"]),
     "unknown type": (edit_config(model_type="nonesuch"), ["nonesuch not supported"]),
+    "config without a size": (edit_config(hidden_size=...), ["can't be loaded: config.json lacks 'hidden_size'"]),
+    "index not JSON": (with_text("model.safetensors.index.json", "{"), ["can't be loaded: Expecting property name"]),
     "no weights": (without("model.safetensors"), ["has no model*.safetensors"]),
     "truncated weights": (truncate, ["is truncated", "bytes of"]),
     "tensor missing": (edit_weights(lambda w: w.pop(NORM)), ["Missing 1 parameters", NORM]),
@@ -107,8 +110,55 @@ def test_bad_checkpoint(case: str, tmp_path: Path) -> None:
     assert_refused([[GENERATE, "--model", str(folder)]] * 2, *expected)
 
 
+OWN_CODE = """
+from mlx_lm.models import llama
+ModelArgs = llama.ModelArgs
+class Model(llama.Model):
+    def __call__(self, *args, **kwargs):
+        return {}["a key that nobody has"]
+"""
+
+
+def with_own_code(folder: Path) -> Path:
+    copied(folder)
+    edit_config(model_file="own.py")(folder)
+    (folder / "own.py").write_text(OWN_CODE)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_server_does_not_try_our_mistakes_again(tmp_path: Path) -> None:
+    folder = with_own_code(tmp_path / "model")
+    serve = str(ranks.BIN / "hippo_mpi.serve")
+    with ranks.single([serve, "--port", "0", "--model", str(folder), "--trust-remote-code"]) as running:
+        assert running.wait(2 * SECONDS) == 1
+    assert running.err.splitlines()[-1] == "error: the ranks didn't start; they said why"
+    assert "starting them again" not in running.err
+
+
+@pytest.mark.parametrize("shows_traceback", [False, True])
+def test_a_model_whose_code_fails_is_our_mistake(shows_traceback: bool, tmp_path: Path) -> None:
+    """Status 1, and a line that asks for a report; it is none of what was typed or configured."""
+    folder = with_own_code(tmp_path / "model")
+    command = [
+        "env",
+        f"HIPPO_TRACEBACK={shows_traceback or ''}",
+        GENERATE,
+        "--model",
+        str(folder),
+        "--trust-remote-code",
+    ]
+    with ranks.ring([command] * 2) as running:
+        assert [rank.wait(SECONDS) for rank in running] == [1, 1]
+    line = f"error: {folder} can't be run: KeyError: 'a key that nobody has'; please report this"
+    assert running[0].err.splitlines()[-1].startswith(line)
+    assert ("own.py" in running[0].err) == shows_traceback
+    assert shows_traceback or [len(rank.err.splitlines()) for rank in running] == [1, 0]
+
+
 ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "no such folder": (["--model", "/no/such/folder"], ["no such model folder: /no/such/folder"]),
+    "no such name": (["--model", "tale"], ["no such model folder: tale; bundled are story-3m, story-draft, story-o"]),
     "a file": (["--model", __file__], ["is not a directory"]),
     "empty prompt": (["--prompt", " "], ["the prompt is empty"]),
     "long prompt": (["--prompt", "fox " * 3000], ["tokens, but the context is 2,048"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from mlx_lm import load, stream_generate
 
+from hippo_mpi import batch
 from hippo_mpi.config import BUNDLED_MODEL
 from tests import ranks
 
@@ -191,7 +193,11 @@ def test_bad_lines_are_told_and_the_rest_goes_on(tmp_path: Path) -> None:
     ]  # fmt: skip
     source.write_bytes(b"".join(line + b"\n" for line, _ in lines))
     err = run(source, "-o", output, status=4)
-    assert f"{sum(1 for _, mistake in lines if mistake)} requests failed; {output} says why" in err
+    num_failed = sum(1 for _, mistake in lines if mistake)
+    told = err[err.index(f"{num_failed} requests failed; {output} says why:\n") :].splitlines()
+    assert [line.split(":")[0] for line in told[1:4]] == ["  line 2", "  line 3", "  line 4"]
+    assert "not UTF-8 (byte 13)" in told[2]
+    assert told[4:] == [f"  ... and {num_failed - 3} more"]
     found = records(output)
     for number, (_, mistake) in enumerate(lines, 1):
         names = [name for name, record in found.items() if (record["error"] or {}).get("line") == number]
@@ -203,6 +209,17 @@ def test_bad_lines_are_told_and_the_rest_goes_on(tmp_path: Path) -> None:
     source.write_bytes(source.read_bytes().replace(b'"prompt": "torn', b'"prompt": "What does a cow say?"}'))
     run(source, "-o", output, status=4)  # lines that failed are tried again
     assert text_of(records(output)["line-2"]) == text_of(found["same"])
+
+
+@pytest.mark.slow
+def test_one_that_fails(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "Hello"}\n{"prompt": "Hello", "colour": 1}\n')
+    err = run(source, "--max-tokens", 2, num_ranks=1, status=4)
+    assert err.splitlines()[-2:] == [
+        f"1 request failed; {tmp_path / 'in.answers.jsonl'} says why:",
+        "  line 2: unknown field 'colour'",
+    ]
 
 
 def refused(*arguments: object, limit: str = "") -> str:
@@ -254,9 +271,9 @@ def test_other_files_and_other_requests_are_safe(tmp_path: Path) -> None:
     output.write_text("my diary\n")
     assert refused(source, "-o", output).startswith(f"error: {output}, line 1, is no answer of a batch")
     assert (source.read_bytes(), output.read_text()) == (before, "my diary\n")
-    assert {path.name for path in tmp_path.iterdir()} == {"prompts", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts", "out"}  # no options either
     output.unlink()
-    run(source, "-o", output, "--max-tokens", 2, num_ranks=1)
+    run(source, "-o", output, num_ranks=1)
     source.write_text("Another question\n")
     assert "answers another request as 'line-1' than line 1 asks" in refused(source, "-o", output)
     source.write_text(json.dumps({"prompt": "What does a dog say?", "custom_id": "dog"}))
@@ -280,10 +297,73 @@ def test_seeds_are_a_line_s_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_restart(tmp_path: Path) -> None:
+def test_other_options_than_those_of_the_answers(tmp_path: Path) -> None:
+    """Nothing is mixed: the line says what was asked with before. How many are answered at once doesn't matter."""
     source, output = tmp_path / "prompts", tmp_path / "out"
     plain(source)
-    run(source, "-o", output, "--max-tokens", 3, num_ranks=1)
-    assert "4 of 4 done (4 of them before)" in run(source, "-o", output, "--max-tokens", 5, num_ranks=1)
+    run(source, "-o", output, "--max-tokens", 3, "--stop-words", "a fox", "bear", num_ranks=1)
+    before = output.read_bytes()
+    line = refused(source, "-o", output, "--max-tokens", 5, "--seed", 1)
+    old, new = (
+        "with --max-tokens 3, without --seed, with --stop-words 'a fox' bear",
+        "with --max-tokens 5, with --seed 1",
+    )
+    assert line == (
+        f"error: {output} has 4 answers that were made {old}, and not {new}, without --stop-words:"
+        f" ask {old} again, or give another --output, or --restart"
+    )
+    assert f"with --model {BUNDLED_MODEL}" in refused(source, "-o", output, "--model", "story-draft")
+    assert output.read_bytes() == before
+    same = (source, "-o", output, "--max-tokens", 3, "--stop-words", "a fox", "bear", "--max-batch-size", 2)
+    assert "4 of 4 done (4 of them before)" in run(*same, num_ranks=1)
     assert "4 of 4 done (0 of them before)" in run(source, "-o", output, "--max-tokens", 5, "--restart", num_ranks=1)
     assert {record["response"]["body"]["usage"]["completion_tokens"] for record in records(output).values()} == {5}
+    assert "4 of 4 done (4 of them before)" in run(source, "-o", output, "--max-tokens", 5, num_ranks=1)
+
+
+def from_pipe(text: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = ["env", "PYTHONIOENCODING=utf-8:strict", BATCH, *map(str, arguments), "--max-tokens", str(TOKENS)]
+    return subprocess.run(
+        command, input=text, capture_output=True, encoding="utf-8", errors="surrogateescape", timeout=100
+    )
+
+
+def test_standard_input_and_output(tmp_path: Path) -> None:
+    """- for both; answers come as they are made, or in order; nothing else is on stdout."""
+    texts = "".join(f"{prompt}\n" for prompt in PROMPTS)
+    expected = reference(PROMPTS)
+    found = from_pipe(texts, "-", "--keep-order")
+    assert found.returncode == 0, found.stderr
+    assert [text_of(json.loads(line)) for line in found.stdout.splitlines()] == expected
+    found = from_pipe(texts, "-", "-o", tmp_path / "out")
+    assert (found.returncode, found.stdout) == (0, ""), found.stderr
+    assert [text_of(record) for _, record in sorted(records(tmp_path / "out").items())] == expected
+    found = from_pipe("", *(plain(tmp_path / "prompts") and [tmp_path / "prompts"]), "-o", "-")
+    assert sorted(text_of(json.loads(line)) for line in found.stdout.splitlines()) == sorted(expected), found.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "standard input has no prompts"),
+        ("hello\n\udcff\n", "standard input is not UTF-8 (byte 7)"),
+        ("#!/usr/bin/env hippo_mpi.batch\n#HIPPO --temp 1\nhello\n", "#HIPPO lines on standard input come too late"),
+    ],
+)
+def test_bad_standard_input(text: str, line: str) -> None:
+    found = from_pipe(text, "-")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.strip().startswith(f"error: {line}")
+
+
+def test_which_options_answers_depend_on() -> None:
+    """A new option counts, unless it is said that it has no effect."""
+    names = {action.dest for action in batch.make_parser()._actions} - {"help"}
+    assert names >= batch._WITHOUT_EFFECT
+    assert names - batch._WITHOUT_EFFECT == {
+        "precision", "adapter_path", "system_prompt", "prefill_response", "ignore_chat_template", "chat_template_config",
+        "extra_eos_token", "max_tokens", "temp", "top_p", "min_p", "top_k", "min_tokens_to_keep", "xtc_probability",
+        "xtc_threshold", "repetition_penalty", "repetition_context_size", "max_repeats", "seed", "stop_words",
+        "max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start", "max_context",
+    }  # fmt: skip

@@ -32,6 +32,10 @@ def test_models_are_listed_with_whether_they_fit() -> None:
     rows = {line.split()[0]: line for line in running.out.splitlines()}
     assert set(rows) == {"model", FIRST, OTHER, DRAFT}
     assert "completion, chat" in rows[FIRST] and "yes: 6, 6 layers" in rows[FIRST] and "bfloat16" in rows[FIRST]
+    assert " 100% " in rows[FIRST]  # of the weights are here
+    with ranks.single([MODELS, "--machine", "mini1:16", "--paths"]) as running:
+        assert running.wait() == 0, running.err
+    assert f"{FIRST:<24} {BUNDLED_MODEL}" in running.out.splitlines()
     with ranks.single([MODELS, "--machine", "tiny:0.25"]) as running:
         assert running.wait() == 0, running.err
     assert all("no: the model doesn't fit: " in line for line in running.out.splitlines()[1:])

@@ -109,3 +109,11 @@ def test_the_server_s_file_in_the_readme_is_one(tmp_path: Path) -> None:
     found = read_config(tmp_path / "hippo.yaml")
     first = [option.removeprefix("--model=") for option in found.options if option.startswith("--model=")]
     assert first[0] in found.cards and len(found.cards) == len(found.hosts) == 2
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_defaults_are_shown_as_they_are_typed(name: str) -> None:
+    text = " ".join(PARSERS[name].format_help().split())
+    assert "(default: (" not in text and "(default: [" not in text
+    if name in ("plan", "benchmark"):
+        assert "(default: 1,4,16)" in text

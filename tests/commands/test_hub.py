@@ -6,6 +6,7 @@ huggingface_hub uses to list, look at and download files.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -24,6 +25,7 @@ from tests import ranks
 REPO = "someone/story"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 GENERATE = str(ranks.BIN / "hippo_mpi.generate")
+PLAN = str(ranks.BIN / "hippo_mpi.plan")
 
 
 def make_repo(folder: Path) -> None:
@@ -47,6 +49,8 @@ def make_repo(folder: Path) -> None:
 class Hub(http.server.BaseHTTPRequestHandler):
     folder: Path
     downloads: list[str]
+    refusal: tuple[int, str] | None = None  # status and the hub's own code for every request, or for files
+    refuses_files_only = False
 
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
@@ -56,14 +60,26 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, with_body: bool) -> None:
         path = unquote(urlparse(self.path).path)
-        if path.startswith(f"/api/models/{REPO}"):
+        _, _, revision = path.partition("/revision/")
+        if self.refusal and (not self.refuses_files_only or "/resolve/" in path):
+            self._refuse(*self.refusal)
+        elif revision and revision not in ("main", COMMIT):
+            self._refuse(404, "RevisionNotFound")
+        elif path.startswith(f"/api/models/{REPO}"):
             self._send_json(self._tree() if "/tree/" in path else self._info())
         elif path.startswith(f"/{REPO}/resolve/") and (file := self.folder / path.split("/")[-1]).exists():
             self._send_file(file, with_body)
+        elif path.startswith(f"/{REPO}/resolve/"):
+            self._refuse(404, "EntryNotFound")
         else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.end_headers()
+            self._refuse(404, "RepoNotFound")
+
+    def _refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def _info(self) -> dict[str, Any]:
         names = [{"rfilename": path.name} for path in self.folder.iterdir()]
@@ -115,20 +131,26 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    downloads: list[str] = []
+    with serving_hub(tmp_path, downloads) as endpoint:
+        yield endpoint, downloads
+
+
+@contextlib.contextmanager
+def serving_hub(tmp_path: Path, downloads: list[str], **behaviour: Any) -> Iterator[str]:
     folder = tmp_path / "repo"
     folder.mkdir()
     make_repo(folder)
-    downloads: list[str] = []
-    handler = type("Handler", (Hub,), {"folder": folder, "downloads": downloads})
+    handler = type("Handler", (Hub,), {"folder": folder, "downloads": downloads, **behaviour})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", downloads
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
 
-def on_rank(home: Path, endpoint: str, *options: str) -> list[str]:
-    settings = [f"HF_HOME={home}", f"HF_ENDPOINT={endpoint}", "HF_HUB_OFFLINE=0", "HF_HUB_DISABLE_XET=1"]
-    return ["env", *settings, GENERATE, "--model", REPO, *options]
+def on_rank(home: Path, endpoint: str, *options: str, command: str = GENERATE, offline: int = 0) -> list[str]:
+    settings = [f"HF_HOME={home}", f"HF_ENDPOINT={endpoint}", f"HF_HUB_OFFLINE={offline}", "HF_HUB_DISABLE_XET=1"]
+    return ["env", *settings, command, "--model", REPO, *options]
 
 
 @pytest.mark.slow
@@ -155,18 +177,78 @@ def test_each_rank_downloads_only_its_files(hub: tuple[str, list[str]], tmp_path
         assert real == expected
 
 
-def test_a_plan_downloads_no_weights(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+def test_a_plan_downloads_config_and_index_only(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    """And is right to the byte; generating later downloads what else is needed, a plan again nothing."""
     endpoint, downloads = hub
-    with ranks.single(on_rank(tmp_path / "home", endpoint, "--show-plan")) as running:
+    home = tmp_path / "home"
+    machines = ["--machine", "a:8", "--machine", "b:8", "--json"]
+    plans = []
+    for offline in (0, 1):
+        with ranks.single(on_rank(home, endpoint, *machines, command=PLAN, offline=offline)) as running:
+            assert running.wait() == 0, running.err
+            plans.append(json.loads(running.out)["plan"])
+        assert sorted(downloads) == ["config.json", "generation_config.json", "model.safetensors.index.json"]
+    with ranks.single([PLAN, *machines]) as local:
+        assert local.wait() == 0, local.err
+    assert plans == [json.loads(local.out)["plan"]] * 2
+    assert plans[0]["assumptions"] == []
+    with ranks.single(on_rank(home, endpoint, "--json", "--max-tokens", "3")) as running:
         assert running.wait() == 0, running.err
-        assert "12 layers" in running.out
-    assert not [name for name in downloads if name.endswith(".safetensors")]
+        assert json.loads(running.out)["text"]
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} < set(downloads)
 
 
-def test_no_such_repo(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_models_say_how_much_is_here(hub: tuple[str, list[str]], tmp_path: Path) -> None:
     endpoint, _ = hub
-    command = [part.replace(REPO, "someone/else") for part in on_rank(tmp_path / "home", endpoint)]
-    with ranks.single(command) as running:
+    (tmp_path / "tale.yaml").write_text(f"model: {REPO}\n")
+    listing = on_rank(tmp_path / "home", endpoint, command=str(ranks.BIN / "hippo_mpi.models"))[:-2]
+    for share in ("0%", "100%"):
+        with ranks.single([*listing, "--catalogue", str(tmp_path)]) as running:
+            assert running.wait() == 0, running.err
+        assert running.out.splitlines()[1].split()[:4] == ["tale", "5.0", "MiB", share]
+        with ranks.single(on_rank(tmp_path / "home", endpoint, "--max-tokens", "1")) as running:
+            assert running.wait() == 0, running.err
+
+
+LOG_IN = "log in with: hf auth login"
+REFUSALS: dict[str, tuple[tuple[int, str], str]] = {
+    "gated": ((403, "GatedRepo"), f"{REPO} is gated: ask for access at {{url}}/{REPO}, then {LOG_IN}"),
+    "no such repo": ((404, "RepoNotFound"), f"no folder {REPO}, and {{host}} has no such repo; if it is private, {LOG_IN}"),
+    "forbidden": ((403, ""), f"{{host}} doesn't let you have {REPO}: {LOG_IN}"),
+    "too many requests": ((429, ""), f"{{host}} has had too many requests of yours: wait some minutes, or {LOG_IN}"),
+    "down": ((503, ""), f"{{host}} answers with status 503: try {REPO} again later"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case == "gated" else pytest.mark.slow) for case in REFUSALS]
+)
+def test_a_hub_that_refuses(case: str, tmp_path: Path) -> None:
+    """Everything, or, as of a gated repo, only the files."""
+    refusal, line = REFUSALS[case]
+    is_gated = case == "gated"
+    behaviour = {"refusal": refusal, "refuses_files_only": is_gated}
+    with serving_hub(tmp_path, [], **behaviour) as url, ranks.single(on_rank(tmp_path / "home", url)) as running:
         assert running.wait() == 2
-        assert running.err.startswith("error: no folder someone/else, and no such repo could be had from the hub")
-        assert len(running.err.splitlines()) == 1
+    assert running.err == f"error: {line.format(url=url, host=url.removeprefix('http://'))}\n"
+
+
+def test_no_such_revision(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    with ranks.single(on_rank(tmp_path / "home", hub[0], "--revision", "v9")) as running:
+        assert running.wait() == 2
+        assert running.err == f"error: {REPO} has no revision v9\n"
+
+
+def test_no_network(tmp_path: Path) -> None:
+    host = f"127.0.0.1:{ranks.free_ports(1)[0]}"
+    with ranks.single(on_rank(tmp_path / "home", f"http://{host}")) as running:
+        assert running.wait() == 2
+        assert running.err == f"error: no network: {host} can't be reached, and {REPO} isn't in the cache\n"
+
+
+def test_offline(tmp_path: Path) -> None:
+    with ranks.single(on_rank(tmp_path / "home", "http://127.0.0.1:1", offline=1)) as running:
+        assert running.wait() == 2
+        line = f"no folder {REPO}, and not all of it is in the cache; unset HF_HUB_OFFLINE to download it"
+        assert running.err == f"error: {line}\n"

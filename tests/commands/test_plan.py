@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+from hippo_mpi.config import BUNDLED_MODEL
 from tests import ranks
+from tests.parity.tiny_models import make_checkpoint
 
 PLAN = str(ranks.BIN / "hippo_mpi.plan")
 GENERATE = str(ranks.BIN / "hippo_mpi.generate")
@@ -46,6 +49,55 @@ def test_plan_that_does_not_fit_says_what_is_missing() -> None:
     assert "more ranks, a quantised model or a shorter --max-context" in running.err
 
 
+def test_plan_as_json() -> None:
+    """Bytes of each part add up to each machine's memory, and to the checkpoint."""
+    machines = ["--machine", "a:8", "--machine", "b:16:2"]
+    with ranks.single([PLAN, *machines, "--max-context", "1024", "--json"]) as running:
+        assert running.wait() == 0, running.err
+        found = json.loads(running.out)
+    with ranks.single([GENERATE, "--show-plan", "--max-context", "1024", "--json"]) as running:
+        assert running.wait() == 0, running.err
+        assert json.loads(running.out)["plan"].keys() == found["plan"].keys()
+    assert found["model"] == str(BUNDLED_MODEL)
+    assert (found["plan"]["max_context"], found["plan"]["assumptions"]) == (1024, [])
+    stages = found["plan"]["ranks"]
+    assert [stage["machine"] for stage in stages] == [
+        {"name": "a", "memory_bytes": 8 << 30, "speed": 1.0},
+        {"name": "b", "memory_bytes": 16 << 30, "speed": 2.0},
+    ]
+    parts = ("layer_bytes", "head_bytes", "cache_bytes", "working_bytes", "margin_bytes")
+    assert [sum(stage[part] for part in parts) for stage in stages] == [8 << 30, 16 << 30]
+    weights = mx.load(str(BUNDLED_MODEL / "model.safetensors"))
+    assert isinstance(weights, dict)
+    assert sum(s["layer_bytes"] + s["head_bytes"] for s in stages) == sum(w.nbytes for w in weights.values())
+    assert (stages[0]["layers"][0], stages[0]["layers"][1], stages[1]["layers"][1]) == (0, stages[1]["layers"][0], 12)
+
+
+def config_alone(folder: Path) -> Path:
+    (folder / "config.json").write_bytes((BUNDLED_MODEL / "config.json").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("command", [[PLAN, "--machine", "a:8", "--machine", "b:8"], [GENERATE, "--show-plan"]])
+def test_plan_from_a_config_alone(command: list[str], tmp_path: Path) -> None:
+    """The same as with the weights, and a line that says what was assumed."""
+    shown = []
+    for model in (BUNDLED_MODEL, config_alone(tmp_path)):
+        with ranks.single([*command, "--model", str(model)]) as running:
+            assert running.wait() == 0, running.err
+            shown.append(running.out.splitlines())
+    assert [line.split()[:5] for line in shown[1][:-1]] == [line.split()[:5] for line in shown[0]]
+    assert shown[1][-1] == f"assumed: {tmp_path} has no weights: sizes are those that config.json describes"
+
+
+def test_a_config_alone_is_enough_for_a_plan_only(tmp_path: Path) -> None:
+    for command in ([GENERATE], [PLAN, "--simulate"]):
+        with ranks.single([*command, "--model", str(config_alone(tmp_path))]) as running:
+            assert running.wait() == 2
+        assert running.err.startswith(f"error: {tmp_path} has no model*.safetensors")
+        assert len(running.err.splitlines()) == 1
+
+
 def test_bad_machine() -> None:
     with ranks.single([PLAN, "--machine", "mini"]) as running:
         assert running.wait() == 2
@@ -59,30 +111,38 @@ def test_simulation_of_launched_ranks(tmp_path: Path) -> None:
     with ranks.ring([[PLAN, *options]] * 2) as running:
         assert [rank.wait() for rank in running] == [0, 0], running[0].err
         found = json.loads(running[0].out)
-    assert len(found["times"]) == 2
-    assert [len(stage["chunks"]) for stage in found["times"]] == [4, 4]  # of 64 tokens and less
-    assert set(found["times"][1]["steps"]) == {"1", "2", "3"}  # micro-batches of 3 requests, and all 3 on one machine
-    assert found["times"][0]["steps"]["2"]["num_bytes"] == 2 * 128 * 2  # two rows of 128 numbers in bfloat16
+    typical = [stage["typical"] for stage in found["times"]]
+    assert [len(stage["chunks"]) for stage in typical] == [4, 4]  # of 64 tokens and less
+    assert set(typical[1]["steps"]) == {"1", "2", "3"}  # micro-batches of 3 requests, and all 3 on one machine
+    assert typical[0]["steps"]["2"]["num_bytes"] == 2 * 128 * 2  # two rows of 128 numbers in bfloat16
+    for stage in found["times"]:
+        trio = [stage[which]["steps"]["1"]["forward_s"] for which in ("fastest", "typical", "slowest")]
+        assert trio == sorted(trio) and trio[0] < trio[2]
     times = tmp_path / "times.json"
     times.write_text(json.dumps(found))
-    rates = []
-    for link in ("10us,10GB/s", "1s,10GB/s"):
-        command = [PLAN, *options, "--stage-times", str(times), "--link", link]
-        with ranks.single([*command, "--machine", "a:8", "--machine", "b:8"]) as again:
-            assert again.wait() == 0, again.err
-            rates.append(json.loads(again.out)["pipeline"]["decode_tps"]["1"])
+    command = [PLAN, *options, "--stage-times", str(times)]
+    with ranks.single([*command, "--link", "10us,10GB/s", "--link", "1s,10GB/s"]) as again:  # on the same machines
+        assert again.wait() == 0, again.err
+        told = json.loads(again.out)
+    assert told["plan"]["ranks"] == found["plan"]["ranks"]
+    rates = [link["pipeline"]["typical"]["decode_tps"]["1"] for link in told["links"]]
     assert rates[0] > 10 * rates[1]
     assert 0.4 < rates[1] < 0.5  # two hops of a second, and the stages
+    with ranks.single([*command, "--layer-split", "3,9"]) as other:
+        assert other.wait() == 2
+    assert f"--stage-times {times} was measured for 6, 6 layers, but this plan has 3, 9" in other.err
 
 
 @pytest.mark.slow
 def test_simulation_as_a_table() -> None:
-    with ranks.single([PLAN, "--simulate", "--machine", "a:8", "--machine", "b:8:2", "--link", "wifi"]) as running:
+    machines = ["--machine", "a:8", "--machine", "b:8:2"]
+    with ranks.single([PLAN, "--simulate", *machines, "--link", "wifi", "--link", "thunderbolt4"]) as running:
         assert running.wait() == 0, running.err
         lines = running.out.splitlines()
-    assert "link: 3,000 us, 62 MB/s" in lines[-6]
-    assert lines[-5].split() == ["predicted", "one", "machine", "2", "ranks", "ratio"]
-    assert lines[-1].startswith("generation, 16 at once")
+    assert "2 ranks over wifi: 3,000 us, 62 MB/s" in lines
+    assert "2 ranks over thunderbolt4: 300 us, 2,000 MB/s" in lines
+    assert [line[27:41].strip() for line in lines[-6:]] == ["one machine", "wifi", "thunderbolt4"] * 2
+    assert lines[-3].startswith("generation, 16 at once")
 
 
 @pytest.mark.slow
@@ -91,7 +151,6 @@ def test_simulation_as_a_table() -> None:
     [
         (["--link", "string"], "'string' is neither thunderbolt4, thunderbolt5, 10gbe, wifi nor LATENCY,BANDWIDTH"),
         (["--link", "0us,1GB/s"], "is neither"),
-        (["--json"], "--json prints what a simulation found: add --simulate"),
         (["--simulate", "--concurrent", "0"], "is not a list of numbers of requests such as 1,4,16"),
         (["--simulate", "--stage-times", "nowhere.json"], "--stage-times nowhere.json can't be read: No such file"),
         (["--simulate", "--stage-times", str(Path(__file__))], "is no output of hippo_mpi.plan --simulate --json"),
@@ -112,6 +171,8 @@ def test_what_every_rank_finds_is_said_by_rank_0(tmp_path: Path) -> None:
         "import time\nfrom hippo_mpi import plan\nfound = plan.plan\n"
         "plan.plan = lambda session: (time.sleep(0.2), found(session))[1]\nplan.main()\n"
     )
-    with ranks.ring([[str(ranks.BIN / "python"), str(slow), "--json"], [PLAN, "--json"]]) as running:
+    options = ["--simulate", "--model", str(make_checkpoint("nanbeige-loops", tmp_path / "model"))]
+    with ranks.ring([[str(ranks.BIN / "python"), str(slow), *options], [PLAN, *options]]) as running:
         assert [rank.wait() for rank in running] == [2, 2]
-    assert running[0].err == "error: --json prints what a simulation found: add --simulate\n"
+    assert running[0].err.startswith("error: --simulate can't time the stages of this model one by one")
+    assert len(running[0].err.splitlines()) == 1

@@ -24,7 +24,7 @@ from hippo_mpi.engine.request import Propose, Request, SamplingParams, Sequence
 from hippo_mpi.engine.row_check import RowCheck, check_rows
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import open_tokenizer
-from hippo_mpi.errors import ModelError, UserError
+from hippo_mpi.errors import ForeignError, UserError
 from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.shard.checkpoint import Checkpoint
 from hippo_mpi.shard.kv_cache import KVSettings
@@ -179,7 +179,7 @@ def fails_upstream(name: str, capability: str) -> bool:
 def test_float32(name: str, tmp_path: Path) -> None:
     folder = tiny_models.make_checkpoint(name, tmp_path)
     if name in UNCUT:
-        with pytest.raises(ModelError, match=UNCUT[name]):
+        with pytest.raises(ForeignError, match=UNCUT[name]):
             make_stages(open_folder(folder), [2, 4])
         return
     assert_parity(folder, name, trims=not fails_upstream(name, "trim"))

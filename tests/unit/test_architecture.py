@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hippo_mpi"
 # From the top down; a package may import from itself and from those after it.
-LAYERS = ["", "serving", "engine", "parallel", "shard", "transport", "config", "errors", "environment"]
+LAYERS = ["", "serving", "engine", "parallel", "shard", "transport", "config", "errors", "environment", "units"]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from hippo_mpi.engine.predicting import Link, StageTimes, StepTime, Workload, one_machine, predict
+from hippo_mpi.engine.predicting import Link, MeasuredStage, StageTimes, StepTime, Workload, one_machine, predict
+from hippo_mpi.serving.benchmark.simulation_report import prediction_table
 
 NO_LINK = Link(0.0, float("inf"))
 STEPS = {1: StepTime(0.01, 1000, 0.0), 2: StepTime(0.01, 2000, 0.0), 4: StepTime(0.01, 4000, 0.0)}
@@ -51,7 +52,24 @@ def test_rows_that_take_turns() -> None:
     assert Workload(8, 8, (4,), False).batch_sizes(2) == [1]
 
 
-def test_times_survive_json() -> None:
+def measured(factor: float = 2.0) -> MeasuredStage:
+    return MeasuredStage(STAGE, STAGE.at_speed(factor), STAGE.at_speed(1 / factor))
 
-    assert StageTimes.from_object(json.loads(json.dumps(STAGE.as_object()))) == STAGE
-    assert STAGE.at_speed(2).steps[1] == StepTime(0.005, 1000, 0.0)
+
+def test_times_survive_json() -> None:
+    stage = measured()
+    assert MeasuredStage.from_object(json.loads(json.dumps(stage.as_object()))) == stage
+    assert stage.at_speed(2).fastest.steps[1] == StepTime(0.0025, 1000, 0.0)
+
+
+def test_the_spread_of_the_times_is_shown() -> None:
+    """Of times that were half as long once and twice as long once, for one machine and over every link."""
+    links = [Link(0.0, 1e9, "cable"), Link(1.0, 1e9, "moon")]
+    lines = prediction_table([measured(), measured()], links, workload(1)).splitlines()
+    assert lines[:2] == ["2 ranks over cable: 0 us, 1,000 MB/s", "2 ranks over moon: 1,000,000 us, 1,000 MB/s"]
+    assert [line.split() for line in lines[-3:]] == [
+        ["generation,", "1", "at", "once", "one", "machine", "50.0", "25.0..100.0"],
+        ["cable", "50.0", "25.0..100.0", "1.00"],
+        ["moon", "0.5", "0.5..0.5", "0.01"],
+    ]
+    assert "1 rank over cable" in prediction_table([measured()], links, workload(1))

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from hippo_mpi.errors import RankError, UserError
+from hippo_mpi.errors import HippoError, UserError
 from hippo_mpi.serving.protocols.anthropic_messages import MESSAGES, messages_error
 from hippo_mpi.serving.protocols.openai_answers import error_object
 from hippo_mpi.serving.supervision.front import Overloaded
@@ -56,7 +56,6 @@ async def _gone(_: Request, __: Exception) -> Response:
 HANDLERS: dict[Any, Any] = {
     HTTPException: _http_error,
     Overloaded: _overloaded,
-    UserError: _failed,
-    RankError: _failed,
+    HippoError: _failed,
     ClientDisconnect: _gone,
 }

@@ -10,10 +10,12 @@ from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.request import Request, RequestOutput
 from hippo_mpi.engine.text import ChatFormat
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.batch.batch_file import AnswerFile, Task
+from hippo_mpi.serving.batch.answer_file import Answers
+from hippo_mpi.serving.batch.batch_file import Task
 from hippo_mpi.serving.protocols.openai_answers import Choice, answer_object
 from hippo_mpi.serving.terminal.progress import BatchProgress
 
+_REASONS = 3  # of failures, that are told at the end
 _BACKLOG = 4  # requests that wait in the engine: enough that it never runs dry, few enough for any length of file
 
 
@@ -30,7 +32,7 @@ class BatchRun:
         engine: Engine,
         tokenizer: TokenizerWrapper,
         chat_format: ChatFormat,
-        answers: AnswerFile,
+        answers: Answers,
         progress: BatchProgress,
         model: str,
         system_prompt: str | None = None,
@@ -39,6 +41,7 @@ class BatchRun:
         self._answers, self._progress, self._model = answers, progress, model
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self._running: dict[int, tuple[Task, Choice]] = {}
+        self.reasons: list[str] = []  # the first ones why requests failed
 
     def run(self, tasks: Iterable[Task], on_task: Callable[[], None]) -> None:
         """Answer every task that isn't answered yet; `on_task` is called for each that is looked at.
@@ -79,6 +82,7 @@ class BatchRun:
         except UserError as error:
             mistake = task.mistake or f"line {task.line}: {error}"
             self._answers.write(task, None, mistake)
+            self.reasons += [mistake] if len(self.reasons) < _REASONS else []
             self._progress.finish_one(is_failed=True)
             return
         self._running[task.line] = task, Choice(task.asked, prompt, self._tokenizer)

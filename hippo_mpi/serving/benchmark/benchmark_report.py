@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi.errors import UserError
+from hippo_mpi.errors import UserError, install_hint
+from hippo_mpi.units import count_of
 
 
 def headline(found: dict[str, Any]) -> list[str]:
@@ -16,9 +16,9 @@ def headline(found: dict[str, Any]) -> list[str]:
     model = Path(found["model"]).name + (f" in {found['precision']}" if found["precision"] else "")
     over = f" over {found['backend']}" if ranks > 1 else ""
     return [
-        f"{model}, {ranks} rank{'s' * (ranks != 1)}{over}",
+        f"{model}, {count_of(ranks, 'rank')}{over}",
         f"prompts of {found['prompt_tokens']:,} tokens, {found['generation_tokens']:,} generated;"
-        f" medians of {trials} trial{'s' * (trials != 1)}; {found['date']}, hippo-mpi {found['version']}",
+        f" medians of {count_of(trials, 'trial')}; {found['date']}, hippo-mpi {found['version']}",
     ]
 
 
@@ -83,7 +83,7 @@ def check_plot(path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError(f"--plot needs matplotlib: {sys.executable} -m pip install matplotlib") from None
+        raise UserError(f"--plot needs matplotlib: {install_hint('plot')}") from None
     formats = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
         raise UserError(f"--plot {path}: no such format; it must end in one of .{', .'.join(sorted(formats))}")

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi.errors import LaunchError, PlanError, UserError
+from hippo_mpi.errors import ForeignError, LaunchError, PlanError, UserError
 from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES
 from hippo_mpi.serving.terminal.progress import TERMINAL
@@ -260,12 +260,13 @@ class Supervisor:
         return replace(plan, command=[*plan.command, "--max-context", str(about.max_context)])
 
     def _why(self, group: RankGroup) -> str | None:
-        """What the exit status says of ranks that were never ready. A user's mistake ends everything, or, if there is
-        another model to return to, this one's turn (None)."""
+        """What the exit status says of ranks that were never ready. A mistake of the user's or ours ends everything, or,
+        if there is another model to return to, this one's turn (None)."""
         code = group.ended()
-        if code == UserError.exit_code:
+        if code in (UserError.exit_code, ForeignError.exit_code):  # the next start would end alike
             if not self._front.num_starts:
-                raise UserError("the ranks didn't start; they said why")
+                kind = UserError if code == UserError.exit_code else ForeignError
+                raise kind("the ranks didn't start; they said why")
             if self._front.give_up_model("its ranks refuse it; the server's log says why"):
                 return None
         return f"exit status {code}"
