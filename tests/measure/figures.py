@@ -5,6 +5,8 @@
     draft    tokens per second of one stream of the bundled model, with its draft model against without, on 1 and 2 ranks
     hop      time per hop of an 8 KiB hidden state, on the ring and on MPI
     memory   peak resident memory of each rank against the bytes of its own tensors
+    shapes   seconds and peak memory to open, trace and plan checkpoints of the shapes that people run
+    size     a random 4-bit checkpoint of 12 GB on 2 ranks: how fast it loads, and peak memory against own tensors
     start    seconds from the command to the first token of the bundled model
     simulate what hippo_mpi.plan --simulate predicts for links of given latency and bandwidth, against real runs over them
     idle     CPU of the ranks of a chat that waits
@@ -38,6 +40,7 @@ from mlx_lm.models import llama
 from hippo_mpi.config import BUNDLED_MODEL
 from tests import ranks
 from tests.measure.shaped_link import shaped_link
+from tests.real_shapes import CONFIGS, fill_holes, make_sparse_checkpoint
 from tests.tiny_tokenizer import save_tokenizer
 
 GENERATE = str(ranks.BIN / "hippo_mpi.generate")
@@ -180,6 +183,83 @@ def measure_memory(*_: Any) -> None:
             print(f"         sum of own tensors {sum(part['weight_bytes'] for part in found) / 2**20:.0f} MiB")
 
 
+_SHAPE = """
+import sys, time
+from pathlib import Path
+from hippo_mpi.shard.checkpoint import ModelSource, open_checkpoint
+from hippo_mpi.shard.kv_cache import KVSettings
+from hippo_mpi.shard.layer_split import Machine, plan_split
+from hippo_mpi.shard.model_info import model_info
+from hippo_mpi.transport.memory import peak_resident_bytes
+began = time.perf_counter()
+checkpoint = open_checkpoint(ModelSource(Path(sys.argv[1])))
+traced = time.perf_counter()
+info = model_info(checkpoint, KVSettings())
+for count in range(1, 9):
+    plan_split(info, [Machine("m", 2 << 40)] * count)
+planned = time.perf_counter()
+print(
+    f"{info.num_layers} layers, {len(checkpoint.weight_bytes):,} arrays, {sum(checkpoint.weight_bytes.values()) / 1e9:.1f} GB:"
+    f" opened and traced in {traced - began:.1f} s, planned for 1 to 8 machines in {planned - traced:.1f} s;"
+    f" peak {peak_resident_bytes() / 2**30:.2f} GiB"
+)
+"""
+
+
+def measure_shapes(*_: Any) -> None:
+    for name, config in CONFIGS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            make_sparse_checkpoint(config, Path(folder))
+            found = subprocess.run([sys.executable, "-c", _SHAPE, folder], capture_output=True, text=True, check=True)
+            print(f"  {name}: {found.stdout}", end="", flush=True)
+
+
+# A mixture, so that a token reads a tenth of it: a CPU takes a minute for a token of a dense one.
+_BIG: dict[str, Any] = {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 32, "intermediate_size": 6144,
+    "moe_intermediate_size": 768, "num_experts": 140, "num_experts_per_tok": 2, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "head_dim": 128, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+    "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def measure_size(*_: Any) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        total = sum(make_sparse_checkpoint(_BIG, folder).values())
+        files = sorted(folder.glob("*.safetensors"))
+        for file in files:
+            fill_holes(file)
+        save_tokenizer(folder)
+        began = time.perf_counter()
+        subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+        read_s = time.perf_counter() - began
+        print(f"qwen3_moe, 4-bit, random, {total / 1e9:.1f} GB in {len(files)} files; read by cat in {read_s:.1f} s")
+        options = [
+            "--model",
+            name,
+            "--prompt",
+            "w1",
+            "--max-tokens",
+            "4",
+            "--max-context",
+            "64",
+            "--ignore-chat-template",
+        ]
+        command = [GENERATE, "--json", *options]
+        began = time.perf_counter()
+        with ranks.ring([["env", "OPENBLAS_NUM_THREADS=1", *command]] * 2) as running:
+            if any([rank.wait(900) for rank in running]):
+                raise SystemExit(running[0].err)
+        took_s, stats = time.perf_counter() - began, json.loads(running[0].out)["stats"]
+        before_first_s = took_s - stats["time_to_first_token_s"]
+        print(f"  2 ranks: {took_s:.1f} s in all, {before_first_s:.1f} s of it before the prompt and after it")
+        for rank, part in enumerate(stats["ranks"]):
+            own, peak = part["weight_bytes"], part["peak_resident_bytes"]
+            print(f"  rank {rank}: own tensors {own / 1e9:.2f} GB, peak resident {peak / 1e9:.2f} GB: {peak / own:.3f}")
+
+
 _LINKS = ((0.0005, 1e9), (0.005, 100e6), (0.02, 20e6))  # seconds, bytes per second
 _OWN_LATENCY_S = 0.0003  # of this machine's loopback, the relay and a rank that wakes up
 
@@ -275,6 +355,8 @@ MEASURES: dict[str, Callable[[str, str, int], None]] = {
     "hop": measure_hop,
     "memory": measure_memory,
     "simulate": measure_simulation,
+    "shapes": measure_shapes,
+    "size": measure_size,
     "start": measure_start,
     "idle": measure_idle,
 }

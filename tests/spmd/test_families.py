@@ -1,4 +1,4 @@
-"""One model family per mechanism, as real ranks on the ring and on MPI, token for token what mlx-lm generates."""
+"""One model family per mechanism, as real ranks on the ring and on MPI, token for token what mlx-lm generates; and deep ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,16 @@ def expected_tokens(folder: Path) -> list[int]:
 @pytest.mark.parametrize("backend", ["ring", "mpi"])
 @pytest.mark.parametrize(("name", "on_ring", "on_mpi"), FAMILIES)
 def test_tokens_are_those_of_mlx_lm(name: str, on_ring: int, on_mpi: int, backend: str, tmp_path: Path) -> None:
-    folder = tiny_models.make_checkpoint(name, tmp_path)
+    assert_tokens(tiny_models.make_checkpoint(name, tmp_path), on_ring if backend == "ring" else on_mpi, backend)
+
+
+@pytest.mark.parametrize(("name", "num_layers", "num_ranks"), [("qwen3", 36, 2), ("llama", 80, 3), ("qwen3_5", 36, 3)])
+def test_deep_models_in_4_bits(name: str, num_layers: int, num_ranks: int, tmp_path: Path) -> None:
+    folder = tiny_models.make_checkpoint(name, tmp_path, dtype=mx.bfloat16, quantize_bits=4, num_layers=num_layers)
+    assert_tokens(folder, num_ranks, "ring")
+
+
+def assert_tokens(folder: Path, num_ranks: int, backend: str) -> None:
     save_tokenizer(folder)
     command = [
         str(ranks.BIN / "hippo_mpi.generate"), "--model", str(folder), "--json", "--ignore-chat-template",
@@ -38,17 +47,17 @@ def test_tokens_are_those_of_mlx_lm(name: str, on_ring: int, on_mpi: int, backen
         "--max-context", "256",
     ]  # fmt: skip
     if backend == "ring":
-        with ranks.ring([command] * on_ring) as running:
+        with ranks.ring([command] * num_ranks) as running:
             codes = [rank.wait() for rank in running]
             first = running[0]
             assert not any(rank.out for rank in running[1:])
     else:
-        with ranks.single(ranks.mpirun(on_mpi, command)) as first:
+        with ranks.single(ranks.mpirun(num_ranks, command)) as first:
             codes = [first.wait()]
     assert not any(codes), first.err
     answer = json.loads(first.out)
     assert answer["token_ids"] == expected_tokens(folder)
     assert answer["finish_reason"] == "length"
     layers = [rank["layers"] for rank in answer["stats"]["ranks"]]
-    assert len(layers) == (on_ring if backend == "ring" else on_mpi)
+    assert len(layers) == num_ranks
     assert all(a[1] == b[0] for a, b in itertools.pairwise(layers))
