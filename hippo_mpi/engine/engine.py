@@ -241,6 +241,8 @@ def _resume(sequence: Sequence, resume: Resume) -> None:
 
 def check_request(prompt: list[int], sampling: SamplingParams, max_context: int, vocab_size: int) -> None:
     """Raise a UserError for what can never be answered."""
+    if not prompt:
+        raise UserError("the prompt has no tokens: nothing can follow it")
     check_context(len(prompt), max_context)
     for token in (*prompt, *(token for token, _ in sampling.logit_bias)):
         if not 0 <= token < vocab_size:

@@ -33,7 +33,7 @@ def test_tokens_are_those_of_mlx_lm(name: str, on_ring: int, on_mpi: int, backen
     assert_tokens(tiny_models.make_checkpoint(name, tmp_path), on_ring if backend == "ring" else on_mpi, backend)
 
 
-@pytest.mark.parametrize(("name", "num_layers", "num_ranks"), [("qwen3", 36, 2), ("llama", 80, 3), ("qwen3_5", 36, 3)])
+@pytest.mark.parametrize(("name", "num_layers", "num_ranks"), [("qwen3", 36, 2), ("llama", 80, 3), ("mamba", 48, 3)])
 def test_deep_models_in_4_bits(name: str, num_layers: int, num_ranks: int, tmp_path: Path) -> None:
     folder = tiny_models.make_checkpoint(name, tmp_path, dtype=mx.bfloat16, quantize_bits=4, num_layers=num_layers)
     assert_tokens(folder, num_ranks, "ring")

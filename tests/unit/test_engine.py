@@ -557,3 +557,10 @@ def test_an_answer_goes_on_where_it_was(
         assert [output.token for output in told + rest] == [output.token for output in outputs]
         assert text + "".join(output.text for output in rest) == "".join(output.text for output in outputs)
         assert rest[-1].finish_reason == outputs[-1].finish_reason
+
+
+def test_an_empty_prompt_is_refused(checkpoint: Checkpoint, tokenizer: TokenizerWrapper) -> None:
+    bench = Bench(checkpoint, tokenizer, [6])
+    with pytest.raises(UserError, match="no tokens"):
+        bench.engine.add(Request(0, [], SamplingParams()))
+    assert bench.engine.is_idle
