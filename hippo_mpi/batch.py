@@ -105,7 +105,7 @@ def answer_all(session: Session) -> int:
 
 
 def _open_prompts(session: Session) -> Prompts:
-    """The file of prompts, or what comes from standard input.
+    """Find the file of prompts, or read standard input.
 
     Raises:
         UserError: none was given, or standard input isn't text, or has options, for which it is too late.
@@ -127,7 +127,7 @@ def _open_prompts(session: Session) -> Prompts:
 
 
 def _open_answers(session: Session) -> Answers:
-    """Where answers go.
+    """Open what answers go to.
 
     Raises:
         UserError: there is something else, or answers that other options have made.
@@ -151,7 +151,7 @@ def _open_answers(session: Session) -> Answers:
 
 
 def _failures(count: int, reasons: list[str], answers: Answers) -> str:
-    """What to say at the end of requests that failed."""
+    """Say how many requests failed, and why the first ones did."""
     more = [f"... and {count - len(reasons):,} more"] if count > len(reasons) else []
     return "\n  ".join([f"{count_of(count, 'request')} failed; {answers} says why:", *reasons, *more]) + "\n"
 

@@ -37,7 +37,10 @@ class Session:
     progress: Progress
 
     def load(self) -> Pipeline:
-        """Load this rank's part of the model."""
+        """Load this rank's part of the model. Over several hosts, people are shown which holds what."""
+        split = self.agreement.split  # on rank 0
+        if split is not None and len({stage.machine.name for stage in split.stages}) > 1:
+            sys.stderr.write(f"{split.table()}\n")
         pipeline = Pipeline(self.world, self.control, self.agreement, self.settings, self.progress.loading)
         self.progress.clear()
         return pipeline

@@ -143,7 +143,7 @@ def plan(session: Session) -> int:
 
 
 def _simulate(session: Session) -> tuple[list[MeasuredStage], list[Link], Workload]:
-    """The times of all stages (on rank 0), the links, and what is asked of them."""
+    """Return the times of all stages (on rank 0), the links, and what is asked of them."""
     arguments, agreement = session.arguments, session.agreement
     num_stages, prompt = len(agreement.counts), arguments.prompt_tokens
     chunk = arguments.prefill_step_size or chunk_tokens(prompt, num_stages, longest_chunk())

@@ -104,7 +104,7 @@ class MeasuredStage:
     slowest: StageTimes
 
     def at_speed(self, speed: float) -> MeasuredStage:
-        """The same on a machine that is so many times as fast."""
+        """Scale all times to a machine that is so many times as fast."""
         return MeasuredStage(*(times.at_speed(speed) for times in (self.typical, self.fastest, self.slowest)))
 
     def as_object(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def measure_stage(
 def _time_prompt(
     stage: Stage, caches: SlotCaches, workload: Workload, progress: Callable[[str], None]
 ) -> list[StepTime]:
-    """Read a prompt into slot 0: the time of each chunk."""
+    """Read a prompt into slot 0; return the time of each chunk."""
     times = []
     for start in range(0, workload.prompt_tokens, workload.chunk_tokens):
         progress(f"timing the prompt at {start:,}")

@@ -73,27 +73,27 @@ def assumptions(folder: Path, config: dict[str, Any], precision: str | None) -> 
     """Say what was assumed about a model of which only the config is there."""
     found = [f"{folder} has no weights: sizes are those that config.json describes"]
     if _known_dtype(config) is None and precision in (None, *(f"{bits}bit" for bits in range(2, 9))):
-        found.append(f"config.json names no type of weights: {_ASSUMED_DTYPE}")
+        found.append(f"config.json names no type of weights that MLX has: {_ASSUMED_DTYPE}")
     if isinstance(config.get("quantization"), dict) and not _index_names(folder):
-        found.append("there is no index: what mlx_lm.convert quantises is quantised")
+        found.append("no index says which weights are quantised: those that such models have quantised")
     return tuple(found)
 
 
 def _index_names(folder: Path) -> set[str]:
-    """The weights that the folder's index lists; none without one."""
+    """Return the names of the weights that the folder's index lists; none without one."""
     index = folder / "model.safetensors.index.json"
     return set(json.loads(index.read_text())["weight_map"]) if index.is_file() else set()
 
 
 def _has_head(config: dict[str, Any], names: set[str]) -> bool:
-    """True if a checkpoint has an output matrix of its own."""
+    """Return True if a checkpoint has an output matrix of its own."""
     if names:
         return any("lm_head" in name for name in names)
     return config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings")) is False
 
 
 def _without_weights(model_class: type[nn.Module], is_tied: bool) -> type[nn.Module]:
-    """A model class whose sanitize(), which some models change themselves in, is given the weights of a checkpoint."""
+    """Derive a class whose sanitize() is given what a checkpoint has: in it, some models change themselves."""
 
     def sanitize(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         own = {name: leaf(weight.shape, weight.dtype) for name, weight in tree_flatten(model.parameters())}
@@ -106,13 +106,14 @@ def _without_weights(model_class: type[nn.Module], is_tied: bool) -> type[nn.Mod
 
 
 def _known_dtype(config: dict[str, Any]) -> str | None:
-    """The type of weights that the config names, if MLX has it."""
+    """Return the name of the type of weights that the config names, if MLX has it."""
     name = stored_dtype(config)
-    return name if isinstance(getattr(mx, name, None), mx.Dtype) else None
+    dtype = getattr(mx, name, None)
+    return name if isinstance(dtype, mx.Dtype) and mx.issubdtype(dtype, mx.floating) else None
 
 
 def _foreign_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The settings of another library than MLX, if that has quantised the checkpoint."""
+    """Return the settings of another library than MLX, if that has quantised the checkpoint."""
     found = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     return found if "quantization" not in config and isinstance(found, dict) else None
 
@@ -120,6 +121,7 @@ def _foreign_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
 def _predicate(
     model: nn.Module, quantization: dict[str, Any], names: set[str], foreign: dict[str, Any] | None
 ) -> Predicate:
+    """Build what nn.quantize asks of each module, for a checkpoint of this config."""
     converts: Predicate = getattr(model, "quant_predicate", None) or (lambda path, module: True)
     listed = {name.removesuffix(".scales") for name in names} & {path for path, _ in model.named_modules()}
     kept = [*(foreign or {}).get("ignore", ()), *((foreign or {}).get("modules_to_not_convert") or ())]
@@ -139,7 +141,7 @@ def _predicate(
 
 
 def _names(pattern: str, path: str) -> bool:
-    """True if a pattern of another library names a module or one around it.
+    """Return True if a pattern of another library names a module or one around it.
 
     A pattern is a regular expression behind re:, else a path, perhaps with *. Such paths may begin deeper than MLX's, and
     have experts one by one that mlx-lm stacks.

@@ -173,7 +173,7 @@ def _weight_files(repo: str, snapshot: Path) -> list[str]:
 
 
 def _make_weight_file(path: Path, repo: str, snapshot: Path) -> None:
-    """The real file, if it is in the cache, or a stand-in."""
+    """Link the real file, if it is in the cache, or make a stand-in."""
     cached = try_to_load_from_cache(repo, path.name, revision=snapshot.name)
     if isinstance(cached, str):
         path.symlink_to(Path(cached).resolve())

@@ -30,7 +30,7 @@ def explain(error: Exception, repo: str, revision: str | None) -> HippoError:
 
 
 def _reason(error: Exception, repo: str, revision: str | None) -> str | None:
-    """What to tell the user; None if nobody can have expected that."""
+    """Say what to tell the user; None if nobody can have expected that."""
     chain = list(_causes(error))
     host = urlparse(constants.ENDPOINT).netloc
     for cause in chain:
@@ -70,7 +70,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_of_network(error: BaseException) -> bool:
-    """True for what the hub's HTTP library (httpx or requests, by its version) raises when nobody answers."""
+    """Return True for what the hub's HTTP library (httpx or requests, by its version) raises when nobody answers."""
     return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests") or (
         isinstance(error, ConnectionError | TimeoutError) and not isinstance(error, OfflineModeIsEnabled)
     )

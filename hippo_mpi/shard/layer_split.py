@@ -104,7 +104,7 @@ class LayerSplit:
         return "\n".join([*lines, *(f"assumed: {assumption}" for assumption in self.info.assumptions)])
 
     def as_object(self) -> dict[str, Any]:
-        """The plan for JSON, in bytes."""
+        """Return the plan for JSON, sizes in bytes."""
         return {
             "num_layers": self.info.num_layers,
             "max_context": self.max_context,

@@ -24,7 +24,7 @@ def stored_precision(config: dict[str, Any]) -> str:
 
 
 def stored_dtype(config: dict[str, Any]) -> str:
-    """The type of weights that a checkpoint's config names, such as bfloat16; "unknown" if it names none."""
+    """Return the type of weights that a checkpoint's config names, such as bfloat16; "unknown" if it names none."""
     text = config.get("text_config", {})
     names = (config.get(key) or text.get(key) for key in ("torch_dtype", "dtype"))
     return str(next((name for name in names if name), "unknown"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
 from pathlib import Path
 
 import mlx.core as mx
@@ -71,6 +73,20 @@ def test_plan_as_json() -> None:
     assert isinstance(weights, dict)
     assert sum(s["layer_bytes"] + s["head_bytes"] for s in stages) == sum(w.nbytes for w in weights.values())
     assert (stages[0]["layers"][0], stages[0]["layers"][1], stages[1]["layers"][1]) == (0, stages[1]["layers"][0], 12)
+
+
+def test_the_plan_is_shown_where_several_hosts_load(tmp_path: Path) -> None:
+    """On stderr, so that stdout has the answer only."""
+    as_second_host = ["unshare", "--uts", "sh", "-c", 'hostname second && exec "$@"', "sh"]
+    if subprocess.run([*as_second_host, "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs root and Linux, for a second host name")
+    command = [GENERATE, "--max-tokens", "2"]
+    with ranks.ring([command, [*as_second_host, *command]]) as running:
+        assert [rank.wait() for rank in running] == [0, 0], running[0].err
+    assert len(running[0].out.splitlines()) == 1
+    told = running[0].err.splitlines()
+    assert told[0].startswith("12 layers, context of ")
+    assert [line.split()[:2] for line in told[2:4]] == [["0", socket.gethostname()[:16]], ["1", "second"]]
 
 
 def config_alone(folder: Path) -> Path:

@@ -120,8 +120,8 @@ def test_an_index_says_what_is_quantised(prefix: str, tmp_path: Path) -> None:
 
 def test_what_is_assumed_is_said(tmp_path: Path) -> None:
     no_weights = f"{tmp_path} has no weights: sizes are those that config.json describes"
-    no_type = "config.json names no type of weights: bfloat16"
-    no_index = "there is no index: what mlx_lm.convert quantises is quantised"
+    no_type = "config.json names no type of weights that MLX has: bfloat16"
+    no_index = "no index says which weights are quantised: those that such models have quantised"
     quantized = GEMMA_3_TEXT | {"quantization": {"group_size": 64, "bits": 4}}
     assert assumptions(tmp_path, GEMMA_3_TEXT, None) == (no_weights, no_type)
     assert assumptions(tmp_path, GEMMA_3_TEXT, "4bit") == (no_weights, no_type)

@@ -201,7 +201,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _read_options(path: Path) -> dict[str, Any] | None:
-    """What a file of options says; None for one that isn't there, or was torn."""
+    """Read a file of options; None for one that isn't there, or was torn."""
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):

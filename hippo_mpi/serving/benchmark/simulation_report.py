@@ -49,7 +49,7 @@ class Predicted:
 
 
 def prediction_object(stages: Sequence[MeasuredStage], links: Sequence[Link], workload: Workload) -> dict[str, Any]:
-    """Everything, with the times that --stage-times reads."""
+    """Return all that is predicted, for JSON, with the times that --stage-times reads."""
     return {
         "workload": asdict(workload),
         "times": [stage.as_object() for stage in stages],
@@ -81,14 +81,14 @@ def prediction_table(stages: Sequence[MeasuredStage], links: Sequence[Link], wor
 
 
 def _rate(prediction: Prediction, num_requests: int | None, workload: Workload) -> float:
-    """Tokens per second: of so many requests at once, or of the prompt."""
+    """Return tokens per second: of so many requests at once, or of the prompt."""
     if num_requests is None:
         return workload.prompt_tokens / prediction.first_token_s
     return prediction.decode_tps[num_requests]
 
 
 def read_machines(path: Path) -> list[Machine]:
-    """The machines that the times in a --json output were measured for.
+    """Read the machines that the times in a --json output were measured for.
 
     Raises:
         UserError: it can't be read.
@@ -97,7 +97,7 @@ def read_machines(path: Path) -> list[Machine]:
 
 
 def read_times(path: Path, workload: Workload, layer_counts: Sequence[int]) -> list[MeasuredStage]:
-    """The times in a --json output, of a plan with so many layers per rank.
+    """Read the times in a --json output, of a plan with so many layers per rank.
 
     Raises:
         UserError: it can't be read, or was measured for other layers or another load.
