@@ -53,6 +53,8 @@ class Launch:
                 [command_line[0], *words, *command_line[1:]], env={**_AS_ROOT, **os.environ, **given},
                 stdin=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0,
             )  # fmt: skip
+            if self._ended_by is not None:  # while it was started
+                self._signal(signal.SIGTERM)
             messages = LauncherMessages(self._launcher)
             with kept_terminal():
                 self._await_end()
