@@ -58,6 +58,11 @@ class Console:
         """Whether rank 0 has come and lives."""
         return self._connection is not None and self._thread.is_alive()
 
+    @property
+    def is_rank_gone(self) -> bool:
+        """Whether rank 0 has come and ended."""
+        return not self._thread.is_alive()
+
     def signal(self, number: int) -> None:
         """Signal rank 0, if it has come and lives."""
         if self.is_rank_alive and self.pid:
