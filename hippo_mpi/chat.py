@@ -7,7 +7,10 @@ The KV cache is kept between turns, so that a turn costs what it adds. While the
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from typing import NoReturn
 
 from hippo_mpi import command, config
 from hippo_mpi.command import Session
@@ -40,7 +43,7 @@ def chat(session: Session) -> int:
         command.follow(session)
         return 0
     pipeline, conversation = lead(session)
-    interrupts = Interrupts(lambda: session.control.fail(interrupted()))
+    interrupts = Interrupts(lambda: _leave(session))
     session.launcher.take_interrupts()
     sys.stderr.write(f"{_HELP}\n")
     code = 0
@@ -51,6 +54,13 @@ def chat(session: Session) -> int:
         code = INTERRUPTED
     pipeline.end()
     return code
+
+
+def _leave(session: Session) -> NoReturn:
+    """End all ranks, from any thread, whatever they do."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"\n")  # the cursor is behind the answer
+    session.control.fail(interrupted())
 
 
 def _ask(session: Session, interrupts: Interrupts) -> str | None:

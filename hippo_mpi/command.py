@@ -20,7 +20,7 @@ from hippo_mpi.shard.layer_split import Machine
 from hippo_mpi.transport.console import LentConsole, borrow_console
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.launcher import Launcher
-from hippo_mpi.transport.terminal import put_back_terminal
+from hippo_mpi.transport.terminal import open_standard_streams, put_back_terminal
 from hippo_mpi.transport.world import World, connect, detect_launch, write_status
 
 
@@ -86,6 +86,7 @@ def run_without_model(parser: Parser, body: Callable[[argparse.Namespace, list[M
 
 def _run(parser: Parser, body: Callable[[_Joined], int], argv: list[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Python handler wouldn't run while MLX waits
+    open_standard_streams()
     argv = sys.argv[1:] if argv is None else argv
     world, arguments, mistake, console = _start(parser, argv)
     try:

@@ -22,6 +22,7 @@ from hippo_mpi.config import Parser, port, positive
 from hippo_mpi.errors import HippoError, LaunchError, print_error
 from hippo_mpi.serving.terminal.launch import Launch
 from hippo_mpi.transport.ports import HeldPorts
+from hippo_mpi.transport.terminal import open_standard_streams
 
 HOSTFILE = Path(__file__).parent.parent / "hostfile"
 COMMANDS = [f"hippo_mpi.{name}" for name in ("generate", "chat", "batch", "benchmark", "models", "plan", "serve")]
@@ -175,6 +176,7 @@ def _answer(name: str) -> str:
 
 
 def main() -> None:
+    open_standard_streams()
     parser = make_parser()
     try:
         arguments, rest = parser.parse_known_args()

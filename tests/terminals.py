@@ -58,7 +58,7 @@ class Terminal:
         return code
 
     @property
-    def has_echo(self) -> bool:
+    def is_as_it_was(self) -> bool:
         """Whether it is as a shell wants it."""
         settings = termios.tcgetattr(self.descriptor)
         return (

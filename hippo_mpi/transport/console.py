@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hippo_mpi.environment import CONSOLE
-from hippo_mpi.errors import RankError
+from hippo_mpi.errors import LaunchError, RankError
 from hippo_mpi.transport.terminal import set_foreground
 
 _STREAMS = (0, 1, 2)
@@ -57,6 +57,11 @@ class Console:
     def is_rank_alive(self) -> bool:
         """Whether rank 0 has come and lives."""
         return self._connection is not None and self._thread.is_alive()
+
+    @property
+    def is_rank_gone(self) -> bool:
+        """Whether rank 0 has come and ended."""
+        return not self._thread.is_alive()
 
     def signal(self, number: int) -> None:
         """Signal rank 0, if it has come and lives."""
@@ -118,9 +123,10 @@ class LentConsole:
 
 
 def borrow_console() -> LentConsole | None:
-    """Make the streams of ./launch/run this process's own; None if it didn't start us, or not on this machine.
+    """Make the streams of ./launch/run this process's own; None if it didn't start us.
 
     Raises:
+        LaunchError: it has started us, but on another machine.
         RankError: it has started us, but is gone.
     """
     path = os.environ.pop(CONSOLE, None)
@@ -134,14 +140,17 @@ def borrow_console() -> LentConsole | None:
         data, lent, _, _ = socket.recv_fds(connection, 1024, len(_STREAMS))
     except ConnectionRefusedError:
         raise RankError("./launch/run is gone") from None
-    except OSError:
-        connection.close()
-        return None
+    except OSError as error:
+        raise LaunchError(
+            f"rank 0 ({socket.gethostname()}) doesn't reach ./launch/run ({error}): the hostfile's first host must be the"
+            " machine on which it was started"
+        ) from None
     connection.settimeout(None)
     launcher_input = os.dup(0)
     for descriptor, own in zip(lent, _STREAMS, strict=True):
         os.dup2(descriptor, own)
         os.close(descriptor)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # while others read from the terminal, we write all the same
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # Ctrl-C is for the terminal's group, and must not reach the launcher
     return LentConsole(connection, launcher_input, int(data))

@@ -106,18 +106,30 @@ class CopiedInput:
     @contextlib.contextmanager
     def _ctrl_d_told(self) -> Iterator[None]:
         """While we wait, the launcher's terminal hands out Ctrl-D as a character, and no longer as an end."""
-        path = f"/proc/{self._launcher}/fd/0" if Path("/proc/self/fd").exists() else "/dev/tty"
-        try:
-            terminal = None if self._launcher is None else os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
-        except OSError:
-            terminal = None
-        if terminal is None or not os.isatty(terminal):
+        terminal = None if self._launcher is None else _open_terminal(self._launcher)
+        if terminal is None:
             yield
             return
-        with changed_terminal(
-            terminal, {termios.VEOF: bytes([os.fpathconf(terminal, "PC_VDISABLE")]), termios.VEOL: _CTRL_D}
-        ):
-            yield
+        try:
+            disabled = bytes([os.fpathconf(terminal, "PC_VDISABLE")])
+            with changed_terminal(terminal, {termios.VEOF: disabled, termios.VEOL: _CTRL_D}):
+                yield
+        finally:
+            os.close(terminal)
+
+
+def _open_terminal(launcher: int) -> int | None:
+    """The terminal that a process reads from, if it is one; nothing else is opened, and a pipe not held open."""
+    path = f"/proc/{launcher}/fd/0" if Path("/proc/self/fd").exists() else "/dev/tty"
+    try:
+        if stat.S_ISCHR(os.stat(path).st_mode):
+            descriptor = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+            if os.isatty(descriptor):
+                return descriptor
+            os.close(descriptor)
+    except OSError:  # none, or a launcher of somebody else's
+        pass
+    return None
 
 
 def _look(launcher: int | None) -> _State:

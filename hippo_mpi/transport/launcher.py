@@ -48,8 +48,8 @@ class Launcher:
         """Watch an mlx.launch; the input that a launcher copies to us, if rank 0 has no other."""
         given = self._console.launcher_input if self._console else 0
         is_reader, is_pipe = self._rank == 0 and not self._console, _is_pipe(given)
-        is_ours = bool(_MLX_VARIABLES & set(os.environ))
-        if is_pipe and is_ours and any(Path(word).name == "mlx.launch" for word in _command_line(parent)):
+        is_mlx = bool(_MLX_VARIABLES & set(os.environ))
+        if is_pipe and is_mlx and any(Path(word).name == "mlx.launch" for word in _command_line(parent)):
             if self._rank == 0:
                 threading.Thread(target=self._watch, args=(parent,), name="hippo-launcher", daemon=True).start()
             if is_reader:
@@ -58,7 +58,7 @@ class Launcher:
         elif is_reader and is_pipe and "OMPI_COMM_WORLD_SIZE" in os.environ:
             name = Path(_command_line(parent)[0]).name
             return CopiedInput(given, parent if name in _MPI_LAUNCHERS else None, lambda: None)
-        elif is_reader and is_ours and "SSH_CONNECTION" in os.environ:
+        elif is_reader and is_mlx and "sshd" in _command_line(parent)[0]:  # mlx.launch is on another machine
             return CopiedInput(given, None, self._end)
         return None
 

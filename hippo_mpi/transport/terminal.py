@@ -12,6 +12,15 @@ from typing import Any
 _changed: list[tuple[int, list[Any]]] = []  # the descriptor of a terminal, and its settings before
 
 
+def open_standard_streams() -> None:
+    """Put /dev/null where a standard stream is closed: else the next file, or socket, takes its place."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free: this one
+
+
 @contextlib.contextmanager
 def changed_terminal(descriptor: int, characters: Mapping[int, bytes]) -> Iterator[None]:
     """Give a terminal other control characters (none: whatever else changes it, such as readline) during the block."""

@@ -27,7 +27,8 @@ def write_status(code: int) -> None:
     """Leave rank 0's exit status where launch/run finds it: mlx.launch itself always returns 0."""
     path = os.environ.get(STATUS_FILE)
     if path:
-        Path(path).write_text(f"{code}\n")
+        with contextlib.suppress(FileNotFoundError):  # another machine's file
+            Path(path).write_text(f"{code}\n")
 
 
 @dataclass

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from mlx_lm import load, stream_generate
@@ -13,6 +15,7 @@ from mlx_lm import load, stream_generate
 from hippo_mpi.config import BUNDLED_MODEL
 from tests import ranks
 from tests.ranks import Rank
+from tests.terminals import CTRL_C, Terminal, terminal
 
 CHAT = [str(ranks.BIN / "hippo_mpi.chat"), "--max-tokens", "200"]
 TURNS = ["Tell me a story about a fox.", "What does a cow say?", "Thank you!"]
@@ -72,6 +75,72 @@ def test_a_turn_that_is_too_long_is_refused_and_the_chat_goes_on() -> None:
         say(running, "fox " * 200)
         assert "error: the prompt has" in running.err
         assert say(running, TURNS[1])
+
+
+def test_commands_and_what_is_said_with_a_space() -> None:
+    with ranks.single(CHAT, stdin=subprocess.PIPE) as running:
+        running.await_output(">> ", "stderr")
+        assert not say(running, "/help")
+        assert running.err.count("/reset, r: begin anew") == 2
+        assert not say(running, "/hepl me")
+        assert "/hepl isn't a command: /help lists them; a space before it says it to the model" in running.err
+        assert not say(running, "/reset")
+        assert say(running, " h")
+        assert running.process.stdin is not None
+        running.process.stdin.write(b"/bye\n")
+        running.process.stdin.flush()
+        assert running.wait() == 0
+
+
+STARTED = {
+    "alone": CHAT,
+    "launch/run": [str(ranks.BIN / "python"), "-m", "hippo_mpi.run", "--command", "hippo_mpi.chat"],
+}
+LONG = ["--max-tokens", "1900", "--temp", "5"]
+
+
+def await_answer(running: Terminal, since: int) -> None:
+    while len(running.screen) < since + 30:
+        assert running.poll() is None, running.screen
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("started", STARTED)
+def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(started: str) -> None:
+    with terminal([*STARTED[started], *LONG]) as running:
+        running.await_text(">> ")
+        for question in ("hello\r", "again\r"):
+            shown = len(running.screen)
+            running.press(question)
+            await_answer(running, shown)
+            running.press(CTRL_C)
+            running.await_text(">> ", shown)
+        below = ranks.descendants(running.pid)
+        running.press(CTRL_C)
+        assert running.wait(15) == 130, running.screen
+        assert running.is_as_it_was
+        assert not ranks.await_end(below, 5)
+        assert "Traceback" not in running.screen and "error" not in running.screen
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="finds rank 1 by /proc")
+def test_a_second_ctrl_c_leaves_whatever_the_ranks_do() -> None:
+    """Without a terminal, too, and while rank 0 waits inside MLX for one that has stopped."""
+    with ranks.single([*STARTED["launch/run"], *LONG], stdin=subprocess.PIPE) as running:
+        running.await_output(">> ", "stderr")
+        below = ranks.descendants(running.process.pid)
+        (second,) = [pid for pid in below if b"MLX_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        assert running.process.stdin is not None
+        running.process.stdin.write(b"hello\n")
+        running.process.stdin.flush()
+        running.await_output()
+        os.kill(second, signal.SIGSTOP)
+        for _ in range(2):
+            time.sleep(0.5)
+            running.process.send_signal(signal.SIGINT)
+        assert running.wait(25) == 130, running.err
+        assert running.err.splitlines()[-1] == "error: left by Ctrl-C"
+        assert not ranks.await_end(below, 5)
 
 
 @pytest.mark.slow

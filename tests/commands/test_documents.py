@@ -103,6 +103,11 @@ def test_help_names_every_default() -> None:
         assert "default:" in parser.format_help()
 
 
+def test_help_has_defaults_as_one_types_them() -> None:
+    for parser in PARSERS.values():
+        assert not re.search(r"\(default:\s+[\[({'\"]", parser.format_help())
+
+
 def test_the_server_s_file_in_the_readme_is_one(tmp_path: Path) -> None:
     (block,) = re.findall(r"^```yaml\n(.*?)^```", README, re.M | re.S)
     (tmp_path / "hippo.yaml").write_text(block)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,8 @@ def test_only_transport_talks_to_mx_distributed() -> None:
 def test_only_the_schedule_is_free_of_mlx_by_rule() -> None:
     for name in ("parallel/schedule.py", "parallel/step_plan.py", "engine/request.py", "engine/scheduler.py"):
         assert "mlx.core" not in (PACKAGE / name).read_text()
+
+
+def test_launching_loads_no_mlx() -> None:
+    code = "import sys, hippo_mpi.run; sys.exit('mlx.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -20,6 +20,7 @@ from hippo_mpi.transport.terminal import kept_terminal
 
 _LOOK_S = 0.1
 _END_S = 5.0  # for ranks and their launcher, from SIGTERM to SIGKILL
+_OUTLIVE_S = 10.0  # for them from rank 0's end to SIGKILL: mlx.launch waits for a rank that is stopped, say, for ever
 # Open MPI refuses to start anything as root without these.
 _AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
@@ -53,6 +54,8 @@ class Launch:
                 [command_line[0], *words, *command_line[1:]], env={**_AS_ROOT, **os.environ, **given},
                 stdin=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0,
             )  # fmt: skip
+            if self._ended_by is not None:  # while it was started
+                self._signal(signal.SIGTERM)
             messages = LauncherMessages(self._launcher)
             with kept_terminal():
                 self._await_end()
@@ -70,6 +73,8 @@ class Launch:
         while self._launcher.poll() is None:
             if time.monotonic() > self._kill_at_s:
                 self._signal(signal.SIGKILL)
+            if self._console.is_rank_gone:
+                self._kill_at_s = min(self._kill_at_s, time.monotonic() + _OUTLIVE_S)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._launcher.wait(_LOOK_S)
         if self._ended_by is None:
