@@ -413,7 +413,7 @@ def test_what_does_not_fit_waits_or_is_refused(checkpoint: Checkpoint, tokenizer
             ask(bench, 0, [1, wrong, 2], max_tokens=20)
         with pytest.raises(UserError, match=f"token {wrong} is not in the vocabulary"):
             ask(bench, 0, [1, 2], max_tokens=20, logit_bias=((wrong, 1.0),))
-    with pytest.raises(UserError, match="the prompt has 5,000 tokens, but the context is 5,000"):
+    with pytest.raises(UserError, match="the prompt has 5,000 tokens, but the maximum context length is 5,000"):
         ask(bench, 0, prompt_of(0, 5000), max_tokens=20)
     for number in range(4):
         ask(bench, number, prompt_of(number, 20), max_tokens=10)

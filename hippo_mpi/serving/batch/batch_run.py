@@ -11,7 +11,7 @@ from hippo_mpi.engine.request import Request, RequestOutput
 from hippo_mpi.engine.text import ChatFormat
 from hippo_mpi.errors import UserError
 from hippo_mpi.serving.batch.batch_file import AnswerFile, Task
-from hippo_mpi.serving.protocols.openai_answers import Choice, answer_object
+from hippo_mpi.serving.protocols.openai_answers import AnswerHead, Choice, answer_object
 from hippo_mpi.serving.terminal.progress import BatchProgress
 
 _BACKLOG = 4  # requests that wait in the engine: enough that it never runs dry, few enough for any length of file
@@ -89,6 +89,6 @@ class BatchRun:
         self._progress.count(1)
         if output.finish_reason is not None:
             del self._running[output.request_id]
-            name = f"req-{task.line}"
-            self._answers.write(task, answer_object(self._model, name, [choice]))
+            head = AnswerHead(choice.asked.url, self._model, f"req-{task.line}")
+            self._answers.write(task, answer_object(head, [choice]))
             self._progress.finish_one(is_failed=False)

@@ -1,7 +1,8 @@
 """What the front and rank 0 say to each other: JSON, a line each, over a local socket.
 
     front -> rank 0   {"add": Request}  {"abort": id}
-    rank 0 -> front   {"ready": About}  {"output": RequestOutput}  {"refused": id, "why": text}  {"beat": {"ranks": [...]}}
+    rank 0 -> front   {"ready": About}  {"output": RequestOutput}  {"beat": {"ranks": [...]}}
+                      {"refused": id, "why": text}, or {"refused": id, "context": [prompt's tokens, most tokens]}
 
 Each object is a dataclass's fields. Nothing here is ever executed or unpickled.
 """
