@@ -218,7 +218,9 @@ class Api:
         return JSONResponse(self._model_object(self._model_of({"model": request.path_params["model"]}).name))
 
     def _model_object(self, name: str) -> dict[str, Any]:
-        model = self._model_of({"model": name})
+        about = (
+            self._front.about if name == self._front.model else None
+        )  # what isn't loaded may get less than it asks for
         return {
             "id": name,
             "object": "model",
@@ -227,7 +229,7 @@ class Api:
             "created": int(self._started.timestamp()),
             "created_at": self._started.isoformat(timespec="seconds"),
             "owned_by": "hippo-mpi",
-            "max_model_len": model.arguments.max_context,
+            "max_model_len": about.max_context if about else None,
         }
 
     async def _tokenize(self, request: Request) -> Response:
