@@ -162,6 +162,21 @@ def test_claude_code_s_fields() -> None:
     assert counted.template_args == {"reasoning_effort": "low"}
 
 
+def test_anthropic_s_roles_take_turns() -> None:
+    said = [
+        USER,
+        {"role": "assistant", "content": "By"},
+        {"role": "assistant", "content": [{"type": "text", "text": "it"}]},
+    ]
+    call = {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "x", "input": {}}]}
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "so"}]}
+    asked = messages(messages=[*said, USER, call, result, USER])
+    assert [(message["role"], message["content"]) for message in asked.messages] == [
+        ("user", USER["content"]), ("assistant", "By\n\nit"), ("user", USER["content"]), ("assistant", ""),
+        ("tool", "so"), ("user", USER["content"]),
+    ]  # fmt: skip
+
+
 def test_a_message_that_is_begun() -> None:
     begun = {"role": "assistant", "content": "By the"}
     assert messages(messages=[USER, begun]).continues

@@ -76,6 +76,20 @@ def _messages(given: Any, system: Any) -> list[dict[str, Any]]:
         if role not in _ROLES:
             raise FieldError("messages", f"messages: role must be one of {', '.join(_ROLES)}, not {role!r}")
         found += [{"role": role, "content": content}] if not isinstance(content, list) else _blocks(role, content)
+    return _in_turns(found)
+
+
+def _in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join texts of one role that follow each other, as Anthropic does: many templates want roles to take turns."""
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        last = found[-1] if found else {}
+        texts = [last.get("content"), message["content"]]
+        is_plain = set(last) == set(message) == {"role", "content"} and message["role"] in ("user", "assistant")
+        if is_plain and last["role"] == message["role"] and all(isinstance(text, str) for text in texts):
+            found[-1] = {**message, "content": "\n\n".join(texts)}
+        else:
+            found.append(message)
     return found
 
 
