@@ -192,7 +192,8 @@ class Engine:
         timings, params = sequence.timings, sequence.request.sampling
         timings.note(token)
         reason: FinishReason | None = None
-        if token in self._tokenizer.eos_token_ids and not params.ignore_eos:
+        is_forced = len(timings.token_ids) <= len(params.forced)
+        if token in self._tokenizer.eos_token_ids and not (params.ignore_eos or is_forced):
             reason = "stop"
         else:
             sequence.detokenizer.add_token(token)
@@ -239,8 +240,8 @@ def _resume(sequence: Sequence, resume: Resume) -> None:
 
 def check_request(prompt: list[int], sampling: SamplingParams, max_context: int, vocab_size: int) -> None:
     """Raise a UserError for what can never be answered."""
-    check_context(len(prompt), max_context)
-    for token in (*prompt, *(token for token, _ in sampling.logit_bias)):
+    check_context(len(prompt) + len(sampling.forced), max_context)
+    for token in (*prompt, *sampling.forced, *(token for token, _ in sampling.logit_bias)):
         if not 0 <= token < vocab_size:
             raise UserError(f"token {token} is not in the vocabulary of {vocab_size:,} tokens")
 

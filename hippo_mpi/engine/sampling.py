@@ -5,6 +5,7 @@ Legend: B rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -55,10 +56,10 @@ class Chooser:
             frequency_penalty=params.frequency_penalty,
         )
         self._key = None if params.seed is None or params.temp == 0 else mx.random.key(params.seed)
-        self._num_to_go = params.min_tokens
+        self._num_to_go, self._forced = params.min_tokens, deque(params.forced)
         ends = np.isin(np.arange(vocab_size), end_tokens)
         self._against_end = mx.array(np.where(ends, _LEAST, 0.0)) if params.min_tokens else None
-        is_changed = self._processors or grammar or thinking.is_limited or params.min_tokens
+        is_changed = self._processors or grammar or thinking.is_limited or params.min_tokens or params.forced
         self.is_greedy = params.temp == 0 and not is_changed
 
     @property
@@ -85,6 +86,8 @@ class Chooser:
     def accept(self, token: int) -> None:
         """The answer goes on with this token."""
         self._num_to_go -= 1
+        if self._forced:
+            self._forced.popleft()
         is_thought = self._thinking.is_open or token == self._thinking.first
         self._thinking.accept(token)
         if self._grammar is not None and not is_thought:
@@ -92,6 +95,8 @@ class Chooser:
 
     def sample(self, logprobs: mx.array) -> mx.array:
         """A token from log-probabilities (1, V): (1,). With a seed, the numbers that mlx_lm.generate draws with it."""
+        if self._forced:
+            return mx.array([self._forced[0]], mx.uint32)
         if self._key is None:
             return cast(mx.array, self._sampler(logprobs))
         # The samplers draw from MLX's one random state: lend it this request's.

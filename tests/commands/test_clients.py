@@ -82,6 +82,9 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Codex CLI": (RESPONSES, CODEX),
     "LangChain's OpenAI": (COMPLETION, {"prompt": ["Once"], "max_tokens": 4, "n": 1, "best_of": 1, "logit_bias": {}}),
     "lm-eval": (COMPLETION, {"prompt": [[667, 262]], "max_tokens": 4, "temperature": 0, "stop": ["\n\n", ""], "seed": 1234}),
+    "lm-eval, loglikelihood": (COMPLETION, {
+        "prompt": [[667, 262]], "max_tokens": 1, "temperature": 0, "logprobs": 1, "seed": 1234, "echo": True,
+    }),
     "guidellm": (CHAT, {
         "messages": [{"role": "user", "content": [{"type": "text", "text": "A fox"}]}], "stream": True, "stop": None,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True}, "ignore_eos": True,
@@ -147,6 +150,28 @@ def test_a_completion_begins_with_its_space(running: Server) -> None:
     word = choice["text"].split()[1]
     stopped = post(running, COMPLETION, {**asked, "stop": [word]}).json()["choices"][0]
     assert stopped["text"] == choice["text"][: choice["text"].index(word)]
+
+
+def test_how_likely_a_prompt_is(running: Server) -> None:
+    """lm-eval's loglikelihood: the prompt comes back, each of its tokens with what the model would have said."""
+    asked = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    whole = post(running, COMPLETION, {"prompt": "There was once a", "max_tokens": 4, "logprobs": 1}).json()["choices"][
+        0
+    ]
+    tokens = post(running, "/tokenize", {"prompt": "There was once a" + whole["text"]}).json()["tokens"]
+    found = post(running, COMPLETION, {**asked, "prompt": [tokens, tokens[:3]]}).json()
+    told, short = (choice["logprobs"] for choice in found["choices"])
+    assert found["choices"][0]["text"].startswith("There was once a" + whole["text"])
+    assert len(told["token_logprobs"]) == len(tokens) + 1 and len(short["tokens"]) == 4
+    assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+    assert told["token_logprobs"][-5:-1] == pytest.approx(whole["logprobs"]["token_logprobs"], abs=0.1)
+    assert told["top_logprobs"][-5:-1] == [
+        {t: v} for t, v in zip(told["tokens"][-5:-1], told["token_logprobs"][-5:-1], strict=True)
+    ]
+    assert found["usage"]["prompt_tokens"] == len(tokens) + 3 and found["usage"]["completion_tokens"] == 2
+    only = post(running, COMPLETION, {**asked, "prompt": "A fox", "max_tokens": 0}).json()
+    assert only["choices"][0]["text"] == "A fox" and only["usage"]["completion_tokens"] == 0
+    assert post(running, COMPLETION, {**asked, "prompt": "A fox", "stream": True}).json()["error"]["param"] == "echo"
 
 
 def test_what_load_generators_want(running: Server) -> None:

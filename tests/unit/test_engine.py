@@ -406,6 +406,30 @@ def test_stop_words_and_processors_work_per_row(checkpoint: Checkpoint, tokenize
     assert changed.tokens[2] == [42] * 8
 
 
+def test_a_prompt_s_tokens_are_as_likely_as_the_model_says(
+    folder: Path, checkpoint: Checkpoint, tokenizer: TokenizerWrapper
+) -> None:
+    """Forced tokens, end tokens among them, beside an answer that is sampled; also taken up elsewhere in their midst."""
+    (end,) = tokenizer.eos_token_ids
+    first, *others = tokens = [*prompt_of(3, 6), end, *prompt_of(4, 5)]
+    model, _ = load_model(folder)
+    logits = model(mx.array([tokens]))[0].astype(mx.float32)
+    wanted = (logits - mx.logsumexp(logits, axis=-1, keepdims=True))[mx.arange(len(others)), mx.array(others)].tolist()
+    params = SamplingParams(max_tokens=len(others) + 2, forced=tuple(others), logprobs=1)
+    bench = Bench(checkpoint, tokenizer, [2, 4], max_batch_size=4)
+    bench.engine.add(Request(0, [first], params))
+    bench.engine.add(Request(1, prompt_of(1, 7), SamplingParams(max_tokens=9, temp=1.0, seed=3)))
+    bench.engine.add(Request(2, [first], params, Resume(others[:4], 0)))
+    told = list(bench.engine.run())
+    bench.note(told)
+    assert bench.tokens[0][: len(others)] == others and bench.tokens[2][: len(others) - 4] == others[4:]
+    assert bench.tokens[0][len(others) :] == alone(folder, tokenizer, tokens, 2)
+    found = [output.logprobs.chosen for output in told if output.request_id == 0 and output.logprobs]
+    assert found[: len(others)] == pytest.approx(wanted, abs=1e-3)
+    with pytest.raises(UserError, match="the prompt has 5,001 tokens"):
+        ask(bench, 3, [9], forced=(9,) * 5000)
+
+
 def test_an_answer_does_not_end_too_soon(checkpoint: Checkpoint, tokenizer: TokenizerWrapper) -> None:
     """End tokens wait for `min_tokens`, also behind an answer that goes on elsewhere; a grammar's end doesn't."""
     bench = Bench(checkpoint, tokenizer, [2, 4], max_batch_size=4)

@@ -91,6 +91,7 @@ def test_hints_and_neutral_values_change_nothing(read: Any, name: str) -> None:
         (chat, {"tools": [{"type": "custom"}]}, "tools", "tools must be a list"),
         (chat, {"tool_choice": "required"}, "tool_choice", "isn't among the tools"),
         (chat, {"reasoning_effort": "huge"}, "reasoning_effort", "reasoning_effort must be one of none"),
+        (completion, {"echo": True, "stop": ["x"]}, "stop", "stop can't stand beside echo"),
         (completion, {"suffix": "end"}, "suffix", 'suffix must be "" here'),
         (completion, {"prompt": ["a", [1]], "top_logprobs": 1}, "top_logprobs", "unknown field"),
         (completion, {"prompt": [[]]}, "prompt", "prompt must be a string, a list of tokens, or a list of such"),

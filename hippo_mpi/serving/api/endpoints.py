@@ -261,6 +261,8 @@ class Api:
         options = StreamOptions.read(body.get("stream_options"), is_stream)
         count = _num_choices(body)
         every = read_prompts(request.url.path, body, model.defaults)
+        if is_stream and every[0].echo:
+            raise FieldError("echo", "echo must be false here, with stream: true")
         if count * len(every) > _MOST_ANSWERS:
             raise FieldError(
                 "prompt", f"n times the number of prompts is at most {_MOST_ANSWERS}, not {count * len(every)}"
@@ -275,7 +277,11 @@ class Api:
         url = request.url.path
         head = AnswerHead(url, model.name, f"{'chatcmpl' if url == CHAT else 'cmpl'}-{request_id(request)}")
         end = partial(self._end, request, head.id, every[0], answers, model)
-        choices = [Choice(asked, prompt, model.tokenizer) for asked, prompt, _ in wanted for _ in range(count)]
+        choices = [
+            Choice(asked, prompt, model.tokenizer, len(once.forced))
+            for asked, prompt, once in wanted
+            for _ in range(count)
+        ]
         if is_stream:
             return EventStream(completion_chunks(head, [answer.outputs() for answer in answers], choices, options), end)
         try:

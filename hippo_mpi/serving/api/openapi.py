@@ -88,6 +88,7 @@ def openapi_object(models: Sequence[str]) -> dict[str, Any]:
                 **_ignored(COMPLETION_IGNORED),
                 "prompt": {"anyOf": [_prompt(), {"type": "array", "items": _prompt(), "minItems": 1}]},
                 "add_special_tokens": {"type": "boolean"},
+                "echo": {"type": "boolean"},
                 "model": model,
                 "stream": {"type": "boolean"},
                 **_choices(),

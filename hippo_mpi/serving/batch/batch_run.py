@@ -81,7 +81,7 @@ class BatchRun:
             self._answers.write(task, None, mistake)
             self._progress.finish_one(is_failed=True)
             return
-        self._running[task.line] = task, Choice(task.asked, prompt, self._tokenizer)
+        self._running[task.line] = task, Choice(task.asked, prompt, self._tokenizer, len(sampling.forced))
 
     def _take(self, output: RequestOutput) -> None:
         task, choice = self._running[output.request_id]

@@ -78,7 +78,6 @@ COMPLETION_IGNORED: dict[str, Ignored] = {
     "stream": _only(False),
     "suffix": _only(""),
     "n": _only(1),
-    "echo": _only(False),
 }
 RESPONSES_IGNORED: dict[str, Ignored] = {
     **_OPENAI,

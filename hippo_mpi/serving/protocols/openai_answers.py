@@ -18,11 +18,16 @@ from hippo_mpi.serving.protocols.openai_requests import CHAT, Asked
 
 @dataclass
 class Choice:
-    """One answer to a request: what came, and what OpenAI calls it."""
+    """One answer to a request: what came, and what OpenAI calls it.
+
+    Args:
+        num_echoed: tokens at its beginning that are the prompt's; one more, the first, isn't among them.
+    """
 
     asked: Asked
     prompt: list[int]
     tokenizer: TokenizerWrapper
+    num_echoed: int = 0
     outputs: list[RequestOutput] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -50,7 +55,8 @@ class Choice:
 
     def whole(self) -> dict[str, Any]:
         """All of it, as fields of a choice."""
-        content: dict[str, Any] = {"text": "".join(output.text for output in self.outputs)}
+        first = self.tokenizer.decode(self.prompt, skip_special_tokens=True) if self.asked.echo else ""
+        content: dict[str, Any] = {"text": first + "".join(output.text for output in self.outputs)}
         if self.asked.url == CHAT:
             message = {"role": "assistant", "content": None if self._reader.num_calls else ""}
             content = {"message": message | _message_fields(self._pieces)}
@@ -62,7 +68,7 @@ class Choice:
             return None
         if self.asked.url == CHAT:
             return _chat_logprobs(outputs, self.tokenizer)
-        return _completion_logprobs(outputs, self.tokenizer, start)
+        return _completion_logprobs(outputs, self.tokenizer, start, self.prompt if self.asked.echo else [])
 
     def _finish_reason(self) -> str | None:
         """An answer that stops after calls waits for their results."""
@@ -139,9 +145,9 @@ def usage_so_far(choice: Choice) -> dict[str, Any]:
 
 def usage_object(choices: Sequence[Choice]) -> dict[str, Any]:
     """Tokens of all choices of a request; those of one prompt share its list of tokens."""
-    first_of_prompt = {id(choice.prompt): choice.outputs[-1].timings for choice in reversed(choices)}.values()
-    prompt = sum(timings.prompt_tokens for timings in first_of_prompt)
-    made = sum(len(choice.outputs[-1].timings.token_ids) for choice in choices)
+    firsts = {id(choice.prompt): choice for choice in reversed(choices)}.values()
+    prompt = sum(choice.outputs[-1].timings.prompt_tokens + choice.num_echoed for choice in firsts)
+    made = sum(len(choice.outputs[-1].timings.token_ids) - choice.num_echoed for choice in choices)
     thought = sum(
         thought_tokens(choice.tokenizer, choice.prompt, choice.outputs[-1].timings.token_ids) for choice in choices
     )
@@ -150,7 +156,7 @@ def usage_object(choices: Sequence[Choice]) -> dict[str, Any]:
         "completion_tokens": made,
         "total_tokens": prompt + made,
         "completion_tokens_details": {"reasoning_tokens": thought},
-        "prompt_tokens_details": {"cached_tokens": sum(timings.cached_tokens for timings in first_of_prompt)},
+        "prompt_tokens_details": {"cached_tokens": sum(choice.outputs[-1].timings.cached_tokens for choice in firsts)},
     }
 
 
@@ -171,13 +177,19 @@ def _chat_logprobs(outputs: Sequence[RequestOutput], tokenizer: TokenizerWrapper
     return {"content": content}
 
 
-def _completion_logprobs(outputs: Sequence[RequestOutput], tokenizer: TokenizerWrapper, start: int) -> dict[str, Any]:
-    """Of a text that begins at a character of the whole answer."""
+def _completion_logprobs(
+    outputs: Sequence[RequestOutput], tokenizer: TokenizerWrapper, start: int, before: list[int]
+) -> dict[str, Any]:
+    """Of a text that begins at a character of the whole answer, behind tokens of which nothing can be said."""
     told = [(o.token, o.logprobs) for o in outputs if o.token is not None and o.logprobs is not None]
-    texts = [tokenizer.decode([token]) for token, _ in told]
+    texts = [tokenizer.decode([token]) for token in (*before, *(token for token, _ in told))]
+    nothing = [None] * len(before)
     return {
         "tokens": texts,
-        "token_logprobs": [logprobs.chosen for _, logprobs in told],
-        "top_logprobs": [{tokenizer.decode([t]): value for t, value in logprobs.top} for _, logprobs in told],
+        "token_logprobs": [*nothing, *(logprobs.chosen for _, logprobs in told)],
+        "top_logprobs": [
+            *nothing,
+            *({tokenizer.decode([t]): value for t, value in logprobs.top} for _, logprobs in told),
+        ],
         "text_offset": [start + len("".join(texts[:i])) for i in range(len(texts))],
     }

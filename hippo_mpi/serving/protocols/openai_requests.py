@@ -21,6 +21,7 @@ from hippo_mpi.serving.protocols.openai_sampling import boolean, read_sampling
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_BESIDE_ECHO = {"max_tokens", "logprobs", "temperature", "top_p", "top_k", "min_p", "seed", "add_special_tokens"}
 _OUR_TEMPLATE_ARGS = {
     "tools", "messages", "conversation", "documents", "tokenize", "chat_template", "add_generation_prompt",
     "continue_final_message", "return_dict", "return_tensors", "padding", "truncation", "max_length",
@@ -41,6 +42,7 @@ class Asked:
     template_args: dict[str, Any] = field(default_factory=dict)
     continues: bool = False  # the last message, or a text that is no message
     add_special_tokens: bool = True  # to a prompt that is text
+    echo: bool = False  # the prompt is told, too, and how likely its tokens are
 
     def within(self, modes: Sequence[str]) -> Asked:
         """The same of a model that is served for some of config.MODES only; without thinking, it is told not to think,
@@ -67,6 +69,8 @@ class Asked:
         """
         prompt = self.encode(tokenizer, chat_format, system)
         sampling = replace(self.sampling, keep_space=self.continues)
+        if self.echo:
+            prompt, sampling = _echoing(prompt, sampling)
         if self.must_call:
             sampling = replace(sampling, grammar=call_grammar(tokenizer, self.tools))
         elif self.tools and sampling.grammar is not None:  # a format is for what is said, and calls may be made instead
@@ -132,9 +136,28 @@ def read_prompts(url: str, body: Any, defaults: SamplingParams) -> list[Asked]:
         return [_read_chat(without_ignored(body, CHAT_IGNORED), defaults)]
     rest = without_ignored(body, COMPLETION_IGNORED)
     prompts = _prompts(rest.pop("prompt", None))
+    echo = boolean("echo", rest.pop("echo", False))
+    if echo:
+        for name in set(rest) - _BESIDE_ECHO:
+            raise FieldError(name, f"{name} can't stand beside echo")
+    tells_only_prompt = echo and type(rest.get("max_tokens")) is int and rest["max_tokens"] == 0
+    if tells_only_prompt:
+        del rest["max_tokens"]
     has_specials = boolean("add_special_tokens", rest.pop("add_special_tokens", True))
     sampling = read_sampling(rest, defaults, is_chat=False)
-    return [Asked(url, sampling, prompt=p, continues=True, add_special_tokens=has_specials) for p in prompts]
+    if tells_only_prompt:
+        sampling = replace(sampling, max_tokens=0)
+    asked = Asked(url, sampling, continues=True, add_special_tokens=has_specials, echo=echo)
+    return [replace(asked, prompt=prompt) for prompt in prompts]
+
+
+def _echoing(prompt: list[int], sampling: SamplingParams) -> tuple[list[int], SamplingParams]:
+    """Make all of a prompt but its first token, of which nothing can be said, the beginning of the answer."""
+    first, *others = prompt
+    if not others and not sampling.max_tokens:
+        raise FieldError("max_tokens", "max_tokens must be at least 1 with echo and a prompt of one token")
+    forced = replace(sampling, forced=tuple(others), max_tokens=len(others) + sampling.max_tokens)
+    return [first], replace(forced, stop_words=(), max_repeats=0)
 
 
 def _read_chat(rest: dict[str, Any], defaults: SamplingParams) -> Asked:

@@ -53,7 +53,7 @@ def request_object(request: Request) -> dict[str, Any]:
 def read_request(found: dict[str, Any]) -> Request:
     sampling, resume = dict(found["sampling"]), found["resume"]
     sampling["logit_bias"] = tuple((token, amount) for token, amount in sampling["logit_bias"])
-    sampling["stop_words"] = tuple(sampling["stop_words"])
+    sampling["stop_words"], sampling["forced"] = tuple(sampling["stop_words"]), tuple(sampling["forced"])
     return Request(
         found["id"], found["prompt"], SamplingParams(**sampling), None if resume is None else Resume(**resume)
     )
