@@ -45,8 +45,8 @@ class FieldError(UserError):
 
 class ContextError(UserError):
     def __init__(self, prompt_tokens: int, max_context: int) -> None:
-        super().__init__(
-            f"the prompt has {prompt_tokens:,} tokens, but the maximum context length is {max_context:,} tokens"
+        super().__init__(  # with words and digits that clients look for
+            f"the prompt has {prompt_tokens} tokens, but this model's maximum context length is {max_context} tokens"
             " (--max-context): make it shorter"
         )
         self.prompt_tokens, self.max_context = prompt_tokens, max_context

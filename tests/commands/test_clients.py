@@ -199,7 +199,7 @@ def test_a_conversation_that_is_too_long(running: Server) -> None:
         answer = post(running, path, body)
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", field)
-        assert "maximum context length is 2,048 tokens" in error["message"]
+        assert "this model's maximum context length is 2048 tokens" in error["message"]
     answer = post(running, MESSAGES, {"max_tokens": 4, "messages": [{"role": "user", "content": text}]})
     assert answer.json()["error"]["message"].startswith("prompt is too long: ")
     assert "tokens > 2048 maximum" in answer.json()["error"]["message"]

@@ -125,7 +125,7 @@ def test_stop_words_and_cached_prompts(running: Server, wanted: str) -> None:
         ({"messages": ASKED, "logit_bias": {"5000": 1}, "stream": True}, "token 5000 is not in the vocabulary"),
         ({"messages": [{"role": "fox", "content": "x"}]}, "role must be one of system, developer, user, assistant"),
         ({"messages": ASKED, "stream_options": {"include_usage": True}}, "stream_options must be"),
-        ({"messages": [{"role": "user", "content": "fox " * 3000}]}, "but the maximum context length is"),
+        ({"messages": [{"role": "user", "content": "fox " * 3000}]}, "but this model's maximum context length is"),
         (
             {"messages": ASKED, "tools": [{"type": "function"}]},
             "tools must be a list of objects with the type function",

@@ -426,7 +426,7 @@ def test_a_prompt_s_tokens_are_as_likely_as_the_model_says(
     assert bench.tokens[0][len(others) :] == alone(folder, tokenizer, tokens, 2)
     found = [output.logprobs.chosen for output in told if output.request_id == 0 and output.logprobs]
     assert found[: len(others)] == pytest.approx(wanted, abs=1e-3)
-    with pytest.raises(UserError, match="the prompt has 5,001 tokens"):
+    with pytest.raises(UserError, match="the prompt has 5001 tokens"):
         ask(bench, 3, [9], forced=(9,) * 5000)
 
 
@@ -453,7 +453,7 @@ def test_what_does_not_fit_waits_or_is_refused(checkpoint: Checkpoint, tokenizer
             ask(bench, 0, [1, wrong, 2], max_tokens=20)
         with pytest.raises(UserError, match=f"token {wrong} is not in the vocabulary"):
             ask(bench, 0, [1, 2], max_tokens=20, logit_bias=((wrong, 1.0),))
-    with pytest.raises(UserError, match="the prompt has 5,000 tokens, but the maximum context length is 5,000"):
+    with pytest.raises(UserError, match="the prompt has 5000 tokens, but this model's maximum context length is 5000"):
         ask(bench, 0, prompt_of(0, 5000), max_tokens=20)
     for number in range(4):
         ask(bench, number, prompt_of(number, 20), max_tokens=10)
