@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -41,11 +40,11 @@ def test_claude_code(run: Run) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_codex(run: Run, running: Server) -> None:
+def test_codex(run: Run, running: Server, model: Path) -> None:
     provider = f'{{name="hippo", base_url="{running.url}/v1", wire_api="responses", env_key="OPENAI_API_KEY"}}'
     ended = run(
         NODE_BIN / "codex", "exec", "--skip-git-repo-check", "-c", "model_provider=hippo", "-c", f"model_providers.hippo={provider}",
-        "-m", os.environ.get("HIPPO_MODEL", "talker"), "Say hello.",
+        "-m", model.name, "Say hello.",
     )  # fmt: skip
     assert ended.stdout.strip() == SENTENCE
     assert "are left out: only functions can be called" in running.running.err
@@ -86,8 +85,10 @@ def test_lm_eval(run: Run, running: Server, model: Path, tmp_path: Path) -> None
 def test_guidellm(run: Run, running: Server, model: Path, tmp_path: Path) -> None:
     """As many tokens as it says, though the model would rather end."""
     run(
-        BIN / "guidellm", "benchmark", "run", "--target", running.url, "--model", model.name, "--processor", model, "--profile",
-        "synchronous", "--max-requests", "3", "--data", "prompt_tokens=20,output_tokens=30", "--output-path", tmp_path / "out.json",
+        BIN / "guidellm", "run", "--backend", f"kind=openai_http,target={running.url},model={model.name}",
+        "--profile", "kind=synchronous", "--constraint", "kind=max_requests,count=3", "--disable-console",
+        "--tokenizer", f"kind=huggingface_auto,model={model}", "--data", "kind=synthetic_text,prompt_tokens=20,output_tokens=30",
+        "--output", f"kind=json,path={tmp_path / 'out.json'}",
     )  # fmt: skip
     found = json.loads((tmp_path / "out.json").read_text())["benchmarks"][0]["metrics"]
     assert found["request_totals"]["successful"] == 3
