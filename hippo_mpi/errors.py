@@ -5,7 +5,9 @@ HippoError                 one clear line for the user, no traceback
 |-- UserError       2      something that was typed or configured
 |   |-- ModelError         the checkpoint can't be used
 |   |-- PlanError          the layers don't fit the ranks or their memory
-|   `-- LaunchError        the ranks don't form one world
+|   |-- LaunchError        the ranks don't form one world
+|   |-- FieldError         a field of a request's body; `field` is its name
+|   `-- ContextError       a prompt that leaves no room for an answer
 `-- RankError       3      a rank failed, fell silent, or lost its link
     `-- DesyncError        a rank got another step than it expected
 """
@@ -51,6 +53,21 @@ class PlanError(UserError):
 
 class LaunchError(UserError):
     pass
+
+
+class FieldError(UserError):
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ContextError(UserError):
+    def __init__(self, prompt_tokens: int, max_context: int) -> None:
+        super().__init__(  # with words and digits that clients look for
+            f"the prompt has {prompt_tokens} tokens, but this model's maximum context length is {max_context} tokens"
+            " (--max-context): make it shorter"
+        )
+        self.prompt_tokens, self.max_context = prompt_tokens, max_context
 
 
 class RankError(HippoError):

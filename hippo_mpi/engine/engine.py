@@ -32,9 +32,9 @@ from hippo_mpi.engine.request import (
 from hippo_mpi.engine.row_check import check_drafting, check_rows
 from hippo_mpi.engine.sampling import Chooser, Drawn, draw
 from hippo_mpi.engine.scheduler import Limits, Scheduler
-from hippo_mpi.engine.text import find_stop
+from hippo_mpi.engine.text import AnswerText, find_stop
 from hippo_mpi.engine.thinking import Thinking
-from hippo_mpi.errors import UserError
+from hippo_mpi.errors import ContextError, UserError
 from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.parallel.worker import Leader
 from hippo_mpi.transport.memory import longest_chunk
@@ -105,9 +105,11 @@ class Engine:
         request = replace(request, sampling=replace(request.sampling, max_tokens=allowed))
         grammar = None if request.sampling.grammar is None else self._grammars.mask(request.sampling.grammar)
         thinking = Thinking(self._tokenizer, request.prompt, request.sampling.max_thinking_tokens)
-        chooser = Chooser(request.sampling, self._special_tokens, self._vocab_size, thinking, grammar)
+        end_tokens = sorted(self._tokenizer.eos_token_ids)
+        chooser = Chooser(request.sampling, self._special_tokens, self._vocab_size, thinking, grammar, end_tokens)
         timings = Timings(prompt_tokens=len(request.prompt))
-        sequence = Sequence(request, list(request.prompt), chooser, self._tokenizer.detokenizer, timings)
+        text = AnswerText(self._tokenizer, request.prompt if request.sampling.keep_space else ())
+        sequence = Sequence(request, list(request.prompt), chooser, text, timings)
         if request.sampling.max_repeats:
             sequence.loops = LoopWatch(request.sampling.max_repeats)
         if request.resume is not None:
@@ -194,7 +196,8 @@ class Engine:
         timings, params = sequence.timings, sequence.request.sampling
         timings.note(token)
         reason: FinishReason | None = None
-        if token in self._tokenizer.eos_token_ids and not params.ignore_eos:
+        is_forced = len(timings.token_ids) <= len(params.forced)
+        if token in self._tokenizer.eos_token_ids and not (params.ignore_eos or is_forced):
             reason = "stop"
         else:
             sequence.detokenizer.add_token(token)
@@ -243,16 +246,13 @@ def check_request(prompt: list[int], sampling: SamplingParams, max_context: int,
     """Raise a UserError for what can never be answered."""
     if not prompt:
         raise UserError("the prompt has no tokens: nothing can follow it")
-    check_context(len(prompt), max_context)
-    for token in (*prompt, *(token for token, _ in sampling.logit_bias)):
+    check_context(len(prompt) + len(sampling.forced), max_context)
+    for token in (*prompt, *sampling.forced, *(token for token, _ in sampling.logit_bias)):
         if not 0 <= token < vocab_size:
             raise UserError(f"token {token} is not in the vocabulary of {vocab_size:,} tokens")
 
 
 def check_context(prompt_tokens: int, max_context: int) -> None:
-    """Raise a UserError if a prompt leaves no room for an answer."""
+    """Raise a ContextError if a prompt leaves no room for an answer."""
     if prompt_tokens >= max_context:
-        raise UserError(
-            f"the prompt has {prompt_tokens:,} tokens, but the context is {max_context:,} (--max-context):"
-            " make it shorter"
-        )
+        raise ContextError(prompt_tokens, max_context)

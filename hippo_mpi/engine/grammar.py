@@ -9,16 +9,22 @@ Legend: V vocabulary.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from hippo_mpi.errors import UserError, install_hint
+from hippo_mpi.errors import FieldError, UserError, install_hint
 
-_COMPACT = {"x-guidance": {"whitespace_flexible": False}}
+_COMPACT = {"whitespace_flexible": False}
+_LENIENT = {"lenient": True}  # warnings instead of an error; `_checked` looks at them
+_NOT_HELD_TO = ('Unimplemented keys: ["uniqueItems"]', "Unknown format: ")
+"""Warnings of llguidance that are only logged: a list may then say something twice (every set[...] of Python has such a
+schema), and a text's format, which JSON Schema itself takes for a remark if it is unknown, isn't looked at."""
 
 
 def json_grammar(schema: dict[str, Any]) -> str:
@@ -28,19 +34,26 @@ def json_grammar(schema: dict[str, Any]) -> str:
         UserError: llguidance isn't installed, or doesn't take the schema.
     """
     make = _library().LLMatcher.grammar_from_json_schema
-    return _checked("response_format", lambda: str(make(schema, defaults={"whitespace_flexible": False})))
+    return _checked("response_format", lambda: str(make(schema, defaults=_COMPACT, overrides=_LENIENT)))
 
 
 def _checked(field: str, make: Callable[[], str]) -> str:
-    """A grammar that llguidance takes; a UserError says what is wrong with it."""
+    """A grammar that llguidance takes; a FieldError says what is wrong with it."""
     try:
         grammar = make()
-        mistake = _library().LLMatcher.validate_grammar(grammar)
+        _, mistakes = _library().LLMatcher.validate_grammar_with_warnings(grammar)
     except (ValueError, TypeError, RecursionError) as error:
-        mistake = str(error)
-    if mistake:
-        raise UserError(f"{field}: {' '.join(mistake.split())[:300]}")
+        mistakes = [str(error)]
+    for mistake in mistakes:
+        if not mistake.startswith(_NOT_HELD_TO):
+            raise FieldError(field, f"{field}: {' '.join(mistake.split())[:300]}")
+        _note_not_held_to(mistake[:100])
     return grammar
+
+
+@lru_cache(maxsize=64)  # once
+def _note_not_held_to(warning: str) -> None:
+    logging.getLogger(__name__).warning("a schema has what answers can't be held to. %s", warning)
 
 
 _NAME, _ARGUMENTS = object(), object()
@@ -64,15 +77,16 @@ def call_grammar(tokenizer: TokenizerWrapper, tools: Sequence[dict[str, Any]], a
     """
     form = next((form for form in _CALL_FORMS if _is_understood(tokenizer, form)), None)
     if form is None:
-        raise UserError(
+        raise FieldError(
+            "tools",
             "calls in this model's format can't be held to a grammar: no tool_choice can force one, and tools can't stand"
-            " beside a response_format"
+            " beside a response_format",
         )
     starts = [f"call_{number}" for number in range(len(tools))]
     rules, others = [], []
     for number, tool in enumerate(tools):
         name = json.dumps(tool["function"]["name"], ensure_ascii=False)[1:-1]
-        schema = {**(tool["function"].get("parameters") or {"type": "object"}), **_COMPACT}
+        schema = {**(tool["function"].get("parameters") or {"type": "object"}), "x-guidance": _COMPACT | _LENIENT}
         pieces = [tokenizer.tool_call_start, *form, tokenizer.tool_call_end]
         written = [
             f"args_{number}" if piece is _ARGUMENTS else _literal(tokenizer, name if piece is _NAME else piece)

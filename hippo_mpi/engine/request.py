@@ -37,6 +37,9 @@ class SamplingParams:
     max_thinking_tokens: int | None = None  # after so many of a thought it is ended; None: never
     max_repeats: int = 0  # times in a row that the same tokens, or line, may come; then the answer ends; 0: any number
     ignore_eos: bool = False  # go on to max_tokens, for measuring
+    min_tokens: int = 0  # before so many no end token is chosen
+    forced: tuple[int, ...] = ()  # with which the answer begins, to learn how likely they are
+    keep_space: bool = False  # with which an answer begins; mlx-lm drops it, but prompt and answer may be one text
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> SamplingParams:

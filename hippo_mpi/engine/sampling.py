@@ -5,11 +5,13 @@ Legend: B rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from hippo_mpi.engine.grammar import GrammarMask
@@ -27,6 +29,7 @@ class Chooser:
         vocab_size: width of the logits.
         thinking: whether the answer is thinking.
         grammar: that the answer must follow when it isn't.
+        end_tokens: which end an answer; unlikely beyond measure before its `min_tokens`.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Chooser:
         vocab_size: int,
         thinking: Thinking,
         grammar: GrammarMask | None = None,
+        end_tokens: Sequence[int] = (),
     ) -> None:
         self.num_logprobs, self._thinking, self._grammar = params.logprobs, thinking, grammar
         self._sampler = make_sampler(
@@ -52,7 +56,11 @@ class Chooser:
             frequency_penalty=params.frequency_penalty,
         )
         self._key = None if params.seed is None or params.temp == 0 else mx.random.key(params.seed % 2**64)
-        self.is_greedy = params.temp == 0 and not (self._processors or grammar or thinking.is_limited)
+        self._num_to_go, self._forced = params.min_tokens, deque(params.forced)
+        ends = np.isin(np.arange(vocab_size), end_tokens)
+        self._against_end = mx.array(np.where(ends, _LEAST, 0.0)) if params.min_tokens else None
+        is_changed = self._processors or grammar or thinking.is_limited or params.min_tokens or params.forced
+        self.is_greedy = params.temp == 0 and not is_changed
 
     @property
     def random_state(self) -> list[int] | None:
@@ -67,6 +75,8 @@ class Chooser:
         """Log-probabilities (1, V) of what follows `tokens`, from logits (1, V)."""
         for processor in self._processors:
             logits = processor(mx.array(tokens), logits)
+        if self._against_end is not None and self._num_to_go > 0:
+            logits = logits + self._against_end.astype(logits.dtype)
         if (forced := self._thinking.forced(logits)) is not None:
             logits = forced
         elif self._grammar is not None and not self._thinking.is_open:
@@ -75,6 +85,9 @@ class Chooser:
 
     def accept(self, token: int) -> None:
         """The answer goes on with this token."""
+        self._num_to_go -= 1
+        if self._forced:
+            self._forced.popleft()
         is_thought = self._thinking.is_open or token == self._thinking.first
         self._thinking.accept(token)
         if self._grammar is not None and not is_thought:
@@ -82,6 +95,8 @@ class Chooser:
 
     def sample(self, logprobs: mx.array) -> mx.array:
         """A token from log-probabilities (1, V): (1,). With a seed, the numbers that mlx_lm.generate draws with it."""
+        if self._forced:
+            return mx.array([self._forced[0]], mx.uint32)
         if self._key is None:
             return cast(mx.array, self._sampler(logprobs))
         # The samplers draw from MLX's one random state: lend it this request's.

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from hippo_mpi.errors import ModelError, UserError, print_traceback
+from hippo_mpi.errors import FieldError, ModelError, UserError, print_traceback
+
+_TOKENS_BEFORE = 8  # of a prompt: enough that they have some text
 
 
 def open_tokenizer(
@@ -80,41 +84,83 @@ class ChatFormat:
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         template_args: dict[str, Any] | None = None,
+        continues: bool = False,
     ) -> list[int]:
         """Tokens of a conversation, ready to be continued by the assistant, who may call `tools`.
 
         Args:
-            template_args: beside those of `chat_template_config`, over which they win.
+            template_args: beside those of `chat_template_config`, over which they win. How much to think is no matter
+                to a model that doesn't think.
+            continues: whether the last message is the beginning of the answer.
 
         Raises:
             UserError: the prompt is empty, or the template doesn't take it, or knows nothing of an argument.
         """
-        if not messages or (messages[-1]["role"] == "user" and not messages[-1]["content"].strip()):
+        if _is_empty(messages):
             raise UserError("the prompt is empty")
-        if tools and (self.ignore_chat_template or not tokenizer.has_tool_calling):
-            raise UserError("tools: this model's chat template has none")
-        template_args = dict(template_args or {})
-        if template_args.get("enable_thinking") is False and not tokenizer.has_thinking:
-            del template_args["enable_thinking"]  # it doesn't think as it is
-        for name in template_args:
-            if self.ignore_chat_template or not _knows(tokenizer, name):
-                raise UserError(f"{name}: this model's chat template has no such argument")
-        if self.ignore_chat_template or not tokenizer.has_chat_template:
-            text = "\n".join(message["content"] for message in messages)
-            return encode(tokenizer, text)
-        options = {**self._options(), **template_args}
-        if self.prefill_response is not None:
-            messages = [*messages, {"role": "assistant", "content": self.prefill_response}]
-            options = {**options, "continue_final_message": True}
-        else:
-            options = {**options, "add_generation_prompt": True}
+        has_template = tokenizer.has_chat_template and not self.ignore_chat_template
+        if tools and not (has_template and tokenizer.has_tool_calling):
+            raise FieldError("tools", "tools: this model's chat template has none")
+        known = {
+            name: value for name, value in (template_args or {}).items() if has_template and _knows(tokenizer, name)
+        }
+        for name in template_args or {}:
+            if name not in known and name not in _HOW_TO_THINK:
+                raise FieldError("chat_template_kwargs", f"{name}: this model's chat template has no such argument")
+        if not has_template:
+            return encode(tokenizer, "\n".join(message["content"] for message in messages))
+        if self.prefill_response is not None and not continues:
+            messages, continues = [*messages, {"role": "assistant", "content": self.prefill_response}], True
+        options = {**self._options(), **known}
+        options["continue_final_message" if continues else "add_generation_prompt"] = True
         if tools:
             options["tools"] = tools
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except Exception as error:  # jinja templates raise whatever they like
+        return encode(tokenizer, _render(tokenizer, messages, options), add_special_tokens=False)
+
+
+_HOW_TO_THINK = {"enable_thinking", "reasoning_effort"}
+_INSTRUCTING = ("system", "developer")
+
+
+def _is_empty(messages: list[dict[str, Any]]) -> bool:
+    """Whether nobody has said anything, but for instructions."""
+    turns = [message for message in messages if message["role"] not in _INSTRUCTING]
+    return not messages or (len(turns) == 1 and turns[0]["role"] == "user" and not turns[0]["content"].strip())
+
+
+def _render(tokenizer: TokenizerWrapper, messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
+    """The text of a conversation.
+
+    Templates differ in what they make of instructions: many know no developer, and take a system message in the first
+    place only. Some raise then, and some say nothing and leave it out. So each is looked for in the text, and if one is
+    missing, all go into the first.
+
+    Raises:
+        UserError: the template doesn't take it.
+    """
+    template = tokenizer.chat_template
+    if not (isinstance(template, str) and "developer" in template):
+        messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+    turns = [place for place, message in enumerate(messages) if message["role"] not in _INSTRUCTING]
+    num_leading = turns[0] if turns else len(messages)
+    messages = [*_merged(messages[:num_leading]), *messages[num_leading:]]
+    later = [message["content"].strip() for message in messages[1:] if message["role"] in _INSTRUCTING]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        if all(instruction in text for instruction in later):
+            return text
+    except Exception as error:  # jinja templates raise whatever they like
+        if not later:
             raise UserError(f"the chat template doesn't take this conversation: {one_line(error)}") from None
-        return encode(tokenizer, text, add_special_tokens=False)
+    instructions = [message for message in messages if message["role"] in _INSTRUCTING]
+    others = [message for message in messages if message["role"] not in _INSTRUCTING]
+    return _render(tokenizer, [*_merged(instructions), *others], options)
+
+
+def _merged(instructions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Instructions as one message, or none."""
+    texts = [message["content"] for message in instructions]
+    return [{**instructions[0], "content": "\n\n".join(texts)}] if instructions else []
 
 
 def _knows(tokenizer: TokenizerWrapper, name: str) -> bool:
@@ -136,6 +182,48 @@ def encode(tokenizer: TokenizerWrapper, text: str, **options: bool) -> list[int]
         return list(tokenizer.encode(text, **options))
     except Exception as error:  # tokenizers raise whatever they like
         raise UserError(f"the tokenizer doesn't take this text: {one_line(error)}") from None
+
+
+class AnswerText:
+    """The text of an answer, as far as its tokens tell it, by mlx-lm's detokenizer.
+
+    Args:
+        before: tokens that the answer goes on from as one text with it. Without them a space at its beginning is
+            dropped, as by mlx-lm.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper, before: Sequence[int] = ()) -> None:
+        self._detokenizer = tokenizer.detokenizer
+        for token in before[-_TOKENS_BEFORE:]:
+            self._detokenizer.add_token(token)
+        self._start = len(self._detokenizer.text)
+        self._end: int | None = None
+
+    @property
+    def text(self) -> str:
+        return str(self._detokenizer.text[self._start : self._end])
+
+    def add_token(self, token: int) -> None:
+        self._detokenizer.add_token(token)
+
+    def finalize(self) -> None:
+        """Nothing comes any more: what was held back is told, but for a character that isn't whole."""
+        whole = len(self._detokenizer.text)
+        self._detokenizer.finalize()
+        self._end = whole + len(self._detokenizer.text[whole:].rstrip("\ufffd"))
+
+
+def token_bytes(tokenizer: TokenizerWrapper, token: int) -> bytes:
+    """What a token stands for; it may be a part of a character."""
+    text = str(tokenizer.decode([token]))
+    if "\ufffd" not in text:
+        return text.encode()
+    piece = str(tokenizer.convert_ids_to_tokens([token])[0])
+    if re.fullmatch("<0x[0-9A-F]{2}>", piece):  # as SentencePiece writes a byte
+        return bytes([int(piece[3:5], 16)])
+    # As GPT-2's tokenizer writes bytes, and many since.
+    byte_of: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
+    return bytes(byte_of[c] for c in piece) if set(piece) <= set(byte_of) else text.encode()
 
 
 def find_stop(text: str, stop_words: tuple[str, ...]) -> tuple[int | None, int]:

@@ -183,7 +183,7 @@ def test_bad_lines_are_told_and_the_rest_goes_on(tmp_path: Path) -> None:
         (b'{"text": "hello"}', "neither prompt, nor messages"),
         (b'["a"]', "not a JSON object"),
         (json.dumps({"prompt": ""}).encode(), "the prompt is empty"),
-        (json.dumps({"prompt": "fox " * 3000}).encode(), "tokens, but the context is"),
+        (json.dumps({"prompt": "fox " * 3000}).encode(), "tokens, but this model's maximum context length is"),
         (json.dumps(good).encode(), ""),
         (b'{"prompt": "a\\ud800b"}', "half of a surrogate pair in a text"),
         (b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}", "not JSON: Exceeds the limit"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -405,6 +406,45 @@ def test_stop_words_and_processors_work_per_row(checkpoint: Checkpoint, tokenize
     assert changed.tokens[2] == [42] * 8
 
 
+def test_a_prompt_s_tokens_are_as_likely_as_the_model_says(
+    folder: Path, checkpoint: Checkpoint, tokenizer: TokenizerWrapper
+) -> None:
+    """Forced tokens, end tokens among them, beside an answer that is sampled; also taken up elsewhere in their midst."""
+    (end,) = tokenizer.eos_token_ids
+    first, *others = tokens = [*prompt_of(3, 6), end, *prompt_of(4, 5)]
+    model, _ = load_model(folder)
+    logits = model(mx.array([tokens]))[0].astype(mx.float32)
+    wanted = (logits - mx.logsumexp(logits, axis=-1, keepdims=True))[mx.arange(len(others)), mx.array(others)].tolist()
+    params = SamplingParams(max_tokens=len(others) + 2, forced=tuple(others), logprobs=1)
+    bench = Bench(checkpoint, tokenizer, [2, 4], max_batch_size=4)
+    bench.engine.add(Request(0, [first], params))
+    bench.engine.add(Request(1, prompt_of(1, 7), SamplingParams(max_tokens=9, temp=1.0, seed=3)))
+    bench.engine.add(Request(2, [first], params, Resume(others[:4], 0)))
+    told = list(bench.engine.run())
+    bench.note(told)
+    assert bench.tokens[0][: len(others)] == others and bench.tokens[2][: len(others) - 4] == others[4:]
+    assert bench.tokens[0][len(others) :] == alone(folder, tokenizer, tokens, 2)
+    found = [output.logprobs.chosen for output in told if output.request_id == 0 and output.logprobs]
+    assert found[: len(others)] == pytest.approx(wanted, abs=1e-3)
+    with pytest.raises(UserError, match="the prompt has 5001 tokens"):
+        ask(bench, 3, [9], forced=(9,) * 5000)
+
+
+def test_an_answer_does_not_end_too_soon(checkpoint: Checkpoint, tokenizer: TokenizerWrapper) -> None:
+    """End tokens wait for `min_tokens`, also behind an answer that goes on elsewhere; a grammar's end doesn't."""
+    bench = Bench(checkpoint, tokenizer, [2, 4], max_batch_size=4)
+    (end,) = tokenizer.eos_token_ids
+    ends = SamplingParams(max_tokens=20, logit_bias=((end, 100.0),))
+    bench.engine.add(Request(0, prompt_of(1, 5), ends))
+    bench.engine.add(Request(1, prompt_of(1, 5), replace(ends, min_tokens=5)))
+    bench.engine.add(Request(2, prompt_of(1, 5), replace(ends, min_tokens=5), Resume([7, 8, 9], 0)))
+    bench.engine.add(Request(3, prompt_of(1, 5), replace(ends, min_tokens=1 << 30)))
+    bench.run()
+    assert [len(bench.tokens[i]) for i in range(4)] == [1, 6, 3, 20]
+    assert [bench.reasons[i] for i in range(4)] == ["stop", "stop", "stop", "length"]
+    assert end not in bench.tokens[3]
+
+
 def test_what_does_not_fit_waits_or_is_refused(checkpoint: Checkpoint, tokenizer: TokenizerWrapper) -> None:
     bench = Bench(checkpoint, tokenizer, [2, 4], max_batch_size=8, cache_tokens=60)
     vocab_size = checkpoint.config["vocab_size"]
@@ -413,7 +453,7 @@ def test_what_does_not_fit_waits_or_is_refused(checkpoint: Checkpoint, tokenizer
             ask(bench, 0, [1, wrong, 2], max_tokens=20)
         with pytest.raises(UserError, match=f"token {wrong} is not in the vocabulary"):
             ask(bench, 0, [1, 2], max_tokens=20, logit_bias=((wrong, 1.0),))
-    with pytest.raises(UserError, match="the prompt has 5,000 tokens, but the context is 5,000"):
+    with pytest.raises(UserError, match="the prompt has 5000 tokens, but this model's maximum context length is 5000"):
         ask(bench, 0, prompt_of(0, 5000), max_tokens=20)
     for number in range(4):
         ask(bench, number, prompt_of(number, 20), max_tokens=10)
@@ -529,8 +569,10 @@ def test_an_answer_follows_its_grammar(checkpoint: Checkpoint, tokenizer: Tokeni
     resume = Resume(bench.tokens[0][:3], sum(len(output.text) for output in told))
     other = Bench(story, words, [12], max_batch_size=4)
     other.engine.add(Request(0, [9, 10, 11], params, resume))
+    other.engine.add(Request(1, [9, 10, 11], replace(params, min_tokens=1 << 30)))
     other.run()
     assert bench.tokens[0][3:] == other.tokens[0]
+    assert bench.tokens[0] == other.tokens[1]  # at the grammar's end there is nothing else to say
     with pytest.raises(UserError, match="response_format: "):
         ask(bench, 2, [9], grammar='{"grammars": [{"lark_grammar": "start: ("}]}')
     with pytest.raises(UserError, match="response_format doesn't work with this model's tokenizer"):

@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from hippo_mpi.engine.request import Request as EngineRequest
 from hippo_mpi.engine.request import SamplingParams, Timings
+from hippo_mpi.serving.api.access import Access
 from hippo_mpi.serving.api.request_log import Answered, RequestLog
 from hippo_mpi.serving.supervision.front import Answer
 
@@ -24,7 +25,10 @@ def line_of(app: Starlette, caplog: pytest.LogCaptureFixture, path: str, **heade
     """Return (level, line) of one request."""
 
     async def ask() -> None:
-        transport = httpx.ASGITransport(RequestLog(app), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(
+            RequestLog(app, Access(()).key_of),
+            raise_app_exceptions=False,
+        )
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             await client.get(path, headers=headers)
 

@@ -13,10 +13,13 @@ from starlette.requests import Request
 _MOST_CLIENTS = 10_000  # buckets that are remembered; beyond that, full ones are forgotten
 
 
-def key_of(request: Request) -> str:
-    """The API key that a request brings, in OpenAI's header or in Anthropic's; empty if none."""
-    headers = request.headers
-    return headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+def _keys_of(request: Request) -> list[str]:
+    """The API keys that a request brings, in OpenAI's header, Anthropic's or Azure's. Some clients fill several, one with
+    a key of somewhere else."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    bearer = key.strip() if scheme.lower() == "bearer" else request.headers.get("authorization", "")
+    found = [bearer, *(request.headers.get(name, "") for name in ("x-api-key", "api-key"))]
+    return [key for key in found if key]
 
 
 @dataclass
@@ -75,10 +78,16 @@ class Access:
 
     def has_key(self, request: Request) -> bool:
         """Whether a request brings a key of ours, or needs none."""
-        given = key_of(request).encode()
+        return not self._keys or any(self._is_ours(key) for key in _keys_of(request))
+
+    def key_of(self, request: Request) -> str:
+        """Return the key that a request brings, ours if there are several; empty if none."""
+        found = _keys_of(request)
+        return next((key for key in found if self._is_ours(key)), found[0] if found else "")
+
+    def _is_ours(self, given: str) -> bool:
         # Every key is compared, in constant time, so that how long it takes says nothing.
-        known = [hmac.compare_digest(given, key.encode()) for key in self._keys]
-        return any(known) or not self._keys
+        return any([hmac.compare_digest(given.encode(), key.encode()) for key in self._keys])
 
     def check_key(self, request: Request) -> None:
         """Raise an HTTPException if a request needs a key and brings none."""
@@ -99,4 +108,4 @@ class Access:
         self._tokens.spend(self._client(request), number)
 
     def _client(self, request: Request) -> str:
-        return key_of(request) if self._keys else (request.client.host if request.client else "")
+        return self.key_of(request) if self._keys else (request.client.host if request.client else "")

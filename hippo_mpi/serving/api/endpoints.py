@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -23,14 +24,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
-from hippo_mpi.errors import RankError, UserError
-from hippo_mpi.serving.api.access import Access, key_of
+from hippo_mpi.errors import FieldError, UserError
+from hippo_mpi.serving.api.access import Access
 from hippo_mpi.serving.api.audit_log import AuditLog, digest, key_id
+from hippo_mpi.serving.api.completion_stream import StreamOptions, completion_chunks
 from hippo_mpi.serving.api.event_stream import EventStream
-from hippo_mpi.serving.api.http_errors import HANDLERS, error_of
+from hippo_mpi.serving.api.http_errors import HANDLERS
 from hippo_mpi.serving.api.metrics import Metrics
 from hippo_mpi.serving.api.openapi import openapi_object
-from hippo_mpi.serving.api.request_log import Answered
+from hippo_mpi.serving.api.request_ids import REQUEST_ID_HEADERS, RequestIds, request_id
+from hippo_mpi.serving.api.request_log import Answered, RequestLog
 from hippo_mpi.serving.protocols.anthropic_messages import (
     COUNT_TOKENS,
     MESSAGES,
@@ -38,20 +41,16 @@ from hippo_mpi.serving.protocols.anthropic_messages import (
     count_body,
     read_messages_body,
 )
-from hippo_mpi.serving.protocols.openai_answers import (
-    Choice,
-    answer_object,
-    chunk_object,
-    first_fields,
-    usage_chunk,
-)
-from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body
+from hippo_mpi.serving.protocols.openai_answers import AnswerHead, Choice, answer_object
+from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body, read_prompts
 from hippo_mpi.serving.protocols.openai_responses import RESPONSES, ResponseAnswer, read_responses_body
+from hippo_mpi.serving.protocols.openai_sampling import boolean
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
 from hippo_mpi.serving.supervision.front import Answer, Front
 
 _T = TypeVar("_T")
 _MOST_CHOICES = 16
+_MOST_ANSWERS = 128  # to all prompts of a request
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,7 @@ class Api:
     ) -> None:
         self._front, self._catalogue, self._access = front, catalogue, access
         self._settings, self._metrics, self._audit = settings, metrics, audit
+        self._started = datetime.now(UTC)
 
     def app(self) -> Starlette:
         def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -106,6 +106,7 @@ class Api:
 
         found = Starlette(
             routes=[
+                Route("/", self._introduce),
                 Route("/health", self._health),
                 Route("/ready", self._ready),
                 Route("/metrics", guarded(self._show_metrics)),
@@ -124,8 +125,14 @@ class Api:
         )
         if self._settings.origins:
             found.add_middleware(
-                CORSMiddleware, allow_origins=self._settings.origins, allow_methods=["*"], allow_headers=["*"]
+                CORSMiddleware,
+                allow_origins=self._settings.origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=REQUEST_ID_HEADERS,
             )
+        found.add_middleware(RequestIds)
+        found.add_middleware(RequestLog, key_of=self._access.key_of)
         return found
 
     # ---- what is asked
@@ -157,14 +164,14 @@ class Api:
             raise HTTPException(404, f"the model {name!r} does not exist; this server has {names}")
         return found
 
-    async def _submit(self, prompt: list[int], sampling: Sequence[SamplingParams], model: ServedModel) -> list[Answer]:
+    async def _submit(self, asked: Sequence[tuple[list[int], SamplingParams]], model: ServedModel) -> list[Answer]:
         """Ask for all or nothing. A model that isn't loaded and wouldn't fit is refused while the present one stays."""
         if model.name != self._front.model and self._front.machines:
             await self._catalogue.plan(model, self._front.machines)
         answers: list[Answer] = []
         try:
-            for one in sampling:
-                answers.append(self._front.submit(prompt, one, model.name))
+            for prompt, sampling in asked:
+                answers.append(self._front.submit(prompt, sampling, model.name))
         except UserError:
             for answer in answers:
                 self._front.abort(answer)
@@ -172,6 +179,11 @@ class Api:
         return answers
 
     # ---- the endpoints
+
+    async def _introduce(self, _: Request) -> Response:
+        """Say what this is, to whom looks whether it is there."""
+        found = {"name": "Hippo MPI", "version": version("hippo-mpi"), "api": "/v1", "openapi": "/openapi.json"}
+        return JSONResponse(found)
 
     async def _health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -199,17 +211,34 @@ class Api:
         return JSONResponse({"model": model.name, "state": self._front.state})
 
     async def _models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [_model_object(name) for name in self._catalogue.names]})
+        """The catalogue, as OpenAI's and as Anthropic's clients read it."""
+        found = [self._model_object(name) for name in self._catalogue.names]
+        ends = {"has_more": False, "first_id": found[0]["id"], "last_id": found[-1]["id"]}
+        return JSONResponse({"object": "list", "data": found, **ends})
 
     async def _model(self, request: Request) -> Response:
-        return JSONResponse(_model_object(self._model_of({"model": request.path_params["model"]}).name))
+        return JSONResponse(self._model_object(self._model_of({"model": request.path_params["model"]}).name))
+
+    def _model_object(self, name: str) -> dict[str, Any]:
+        about = (
+            self._front.about if name == self._front.model else None
+        )  # what isn't loaded may get less than it asks for
+        return {
+            "id": name,
+            "object": "model",
+            "type": "model",
+            "display_name": name,
+            "created": int(self._started.timestamp()),
+            "created_at": self._started.isoformat(timespec="seconds"),
+            "owned_by": "hippo-mpi",
+            "max_model_len": about.max_context if about else None,
+        }
 
     async def _tokenize(self, request: Request) -> Response:
         body = await self._body(request)
         model = self._model_of(body)
-        url = CHAT if "messages" in body else COMPLETION
-        given = {name: body[name] for name in ("messages", "prompt") if name in body}
-        tokens, _ = await self._prepare(read_body(url, given, model.defaults), model)
+        asked = read_body(CHAT if "messages" in body else COMPLETION, body, model.defaults)
+        tokens, _ = await self._prepare(asked, model)
         return JSONResponse({"tokens": tokens, "count": len(tokens)})
 
     async def _count(self, request: Request) -> Response:
@@ -230,21 +259,33 @@ class Api:
         self._access.count_request(request)
         body = await self._body(request)
         model = self._model_of(body)
-        is_stream = _boolean(body.pop("stream", None), "stream")
-        wants_usage = _wants_usage(body.get("stream_options"), is_stream)
-        count = body.pop("n", None)
-        count = 1 if count is None else count
-        if type(count) is not int or not 1 <= count <= _MOST_CHOICES:
-            raise UserError(f"n must be a whole number from 1 to {_MOST_CHOICES}, not {count!r}")
-        asked = read_body(request.url.path, body, model.defaults)
-        prompt, once = await self._prepare(asked, model)
-        sampling = [replace(once, seed=None if once.seed is None else once.seed + index) for index in range(count)]
-        answers = await self._submit(prompt, sampling, model)
-        name = f"{'chatcmpl' if asked.url == CHAT else 'cmpl'}-{secrets.token_hex(12)}"
-        end = partial(self._end, request, name, asked, answers, model)
-        choices = [Choice(asked, prompt, model.tokenizer) for _ in answers]
+        is_stream = _is_stream(body)
+        options = StreamOptions.read(body.get("stream_options"), is_stream)
+        count = _num_choices(body)
+        every = read_prompts(request.url.path, body, model.defaults)
+        if is_stream and every[0].echo:
+            raise FieldError("echo", "echo must be false here, with stream: true")
+        if count * len(every) > _MOST_ANSWERS:
+            raise FieldError(
+                "prompt", f"n times the number of prompts is at most {_MOST_ANSWERS}, not {count * len(every)}"
+            )
+        wanted = [(asked, *await self._prepare(asked, model)) for asked in every]
+        asked_once = [
+            (prompt, replace(once, seed=None if once.seed is None else once.seed + index))
+            for _, prompt, once in wanted
+            for index in range(count)
+        ]
+        answers = await self._submit(asked_once, model)
+        url = request.url.path
+        head = AnswerHead(url, model.name, f"{'chatcmpl' if url == CHAT else 'cmpl'}-{request_id(request)}")
+        end = partial(self._end, request, head.id, every[0], answers, model)
+        choices = [
+            Choice(asked, prompt, model.tokenizer, len(once.forced))
+            for asked, prompt, once in wanted
+            for _ in range(count)
+        ]
         if is_stream:
-            chunks = _chunks(asked, model.name, name, answers, choices, wants_usage)
+            chunks = completion_chunks(head, [answer.outputs() for answer in answers], choices, options)
             return EventStream(chunks, end, partial(self._front.why_waiting, model.name))
         try:
             found = await _unless_gone(request, asyncio.gather(*(_all(answer) for answer in answers)))
@@ -253,18 +294,18 @@ class Api:
         for choice, outputs in zip(choices, found, strict=True):
             for output in outputs:
                 choice.take(output)
-        return JSONResponse(answer_object(model.name, name, choices))
+        return JSONResponse(answer_object(head, choices))
 
     async def _speak(self, dialect: _Dialect, request: Request) -> Response:
         """One answer, in the words of another API."""
         self._access.count_request(request)
         body = await self._body(request)
         model = self._model_of(body)
-        is_stream = _boolean(body.pop("stream", None), "stream")
+        is_stream = _is_stream(body)
         asked = dialect.read(body, model.defaults)
         prompt, sampling = await self._prepare(asked, model)
-        answers = await self._submit(prompt, [sampling], model)
-        name = f"{dialect.prefix}_{secrets.token_hex(12)}"
+        answers = await self._submit([(prompt, sampling)], model)
+        name = f"{dialect.prefix}_{request_id(request)}"
         written = dialect.answer(asked, model.name, name, prompt, model.tokenizer)
         end = partial(self._end, request, name, asked, answers, model)
         if is_stream:
@@ -281,20 +322,22 @@ class Api:
         for answer in answers:
             self._front.abort(answer)
         made = sum(len(answer.timings.token_ids) for answer in answers)
-        self._access.count_tokens(request, len(answers[0].request.prompt) + made)
+        prompts = list({id(answer.request.prompt): answer.request.prompt for answer in answers}.values())
+        num_read = sum(map(len, prompts))
+        self._access.count_tokens(request, num_read + made)
         request.state.answered = Answered(name, model.name, answers)
         if self._audit is None:
             return
-        key = key_of(request)
+        key = self._access.key_of(request)
         given = {k: v for k, v in asdict(asked.sampling).items() if v != getattr(model.defaults, k)}
-        prompt = model.tokenizer.decode(answers[0].request.prompt)
+        prompt = "".join(model.tokenizer.decode(prompt) for prompt in prompts)
         record: dict[str, Any] = {
             "id": name,
             "key": key_id(key) if key else None,
             "model": model.name,
             "endpoint": request.url.path,
             "parameters": given,
-            "prompt_tokens": len(answers[0].request.prompt),
+            "prompt_tokens": num_read,
             "prompt_digest": digest(prompt),
             "choices": [],
         }
@@ -307,52 +350,25 @@ class Api:
         self._audit.write(record)
 
 
-def _model_object(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "hippo-mpi"}
+def _is_stream(body: dict[str, Any]) -> bool:
+    """Whether the answer is to be streamed; taken out of the body."""
+    value = body.pop("stream", None)
+    return value is not None and boolean("stream", value)
+
+
+def _num_choices(body: dict[str, Any]) -> int:
+    """How many answers there are to be to each prompt; taken out of the body."""
+    given = body.pop("n", None)
+    count = 1 if given is None else given
+    if type(count) is not int or not 1 <= count <= _MOST_CHOICES:
+        raise FieldError("n", f"n must be a whole number from 1 to {_MOST_CHOICES}, not {count!r}")
+    if body.get("best_of") == count:  # all of them are told, so nothing is to be chosen
+        del body["best_of"]
+    return count
 
 
 async def _all(answer: Answer) -> list[RequestOutput]:
     return [output async for output in answer.outputs()]
-
-
-async def _chunks(
-    asked: Asked,
-    model: str,
-    name: str,
-    answers: Sequence[Answer],
-    choices: Sequence[Choice],
-    wants_usage: bool,
-) -> AsyncIterator[bytes]:
-    """Server-sent events: every output as it comes, whichever choice it is of."""
-    told: asyncio.Queue[tuple[int, RequestOutput | UserError | RankError]] = asyncio.Queue()
-    tasks = [asyncio.ensure_future(_pass_on(index, answer, told)) for index, answer in enumerate(answers)]
-    try:
-        for index in range(len(answers)):
-            yield _event(chunk_object(asked, model, name, index, first_fields(asked)))
-        running = len(answers)
-        while running:
-            index, output = await told.get()
-            if isinstance(output, Exception):
-                yield _event(error_of(output))
-                return
-            yield _event(chunk_object(asked, model, name, index, choices[index].take(output)))
-            running -= output.finish_reason is not None
-        if wants_usage:
-            yield _event(usage_chunk(asked, model, name, choices))
-        yield b"data: [DONE]\n\n"
-    finally:  # also when the client has gone away
-        for task in tasks:
-            task.cancel()
-
-
-async def _pass_on(
-    index: int, answer: Answer, told: asyncio.Queue[tuple[int, RequestOutput | UserError | RankError]]
-) -> None:
-    try:
-        async for output in answer.outputs():
-            told.put_nowait((index, output))
-    except (UserError, RankError) as error:
-        told.put_nowait((index, error))
 
 
 async def _unless_gone(request: Request, wanted: asyncio.Future[_T]) -> _T:
@@ -374,21 +390,3 @@ async def _unless_gone(request: Request, wanted: asyncio.Future[_T]) -> _T:
         wanted.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):  # it is looked at, or asyncio complains
             await wanted
-
-
-def _event(found: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(found)}\n\n".encode()
-
-
-def _boolean(value: Any, name: str) -> bool:
-    if value not in (None, True, False) or type(value) not in (bool, type(None)):
-        raise UserError(f"{name} must be true or false, not {value!r}")
-    return bool(value)
-
-
-def _wants_usage(options: Any, is_stream: bool) -> bool:
-    if options is None:
-        return False
-    if not is_stream or not isinstance(options, dict) or not set(options) <= {"include_usage"}:
-        raise UserError('stream_options must be {"include_usage": true or false}, with stream: true')
-    return _boolean(options.get("include_usage"), "include_usage")

@@ -9,12 +9,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from hippo_mpi.errors import HippoError, UserError
+from hippo_mpi.errors import ContextError, FieldError, HippoError, UserError
 from hippo_mpi.serving.protocols.anthropic_messages import MESSAGES, messages_error
 from hippo_mpi.serving.protocols.openai_answers import error_object
+from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION
+from hippo_mpi.serving.protocols.openai_responses import RESPONSES
 from hippo_mpi.serving.supervision.front import Overloaded
 
 _RETRY_AFTER_S = 2
+_LONG_FIELDS = {CHAT: "messages", COMPLETION: "prompt", RESPONSES: "input"}
 _ANTHROPIC_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _OPENAI_CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
 
@@ -22,21 +25,34 @@ _OPENAI_CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limi
 def error_of(error: Exception) -> dict[str, Any]:
     """OpenAI's object."""
     kind = "invalid_request_error" if isinstance(error, UserError) else "server_error"
-    return error_object(str(error), kind)
+    code = "context_length_exceeded" if isinstance(error, ContextError) else None
+    return error_object(str(error), kind, code, error.field if isinstance(error, FieldError) else None)
+
+
+def _speaks_anthropic(request: Request) -> bool:
+    return request.url.path.startswith(MESSAGES) or "anthropic-version" in request.headers
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    status, is_starlette_s_own = (
-        error.status_code,
-        error.detail == HTTPStatus(error.status_code).phrase,
-    )  # no such route
-    if request.url.path.startswith(MESSAGES):
+    status, text = error.status_code, error.detail
+    has_no_route = status == 404 and text == HTTPStatus.NOT_FOUND.phrase
+    if has_no_route:
+        meant = _meant(request)
+        text = f"there is no {request.url.path} here; {f'did you mean {meant}?' if meant else '/ says what there is'}"
+    if _speaks_anthropic(request):
         kind = _ANTHROPIC_KINDS.get(status, "invalid_request_error")
-        return JSONResponse(messages_error(Exception(error.detail), kind), status, error.headers)
+        return JSONResponse(messages_error(Exception(text), kind), status, error.headers)
     kind = "rate_limit_error" if status == 429 else "invalid_request_error"
-    code = None if is_starlette_s_own else _OPENAI_CODES.get(status)
-    return JSONResponse(error_object(str(error.detail), kind, code), status, error.headers)
+    code = None if has_no_route else _OPENAI_CODES.get(status)
+    param = "model" if code == "model_not_found" else None
+    return JSONResponse(error_object(text, kind, code, param), status, error.headers)
+
+
+def _meant(request: Request) -> str:
+    """The path of ours that a wrong one ends like: a base URL may lack /v1, or have it twice."""
+    path, paths = request.url.path, [route.path for route in request.app.routes]
+    return next((known for known in paths if known.startswith("/v1/") and path.endswith(known.removeprefix("/v1"))), "")
 
 
 async def _overloaded(request: Request, error: Exception) -> Response:
@@ -45,7 +61,9 @@ async def _overloaded(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    found = messages_error(error) if request.url.path.startswith(MESSAGES) else error_of(error)
+    found = messages_error(error) if _speaks_anthropic(request) else error_of(error)
+    if isinstance(error, ContextError) and "error" in found and "param" in found["error"]:
+        found["error"]["param"] = _LONG_FIELDS.get(request.url.path)
     return JSONResponse(found, 400 if isinstance(error, UserError) else 503)
 
 

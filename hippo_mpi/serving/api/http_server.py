@@ -14,7 +14,6 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hippo_mpi.errors import RankError, UserError
-from hippo_mpi.serving.api.request_log import RequestLog
 from hippo_mpi.serving.logs import ANNOUNCEMENTS
 from hippo_mpi.serving.supervision.front import Front
 
@@ -74,7 +73,7 @@ async def serve_http(app: Starlette, front: Front, address: str, port: int) -> N
     except OSError as error:
         raise UserError(f"can't listen on {address}:{port}: {error.strerror}") from None
     settings = uvicorn.Config(
-        RequestLog(app), http=_DeadlineProtocol, lifespan="off", log_config=None,
+        app, http=_DeadlineProtocol, lifespan="off", log_config=None,
         timeout_keep_alive=_KEEP_ALIVE_S, timeout_graceful_shutdown=2,
         h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
     )  # fmt: skip

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from hippo_mpi.serving.protocols.anthropic_messages import COUNT_TOKENS, MESSAGES
-from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, EFFORTS, ROLES, field_schemas
+from hippo_mpi.serving.protocols.ignored_fields import (
+    CHAT_IGNORED,
+    COMPLETION_IGNORED,
+    MESSAGES_IGNORED,
+    RESPONSES_IGNORED,
+    Ignored,
+)
+from hippo_mpi.serving.protocols.openai_messages import ROLES
+from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, EFFORTS
 from hippo_mpi.serving.protocols.openai_responses import RESPONSES
+from hippo_mpi.serving.protocols.openai_sampling import field_schemas
 
 _Schema = dict[str, Any]
 _TEXT: _Schema = {"type": "string", "minLength": 1}
@@ -41,16 +50,24 @@ def openapi_object(models: Sequence[str]) -> dict[str, Any]:
     """The description of a server of these models."""
     model = {"type": "string", "enum": list(models)}
     asked_of_messages = {
-        "messages": _messages(("user", "assistant")),
+        **_ignored(MESSAGES_IGNORED),
+        "messages": _messages(("user", "assistant", "system")),
         "system": _PARTS,
         "model": model,
         "tools": _tools({"name": _TEXT, "input_schema": {"type": "object"}}),
         "tool_choice": _kinds("auto", "any", "tool", "none"),
         "thinking": _kinds("adaptive", "disabled", "enabled"),
+        "output_config": {
+            "type": "object",
+            "properties": {"effort": {"enum": list(EFFORTS)}, "format": _kinds("json_schema")},
+            "additionalProperties": False,
+        },
+        "output_format": _kinds("json_schema"),
     }
     bodies = {
         CHAT: _body(
             {
+                **_ignored(CHAT_IGNORED),
                 "messages": _messages(ROLES),
                 "model": model,
                 "stream": {"type": "boolean"},
@@ -61,21 +78,34 @@ def openapi_object(models: Sequence[str]) -> dict[str, Any]:
                 "parallel_tool_calls": {"type": "boolean"},
                 "reasoning_effort": {"enum": list(EFFORTS)},
                 "chat_template_kwargs": {"type": "object"},
+                "continue_final_message": {"type": "boolean"},
+                "add_generation_prompt": {"type": "boolean"},
             },
             "messages",
         ),
         COMPLETION: _body(
-            {"prompt": _prompt(), "model": model, "stream": {"type": "boolean"}, **_choices(), **field_schemas(False)},
+            {
+                **_ignored(COMPLETION_IGNORED),
+                "prompt": {"anyOf": [_prompt(), {"type": "array", "items": _prompt(), "minItems": 1}]},
+                "add_special_tokens": {"type": "boolean"},
+                "echo": {"type": "boolean"},
+                "model": model,
+                "stream": {"type": "boolean"},
+                **_choices(),
+                **field_schemas(False),
+            },
             "prompt",
         ),
         RESPONSES: _body(
             {
+                **_ignored(RESPONSES_IGNORED),
                 "input": {"anyOf": [_TEXT, _messages(ROLES)]},
                 "instructions": _TEXT,
                 "model": model,
                 "stream": {"type": "boolean"},
                 **_of(field_schemas(True), "temperature", "top_p"),
-                "tools": _tools({"type": {"const": "function"}, **_FUNCTION["properties"]}),
+                "tools": _tools({"type": {"type": "string"}, **_FUNCTION["properties"]}),
+                "include": {"type": "array", "items": {"type": "string"}},
                 "tool_choice": {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]},
                 "parallel_tool_calls": {"type": "boolean"},
                 "text": {"type": "object", "properties": {"format": {"type": "object", "required": ["type"]}}},
@@ -95,10 +125,23 @@ def openapi_object(models: Sequence[str]) -> dict[str, Any]:
             "max_tokens",
         ),
         COUNT_TOKENS: _body(asked_of_messages, "messages"),
-        "/tokenize": _body({"messages": _messages(ROLES), "prompt": _prompt(), "model": model}),
+        "/tokenize": _body(
+            {
+                **_ignored(CHAT_IGNORED),
+                "messages": _messages(ROLES),
+                "prompt": _prompt(),
+                "model": model,
+                "tools": _tools({"type": {"const": "function"}, "function": _FUNCTION}),
+                "chat_template_kwargs": {"type": "object"},
+                "continue_final_message": {"type": "boolean"},
+                "add_generation_prompt": {"type": "boolean"},
+                "add_special_tokens": {"type": "boolean"},
+            }
+        ),
         "/admin/model": _body({"model": model}, "model"),
     }
     gets = {
+        "/": "What this is.",
         "/health": "Whether the front lives.",
         "/ready": "Whether ranks answer (503 if not), and why not.",
         "/metrics": "For Prometheus.",
@@ -119,7 +162,7 @@ def openapi_object(models: Sequence[str]) -> dict[str, Any]:
 def _operation(path: str, text: str) -> dict[str, Any]:
     responses = {"200": {"description": text or "The answer; with stream: true, server-sent events."}}
     return {
-        "operationId": path.strip("/").replace("/", "_"),
+        "operationId": path.strip("/").replace("/", "_") or "introduce",
         "summary": text or path,
         "security": [{}, {"key": []}],
         "responses": responses | {str(status): {"description": why} for status, why in _ERRORS.items()},
@@ -149,6 +192,10 @@ def _kinds(*names: str) -> _Schema:
 
 def _prompt() -> _Schema:
     return {"anyOf": [_TEXT, {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}]}
+
+
+def _ignored(ignored: Mapping[str, Ignored]) -> dict[str, _Schema]:
+    return {name: one.schema() for name, one in ignored.items()}
 
 
 def _choices() -> dict[str, _Schema]:

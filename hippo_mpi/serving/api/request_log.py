@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hippo_mpi.serving.api.access import key_of
 from hippo_mpi.serving.api.audit_log import key_id
 from hippo_mpi.serving.supervision.front import Answer
 
@@ -29,10 +28,14 @@ class Answered:
 
 
 class RequestLog:
-    """ASGI middleware that logs every request when it has ended, however that was."""
+    """ASGI middleware that logs every request when it has ended, however that was.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    Args:
+        key_of: the key that a request brings; empty if none.
+    """
+
+    def __init__(self, app: ASGIApp, key_of: Callable[[Request], str]) -> None:
+        self._app, self._key_of = app, key_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,7 +58,7 @@ class RequestLog:
             parts.append(f"total {time.perf_counter() - began_s:.2f} s")
             if ids := dict.fromkeys(filter(None, (request_id, answered.id if answered else ""))):
                 parts.append(f"id {_printable('/'.join(ids))}")
-            if key := key_of(Request(scope)):
+            if key := self._key_of(Request(scope)):
                 parts.append(f"key {key_id(key)}")
             _log.log(_level(scope["path"], status, answered), "%s", ", ".join(parts))
 

@@ -12,7 +12,7 @@ from hippo_mpi.engine.text import ChatFormat
 from hippo_mpi.errors import UserError
 from hippo_mpi.serving.batch.answer_file import Answers
 from hippo_mpi.serving.batch.batch_file import Task
-from hippo_mpi.serving.protocols.openai_answers import Choice, answer_object
+from hippo_mpi.serving.protocols.openai_answers import AnswerHead, Choice, answer_object
 from hippo_mpi.serving.terminal.progress import BatchProgress
 
 _REASONS = 3  # of failures, that are told at the end
@@ -85,7 +85,7 @@ class BatchRun:
             self.reasons += [mistake] if len(self.reasons) < _REASONS else []
             self._progress.finish_one(is_failed=True)
             return
-        self._running[task.line] = task, Choice(task.asked, prompt, self._tokenizer)
+        self._running[task.line] = task, Choice(task.asked, prompt, self._tokenizer, len(sampling.forced))
 
     def _take(self, output: RequestOutput) -> None:
         task, choice = self._running[output.request_id]
@@ -93,6 +93,6 @@ class BatchRun:
         self._progress.count(1)
         if output.finish_reason is not None:
             del self._running[output.request_id]
-            name = f"req-{task.line}"
-            self._answers.write(task, answer_object(self._model, name, [choice]))
+            head = AnswerHead(choice.asked.url, self._model, f"req-{task.line}")
+            self._answers.write(task, answer_object(head, [choice]))
             self._progress.finish_one(is_failed=False)

@@ -1,4 +1,5 @@
-"""Anthropic's words for requests and answers (POST /v1/messages). Every field is honoured, refused, or has no effect."""
+"""Anthropic's words for requests and answers (POST /v1/messages). Every field is honoured, refused by name, or in
+ignored_fields.py's table."""
 
 from __future__ import annotations
 
@@ -10,14 +11,17 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings
-from hippo_mpi.errors import HippoError, UserError
+from hippo_mpi.errors import ContextError, FieldError, HippoError, UserError
 from hippo_mpi.serving.protocols.answer_parts import Block, Blocks
-from hippo_mpi.serving.protocols.openai_requests import CHAT, Asked, read_body
+from hippo_mpi.serving.protocols.ignored_fields import MESSAGES_IGNORED, without_ignored
+from hippo_mpi.serving.protocols.openai_requests import CHAT, Asked, read_body, renamed
 
 MESSAGES = "/v1/messages"
 COUNT_TOKENS = f"{MESSAGES}/count_tokens"
-_WITHOUT_EFFECT = {"model", "metadata", "service_tier", "stream"}
-_SAME = {"max_tokens", "temperature", "top_p", "top_k"}
+_SAME = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
+         "stop_sequences": "stop"}  # fmt: skip
+"""OpenAI's names of fields that hold the same."""
+_ROLES = ("user", "assistant", "system")  # the last in the middle of a conversation, too
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -27,23 +31,20 @@ def read_messages_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
     Raises:
         UserError: what is wrong with it, with the name of the field.
     """
-    if body.get("max_tokens") is None:
-        raise UserError("max_tokens: Field required")
-    chat: dict[str, Any] = {}
-    for name, value in body.items():
-        if name in _SAME:
-            chat[name] = value
-        elif name == "stop_sequences":
-            chat["stop"] = value
-        elif name == "tools" and value is not None:
-            chat["tools"] = _tools(value)
-        elif name == "tool_choice" and value is not None:
-            chat |= _tool_choice(value)
-        elif name not in _WITHOUT_EFFECT | {"messages", "system", "thinking"} and value is not None:
-            raise UserError(f"unknown field {name!r}")
-    chat["messages"] = _messages(body.get("messages"), body.get("system"))
-    limit, template_args = _thinking(body.get("thinking"), body["max_tokens"])
-    asked = read_body(CHAT, {**chat, "chat_template_kwargs": template_args}, defaults)
+    rest = without_ignored(body, MESSAGES_IGNORED)
+    if "max_tokens" not in rest:
+        raise FieldError("max_tokens", "max_tokens: Field required")
+    limit, template_args = _thinking(rest.pop("thinking", None), rest["max_tokens"])
+    chat = {_SAME[name]: rest.pop(name) for name in list(rest) if name in _SAME}
+    chat["messages"] = _messages(rest.pop("messages", None), rest.pop("system", None))
+    chat["continue_final_message"] = _is_prefill(chat["messages"])
+    chat["tools"] = _tools(rest.pop("tools", []))
+    chat |= _tool_choice(rest.pop("tool_choice", {"type": "auto"}))
+    chat |= _output(rest.pop("output_config", {}), rest.pop("output_format", None))
+    for name in rest:
+        raise FieldError(name, f"unknown field {name!r}")
+    with renamed({openai_name: name for name, openai_name in _SAME.items()} | {"response_format": "output_config"}):
+        asked = read_body(CHAT, {**chat, "chat_template_kwargs": template_args}, defaults)
     return replace(asked, sampling=replace(asked.sampling, max_thinking_tokens=limit))
 
 
@@ -52,17 +53,51 @@ def count_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
     return read_messages_body({**body, "max_tokens": 1 << 29}, defaults)
 
 
+def _output(config: Any, older_format: Any) -> dict[str, Any]:
+    """How much to think, and a format to be held to."""
+    if not isinstance(config, dict) or set(config) - {"effort", "format"}:
+        raise FieldError("output_config", "output_config takes an effort and a format only")
+    form = older_format if config.get("format") is None else config["format"]
+    found: dict[str, Any] = {"reasoning_effort": config.get("effort")}
+    if form is not None:
+        if not isinstance(form, dict) or form.get("type") != "json_schema":
+            raise FieldError("output_config", "output_config: format must have the type json_schema, and a schema")
+        found["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.get("schema")}}
+    return found
+
+
 def _messages(given: Any, system: Any) -> list[dict[str, Any]]:
     """OpenAI's messages: results of tools are messages of their own."""
     if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
-        raise UserError("messages must be a list of objects with role and content")
+        raise FieldError("messages", "messages must be a list of objects with role and content")
     found: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for message in given:
         role, content = message.get("role"), message.get("content")
-        if role not in ("user", "assistant"):
-            raise UserError(f"messages: role must be user or assistant, not {role!r}")
+        if role not in _ROLES:
+            raise FieldError("messages", f"messages: role must be one of {', '.join(_ROLES)}, not {role!r}")
         found += [{"role": role, "content": content}] if not isinstance(content, list) else _blocks(role, content)
+    return _in_turns(found)
+
+
+def _in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join texts of one role that follow each other, as Anthropic does: many templates want roles to take turns."""
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        last = found[-1] if found else {}
+        texts = [last.get("content"), message["content"]]
+        is_plain = set(last) == set(message) == {"role", "content"} and message["role"] in ("user", "assistant")
+        if is_plain and last["role"] == message["role"] and all(isinstance(text, str) for text in texts):
+            found[-1] = {**message, "content": "\n\n".join(texts)}
+        else:
+            found.append(message)
     return found
+
+
+def _is_prefill(messages: list[dict[str, Any]]) -> bool:
+    """Whether the answer is to go on from a text of the assistant's."""
+    last = messages[-1] if messages else {}
+    text = last.get("content")
+    return last.get("role") == "assistant" and isinstance(text, str) and bool(text.strip()) and "tool_calls" not in last
 
 
 def _blocks(role: str, content: list[Any]) -> list[dict[str, Any]]:
@@ -87,7 +122,9 @@ def _blocks(role: str, content: list[Any]) -> list[dict[str, Any]]:
                 )
             results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result})
         else:
-            raise UserError(f"messages: a message of the {role} can't have a block of the type {kind!r} here")
+            raise FieldError(
+                "messages", f"messages: a message of the {role} can't have a block of the type {kind!r} here"
+            )
     message: dict[str, Any] = {"role": role, "content": "".join(text)}
     if thoughts:
         message["reasoning_content"] = "".join(thoughts)
@@ -100,8 +137,8 @@ def _tools(given: Any) -> list[dict[str, Any]]:
     found = []
     for tool in given if isinstance(given, list) else [None]:
         if not isinstance(tool, dict) or tool.get("type", "custom") not in ("custom", None):
-            raise UserError(
-                "tools must be a list of objects with name and input_schema; the server has none of its own"
+            raise FieldError(
+                "tools", "tools must be a list of objects with name and input_schema; the server has none of its own"
             )
         function = {"name": tool.get("name"), "description": tool.get("description") or ""}
         found.append({"type": "function", "function": {**function, "parameters": tool.get("input_schema")}})
@@ -114,7 +151,7 @@ def _tool_choice(given: Any) -> dict[str, Any]:
     if kind == "tool":
         return {"tool_choice": {"type": "function", "function": {"name": given.get("name")}}, **many}
     if kind not in list(_CHOICES):  # it may be anything, even what has no hash
-        raise UserError(f"tool_choice: type must be auto, any, tool or none, not {kind!r}")
+        raise FieldError("tool_choice", f"tool_choice: type must be auto, any, tool or none, not {kind!r}")
     return {"tool_choice": _CHOICES[kind], **many}
 
 
@@ -126,11 +163,11 @@ def _thinking(given: Any, max_tokens: Any) -> tuple[int | None, dict[str, Any]]:
     if kind == "disabled":
         return None, {"enable_thinking": False}
     if kind != "enabled":
-        raise UserError(f"thinking: type must be enabled, disabled or adaptive, not {kind!r}")
+        raise FieldError("thinking", f"thinking: type must be enabled, disabled or adaptive, not {kind!r}")
     budget = given.get("budget_tokens")
     if type(budget) is not int or type(max_tokens) is not int or not 1 <= budget < max_tokens:
-        raise UserError(
-            f"thinking: budget_tokens must be a whole number from 1 to less than max_tokens, not {budget!r}"
+        raise FieldError(
+            "thinking", f"thinking: budget_tokens must be a whole number from 1 to less than max_tokens, not {budget!r}"
         )
     return budget, {"enable_thinking": True}
 
@@ -214,7 +251,10 @@ def _delta(block: Block, text: str) -> dict[str, Any]:
 def messages_error(error: Exception, kind: str = "") -> dict[str, Any]:
     """An error in Anthropic's shape."""
     kind = kind or ("invalid_request_error" if isinstance(error, UserError) else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+    message = str(error)
+    if isinstance(error, ContextError):  # clients look for these words, and for the numbers
+        message = f"prompt is too long: {error.prompt_tokens} tokens > {error.max_context} maximum; {error}"
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def _usage(timings: Timings) -> dict[str, Any]:

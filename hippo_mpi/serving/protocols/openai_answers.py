@@ -10,6 +10,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.request import RequestOutput
+from hippo_mpi.engine.text import token_bytes
 from hippo_mpi.engine.thinking import thought_tokens
 from hippo_mpi.serving.protocols.answer_parts import Call, Part
 from hippo_mpi.serving.protocols.openai_requests import CHAT, Asked
@@ -17,16 +18,22 @@ from hippo_mpi.serving.protocols.openai_requests import CHAT, Asked
 
 @dataclass
 class Choice:
-    """One answer to a request: what came, and what OpenAI calls it."""
+    """One answer to a request: what came, and what OpenAI calls it.
+
+    Args:
+        num_echoed: tokens at its beginning that are the prompt's; one more, the first, isn't among them.
+    """
 
     asked: Asked
     prompt: list[int]
     tokenizer: TokenizerWrapper
+    num_echoed: int = 0
     outputs: list[RequestOutput] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._reader = self.asked.reader(self.tokenizer, self.prompt)
         self._pieces: list[Part | Call] = []
+        self._num_chars = 0  # of the tokens that were told so far, with their log-probabilities
 
     def take(self, output: RequestOutput) -> dict[str, Any]:
         """What this output adds, as fields of a streamed choice."""
@@ -41,17 +48,27 @@ class Choice:
             for index, call in enumerate(delta.get("tool_calls", []), num_calls):
                 call["index"] = index
             content = {"delta": delta}
-        told = _logprobs(self.asked, [output], self.tokenizer)
+        told = self._logprobs([output], self._num_chars)
+        if told is not None and self.asked.url != CHAT:
+            self._num_chars += len("".join(told["tokens"]))
         return {**content, "logprobs": told, "finish_reason": self._finish_reason()}
 
     def whole(self) -> dict[str, Any]:
         """All of it, as fields of a choice."""
-        content: dict[str, Any] = {"text": "".join(output.text for output in self.outputs)}
+        first = self.tokenizer.decode(self.prompt, skip_special_tokens=True) if self.asked.echo else ""
+        content: dict[str, Any] = {"text": first + "".join(output.text for output in self.outputs)}
         if self.asked.url == CHAT:
             message = {"role": "assistant", "content": None if self._reader.num_calls else ""}
             content = {"message": message | _message_fields(self._pieces)}
-        told = _logprobs(self.asked, self.outputs, self.tokenizer)
+        told = self._logprobs(self.outputs, 0)
         return {**content, "logprobs": told, "finish_reason": self._finish_reason()}
+
+    def _logprobs(self, outputs: Sequence[RequestOutput], start: int) -> dict[str, Any] | None:
+        if self.asked.sampling.logprobs is None:
+            return None
+        if self.asked.url == CHAT:
+            return _chat_logprobs(outputs, self.tokenizer)
+        return _completion_logprobs(outputs, self.tokenizer, start, self.prompt if self.asked.echo else [])
 
     def _finish_reason(self) -> str | None:
         """An answer that stops after calls waits for their results."""
@@ -72,38 +89,65 @@ def _message_fields(pieces: Sequence[Part | Call]) -> dict[str, Any]:
     return found
 
 
-def answer_object(model: str, request_id: str, choices: Sequence[Choice]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class AnswerHead:
+    """What every object of an answer begins with, in a stream each of its chunks.
+
+    Args:
+        url: of the endpoint.
+    """
+
+    url: str
+    model: str
+    id: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def fields(self, is_chunk: bool) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if is_chunk else "chat.completion") if self.url == CHAT else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def answer_object(head: AnswerHead, choices: Sequence[Choice]) -> dict[str, Any]:
     """The chat completion or text completion that its choices amount to."""
     found = [{"index": index, **choice.whole()} for index, choice in enumerate(choices)]
-    kind = "chat.completion" if choices[0].asked.url == CHAT else "text_completion"
-    usage = usage_object(choices)
-    return {**_head(request_id, kind, model), "choices": found, "usage": usage}
+    return {**head.fields(False), "choices": found, "usage": usage_object(choices)}
 
 
-def chunk_object(asked: Asked, model: str, request_id: str, index: int, fields: dict[str, Any]) -> dict[str, Any]:
+def chunk_object(head: AnswerHead, index: int, fields: dict[str, Any]) -> dict[str, Any]:
     """A chunk of a stream: what one choice got."""
-    kind = "chat.completion.chunk" if asked.url == CHAT else "text_completion"
-    return {**_head(request_id, kind, model), "choices": [{"index": index, **fields}]}
+    return {**head.fields(True), "choices": [{"index": index, **fields}]}
 
 
-def first_fields(asked: Asked) -> dict[str, Any]:
+def first_fields(head: AnswerHead) -> dict[str, Any]:
     """How a streamed choice begins."""
     content: dict[str, Any] = {"text": ""}
-    if asked.url == CHAT:
+    if head.url == CHAT:
         content = {"delta": {"role": "assistant", "content": ""}}
     return {**content, "logprobs": None, "finish_reason": None}
 
 
-def usage_chunk(asked: Asked, model: str, request_id: str, choices: Sequence[Choice]) -> dict[str, Any]:
+def says_something(fields: dict[str, Any]) -> bool:
+    """Whether a chunk is worth sending; while a call or a stop word is held back, tokens bring nothing."""
+    return bool(fields.get("text") or fields.get("delta") or fields["logprobs"] or fields["finish_reason"])
+
+
+def usage_chunk(head: AnswerHead, choices: Sequence[Choice]) -> dict[str, Any]:
     """The last chunk of a stream that was asked for its usage."""
-    kind = "chat.completion.chunk" if asked.url == CHAT else "text_completion"
-    return {**_head(request_id, kind, model), "choices": [], "usage": usage_object(choices)}
+    return {**head.fields(True), "choices": [], "usage": usage_object(choices)}
+
+
+def usage_so_far(choice: Choice) -> dict[str, Any]:
+    """Tokens of a choice that goes on."""
+    timings = choice.outputs[-1].timings
+    prompt, made = timings.prompt_tokens, len(timings.token_ids)
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
 
 def usage_object(choices: Sequence[Choice]) -> dict[str, Any]:
-    """Tokens of all choices of a request; they share its prompt."""
-    timings = [choice.outputs[-1].timings for choice in choices]
-    prompt, made = timings[0].prompt_tokens, sum(len(one.token_ids) for one in timings)
+    """Tokens of all choices of a request; those of one prompt share its list of tokens."""
+    firsts = {id(choice.prompt): choice for choice in reversed(choices)}.values()
+    prompt = sum(choice.outputs[-1].timings.prompt_tokens + choice.num_echoed for choice in firsts)
+    made = sum(len(choice.outputs[-1].timings.token_ids) - choice.num_echoed for choice in choices)
     thought = sum(
         thought_tokens(choice.tokenizer, choice.prompt, choice.outputs[-1].timings.token_ids) for choice in choices
     )
@@ -112,28 +156,18 @@ def usage_object(choices: Sequence[Choice]) -> dict[str, Any]:
         "completion_tokens": made,
         "total_tokens": prompt + made,
         "completion_tokens_details": {"reasoning_tokens": thought},
-        "prompt_tokens_details": {"cached_tokens": timings[0].cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": sum(choice.outputs[-1].timings.cached_tokens for choice in firsts)},
     }
 
 
-def error_object(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-def _head(request_id: str, kind: str, model: str) -> dict[str, Any]:
-    return {"id": request_id, "object": kind, "created": int(time.time()), "model": model}
-
-
-def _logprobs(asked: Asked, outputs: Sequence[RequestOutput], tokenizer: TokenizerWrapper) -> dict[str, Any] | None:
-    if asked.sampling.logprobs is None:
-        return None
-    return (_chat_logprobs if asked.url == CHAT else _completion_logprobs)(outputs, tokenizer)
+def error_object(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _chat_logprobs(outputs: Sequence[RequestOutput], tokenizer: TokenizerWrapper) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text = tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": logprob, "bytes": list(token_bytes(tokenizer, token))}
 
     content = []
     for output in outputs:
@@ -143,12 +177,19 @@ def _chat_logprobs(outputs: Sequence[RequestOutput], tokenizer: TokenizerWrapper
     return {"content": content}
 
 
-def _completion_logprobs(outputs: Sequence[RequestOutput], tokenizer: TokenizerWrapper) -> dict[str, Any]:
+def _completion_logprobs(
+    outputs: Sequence[RequestOutput], tokenizer: TokenizerWrapper, start: int, before: list[int]
+) -> dict[str, Any]:
+    """Of a text that begins at a character of the whole answer, behind tokens of which nothing can be said."""
     told = [(o.token, o.logprobs) for o in outputs if o.token is not None and o.logprobs is not None]
-    texts = [tokenizer.decode([token]) for token, _ in told]
+    texts = [tokenizer.decode([token]) for token in (*before, *(token for token, _ in told))]
+    nothing = [None] * len(before)
     return {
         "tokens": texts,
-        "token_logprobs": [logprobs.chosen for _, logprobs in told],
-        "top_logprobs": [{tokenizer.decode([t]): value for t, value in logprobs.top} for _, logprobs in told],
-        "text_offset": [len("".join(texts[:i])) for i in range(len(texts))],
+        "token_logprobs": [*nothing, *(logprobs.chosen for _, logprobs in told)],
+        "top_logprobs": [
+            *nothing,
+            *({tokenizer.decode([t]): value for t, value in logprobs.top} for _, logprobs in told),
+        ],
+        "text_offset": [start + len("".join(texts[:i])) for i in range(len(texts))],
     }

@@ -1,12 +1,14 @@
-"""OpenAI's words for responses (POST /v1/responses). Every field is honoured, refused, or has no effect; nothing is kept
-for a later request."""
+"""OpenAI's words for responses (POST /v1/responses). Every field is honoured, refused by name, or in ignored_fields.py's
+table; nothing is kept for a later request."""
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from typing import Any
 
@@ -14,18 +16,20 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings
 from hippo_mpi.engine.thinking import thought_tokens
-from hippo_mpi.errors import HippoError, UserError
+from hippo_mpi.errors import FieldError, HippoError
 from hippo_mpi.serving.protocols.answer_parts import Block, Blocks
-from hippo_mpi.serving.protocols.openai_requests import CHAT, Asked, read_body
+from hippo_mpi.serving.protocols.ignored_fields import RESPONSES_IGNORED, without_ignored
+from hippo_mpi.serving.protocols.openai_requests import CHAT, Asked, read_body, renamed
 
 RESPONSES = "/v1/responses"
-_WITHOUT_EFFECT = {
-    "model", "metadata", "service_tier", "stream", "store", "user", "safety_identifier", "prompt_cache_key",
-}  # fmt: skip
-_SAME = {"temperature", "top_p", "parallel_tool_calls"}
-_READ = {"input", "instructions", "tools", "tool_choice", "text", "reasoning"}
+_SAME = {"temperature": "temperature", "top_p": "top_p", "parallel_tool_calls": "parallel_tool_calls",
+         "max_output_tokens": "max_tokens"}  # fmt: skip
+"""A chat's names of fields that hold the same."""
+_OTHER_NAMES = {"max_tokens": "max_output_tokens", "messages": "input", "response_format": "text",
+                "reasoning_effort": "reasoning"}  # fmt: skip
+_INCLUDED = "message.output_text.logprobs"  # the rest of what may be included is of tools and thoughts kept elsewhere
+_SUMMARIES = (None, "auto", "concise", "detailed")
 _INCOMPLETE = {"length": "max_output_tokens"}
-_ONLY: dict[str, Any] = {"background": False, "truncation": "disabled", "previous_response_id": None, "include": []}
 
 
 def read_responses_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
@@ -34,22 +38,17 @@ def read_responses_body(body: dict[str, Any], defaults: SamplingParams) -> Asked
     Raises:
         UserError: what is wrong with it, with the name of the field.
     """
-    chat: dict[str, Any] = {}
-    for name, value in body.items():
-        if name in _SAME:
-            chat[name] = value
-        elif name == "max_output_tokens":
-            chat["max_tokens"] = value
-        elif name in _ONLY:
-            if value not in (None, _ONLY[name]):
-                raise UserError(f"{name} must be {_ONLY[name]!r} here, not {value!r}")
-        elif name not in _WITHOUT_EFFECT | _READ and value is not None:
-            raise UserError(f"unknown field {name!r}")
-    chat["messages"] = _messages(body.get("input"), body.get("instructions"))
-    chat["tools"], chat["tool_choice"] = _tools(body.get("tools")), _tool_choice(body.get("tool_choice"))
-    chat["response_format"] = _format(body.get("text"))
-    chat["reasoning_effort"] = _effort(body.get("reasoning"))
-    return read_body(CHAT, chat, defaults)
+    rest = without_ignored(body, RESPONSES_IGNORED)
+    chat = {_SAME[name]: rest.pop(name) for name in list(rest) if name in _SAME}
+    chat["messages"] = _messages(rest.pop("input", None), rest.pop("instructions", None))
+    chat["tools"], chat["tool_choice"] = _tools(rest.pop("tools", [])), _tool_choice(rest.pop("tool_choice", "auto"))
+    chat["response_format"] = _format(rest.pop("text", {}))
+    chat["reasoning_effort"] = _effort(rest.pop("reasoning", {}))
+    _check_included(rest.pop("include", []))
+    for name in rest:
+        raise FieldError(name, f"unknown field {name!r}")
+    with renamed(_OTHER_NAMES):
+        return read_body(CHAT, chat, defaults)
 
 
 def _messages(given: Any, instructions: Any) -> list[dict[str, Any]]:
@@ -57,7 +56,7 @@ def _messages(given: Any, instructions: Any) -> list[dict[str, Any]]:
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
-        raise UserError("input must be a text, or a list of items")
+        raise FieldError("input", "input must be a text, or a list of items")
     found: list[dict[str, Any]] = [] if instructions is None else [{"role": "system", "content": instructions}]
     is_open = False  # whether the last message is an assistant's that goes on
     for item in given:
@@ -71,7 +70,7 @@ def _messages(given: Any, instructions: Any) -> list[dict[str, Any]]:
                 found.append({"role": "assistant", "content": ""})
             _add(found[-1], kind, item)
         else:
-            raise UserError(f"input: there can be no item of the type {kind!r} here")
+            raise FieldError("input", f"input: there can be no item of the type {kind!r} here")
         is_open = found[-1]["role"] == "assistant"
     return found
 
@@ -90,19 +89,36 @@ def _add(message: dict[str, Any], kind: str, item: dict[str, Any]) -> None:
         if not isinstance(parts, list) or not all(
             isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts
         ):
-            raise UserError("input: reasoning must have text")
+            raise FieldError("input", "input: reasoning must have text")
         message["reasoning_content"] = "".join(part["text"] for part in parts)
 
 
 def _tools(given: Any) -> list[dict[str, Any]]:
-    """OpenAI's tools of a chat: here the function's fields stand beside its type."""
+    """OpenAI's tools of a chat: here the function's fields stand beside its type. Others are left out: a client offers
+    them all to whatever model, and has to bear that none is called."""
     found = []
-    for tool in [] if given is None else given if isinstance(given, list) else [None]:
-        if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise UserError("tools must be a list of objects with the type function; the server has none of its own")
+    for tool in given if isinstance(given, list) else [None]:
+        if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
+            raise FieldError("tools", "tools must be a list of objects with a type")
+        if tool["type"] != "function":
+            _note_left_out(tool["type"][:40])
+            continue
         function = {name: tool[name] for name in ("name", "description", "parameters") if tool.get(name) is not None}
         found.append({"type": "function", "function": function})
     return found
+
+
+@lru_cache(maxsize=64)  # once
+def _note_left_out(kind: str) -> None:
+    logging.getLogger(__name__).warning("tools of the type %r are left out: only functions can be called", kind)
+
+
+def _check_included(given: Any) -> None:
+    """Raise a FieldError for what could be included but isn't; of the rest there is nothing here."""
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise FieldError("include", "include must be a list of texts")
+    if _INCLUDED in given:
+        raise FieldError("include", f"include can't have {_INCLUDED!r} here: /v1/chat/completions tells logprobs")
 
 
 def _tool_choice(given: Any) -> Any:
@@ -113,14 +129,8 @@ def _tool_choice(given: Any) -> Any:
 
 def _format(given: Any) -> Any:
     """A chat's response_format."""
-    if given is None:
-        return None
-    if (
-        not isinstance(given, dict)
-        or set(given) - {"format", "verbosity"}
-        or given.get("verbosity", "medium") != "medium"
-    ):
-        raise UserError("text takes a format (text, json_object or json_schema) only")
+    if not isinstance(given, dict) or set(given) - {"format", "verbosity"}:
+        raise FieldError("text", "text takes a format (text, json_object or json_schema) and a verbosity only")
     found = given.get("format")
     if isinstance(found, dict) and found.get("type") == "json_schema":
         return {"type": "json_schema", "json_schema": {"schema": found.get("schema")}}
@@ -128,10 +138,12 @@ def _format(given: Any) -> Any:
 
 
 def _effort(given: Any) -> Any:
-    if given is None:
-        return None
-    if not isinstance(given, dict) or set(given) - {"effort", "summary"} or given.get("summary") not in (None, "auto"):
-        raise UserError("reasoning takes an effort only; thoughts are told as they are, not summarised")
+    """A chat's reasoning_effort. Thoughts are told as they are, whatever summary is wanted."""
+    if not isinstance(given, dict) or set(given) - {"effort", "summary", "generate_summary"}:
+        raise FieldError("reasoning", "reasoning takes an effort and a summary only")
+    for name in ("summary", "generate_summary"):
+        if given.get(name) not in _SUMMARIES:
+            raise FieldError("reasoning", f"reasoning: {name} must be auto, concise or detailed, not {given[name]!r}")
     return given.get("effort")
 
 

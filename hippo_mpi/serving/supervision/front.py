@@ -20,7 +20,7 @@ from typing import Any
 
 from hippo_mpi.engine.engine import check_request
 from hippo_mpi.engine.request import Request, RequestOutput, Resume, SamplingParams, Timings
-from hippo_mpi.errors import RankError, UserError
+from hippo_mpi.errors import ContextError, RankError, UserError
 from hippo_mpi.serving.supervision.rank_link import About, ToldOutput, line_of, read_about, read_output, request_object
 from hippo_mpi.shard.layer_split import Machine
 
@@ -333,7 +333,8 @@ class Front:
         elif "refused" in message:
             answer = self._answers.pop(message["refused"], None)
             if answer is not None:
-                answer.fail(UserError(message["why"]))
+                context = message.get("context")
+                answer.fail(ContextError(*context) if context else UserError(message["why"]))
                 self._forget(answer.request.id)
         elif "beat" in message:
             self.beat = {**message["beat"], "at_s": round(time.monotonic() - self._made_s, 3)}

@@ -1,8 +1,9 @@
 """What the front and rank 0 say to each other: JSON, a line each, over a local socket.
 
     front -> rank 0   {"add": Request}  {"abort": id}
-    rank 0 -> front   {"ready": About}  {"output": RequestOutput}  {"refused": id, "why": text}
-                     {"beat": {"ranks": [status of each], "waiting": requests that no step has begun}}
+    rank 0 -> front   {"ready": About}  {"output": RequestOutput}
+                      {"refused": id, "why": text}, or {"refused": id, "context": [prompt's tokens, most tokens]}
+                      {"beat": {"ranks": [status of each], "waiting": requests that no step has begun}}
 
 Each object is a dataclass's fields. Nothing here is ever executed or unpickled.
 """
@@ -53,7 +54,7 @@ def request_object(request: Request) -> dict[str, Any]:
 def read_request(found: dict[str, Any]) -> Request:
     sampling, resume = dict(found["sampling"]), found["resume"]
     sampling["logit_bias"] = tuple((token, amount) for token, amount in sampling["logit_bias"])
-    sampling["stop_words"] = tuple(sampling["stop_words"])
+    sampling["stop_words"], sampling["forced"] = tuple(sampling["stop_words"]), tuple(sampling["forced"])
     return Request(
         found["id"], found["prompt"], SamplingParams(**sampling), None if resume is None else Resume(**resume)
     )

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hippo_mpi.engine.engine import Engine
-from hippo_mpi.errors import RankError, UserError
+from hippo_mpi.errors import ContextError, RankError, UserError
 from hippo_mpi.parallel.timeline import Timeline
 from hippo_mpi.serving.supervision.rank_link import About, line_of, output_object, read_request
 from hippo_mpi.transport.control import Control
@@ -58,6 +58,8 @@ class RankService:
         request = read_request(message["add"])
         try:
             engine.add(request)
+        except ContextError as error:
+            self._tell(line_of(refused=request.id, context=[error.prompt_tokens, error.max_context]))
         except UserError as error:
             self._tell(line_of(refused=request.id, why=str(error)))
         return True

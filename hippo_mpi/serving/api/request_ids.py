@@ -1,0 +1,38 @@
+"""A name for every request: in the headers of its answer, and in the id of what is answered."""
+
+from __future__ import annotations
+
+import secrets
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+REQUEST_ID_HEADERS = ("x-request-id", "request-id")  # OpenAI's clients look for the first, Anthropic's for the other
+
+
+class RequestIds:
+    """Middleware that names requests, and puts the names into the headers of all answers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        name = secrets.token_hex(12)
+        scope.setdefault("state", {})["request_id"] = name
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                for header in REQUEST_ID_HEADERS:
+                    MutableHeaders(scope=message)[header] = f"req_{name}"
+            await send(message)
+
+        await self._app(scope, receive, send_named)
+
+
+def request_id(request: Request) -> str:
+    """Return what a request is named by."""
+    return str(request.state.request_id)

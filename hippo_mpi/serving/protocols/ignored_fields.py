@@ -1,0 +1,120 @@
+"""Fields of requests that are taken without effect on the answer, one table per API, each with the reason.
+
+Some are hints, of any value. Others say what is done anyway: of these only such values are taken, and any other is
+refused by name, as is a field that no table knows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hippo_mpi.errors import FieldError
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Why a field has no effect, and with which values; None: with any."""
+
+    reason: str
+    values: tuple[Any, ...] | None = None
+
+    def schema(self) -> dict[str, Any]:
+        """The same for OpenAPI."""
+        return {"description": self.reason} | ({} if self.values is None else {"enum": [None, *self.values]})
+
+
+_ENDPOINT = Ignored("read by the endpoint")
+_RECORDS = Ignored("for a provider's records")
+_ROUTE = Ignored("which machines or cache answer; these ranks do, and find prompts that begin alike by themselves")
+_LENGTH = Ignored("how much a model that was trained for it says; no chat template knows it")
+_SPEED = Ignored("makes an answer faster, not another")
+_ALL_TOOLS_ARE_YOURS = Ignored("concerns tools that a provider runs; here there are none")
+_NEUTRAL = Ignored("says what is done anyway")
+
+_OPENAI: dict[str, Ignored] = {
+    "model": _ENDPOINT,
+    **dict.fromkeys(("user", "metadata", "store", "safety_identifier", "request_id", "client_metadata"), _RECORDS),
+    **dict.fromkeys(("service_tier", "prompt_cache_key", "prompt_cache_retention", "cache_prompt", "priority"), _ROUTE),
+}
+"""Of all of OpenAI's endpoints."""
+
+
+def _only(*values: Any, reason: str = _NEUTRAL.reason) -> Ignored:
+    return Ignored(reason, values)
+
+
+_TOKENS: dict[str, Ignored] = {
+    "use_beam_search": _only(False),
+    "best_of": _only(1),
+    "length_penalty": _only(1, 1.0),
+    "skip_special_tokens": _only(True),
+    "spaces_between_special_tokens": _only(True),
+    "include_stop_str_in_output": _only(False),
+    "stop_token_ids": _only([]),
+}
+"""Of vLLM's and others' servers, for clients that send them all."""
+
+CHAT_IGNORED: dict[str, Ignored] = {
+    **_OPENAI,
+    **_TOKENS,
+    "stream_options": _ENDPOINT,
+    "stream": _only(False),
+    "verbosity": _LENGTH,
+    "prediction": _SPEED,
+    "modalities": _only(["text"]),
+    "functions": _only([]),
+    "function_call": _only("none", "auto", reason="without functions there is nothing to call"),
+    "n": _only(1),
+    "add_special_tokens": _only(False, reason="the chat template writes them"),
+    "echo": _only(False),
+}
+COMPLETION_IGNORED: dict[str, Ignored] = {
+    **_OPENAI,
+    **_TOKENS,
+    "stream_options": _ENDPOINT,
+    "stream": _only(False),
+    "suffix": _only(""),
+    "n": _only(1),
+}
+RESPONSES_IGNORED: dict[str, Ignored] = {
+    **_OPENAI,
+    "stream_options": _SPEED,  # its only field is about padding of chunks
+    "max_tool_calls": _ALL_TOOLS_ARE_YOURS,
+    "truncation": _only("disabled", "auto", reason="an input that is too long is refused either way, never cut"),
+    "stream": _only(False),
+    "background": _only(False),
+    "previous_response_id": _only(reason="nothing is kept for a later request"),
+    "top_logprobs": _only(0),
+}
+MESSAGES_IGNORED: dict[str, Ignored] = {
+    **dict.fromkeys(("model", "stream"), _ENDPOINT),
+    **dict.fromkeys(("metadata", "thread", "diagnostics"), _RECORDS),
+    **dict.fromkeys(("service_tier", "inference_geo", "cache_control"), _ROUTE),
+    "speed": _SPEED,
+    "container": _ALL_TOOLS_ARE_YOURS,
+    "mcp_servers": _only([]),
+    "context_management": Ignored("makes room in a conversation that grows too long; here all of it is read"),
+}
+
+
+def without_ignored(body: Mapping[str, Any], ignored: Mapping[str, Ignored]) -> dict[str, Any]:
+    """The fields of a body that may have an effect; null is as good as absent.
+
+    Raises:
+        FieldError: one that is only taken with other values.
+    """
+    found: dict[str, Any] = {}
+    for name, value in body.items():
+        if value is None:
+            continue
+        if name not in ignored:
+            found[name] = value
+            continue
+        values = ignored[name].values
+        if values is not None and not any(type(value) is type(one) and value == one for one in values):
+            taken = " or ".join(json.dumps(one) for one in values or (None,))
+            raise FieldError(name, f"{name} must be {taken} here, not {value!r}")
+    return found

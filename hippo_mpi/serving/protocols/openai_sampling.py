@@ -1,0 +1,168 @@
+"""OpenAI's words for how tokens are chosen: the fields of a body, what they may hold, and what they set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hippo_mpi.engine.grammar import json_grammar
+from hippo_mpi.engine.request import SamplingParams
+from hippo_mpi.errors import FieldError
+
+_MAX_LOGPROBS = 20
+_MAX_TOKENS = 1 << 30
+_MAX_BIAS = 10_000  # OpenAI's is 100; any logit is far below
+_MAX_STOPS, _MAX_STOP_CHARS = 16, 256  # each is looked for in every answer after every token
+
+
+def read_sampling(fields: dict[str, Any], defaults: SamplingParams, is_chat: bool) -> SamplingParams:
+    """Read how tokens are chosen from fields that aren't null.
+
+    Raises:
+        FieldError: one has a value that it can't have, or isn't known.
+    """
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in _FIELDS:
+            target, check = _FIELDS[name]
+            found[target] = check.read(name, value)
+        elif name not in _TOGETHER:
+            raise FieldError(name, f"unknown field {name!r}")
+    found |= {"logprobs": _count_of_logprobs(fields, is_chat)}
+    if "ignore_eos" in fields and boolean("ignore_eos", fields["ignore_eos"]):
+        found["min_tokens"] = _MAX_TOKENS
+    if found.get("min_tokens") and found.get("stop_words"):
+        raise FieldError("min_tokens", "min_tokens and ignore_eos can't stand beside stop")
+    return replace(defaults, **found)
+
+
+_TOGETHER = {"logprobs", "top_logprobs", "ignore_eos"}
+"""Fields that are read together with others."""
+
+
+def _count_of_logprobs(fields: dict[str, Any], is_chat: bool) -> int | None:
+    """How many likeliest tokens are to be told beside the chosen one; None: nothing at all."""
+    wanted, top = fields.get("logprobs", False), fields.get("top_logprobs", 0)
+    if not is_chat:
+        if "top_logprobs" in fields:
+            raise FieldError("top_logprobs", "unknown field 'top_logprobs'")
+        return None if wanted is False else _LOGPROBS.read("logprobs", wanted)
+    top = _LOGPROBS.read("top_logprobs", top)
+    if not boolean("logprobs", wanted):
+        if top:
+            raise FieldError("top_logprobs", "top_logprobs needs logprobs: true")
+        return None
+    return int(top)
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What a field may hold: a reader that raises, and the same as a JSON schema."""
+
+    read: Callable[[str, Any], Any]
+    schema: dict[str, Any]
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Return a field that must be true or false."""
+    if not isinstance(value, bool):
+        raise FieldError(name, f"{name} must be true or false, not {value!r}")
+    return value
+
+
+def _whole(low: int, high: int, neutral: dict[int, Any] | None = None) -> _Check:
+    """Whole numbers; some more may stand for what is done without the field."""
+
+    def check(name: str, value: Any) -> Any:
+        if type(value) is int and value in (neutral or {}):
+            return (neutral or {})[value]
+        if type(value) is not int or not low <= value <= high:
+            raise FieldError(name, f"{name} must be a whole number from {low} to {high}, not {value!r}")
+        return value
+
+    return _Check(check, {"type": "integer", "minimum": min([low, *(neutral or {})]), "maximum": high})
+
+
+def _number(low: float, high: float) -> _Check:
+    def check(name: str, value: Any) -> float:
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise FieldError(name, f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
+        return float(value)
+
+    return _Check(check, {"type": "number", "minimum": low, "maximum": high})
+
+
+def _stop(name: str, value: Any) -> tuple[str, ...]:
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise FieldError(name, f"{name} must be a text or a list of texts")
+    if len(words) > _MAX_STOPS or any(len(word) > _MAX_STOP_CHARS for word in words):
+        raise FieldError(name, f"{name} takes up to {_MAX_STOPS} texts of up to {_MAX_STOP_CHARS} characters")
+    return tuple(word for word in words if word)
+
+
+def _bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    try:
+        found = tuple((int(token), float(amount)) for token, amount in value.items())
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        found = ()
+    if not all(-_MAX_BIAS <= amount <= _MAX_BIAS for _, amount in found) or (value and not found):
+        raise FieldError(name, f"{name} must be an object of tokens and numbers from -{_MAX_BIAS} to {_MAX_BIAS}")
+    return found
+
+
+def _response_format(name: str, value: Any) -> str | None:
+    """The grammar that a format asks for."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return json_grammar({"type": "object"})
+    given = value.get("json_schema") if kind == "json_schema" else None
+    schema = given.get("schema") if isinstance(given, dict) else None
+    if not isinstance(schema, dict):
+        raise FieldError(name, f"{name} must have the type text, json_object, or json_schema with a schema")
+    return json_grammar(schema)
+
+
+_TEXT = {"type": "string", "maxLength": _MAX_STOP_CHARS}
+_LOGPROBS = _whole(0, _MAX_LOGPROBS)
+_FIELDS: dict[str, tuple[str, _Check]] = {
+    "max_tokens": ("max_tokens", _whole(1, _MAX_TOKENS)),
+    "max_completion_tokens": ("max_tokens", _whole(1, _MAX_TOKENS)),
+    "min_tokens": ("min_tokens", _whole(0, _MAX_TOKENS)),
+    "temperature": ("temp", _number(0, 100)),
+    "top_p": ("top_p", _number(0, 1)),
+    "min_p": ("min_p", _number(0, 1)),
+    "top_k": ("top_k", _whole(0, 1 << 30, {-1: 0})),
+    "seed": ("seed", _whole(0, 2**63 - 1, {-1: None})),
+    "stop": (
+        "stop_words",
+        _Check(_stop, {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": _MAX_STOPS}]}),
+    ),
+    "presence_penalty": ("presence_penalty", _number(-2, 2)),
+    "frequency_penalty": ("frequency_penalty", _number(-2, 2)),
+    "repetition_penalty": ("repetition_penalty", _number(0.01, 100)),
+    "logit_bias": (
+        "logit_bias",
+        _Check(
+            _bias,
+            {
+                "type": "object",
+                "propertyNames": {"pattern": "^[0-9]{1,6}$"},
+                "additionalProperties": {"type": "number", "minimum": -_MAX_BIAS, "maximum": _MAX_BIAS},
+            },
+        ),
+    ),
+    "response_format": ("grammar", _Check(_response_format, {"type": "object", "required": ["type"]})),
+    "max_repeats": ("max_repeats", _whole(0, 1 << 30)),
+}
+
+
+def field_schemas(is_chat: bool) -> dict[str, Any]:
+    """JSON schemas of the optional fields of a body, by name."""
+    found = {name: check.schema for name, (_, check) in _FIELDS.items()} | {"ignore_eos": {"type": "boolean"}}
+    if is_chat:
+        return found | {"logprobs": {"type": "boolean"}, "top_logprobs": _LOGPROBS.schema}
+    return found | {"logprobs": _LOGPROBS.schema}
