@@ -13,14 +13,11 @@ Knows ranks and bytes. Must not know models or steps.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import json
 import os
 import queue
-import secrets
 import select
 import socket
-import struct
 import sys
 import threading
 import time
@@ -28,19 +25,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-import mlx.core as mx
-import numpy as np
-
-from hippo_mpi.environment import RUN_KEY as RUN_KEY
 from hippo_mpi.errors import HippoError, RankError, UserError, print_error
+from hippo_mpi.transport.frames import framed, read_frame
+from hippo_mpi.transport.handshake import answer, dial, introduce
 from hippo_mpi.transport.pulse import Pulse
 from hippo_mpi.transport.world import World, deadline
 
 BEAT_S = 0.5
 _SAME_S = 0.5  # what is wrong with options or a model, every rank may find: rank 0 says it first, without a rank's name
-_CARD_BYTES = 512
-_LENGTH = struct.Struct("<I")
-_MAX_FRAME_BYTES = 1 << 24
 
 
 @dataclass
@@ -141,7 +133,7 @@ class Control:
     def announce(self, header: bytes) -> None:
         """Tell the next rank what message comes. Small, so it doesn't block."""
         try:
-            self._next.sendall(_LENGTH.pack(len(header)) + header)
+            self._next.sendall(framed(header))
         except OSError as error:
             self._lost((self.world.rank + 1) % self.world.size, str(error))
 
@@ -149,7 +141,7 @@ class Control:
         """Sleep until the rank before announces a message. The watch thread keeps the deadline."""
         before = (self.world.rank - 1) % self.world.size
         try:
-            frame = _read_frame(self._previous)
+            frame = read_frame(self._previous)
         except OSError as error:
             self._lost(before, str(error))
         if frame is None:
@@ -169,16 +161,16 @@ class Control:
         listener = socket.create_server((world.address if world.backend == "ring" else "", 0), backlog=world.size + 1)
         complaint = f"{world.name} waited {timeout_s:.0f} s for the addresses of the other ranks"
         with deadline(timeout_s, complaint, world.rank):
-            key, addresses = _introduce(world, listener.getsockname()[1])
+            key, addresses = introduce(world, listener.getsockname()[1])
         names = [f"rank {rank} ({who['host']})" for rank, who in enumerate(addresses)]
         successor, predecessor = (world.rank + 1) % world.size, (world.rank - 1) % world.size
         listener.settimeout(timeout_s)
-        self._next = _dial(addresses[successor], world, key, "ring", timeout_s)
+        self._next = dial(addresses[successor], world, key, "ring", timeout_s)
         if world.rank > 0:
-            self._star[0] = _dial(addresses[0], world, key, "star", timeout_s)
+            self._star[0] = dial(addresses[0], world, key, "star", timeout_s)
         expected = {("ring", predecessor)} | ({("star", r) for r in range(1, world.size)} if world.rank == 0 else set())
         while expected:
-            connection, who = _answer(listener, key, world, names)
+            connection, who = answer(listener, key, world, names)
             if who not in expected:
                 connection.close()  # a stranger, or a rank twice
                 continue
@@ -199,7 +191,7 @@ class Control:
             return  # it has closed meanwhile, and the watch thread knows
         try:
             with self._write_lock:
-                connection.sendall(_LENGTH.pack(len(data)) + data)
+                connection.sendall(framed(data))
         except OSError:
             pass  # the watch thread sees the closed connection and says so
 
@@ -238,7 +230,7 @@ class Control:
 
     def _read(self, rank: int, connection: socket.socket) -> None:
         try:
-            frame = _read_frame(connection)
+            frame = read_frame(connection)
         except OSError:
             frame = None
         peer = self._peers[rank]
@@ -308,95 +300,3 @@ class Control:
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
         os._exit(code)
-
-
-def _introduce(world: World, port: int) -> tuple[bytes, list[dict[str, Any]]]:
-    """Exchange addresses over the data plane, which knows no authentication.
-
-    Ranks that were given a key in their environment prove it to each other: each signs its address and what the others
-    have just made up, so that nothing that was heard before can be said again. Otherwise rank 0's key becomes everyone's.
-    """
-    me = {"host": world.host, "address": world.address, "port": port, "pid": os.getpid()}
-    given, made_up = os.environ.get(RUN_KEY, "").encode(), b"".join(_all_gather(world, secrets.token_bytes(32)))
-    secret = {"proof": _signature(given, made_up, world.rank, me)} if given else {"key": secrets.token_hex(16)}
-    cards = [
-        json.loads(data.rstrip())
-        for data in _all_gather(world, json.dumps({**me, **secret}).encode().ljust(_CARD_BYTES))
-    ]
-    for rank, card in enumerate(cards) if given else ():
-        signed = {name: card[name] for name in me}
-        if not hmac.compare_digest(str(card.get("proof")), _signature(given, made_up, rank, signed)):
-            raise RankError(f"{world.name}: rank {rank} ({card['host']}) doesn't know this run's key ({RUN_KEY})")
-    if not given and "key" not in cards[0]:
-        raise RankError(f"{world.name} has no key ({RUN_KEY}), but rank 0 ({cards[0]['host']}) has")
-    return given or bytes.fromhex(cards[0]["key"]), cards
-
-
-def _signature(key: bytes, made_up: bytes, rank: int, card: dict[str, Any]) -> str:
-    return hmac.new(key, made_up + json.dumps([rank, card], sort_keys=True).encode(), "sha256").hexdigest()
-
-
-def _all_gather(world: World, data: bytes) -> list[bytes]:
-    """Every rank's bytes, all of one length, by rank."""
-    gathered = mx.distributed.all_gather(mx.array(list(data), dtype=mx.uint8)[None], group=world.group)
-    try:
-        mx.eval(gathered)
-    except RuntimeError as error:
-        raise RankError(f"lost a rank while exchanging addresses: {error}") from None
-    return [bytes(np.array(row)) for row in gathered]
-
-
-def _proof(key: bytes, kind: str, rank: int) -> str:
-    return hmac.new(key, f"hippo {kind} {rank}".encode(), "sha256").hexdigest()
-
-
-def _dial(who: dict[str, Any], world: World, key: bytes, kind: str, timeout_s: float) -> socket.socket:
-    address = "127.0.0.1" if who["host"] == world.host and world.backend != "ring" else who["address"]
-    try:
-        connection = socket.create_connection((address, who["port"]), timeout_s)
-    except OSError as error:
-        raise RankError(f"no control connection to {who['host']} at {address}:{who['port']}: {error}") from None
-    connection.settimeout(None)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    hello = json.dumps({"kind": kind, "rank": world.rank, "proof": _proof(key, kind, world.rank)}).encode()
-    connection.sendall(_LENGTH.pack(len(hello)) + hello)
-    return connection
-
-
-def _answer(
-    listener: socket.socket, key: bytes, world: World, names: list[str]
-) -> tuple[socket.socket, tuple[str, int]]:
-    """Accept one connection and tell who it is; ("", -1) for a stranger."""
-    try:
-        connection, _ = listener.accept()
-    except TimeoutError:
-        raise RankError(f"{world.name} waited in vain for control connections of {', '.join(names)}") from None
-    connection.settimeout(5.0)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    try:
-        hello = json.loads(_read_frame(connection) or b"{}")
-        kind, rank = str(hello.get("kind")), int(hello.get("rank", -1))
-        known = hmac.compare_digest(str(hello.get("proof")), _proof(key, kind, rank))
-    except (OSError, ValueError, AttributeError):
-        known = False
-    connection.settimeout(None)
-    return connection, (kind, rank) if known else ("", -1)
-
-
-def _read_frame(connection: socket.socket) -> bytes | None:
-    """One length-prefixed frame; None when the connection closed."""
-    head = _read_exactly(connection, _LENGTH.size)
-    if head is None:
-        return None
-    (length,) = _LENGTH.unpack(head)
-    return _read_exactly(connection, length) if length <= _MAX_FRAME_BYTES else None
-
-
-def _read_exactly(connection: socket.socket, count: int) -> bytes | None:
-    data = b""
-    while len(data) < count:
-        piece = connection.recv(count - len(data))
-        if not piece:
-            return None
-        data += piece
-    return data

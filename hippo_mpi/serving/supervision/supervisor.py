@@ -22,11 +22,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hippo_mpi.environment import RUN_KEY
 from hippo_mpi.errors import ForeignError, LaunchError, PlanError, UserError
 from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES
 from hippo_mpi.serving.terminal.progress import TERMINAL
-from hippo_mpi.transport.control import RUN_KEY
 from hippo_mpi.transport.ports import HeldPorts
 
 _log = logging.getLogger(__name__)
