@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ import pytest
 from hippo_mpi.config import BUNDLED_MODEL
 from tests import ranks
 from tests.parity.tiny_models import make_checkpoint
+from tests.unit.test_blueprint import DEEPSEEK_V3
 
 PLAN = str(ranks.BIN / "hippo_mpi.plan")
 GENERATE = str(ranks.BIN / "hippo_mpi.generate")
@@ -104,6 +106,22 @@ def test_plan_from_a_config_alone(command: list[str], tmp_path: Path) -> None:
             shown.append(running.out.splitlines())
     assert [line.split()[:5] for line in shown[1][:-1]] == [line.split()[:5] for line in shown[0]]
     assert shown[1][-1] == f"assumed: {tmp_path} has no weights: sizes are those that config.json describes"
+
+
+def test_a_giant_is_planned_in_little_memory(tmp_path: Path) -> None:
+    """Half of DeepSeek-V3 in 16 bits, from its config: nothing of it may ever be computed."""
+    layers = 30
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3 | {"num_hidden_layers": layers}))
+    told = "import resource, subprocess, sys\nsubprocess.run(sys.argv[1:], check=True)\n"
+    told += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)"
+    machines = [option for number in range(4) for option in ("--machine", f"m{number}:512")]
+    command = [sys.executable, "-c", told, PLAN, "--model", str(tmp_path), *machines, "--json"]
+    with ranks.single(command) as running:
+        assert running.wait() == 0, running.err
+    stages = json.loads(running.out)["plan"]["ranks"]
+    assert [stage["layers"][1] for stage in stages][-1] == layers
+    assert 600e9 < sum(stage["layer_bytes"] + stage["head_bytes"] for stage in stages) < 660e9
+    assert int(running.err) * (1 if sys.platform == "darwin" else 1024) < 1 << 30
 
 
 def test_a_config_alone_is_enough_for_a_plan_only(tmp_path: Path) -> None:
