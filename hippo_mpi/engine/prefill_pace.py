@@ -24,9 +24,10 @@ class PrefillPace:
         self._token_s = 0.0
 
     def note(self, num_tokens: int, took_s: float) -> None:
-        """Learn from a prefill step of `num_tokens` in all its rows."""
+        """Learn from a prefill step of `num_tokens` in all its rows; much shorter ones say little of a token's time."""
+        if num_tokens * _MAX_GROWTH >= self._longest_tokens:
+            self._token_s = took_s / num_tokens
         self._longest_tokens = max(self._longest_tokens, num_tokens)
-        self._token_s = took_s / num_tokens
 
     def limit(self, wanted_tokens: int) -> int:
         """Return how many of `wanted_tokens` the next step may read; at least one."""

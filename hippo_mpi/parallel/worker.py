@@ -245,6 +245,7 @@ class Follower:
         looks = self._stage.flow.looks_at_values
         if looks:
             message.wait()
+            self._progress(f"computing {plan}")  # in the model's own code already
         forward.run(message.arrays)
         outgoing = forward.outgoing
         if outgoing is not None:

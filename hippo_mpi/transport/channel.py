@@ -23,6 +23,7 @@ import mlx.core as mx
 
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.pulse import WAITING
 from hippo_mpi.transport.world import World
 
 _DTYPES = {
@@ -119,8 +120,13 @@ class RingChannel(Channel):
         sending = mx.distributed.send(payload, to, group=self._world.group, stream=self._send_stream)
         mx.async_eval(sending)  # type: ignore[no-untyped-call]
         self._in_flight.append(sending)
-        while len(self._in_flight) > _MAX_SENDS_IN_FLIGHT:
+        if len(self._in_flight) > _MAX_SENDS_IN_FLIGHT:
+            doing = self._control.doing
+            self._control.progress(
+                f"{WAITING} for the next rank to take a message"
+            )  # MLX spins meanwhile, which is no work
             mx.eval(self._in_flight.popleft())
+            self._control.progress(doing)
 
     def receive(self) -> Message:
         frame = self._control.await_announcement()

@@ -80,6 +80,11 @@ class Control:
         self._moved_at = time.monotonic()  # first: the watch thread must not see an old time and "not idle"
         self._pulse.progress(doing)
 
+    @property
+    def doing(self) -> str:
+        """What this rank's main thread does."""
+        return self._pulse.doing
+
     def idle(self) -> None:
         """Nothing is due: no deadline runs until the next `progress`."""
         self._pulse.idle()

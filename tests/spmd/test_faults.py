@@ -118,6 +118,18 @@ def test_killed_while_prefilling(delay_s: float, tmp_path: Path) -> None:
         assert not running[0].out
 
 
+def test_stuck_while_others_send(tmp_path: Path) -> None:
+    """Rank 1 takes nothing any more (its heart beats), and rank 0 spins in a send of MLX's: that is no work."""
+    folder = make_checkpoint("llama-full", tmp_path, overrides={"hidden_size": 768})
+    save_tokenizer(folder)
+    prompt = " ".join(f"w{i % 99}" for i in range(7900))
+    options = [*endless()[1:], "--model", str(folder), "--prompt", prompt, "--ignore-chat-template"]
+    options += ["--prefill-step-size", "64", "--max-context", "8000"]
+    with ranks.ring([[endless()[0], *options], [sys.executable, FAULTY, "hang", *options]]) as running:
+        assert running[0].wait() == 3
+        assert "waiting for the next rank to take a message" in running[0].err
+
+
 def test_stopped_between_turns_of_a_chat() -> None:
     command = [str(ranks.BIN / "hippo_mpi.chat"), "--timeout", str(TIMEOUT_S)]
     with ranks.ring([command] * 2, first_stdin=subprocess.PIPE) as running:

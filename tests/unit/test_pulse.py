@@ -70,8 +70,16 @@ def test_slow_steps_stay_well_under_the_deadline() -> None:
     assert size == 75
     for _ in range(3):  # another program takes the machine
         size = pace.limit(2048)
-        pace.note(size, size * 100)
-    assert size == 1
+        pace.note(size, size * 0.5)
+    assert size == 15
+
+
+def test_a_short_step_says_little() -> None:
+    pace = PrefillPace(deadline_s=30)
+    for num_tokens in (4, 16, 64, 256, 1024, 2048):
+        pace.note(num_tokens, 0.001 * num_tokens)
+    pace.note(1, 0.05)  # the end of a prompt: all of it is overhead
+    assert pace.limit(2048) == 2048
 
 
 def test_without_a_deadline_steps_are_as_long_as_wanted() -> None:
