@@ -122,9 +122,8 @@ class RingChannel(Channel):
         self._in_flight.append(sending)
         if len(self._in_flight) > _MAX_SENDS_IN_FLIGHT:
             doing = self._control.doing
-            self._control.progress(
-                f"{WAITING} for the next rank to take a message"
-            )  # MLX spins meanwhile, which is no work
+            # MLX spins meanwhile, which is no work.
+            self._control.progress(f"{WAITING} for the next rank to take a message")
             mx.eval(self._in_flight.popleft())
             self._control.progress(doing)
 
