@@ -126,26 +126,6 @@ def test_a_draft_model_that_cannot_be(draft: Path, line: str) -> None:
         assert running[0].err.startswith(f"error: {line.format(draft)}") and running[0].err.count("\n") == 1
 
 
-def test_prompt_from_standard_input() -> None:
-    with ranks.single([GENERATE, "--prompt", "-"], stdin=subprocess.PIPE) as running:
-        assert running.process.stdin is not None
-        running.process.stdin.write(DEFAULT_PROMPT.encode())
-        running.process.stdin.close()
-        assert running.wait() == 0
-        assert running.out == reference() + "\n"
-
-
-@pytest.mark.slow
-def test_prompt_from_standard_input_under_mlx_launch() -> None:
-    """mlx.launch copies its input to its ranks, but never its end."""
-    with ranks.single([LAUNCH, *port(), "-n", "2", "--", GENERATE, "--prompt", "-"], stdin=subprocess.PIPE) as running:
-        assert running.process.stdin is not None
-        running.process.stdin.write(DEFAULT_PROMPT.encode())
-        running.process.stdin.close()
-        assert running.wait() == 0
-        assert running.out == reference() + "\n"
-
-
 @pytest.mark.slow
 def test_a_long_prompt_goes_through_in_chunks() -> None:
     prompt = "Tell me a story about a fox. " * 40
