@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from hippo_mpi.errors import ContextError, FieldError, HippoError, UserError
+from hippo_mpi.serving.api.request_ids import id_headers, request_id
 from hippo_mpi.serving.protocols.anthropic_messages import MESSAGES, messages_error
 from hippo_mpi.serving.protocols.openai_answers import error_object
 from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION
@@ -67,6 +68,13 @@ async def _failed(request: Request, error: Exception) -> Response:
     return JSONResponse(found, 400 if isinstance(error, UserError) else 503)
 
 
+async def _broken(request: Request, _: Exception) -> Response:
+    """A mistake of ours, whose traceback is in the log. No middleware sees this answer."""
+    error = HippoError("a mistake of the server's: please report it, with the traceback in its log")
+    found = messages_error(error) if _speaks_anthropic(request) else error_of(error)
+    return JSONResponse(found, 500, id_headers(request_id(request)))
+
+
 async def _gone(_: Request, __: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it
 
@@ -76,4 +84,5 @@ HANDLERS: dict[Any, Any] = {
     Overloaded: _overloaded,
     HippoError: _failed,
     ClientDisconnect: _gone,
+    Exception: _broken,
 }

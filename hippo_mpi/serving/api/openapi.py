@@ -35,6 +35,8 @@ _FUNCTION: _Schema = {
     "required": ["name"],
     "properties": {"name": _TEXT, "description": {"type": "string"}, "parameters": {"type": "object"}},
 }
+_BOOLEAN: _Schema = {"type": "boolean"}
+_CHOICE: _Schema = {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]}
 _ERRORS = {
     400: "The body is wrong: the message names the field.",
     401: "No API key, or an unknown one.",
@@ -48,12 +50,94 @@ _ERRORS = {
 
 def openapi_object(models: Sequence[str]) -> dict[str, Any]:
     """The description of a server of these models."""
-    model = {"type": "string", "enum": list(models)}
-    asked_of_messages = {
+    gets = {
+        "/": "What this is.",
+        "/health": "Whether the front lives.",
+        "/ready": "Whether ranks answer (503 if not), and why not.",
+        "/metrics": "For Prometheus.",
+        "/v1/models": "The catalogue.",
+    }
+    paths: dict[str, Any] = {path: {"get": _operation(path, text)} for path, text in gets.items()}
+    for path, body in _bodies({"type": "string", "enum": list(models)}).items():
+        content = {"application/json": {"schema": body}}
+        paths[path] = {"post": _operation(path, "") | {"requestBody": {"required": True, "content": content}}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Hippo MPI", "version": version("hippo-mpi")},
+        "paths": paths,
+        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+def _bodies(model: _Schema) -> dict[str, _Schema]:
+    """What is posted, by path."""
+    of_messages = _of_messages(model)
+    sampling = _of(field_schemas(True), "max_tokens", "temperature", "top_p", "top_k")
+    stops = {"stop_sequences": field_schemas(True)["stop"]}
+    tokenized = {**_ignored(COMPLETION_IGNORED), **_of_chat(model), "prompt": _prompt(), "add_special_tokens": _BOOLEAN}
+    return {
+        CHAT: _body({**_of_chat(model), **field_schemas(True), **_choices(), "stream": _BOOLEAN}, "messages"),
+        COMPLETION: _body(_of_completion(model), "prompt"),
+        RESPONSES: _body(_of_responses(model), "input"),
+        MESSAGES: _body({**of_messages, **sampling, **stops, "stream": _BOOLEAN}, "messages", "max_tokens"),
+        COUNT_TOKENS: _body(of_messages, "messages"),
+        "/tokenize": _body(tokenized),
+        "/admin/model": _body({"model": model}, "model"),
+    }
+
+
+def _of_chat(model: _Schema) -> dict[str, _Schema]:
+    return {
+        **_ignored(CHAT_IGNORED),
+        "model": model,
+        "messages": _messages(ROLES),
+        "tools": _tools({"type": {"const": "function"}, "function": _FUNCTION}),
+        "tool_choice": _CHOICE,
+        "parallel_tool_calls": _BOOLEAN,
+        "reasoning_effort": {"enum": list(EFFORTS)},
+        "chat_template_kwargs": {"type": "object"},
+        "continue_final_message": _BOOLEAN,
+        "add_generation_prompt": _BOOLEAN,
+    }
+
+
+def _of_completion(model: _Schema) -> dict[str, _Schema]:
+    return {
+        **_ignored(COMPLETION_IGNORED),
+        "model": model,
+        "prompt": {"anyOf": [_prompt(), {"type": "array", "items": _prompt(), "minItems": 1}]},
+        "add_special_tokens": _BOOLEAN,
+        "echo": _BOOLEAN,
+        "stream": _BOOLEAN,
+        **_choices(),
+        **field_schemas(False),
+    }
+
+
+def _of_responses(model: _Schema) -> dict[str, _Schema]:
+    return {
+        **_ignored(RESPONSES_IGNORED),
+        "model": model,
+        "input": {"anyOf": [_TEXT, _messages(ROLES)]},
+        "instructions": _TEXT,
+        "stream": _BOOLEAN,
+        **_of(field_schemas(True), "temperature", "top_p"),
+        "tools": _tools({"type": {"type": "string"}, **_FUNCTION["properties"]}),
+        "include": {"type": "array", "items": {"type": "string"}},
+        "tool_choice": _CHOICE,
+        "parallel_tool_calls": _BOOLEAN,
+        "text": {"type": "object", "properties": {"format": {"type": "object", "required": ["type"]}}},
+        "reasoning": {"type": "object", "properties": {"effort": {"enum": list(EFFORTS)}}},
+        "max_output_tokens": field_schemas(True)["max_tokens"],
+    }
+
+
+def _of_messages(model: _Schema) -> dict[str, _Schema]:
+    return {
         **_ignored(MESSAGES_IGNORED),
+        "model": model,
         "messages": _messages(("user", "assistant", "system")),
         "system": _PARTS,
-        "model": model,
         "tools": _tools({"name": _TEXT, "input_schema": {"type": "object"}}),
         "tool_choice": _kinds("auto", "any", "tool", "none"),
         "thinking": _kinds("adaptive", "disabled", "enabled"),
@@ -63,99 +147,6 @@ def openapi_object(models: Sequence[str]) -> dict[str, Any]:
             "additionalProperties": False,
         },
         "output_format": _kinds("json_schema"),
-    }
-    bodies = {
-        CHAT: _body(
-            {
-                **_ignored(CHAT_IGNORED),
-                "messages": _messages(ROLES),
-                "model": model,
-                "stream": {"type": "boolean"},
-                **_choices(),
-                **field_schemas(True),
-                "tools": _tools({"type": {"const": "function"}, "function": _FUNCTION}),
-                "tool_choice": {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]},
-                "parallel_tool_calls": {"type": "boolean"},
-                "reasoning_effort": {"enum": list(EFFORTS)},
-                "chat_template_kwargs": {"type": "object"},
-                "continue_final_message": {"type": "boolean"},
-                "add_generation_prompt": {"type": "boolean"},
-            },
-            "messages",
-        ),
-        COMPLETION: _body(
-            {
-                **_ignored(COMPLETION_IGNORED),
-                "prompt": {"anyOf": [_prompt(), {"type": "array", "items": _prompt(), "minItems": 1}]},
-                "add_special_tokens": {"type": "boolean"},
-                "echo": {"type": "boolean"},
-                "model": model,
-                "stream": {"type": "boolean"},
-                **_choices(),
-                **field_schemas(False),
-            },
-            "prompt",
-        ),
-        RESPONSES: _body(
-            {
-                **_ignored(RESPONSES_IGNORED),
-                "input": {"anyOf": [_TEXT, _messages(ROLES)]},
-                "instructions": _TEXT,
-                "model": model,
-                "stream": {"type": "boolean"},
-                **_of(field_schemas(True), "temperature", "top_p"),
-                "tools": _tools({"type": {"type": "string"}, **_FUNCTION["properties"]}),
-                "include": {"type": "array", "items": {"type": "string"}},
-                "tool_choice": {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]},
-                "parallel_tool_calls": {"type": "boolean"},
-                "text": {"type": "object", "properties": {"format": {"type": "object", "required": ["type"]}}},
-                "reasoning": {"type": "object", "properties": {"effort": {"enum": list(EFFORTS)}}},
-                "max_output_tokens": field_schemas(True)["max_tokens"],
-            },
-            "input",
-        ),
-        MESSAGES: _body(
-            {
-                **asked_of_messages,
-                "stream": {"type": "boolean"},
-                **_of(field_schemas(True), "max_tokens", "temperature", "top_p", "top_k"),
-                "stop_sequences": field_schemas(True)["stop"],
-            },
-            "messages",
-            "max_tokens",
-        ),
-        COUNT_TOKENS: _body(asked_of_messages, "messages"),
-        "/tokenize": _body(
-            {
-                **_ignored(CHAT_IGNORED),
-                "messages": _messages(ROLES),
-                "prompt": _prompt(),
-                "model": model,
-                "tools": _tools({"type": {"const": "function"}, "function": _FUNCTION}),
-                "chat_template_kwargs": {"type": "object"},
-                "continue_final_message": {"type": "boolean"},
-                "add_generation_prompt": {"type": "boolean"},
-                "add_special_tokens": {"type": "boolean"},
-            }
-        ),
-        "/admin/model": _body({"model": model}, "model"),
-    }
-    gets = {
-        "/": "What this is.",
-        "/health": "Whether the front lives.",
-        "/ready": "Whether ranks answer (503 if not), and why not.",
-        "/metrics": "For Prometheus.",
-        "/v1/models": "The catalogue.",
-    }
-    paths: dict[str, Any] = {path: {"get": _operation(path, text)} for path, text in gets.items()}
-    for path, body in bodies.items():
-        content = {"application/json": {"schema": body}}
-        paths[path] = {"post": _operation(path, "") | {"requestBody": {"required": True, "content": content}}}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "Hippo MPI", "version": version("hippo-mpi")},
-        "paths": paths,
-        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }
 
 

@@ -26,11 +26,15 @@ class RequestIds:
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                for header in REQUEST_ID_HEADERS:
-                    MutableHeaders(scope=message)[header] = f"req_{name}"
+                MutableHeaders(scope=message).update(id_headers(name))
             await send(message)
 
         await self._app(scope, receive, send_named)
+
+
+def id_headers(name: str) -> dict[str, str]:
+    """Return the headers that tell a client the name of its request."""
+    return dict.fromkeys(REQUEST_ID_HEADERS, f"req_{name}")
 
 
 def request_id(request: Request) -> str:

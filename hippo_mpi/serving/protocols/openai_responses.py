@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings
 from hippo_mpi.engine.thinking import thought_tokens
-from hippo_mpi.errors import FieldError, HippoError
+from hippo_mpi.errors import ContextError, FieldError, HippoError
 from hippo_mpi.serving.protocols.answer_parts import Block, Blocks
 from hippo_mpi.serving.protocols.ignored_fields import RESPONSES_IGNORED, without_ignored
 from hippo_mpi.serving.protocols.openai_requests import CHAT, Asked, read_body, renamed
@@ -187,8 +187,15 @@ class ResponseAnswer:
                     whole = self._object(output.timings, output.finish_reason)
                     yield event(whole["status"], response=whole)
         except HippoError as error:
-            found = {"type": "error", "sequence_number": next(numbers), "message": str(error)}
-            yield f"event: error\ndata: {json.dumps({**found, 'code': 'server_error', 'param': None})}\n\n".encode()
+            code = "context_length_exceeded" if isinstance(error, ContextError) else "server_error"
+            found = {
+                "type": "error",
+                "sequence_number": next(numbers),
+                "message": str(error),
+                "code": code,
+                "param": None,
+            }
+            yield f"event: error\ndata: {json.dumps(found)}\n\n".encode()
 
     def _block_events(self, what: str, block: Block, text: str) -> list[tuple[str, dict[str, Any]]]:
         """What a stream says when a block opens, goes on, or closes."""
