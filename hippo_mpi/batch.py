@@ -92,7 +92,14 @@ def answer_all(session: Session) -> int:
         sys.stderr.write("note: rows of this model can't share a step, so requests take turns\n")
     progress = BatchProgress(total, len(answers.done))
     run = BatchRun(
-        engine, tokenizer, chat_format, answers, progress, Path(arguments.model).name, arguments.system_prompt
+        engine,
+        tokenizer,
+        chat_format,
+        answers,
+        progress,
+        Path(arguments.model).name,
+        arguments.system_prompt,
+        session.control.pausing,
     )
     run.run(read_tasks(prompts, defaults), lambda: session.control.progress("reading prompts"))
     if arguments.keep_order:

@@ -88,7 +88,9 @@ def _turn(session: Session, pipeline: Pipeline, conversation: Conversation, inte
     elif line:
         sampling = SamplingParams.from_options(session.arguments)
         try:
-            answer = conversation.say(line.strip(), sampling, write, session.progress, lambda: interrupts.is_stopped)
+            answer = conversation.say(
+                line.strip(), sampling, session.show, session.progress, lambda: interrupts.is_stopped
+            )
         except UserError as error:  # too long, say: the conversation goes on without this turn
             sys.stderr.write(f"error: {error}\n")
             return

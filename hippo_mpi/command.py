@@ -13,6 +13,7 @@ from typing import NoReturn
 from hippo_mpi.config import Parser, run_options
 from hippo_mpi.errors import ForeignError, HippoError, UserError, interrupted, print_error
 from hippo_mpi.parallel.pipeline import Agreement, Pipeline, agree, meet
+from hippo_mpi.serving.terminal.console import write
 from hippo_mpi.serving.terminal.progress import Progress
 from hippo_mpi.shard.checkpoint import ModelSource
 from hippo_mpi.shard.kv_cache import KVSettings
@@ -44,6 +45,11 @@ class Session:
         pipeline = Pipeline(self.world, self.control, self.agreement, self.settings, self.progress.loading)
         self.progress.clear()
         return pipeline
+
+    def show(self, text: str) -> None:
+        """Write to standard output, for as long as its reader takes."""
+        with self.control.pausing():
+            write(text)
 
 
 def follow(session: Session) -> None:

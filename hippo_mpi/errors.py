@@ -58,7 +58,7 @@ class LaunchError(UserError):
 class FieldError(UserError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
-        self.field = field
+        self.field = field.encode("utf-8", "replace").decode()  # a body's own word may hold half a surrogate pair
 
 
 class ContextError(UserError):

@@ -118,7 +118,7 @@ def answer(session: Session) -> int:
         prompt = session.launcher.read_all()
         session.control.progress("loading")
     loaded, conversation = lead(session, prompt)
-    show_text = (lambda text: None) if arguments.json else write
+    show_text = (lambda text: None) if arguments.json else session.show
     result = conversation.say(prompt, SamplingParams.from_options(arguments), show_text, session.progress)
     ranks = loaded.end() or []
     if arguments.json:

@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -88,6 +88,16 @@ class Control:
     def idle(self) -> None:
         """Nothing is due: no deadline runs until the next `progress`."""
         self._pulse.idle()
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Let no deadline run inside: people who read what we write may take their time."""
+        doing = self.doing
+        self.idle()
+        try:
+            yield
+        finally:
+            self.progress(doing)
 
     def fail(self, error: HippoError) -> NoReturn:
         """Tell everyone and end this process. Rank 0 prints."""

@@ -15,7 +15,7 @@ from hippo_mpi.errors import LaunchError
 
 # Below the ports that systems give to outgoing connections, and below mlx.launch's own 32323.
 _FIRST, _LAST = 10_000, 32_000
-_TRIES = 1_000
+_TRIES, _MAX_COUNT = 1_000, 1_000
 _random = random.SystemRandom()  # processes that were forked from one must not draw alike
 
 
@@ -28,6 +28,8 @@ class HeldPorts:
 
     def __init__(self, count: int) -> None:
         self._sockets: list[socket.socket] = []
+        if count > _MAX_COUNT:
+            raise LaunchError(f"{count:,} ranks on this machine are too many: {_MAX_COUNT} at most")
         for _ in range(_TRIES):
             self.first = _random.randrange(_FIRST, _LAST - count)
             try:

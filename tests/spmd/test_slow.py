@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from tests import ranks
 from tests.real_shapes import make_sparse_checkpoint
+from tests.spmd.test_faults import endless
 from tests.tiny_tokenizer import save_tokenizer
 
 TIMEOUT_S = 1
@@ -58,3 +61,23 @@ def test_a_rank_that_is_stuck_in_a_slow_step_is_found(command: list[str], victim
         running[victim].process.send_signal(signal.SIGSTOP)
         assert running[1 - victim].wait(20) == 3
         assert f"rank {victim} (" in running[1 - victim].err
+
+
+_LATE_READER = f"""
+import fcntl, sys, termios, time
+fcntl.fcntl(0, fcntl.F_SETPIPE_SZ, 4096)
+while int.from_bytes(fcntl.ioctl(0, termios.FIONREAD, bytes(4)), "little") < 4000:
+    time.sleep(0.1)
+time.sleep({6 * TIMEOUT_S})
+print(len(sys.stdin.read()))
+"""
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="needs a small pipe")
+def test_a_reader_that_pauses_ends_nothing() -> None:
+    """`... | less`, say: rank 0 waits in a write for several timeouts."""
+    command = endless(TIMEOUT_S)
+    piped = ["bash", "-c", 'set -o pipefail; "${@:3}" | "$1" -c "$2"', "bash", sys.executable, _LATE_READER, *command]
+    with ranks.ring([piped, command]) as running:
+        assert running[0].wait() == 0, running[0].err
+        assert int(running[0].out) > 4096

@@ -7,6 +7,7 @@ import socket
 
 import pytest
 
+from hippo_mpi.errors import LaunchError
 from hippo_mpi.transport import ports
 from hippo_mpi.transport.ports import HeldPorts
 
@@ -45,3 +46,8 @@ def test_a_port_that_is_let_go_is_free() -> None:
         pass
     with socket.socket() as other:
         other.bind(("127.0.0.1", held.first))
+
+
+def test_more_ranks_than_a_machine_takes() -> None:
+    with pytest.raises(LaunchError, match="30,000 ranks"):
+        HeldPorts(30_000)

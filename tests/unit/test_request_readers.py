@@ -216,3 +216,34 @@ def test_schemas_with_what_no_grammar_holds_to(caplog: pytest.LogCaptureFixture)
     for keyword in ({"not": {"type": "string"}}, {"propertyNames": {"pattern": "a"}}, {"uniqueItems": True, "if": {}}):
         with pytest.raises(FieldError, match="response_format: Unimplemented keys"):
             json_grammar(keyword)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"max_tokens": 2, "max_completion_tokens": 9}, {"max_completion_tokens": 9, "max_tokens": 2}]
+)
+def test_the_newer_limit_wins_wherever_it_stands(fields: Any) -> None:
+    assert chat(**fields).sampling.max_tokens == 9
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-39, 1e-300])
+def test_hardly_any_temperature_is_none(temperature: float) -> None:
+    assert chat(temperature=temperature).sampling.temp == 0.0
+
+
+def test_a_continued_answer_has_no_format() -> None:
+    begun = [USER, {"role": "assistant", "content": '{"at": '}]
+    with pytest.raises(FieldError, match="continued") as caught:
+        chat(messages=begun, continue_final_message=True, response_format={"type": "json_object"})
+    assert caught.value.field == "response_format"
+
+
+def test_parts_that_are_no_text_are_refused_whatever_else_they_hold() -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:"}, "text": "a fox"}
+    with pytest.raises(FieldError, match="list of text parts"):
+        chat(messages=[{"role": "user", "content": [part]}])
+
+
+def test_a_field_s_name_can_always_be_told() -> None:
+    with pytest.raises(FieldError) as caught:
+        chat(**{"\ud800": 1})
+    assert caught.value.field == "?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -25,6 +26,7 @@ class BatchRun:
     Args:
         model: the name that answers carry.
         system_prompt: for chats that bring none of their own.
+        pausing: entered while an answer is written, for as long as its reader takes.
     """
 
     def __init__(
@@ -36,11 +38,13 @@ class BatchRun:
         progress: BatchProgress,
         model: str,
         system_prompt: str | None = None,
+        pausing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._engine, self._tokenizer, self._format = engine, tokenizer, chat_format
         self._answers, self._progress, self._model = answers, progress, model
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self._running: dict[int, tuple[Task, Choice]] = {}
+        self._pausing = pausing
         self.reasons: list[str] = []  # the first ones why requests failed
 
     def run(self, tasks: Iterable[Task], on_task: Callable[[], None]) -> None:
@@ -81,7 +85,8 @@ class BatchRun:
             self._engine.add(Request(task.line, prompt, sampling))
         except UserError as error:
             mistake = task.mistake or f"line {task.line}: {error}"
-            self._answers.write(task, None, mistake)
+            with self._pausing():
+                self._answers.write(task, None, mistake)
             self.reasons += [mistake] if len(self.reasons) < _REASONS else []
             self._progress.finish_one(is_failed=True)
             return
@@ -94,5 +99,6 @@ class BatchRun:
         if output.finish_reason is not None:
             del self._running[output.request_id]
             head = AnswerHead(choice.asked.url, self._model, f"req-{task.line}")
-            self._answers.write(task, answer_object(head, [choice]))
+            with self._pausing():
+                self._answers.write(task, answer_object(head, [choice]))
             self._progress.finish_one(is_failed=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from hippo_mpi.errors import FieldError
 
+_PARTS = ("text", "input_text", "output_text", "refusal")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -74,7 +75,7 @@ def _content(value: Any) -> str:
     if isinstance(value, str):
         return value
     parts = value if isinstance(value, list) else [None]
-    texts = [p.get("text", p.get("refusal")) for p in parts if isinstance(p, dict)]
+    texts = [p.get("text", p.get("refusal")) for p in parts if isinstance(p, dict) and p.get("type", "text") in _PARTS]
     found = [text for text in texts if isinstance(text, str)]
     if len(found) < len(parts):
         raise FieldError("messages", "messages: content must be a string or a list of text parts")

@@ -167,6 +167,8 @@ def _read_chat(rest: dict[str, Any], defaults: SamplingParams) -> Asked:
     continues = _continues(rest, messages)
     template_args = _template_args(rest)
     sampling = read_sampling(rest, defaults, is_chat=True)
+    if continues and sampling.grammar is not None:
+        raise FieldError("response_format", "a format can't hold an answer that is continued to its schema")
     return Asked(CHAT, sampling, messages, "", tools, must_call, None if many else 1, template_args, continues)
 
 

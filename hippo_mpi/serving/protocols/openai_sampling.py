@@ -29,6 +29,8 @@ def read_sampling(fields: dict[str, Any], defaults: SamplingParams, is_chat: boo
             found[target] = check.read(name, value)
         elif name not in _TOGETHER:
             raise FieldError(name, f"unknown field {name!r}")
+    if "max_completion_tokens" in fields:  # the newer name wins, wherever it stands
+        found["max_tokens"] = fields["max_completion_tokens"]
     found |= {"logprobs": _count_of_logprobs(fields, is_chat)}
     if "ignore_eos" in fields and boolean("ignore_eos", fields["ignore_eos"]):
         found["min_tokens"] = _MAX_TOKENS
@@ -84,11 +86,13 @@ def _whole(low: int, high: int, neutral: dict[int, Any] | None = None) -> _Check
     return _Check(check, {"type": "integer", "minimum": min([low, *(neutral or {})]), "maximum": high})
 
 
-def _number(low: float, high: float) -> _Check:
+def _number(low: float, high: float, least: float = 0.0) -> _Check:
+    """Numbers; those whose reciprocal float32 can't hold, below `least`, are as good as 0."""
+
     def check(name: str, value: Any) -> float:
         if type(value) not in (int, float) or not low <= value <= high:
             raise FieldError(name, f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
-        return float(value)
+        return float(value) if value >= least else 0.0
 
     return _Check(check, {"type": "number", "minimum": low, "maximum": high})
 
@@ -132,7 +136,7 @@ _FIELDS: dict[str, tuple[str, _Check]] = {
     "max_tokens": ("max_tokens", _whole(1, _MAX_TOKENS)),
     "max_completion_tokens": ("max_tokens", _whole(1, _MAX_TOKENS)),
     "min_tokens": ("min_tokens", _whole(0, _MAX_TOKENS)),
-    "temperature": ("temp", _number(0, 100)),
+    "temperature": ("temp", _number(0, 100, least=1e-6)),
     "top_p": ("top_p", _number(0, 1)),
     "min_p": ("min_p", _number(0, 1)),
     "top_k": ("top_k", _whole(0, 1 << 30, {-1: 0})),
