@@ -16,6 +16,7 @@ from hippo_mpi import command, config
 from hippo_mpi.command import Session
 from hippo_mpi.engine.predicting import LINKS, Link, MeasuredStage, Workload, check_can_time, measure_stage
 from hippo_mpi.engine.scheduler import chunk_tokens
+from hippo_mpi.errors import UserError
 from hippo_mpi.serving.benchmark.simulation_report import (
     prediction_object,
     prediction_table,
@@ -23,6 +24,7 @@ from hippo_mpi.serving.benchmark.simulation_report import (
     read_times,
 )
 from hippo_mpi.shard import pipeline
+from hippo_mpi.shard.blueprint import has_weights
 from hippo_mpi.shard.layer_split import Machine
 from hippo_mpi.transport.memory import longest_chunk
 
@@ -128,6 +130,7 @@ def show_plan(session: Session, simulation: dict[str, Any] | None = None) -> Non
 
 def plan(session: Session) -> int:
     arguments = session.arguments
+    _check(session)
     if not (arguments.json and arguments.simulate):
         show_plan(session)
     if arguments.simulate:
@@ -140,6 +143,17 @@ def plan(session: Session) -> int:
                 print(f"\n{prediction_table(*simulation)}")
     session.control.close()
     return 0
+
+
+def _check(session: Session) -> None:
+    """Raise a UserError for options that can't be followed, before anything is printed."""
+    arguments, folder = session.arguments, session.agreement.checkpoint.source.path
+    if not arguments.simulate and (arguments.links or arguments.stage_times):
+        raise UserError("--link and --stage-times are for a simulation: add --simulate")
+    if arguments.simulate and not arguments.stage_times and not has_weights(folder):
+        raise UserError(
+            f"--simulate times the stages, and {folder} has no weights: give --stage-times, or download them"
+        )
 
 
 def _simulate(session: Session) -> tuple[list[MeasuredStage], list[Link], Workload]:

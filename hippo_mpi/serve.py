@@ -26,7 +26,7 @@ from hippo_mpi.command import Session
 from hippo_mpi.config import API_KEYS, Parser
 from hippo_mpi.errors import HippoError, RankError, UserError, install_hint, print_error
 from hippo_mpi.generate import open_text
-from hippo_mpi.run import check_hosts, installed, read_hostfile
+from hippo_mpi.run import check_hosts, installed, knock, read_hostfile
 from hippo_mpi.serving.api.audit_log import AuditLog
 from hippo_mpi.serving.config_file import ConfigFile, make_parser, read_config
 from hippo_mpi.serving.logs import set_up_logging
@@ -193,7 +193,11 @@ def _read_models(arguments: argparse.Namespace, argv: list[str], file: ConfigFil
 
 
 def _hosts(arguments: argparse.Namespace, file: ConfigFile) -> list[Host]:
-    """Where ranks are to be, rank 0's first; none: on this machine only, without a launcher."""
+    """Return where ranks are to be, rank 0's first; none: on this machine only, without a launcher.
+
+    Raises:
+        LaunchError: a host isn't there, or doesn't let us in.
+    """
     hosts = file.hosts
     if hosts:
         check_hosts(hosts, f"{arguments.config or 'the configuration'}: hosts")
@@ -202,6 +206,7 @@ def _hosts(arguments: argparse.Namespace, file: ConfigFile) -> list[Host]:
     if all(host["ssh"] in _LOOPBACK for host in hosts) and arguments.backend == "ring":
         arguments.ranks = len(hosts) or arguments.ranks
         return []
+    knock(hosts, str(arguments.hostfile or arguments.config))  # later, a host that doesn't answer is left out
     return hosts
 
 

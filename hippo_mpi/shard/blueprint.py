@@ -73,7 +73,7 @@ def assumptions(folder: Path, config: dict[str, Any], precision: str | None) -> 
     """Say what was assumed about a model of which only the config is there."""
     found = [f"{folder} has no weights: sizes are those that config.json describes"]
     if _known_dtype(config) is None and precision in (None, *(f"{bits}bit" for bits in range(2, 9))):
-        found.append(f"config.json names no type of weights that MLX has: {_ASSUMED_DTYPE}")
+        found.append(f"config.json names no type of weights that MLX has, so {_ASSUMED_DTYPE}")
     if isinstance(config.get("quantization"), dict) and not _index_names(folder):
         found.append("no index says which weights are quantised: those that such models have quantised")
     return tuple(found)

@@ -87,6 +87,17 @@ def test_one_that_was_interrupted_begins_anew(folder: Path, step: str) -> None:
     assert subprocess.run([folder / ".venv" / "bin" / "hippo_mpi.generate"], capture_output=True).stdout == b"tiny\n"
 
 
+def test_interrupted_extras_take_nothing_from_people(folder: Path) -> None:
+    with set_up(folder) as running:
+        wait(running)
+    with set_up(folder, "dev") as running:
+        running.await_output("[2/3]", "stderr")
+        os.killpg(running.process.pid, signal.SIGKILL)
+    with set_up(folder) as running:
+        wait(running)
+        assert not is_first(running)
+
+
 def test_ctrl_c_ends_it_with_130(folder: Path) -> None:
     with set_up(folder) as running:
         running.await_output("[1/3]", "stderr")

@@ -125,7 +125,9 @@ class RankGroup:
     async def end(self) -> None:
         """End what still runs: politely, so that a launcher can tell other hosts, then not, whatever happens."""
         try:
-            self._signal(signal.SIGTERM)
+            # All at once, so that none sees another end, and calls that a failure.
+            for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGCONT):
+                self._signal(number)
             ends = time.monotonic() + _END_S
             while any(p.poll() is None for p in self._processes) and time.monotonic() < ends:
                 await asyncio.sleep(_LOOK_S)
