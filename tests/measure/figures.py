@@ -22,12 +22,15 @@ import argparse
 import contextlib
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.units import count_of
 from tests import ranks
 from tests.measure.shaped_link import shaped_link
 from tests.real_shapes import CONFIGS, fill_holes, make_sparse_checkpoint
@@ -108,15 +112,20 @@ def measure_draft(_: str, preload: str, trials: int) -> None:
     options = ["--precision", "float32", "--max-tokens", "140"]
     print(f"{BUNDLED_MODEL.name} in float32, drafts of story-draft, {preload or 'the wheel’s own BLAS'}")
     for num_ranks in (1, 2):
-        ratios, last = [], {}
+        ratios, rates, last = [], [], {}
         for _ in range(trials):
             plain = run_generate(num_ranks, options, preload)
             last = run_generate(num_ranks, [*options, "--draft-model", draft], preload)
             assert last["token_ids"] == plain["token_ids"]
-            ratios.append(last["stats"]["generation_tps"] / plain["stats"]["generation_tps"])
+            rates.append((plain["stats"]["generation_tps"], last["stats"]["generation_tps"]))
+            ratios.append(rates[-1][1] / rates[-1][0])
         accepted = f"{last['stats']['accepted_draft_tokens']} of {last['stats']['draft_tokens']} draft tokens accepted"
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}, n={trials}"
-        print(f"  {num_ranks} ranks: ratio {statistics.median(ratios):.2f} ({spread}); {accepted}")
+        without, drafted = (statistics.median(column) for column in zip(*rates, strict=True))
+        print(
+            f"  {count_of(num_ranks, 'rank')}: {without:.0f} tok/s without, {drafted:.0f} with, ratio"
+            f" {statistics.median(ratios):.2f} ({spread}); {accepted}"
+        )
 
 
 _HOP = """
@@ -368,6 +377,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--preload", default="", help="a BLAS library to preload into the ranks")
     arguments = parser.parse_args()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("hippo-mpi", "mlx", "mlx-lm"))
+    print(f"{date.today()}, {versions}, {os.cpu_count()} cores, {platform.machine()} {platform.system()}")
     for what in arguments.what or MEASURES:
         print(f"{what}:", flush=True)
         MEASURES[what](what, arguments.preload, arguments.trials)
