@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import re
 import signal
 import termios
 import threading
@@ -35,8 +36,12 @@ class Terminal:
 
     def await_text(self, text: str, since: int = 0) -> None:
         """Wait until `text` is on the screen, behind its first `since` characters."""
+        self.await_match(re.escape(text), since)
+
+    def await_match(self, text: str, since: int = 0) -> None:
+        """Wait until the screen has what a regular expression says, behind its first `since` characters."""
         ends = time.monotonic() + ranks.LIMIT_S
-        while text not in self.screen[since:]:
+        while not re.search(text, self.screen[since:], re.DOTALL):
             assert time.monotonic() < ends, f"no {text!r} within {ranks.LIMIT_S} s: {self.screen!r}"
             assert self.poll() is None, f"ended with {self.code}: {self.screen!r}"
             time.sleep(0.02)

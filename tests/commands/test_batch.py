@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import time
@@ -359,7 +360,7 @@ def test_bad_standard_input(text: str, line: str) -> None:
 
 def test_which_options_answers_depend_on() -> None:
     """A new option counts, unless it is said that it has no effect."""
-    names = {action.dest for action in batch.make_parser()._actions} - {"help"}
+    names = {action.dest for action in batch.make_parser()._actions} - {"help", argparse.SUPPRESS}
     assert names >= batch._WITHOUT_EFFECT
     assert names - batch._WITHOUT_EFFECT == {
         "precision", "adapter_path", "system_prompt", "prefill_response", "ignore_chat_template", "chat_template_config",

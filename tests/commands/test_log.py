@@ -156,6 +156,7 @@ def test_a_level() -> None:
         with socket.create_connection(("127.0.0.1", int(found.url.rpartition(":")[2]))) as strange:
             strange.sendall(b"\x00 HTTP\r\n\r\n")
             strange.recv(100)
+        found.running.await_output("INFO ready", "stderr")
         lines = found.running.err.splitlines()
     assert [line[20:].split("http")[0] for line in lines] == ["INFO listening on ", "INFO ready"]
     with ranks.single([SERVE, "--log-level", "loud"]) as refused:

@@ -270,7 +270,7 @@ def test_a_file_of_options(tmp_path: Path) -> None:
     for text, line in (
         ("ranks: 2\nfox: 1\n", "line 2: unknown key 'fox'"),
         ("port: 8080\nport: 8081\n", "line 2: 'port' is there twice"),
-        ("\nport: many\n", "line 2: argument --port: 'many' is not a whole number"),
+        ("\nport: many\n", "line 2: argument --port: 'many' is not a port, from 0 to 65535"),
         ("insecure: perhaps\n", "line 1: insecure must be true or false"),
         ("port: {a: 1}\n", "line 1: port must be a value, or a list of values"),
         ("- port\n", "line 1: keys and values must stand here"),
