@@ -262,8 +262,8 @@ def measure_size(*_: Any) -> None:
             if any([rank.wait(900) for rank in running]):
                 raise SystemExit(running[0].err)
         took_s, stats = time.perf_counter() - began, json.loads(running[0].out)["stats"]
-        before_first_s = took_s - stats["time_to_first_token_s"]
-        print(f"  2 ranks: {took_s:.1f} s in all, {before_first_s:.1f} s of it before the prompt and after it")
+        answered_s = stats["time_to_first_token_s"] + (stats["generation_tokens"] - 1) / stats["generation_tps"]
+        print(f"  2 ranks: {took_s - answered_s:.1f} s to start and load (and end), {answered_s:.1f} s to answer")
         for rank, part in enumerate(stats["ranks"]):
             own, peak = part["weight_bytes"], part["peak_resident_bytes"]
             print(f"  rank {rank}: own tensors {own / 1e9:.2f} GB, peak resident {peak / 1e9:.2f} GB: {peak / own:.3f}")
