@@ -128,14 +128,25 @@ def test_a_launcher_that_fails_before_rank_0_is_heard(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rank_0_that_is_killed_gives_the_status_of_a_rank_that_died(backend: str) -> None:
-    with ranks.single([*RUN, *BACKENDS[backend], *LONG]) as running:
+    assert_rank_0_ends_all(backend, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_rank_0_that_is_stopped_is_ended() -> None:
+    """mlx.launch would wait for it for ever."""
+    assert_rank_0_ends_all("ring", signal.SIGSTOP)
+
+
+def assert_rank_0_ends_all(backend: str, number: signal.Signals) -> None:
+    with ranks.single([*RUN, *BACKENDS[backend], *LONG, "--timeout", "4"]) as running:
         running.await_output()
         below = ranks.descendants(running.process.pid)
         lines = [(pid, Path(f"/proc/{pid}/environ").read_bytes()) for pid in below if Path(f"/proc/{pid}").exists()]
         for pid, environment in lines:
             if b"MLX_RANK=0\0" in environment or b"OMPI_COMM_WORLD_RANK=0\0" in environment:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
         assert running.wait() == 3
+        assert backend != "ring" or ("error: rank 0 (" in running.err and "[WARN]" not in running.err), running.err
         assert not ranks.await_end(below, 8)
 
 

@@ -20,7 +20,7 @@ from hippo_mpi.transport.terminal import kept_terminal
 
 _LOOK_S = 0.1
 _END_S = 5.0  # for ranks and their launcher, from SIGTERM to SIGKILL
-_OUTLIVE_S = 10.0  # for them from rank 0's end to SIGKILL: mlx.launch waits for a rank that is stopped, say, for ever
+_OUTLIVE_S = 10.0  # for them from a rank's end to SIGKILL: mlx.launch waits for a rank that is stopped, say, for ever
 # Open MPI refuses to start anything as root without these.
 _AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
@@ -58,7 +58,7 @@ class Launch:
                 self._signal(signal.SIGTERM)
             messages = LauncherMessages(self._launcher)
             with kept_terminal():
-                self._await_end()
+                self._await_end(messages)
                 messages.await_end()
             if self._ended_by is not None:
                 return 128 + self._ended_by
@@ -67,13 +67,13 @@ class Launch:
             messages.show()  # rank 0 has said nothing: the launcher may know why
             return RankError.exit_code if self._console.pid else self._launcher.returncode or 1
 
-    def _await_end(self) -> None:
+    def _await_end(self, messages: LauncherMessages) -> None:
         """Wait for the launcher, then for the ranks, of which rank 0 says its last words itself; kill what doesn't end."""
         assert self._launcher and self._console
         while self._launcher.poll() is None:
             if time.monotonic() > self._kill_at_s:
                 self._signal(signal.SIGKILL)
-            if self._console.is_rank_gone:
+            if self._console.is_rank_gone or messages.has_lost_a_rank:
                 self._kill_at_s = min(self._kill_at_s, time.monotonic() + _OUTLIVE_S)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._launcher.wait(_LOOK_S)

@@ -31,6 +31,8 @@ class LauncherMessages:
         self._kept: list[str] = []
         self._is_ruled = False  # between two rules of mpirun's
         self._is_usage = False  # between a usage line of mlx.launch and its point
+        self._has_error = False  # a rank has said what went wrong
+        self.has_lost_a_rank = False  # the launcher tells that one has ended badly
         assert launcher.stderr is not None
         self._descriptor = launcher.stderr.fileno()
         self._thread = threading.Thread(target=self._read, name="hippo-messages", daemon=True)
@@ -41,7 +43,9 @@ class LauncherMessages:
         self._thread.join(_JOIN_S)
 
     def show(self) -> None:
-        """Pass on what was kept back."""
+        """Pass on what was kept back, unless a rank has said more."""
+        if self._has_error:
+            return
         sys.stderr.write("".join(f"{line}\n" for line in self._kept))
 
     def _read(self) -> None:
@@ -61,7 +65,9 @@ class LauncherMessages:
         elif self._is_usage or text.startswith(_USAGE):
             self._is_usage = True
         elif warning := _WARNING.search(line):
+            self.has_lost_a_rank |= "Node with rank" in text
             self._kept += list(filter(None, [_COLOR.sub("", warning[0]).strip()]))
             os.write(2, line[: warning.start()].encode())  # of a rank's line that it came into
         else:
+            self._has_error |= text.startswith("error: ")
             os.write(2, line.encode())
