@@ -72,7 +72,7 @@ def test_no_option_is_mistaken_for_one_of_mlx_launch(command: str) -> None:
 
 def test_options_in_the_readme_exist() -> None:
     known = {o for p in [*PARSERS.values(), run.make_parser()] for a in p._actions for o in a.option_strings}
-    known |= LAUNCH_OPTIONS | {"--quick", "--clients", "--strict"}
+    known |= LAUNCH_OPTIONS | {"--quick", "--clients", "--strict", "--preload"}
     mentioned = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README))
     assert mentioned <= known, mentioned - known
 
