@@ -124,6 +124,7 @@ def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(started: str) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="finds rank 1 by /proc")
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_whatever_the_ranks_do() -> None:
     """Without a terminal, too, and while rank 0 waits inside MLX for one that has stopped."""
     with ranks.single([*STARTED["launch/run"], *LONG], stdin=subprocess.PIPE) as running:

@@ -66,6 +66,7 @@ def test_a_pipe_that_ends_ends_a_chat(launcher: str) -> None:
 
 
 @slow_but("launch/run", "mpirun")
+@pytest.mark.slow
 def test_no_input_at_all_ends_a_chat(launcher: str) -> None:
     with started(launcher, CHAT, subprocess.DEVNULL) as running:
         assert running.wait() == 0, running.err
@@ -74,6 +75,7 @@ def test_no_input_at_all_ends_a_chat(launcher: str) -> None:
 
 @slow_but("launch/run")
 @pytest.mark.parametrize("kind", ["pipe", "file", "/dev/null"])
+@pytest.mark.slow
 def test_a_prompt_from_standard_input_ends_with_it(launcher: str, kind: str, tmp_path: Path) -> None:
     """And not with a pause in it."""
     (tmp_path / "prompt").write_text(QUESTION)
@@ -131,6 +133,7 @@ def test_ctrl_d_ends_a_prompt(launcher: str) -> None:
         assert running.is_as_it_was
 
 
+@pytest.mark.slow
 def test_arrows_bring_back_what_was_said() -> None:
     with terminal(command_line("launch/run", CHAT)) as running:
         await_question(running, "launch/run")
@@ -144,6 +147,7 @@ def test_arrows_bring_back_what_was_said() -> None:
 
 
 @pytest.mark.parametrize("launcher", ["alone", "launch/run"])
+@pytest.mark.slow
 def test_a_closed_input_is_none(launcher: str) -> None:
     command = ["sh", "-c", 'exec "$@" <&-', "sh", *command_line(launcher, CHAT)]
     with ranks.single(command) as running:
@@ -151,6 +155,7 @@ def test_a_closed_input_is_none(launcher: str) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="finds rank 0 by /proc")
+@pytest.mark.slow
 def test_a_rank_that_dies_at_the_prompt_leaves_the_terminal_as_it_was() -> None:
     with terminal(command_line("launch/run", CHAT)) as running:
         await_question(running, "launch/run")

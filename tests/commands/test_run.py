@@ -150,6 +150,7 @@ def assert_rank_0_ends_all(backend: str, number: signal.Signals) -> None:
         assert not ranks.await_end(below, 8)
 
 
+@pytest.mark.slow
 def test_no_color(tmp_path: Path) -> None:
     with terminal([*RUN, "-n", "1", "--max-tokens", "5"], {"NO_COLOR": "1"}) as running:
         assert running.wait() == 0, running.screen
@@ -197,6 +198,7 @@ def test_ranks_end_with_it(backend: str, number: signal.Signals) -> None:
         assert "Traceback" not in running.err
 
 
+@pytest.mark.slow
 def test_nohup_is_respected() -> None:
     with ranks.single(["nohup", *RUN, "-n", "1", *LONG]) as running:
         running.await_output()
