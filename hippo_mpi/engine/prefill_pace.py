@@ -24,8 +24,8 @@ class PrefillPace:
         self._token_s = 0.0
 
     def note(self, num_tokens: int, took_s: float) -> None:
-        """Learn from a prefill step of `num_tokens` in all its rows; much shorter ones say little of a token's time."""
-        if num_tokens * _MAX_GROWTH >= self._longest_tokens:
+        """Learn from a prefill step of `num_tokens` in all its rows; one much shorter than it might be says little."""
+        if num_tokens * _MAX_GROWTH >= min(self._longest_tokens, self._in_time()):
             self._token_s = took_s / num_tokens
         self._longest_tokens = max(self._longest_tokens, num_tokens)
 
@@ -35,5 +35,8 @@ class PrefillPace:
             return wanted_tokens
         if not self._longest_tokens:
             return min(wanted_tokens, _FIRST_TOKENS)
-        in_time = int(self._max_step_s / max(self._token_s, 1e-9))
-        return max(1, min(wanted_tokens, _MAX_GROWTH * self._longest_tokens, in_time))
+        return max(1, min(wanted_tokens, _MAX_GROWTH * self._longest_tokens, self._in_time()))
+
+    def _in_time(self) -> int:
+        """Return how many tokens a step can read in its time."""
+        return int((self._max_step_s or 0.0) / max(self._token_s, 1e-9))

@@ -72,6 +72,20 @@ def test_slow_steps_stay_well_under_the_deadline() -> None:
         size = pace.limit(2048)
         pace.note(size, size * 0.5)
     assert size == 15
+    for _ in range(5):  # and gives it back
+        size = pace.limit(2048)
+        pace.note(size, size * 0.001)
+    assert size == 2048
+
+
+def test_a_machine_that_was_slow_for_once_is_fast_again() -> None:
+    pace = PrefillPace(deadline_s=30)
+    for num_tokens in (4, 16, 64, 256, 1024):
+        pace.note(num_tokens, 0.001 * num_tokens)
+    pace.note(1024, 200.0)
+    for expected in (38, 2048):
+        assert pace.limit(2048) == expected
+        pace.note(expected, 0.001 * expected)
 
 
 def test_a_short_step_says_little() -> None:
