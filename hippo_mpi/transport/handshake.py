@@ -20,6 +20,7 @@ import numpy as np
 from hippo_mpi.environment import RUN_KEY
 from hippo_mpi.errors import RankError
 from hippo_mpi.transport.frames import FrameReader, framed
+from hippo_mpi.transport.run_key import given_key
 from hippo_mpi.transport.world import World
 
 _CARD_BYTES = 512
@@ -35,7 +36,7 @@ def introduce(world: World, port: int) -> tuple[bytes, list[dict[str, Any]]]:
     have just made up, so that nothing that was heard before can be said again. Otherwise rank 0's key becomes everyone's.
     """
     me = {"host": world.host, "address": world.address, "port": port, "pid": os.getpid()}
-    given, made_up = os.environ.get(RUN_KEY, "").encode(), b"".join(_all_gather(world, secrets.token_bytes(32)))
+    given, made_up = given_key(), b"".join(_all_gather(world, secrets.token_bytes(32)))
     secret = {"proof": _signature(given, made_up, world.rank, me)} if given else {"key": secrets.token_hex(16)}
     cards = [
         json.loads(data.rstrip())

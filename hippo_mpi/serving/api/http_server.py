@@ -82,7 +82,8 @@ async def serve_http(app: Starlette, front: Front, address: str, port: int) -> N
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has ended
             signal.signal(number, lambda *_: None)
-        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     server = uvicorn.Server(settings)
     ending = asyncio.ensure_future(_end_answers(server, front))
     await server.serve([listener])
