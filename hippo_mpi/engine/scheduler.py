@@ -96,6 +96,7 @@ class Scheduler:
         self._forks: list[tuple[int, int]] = []
         self._parts: list[int] = []
         self._drops: list[int] = []
+        self._begun: list[int] = []  # requests whose first step has been planned since `take_begun`
         self._prompt_tokens = 0  # that went in since the last step of a running sequence
         self._is_short_s_turn = False  # whether the next chunk is of the shortest prompt, not of the oldest
 
@@ -157,6 +158,11 @@ class Scheduler:
         if self.is_empty and (self._drops or self._forks or self._parts):
             return self._plan(), []
         return None
+
+    def take_begun(self) -> list[int]:
+        """Requests whose first step has been planned since this was asked last."""
+        begun, self._begun = self._begun, []
+        return begun
 
     def rows_of(self, plan: StepPlan) -> list[Sequence]:
         return self._in_flight[plan.serial].rows
@@ -326,6 +332,10 @@ class Scheduler:
         wants_logits: bool = False,
     ) -> StepPlan:
         slots = tuple(sequence.slot for sequence in rows or [])
+        for sequence in rows or []:
+            if not sequence.is_begun:
+                sequence.is_begun = True
+                self._begun.append(sequence.request.id)
         forks, parts, drops = tuple(self._forks), tuple(self._parts), tuple(self._drops)
         self._forks, self._parts, self._drops = [], [], []
         self._free_slots += drops

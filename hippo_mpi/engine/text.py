@@ -194,8 +194,10 @@ class AnswerText:
 
     def __init__(self, tokenizer: TokenizerWrapper, before: Sequence[int] = ()) -> None:
         self._detokenizer = tokenizer.detokenizer
+        table = getattr(self._detokenizer, "tokenmap", None)
+        self._num_known = len(table) if table is not None else 1 << 32
         for token in before[-_TOKENS_BEFORE:]:
-            self._detokenizer.add_token(token)
+            self.add_token(token)
         self._start = len(self._detokenizer.text)
         self._end: int | None = None
 
@@ -204,7 +206,9 @@ class AnswerText:
         return str(self._detokenizer.text[self._start : self._end])
 
     def add_token(self, token: int) -> None:
-        self._detokenizer.add_token(token)
+        """The answer goes on with this token. One that the tokenizer doesn't have, as logits may be padded, says nothing."""
+        if token < self._num_known:
+            self._detokenizer.add_token(token)
 
     def finalize(self) -> None:
         """Nothing comes any more: what was held back is told, but for a character that isn't whole."""

@@ -43,6 +43,12 @@ class Asked:
     continues: bool = False  # the last message, or a text that is no message
     add_special_tokens: bool = True  # to a prompt that is text
     echo: bool = False  # the prompt is told, too, and how likely its tokens are
+    format_field: str = "response_format"  # what its body calls the schema that the answer is held to
+
+    @property
+    def grammar_field(self) -> str:
+        """The field of its body that a grammar comes from."""
+        return "tools" if self.tools else self.format_field
 
     def within(self, modes: Sequence[str]) -> Asked:
         """The same of a model that is served for some of config.MODES only; without thinking, it is told not to think,
