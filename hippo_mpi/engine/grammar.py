@@ -170,7 +170,7 @@ class GrammarMask:
     def _is_at_end(self) -> bool:
         """Whether nothing may follow. A matcher that has met an error says so, too: what it let through isn't whole."""
         if self._matcher.is_error():
-            why = " ".join(self._matcher.get_error().split())[:200]
+            why = " ".join(self._matcher.get_error().partition("<state>")[0].split())[:200]
             raise FieldError("response_format", f"the answer can't be held to its schema any more: {why}")
         return bool(self._matcher.is_stopped())
 
