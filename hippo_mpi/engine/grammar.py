@@ -242,8 +242,9 @@ class Grammars:
             if compiling.matcher.set_running_or_notify_cancel():
                 try:
                     compiling.matcher.set_result(self._matcher(compiling))
-                except Exception as error:  # it is raised where the mask is wanted
-                    compiling.matcher.set_exception(error)
+                except BaseException as error:  # it is raised where the mask is wanted, a panic of Rust's as our own
+                    known = error if isinstance(error, Exception) else RuntimeError(repr(error))
+                    compiling.matcher.set_exception(known)
 
     def _matcher(self, compiling: Compiling) -> Any:
         llguidance = _library()

@@ -124,6 +124,7 @@ class Sequence:
     is_aborted: bool = False
     is_ended: bool = False  # its last output has been made, but a step may still be on its way
     loops: LoopWatch | None = None
+    searched: tuple[Any, int] | None = None  # among which prefixes, and how many of its tokens were in one
 
     @property
     def most_tokens(self) -> int:

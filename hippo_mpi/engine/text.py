@@ -220,9 +220,10 @@ class AnswerText:
 def token_bytes(tokenizer: TokenizerWrapper, token: int) -> bytes:
     """What a token stands for; it may be a part of a character."""
     text = str(tokenizer.decode([token]))
-    if "\ufffd" not in text:
-        return text.encode()
     piece = str(tokenizer.convert_ids_to_tokens([token])[0])
+    if "\ufffd" not in text:
+        spaced = piece.replace("\u2581", " ")  # as SentencePiece writes a space, of which decoding drops the first
+        return (spaced if spaced.lstrip(" ") == text.lstrip(" ") else text).encode()
     if re.fullmatch("<0x[0-9A-F]{2}>", piece):  # as SentencePiece writes a byte
         return bytes([int(piece[3:5], 16)])
     # As GPT-2's tokenizer writes bytes, and many since.
