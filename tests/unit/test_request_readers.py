@@ -204,6 +204,25 @@ def test_a_wanted_call_wins_over_a_format() -> None:
     assert asked.must_call
 
 
+def test_what_a_schema_is_called() -> None:
+    """A mistake in it is told by the name of the field that it stands in."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    given = {"type": "json_schema", "schema": SCHEMA}
+    tools = [{"type": "function", "function": FUNCTION}]
+    asked = {
+        "response_format": chat(response_format=form),
+        "output_config": messages(output_config={"format": given}),
+        "text": responses(text={"format": {**given, "name": "x"}}),
+    }
+    for name, one in asked.items():
+        assert one.grammars(one.sampling) == [(name, json_grammar(SCHEMA))]
+    both = chat(response_format=form, tools=tools)
+    assert [name for name, _ in both.grammars(replace(both.sampling, grammar="{}"))] == ["response_format", "tools"]
+    must = chat(tools=tools, tool_choice="required")
+    assert must.grammars(replace(must.sampling, grammar="{}")) == [("tools", "{}")]
+    assert chat().grammars(DEFAULTS) == []
+
+
 @pytest.mark.parametrize(
     "fields", [{"max_tokens": 2, "max_completion_tokens": 9}, {"max_completion_tokens": 9, "max_tokens": 2}]
 )

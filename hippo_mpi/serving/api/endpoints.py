@@ -259,10 +259,8 @@ class Api:
             asked = asked.within(await asyncio.to_thread(lambda: model.modes))
         system = [{"role": "system", "content": model.system_prompt}] if model.system_prompt else []
         prompt, sampling = await asyncio.to_thread(lambda: asked.prepare(model.tokenizer, model.chat_format, system))
-        if (grammar := sampling.grammar) is not None:
-            await _unless_gone(
-                request, asyncio.ensure_future(self._grammars.check_beside(asked.grammar_field, grammar))
-            )
+        for field, grammar in asked.grammars(sampling):
+            await _unless_gone(request, asyncio.ensure_future(self._grammars.check_beside(field, grammar)))
         return prompt, sampling
 
     async def _answer(self, request: Request) -> Response:

@@ -83,9 +83,9 @@ class BatchRun:
             if task.asked is None:
                 raise UserError(task.mistake)
             prompt, sampling = task.asked.prepare(self._tokenizer, self._format, self._system)
-            if sampling.grammar is not None:
+            for field, grammar in task.asked.grammars(sampling):
                 with self._pausing():
-                    self._grammars.check(task.asked.grammar_field, sampling.grammar)
+                    self._grammars.check(field, grammar)
             self._engine.add(Request(task.line, prompt, sampling))
         except Exception as error:  # this line's: others go on
             known = error if isinstance(error, HippoError) else unexpected(task.line, error)

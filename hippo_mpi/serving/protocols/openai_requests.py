@@ -45,10 +45,15 @@ class Asked:
     echo: bool = False  # the prompt is told, too, and how likely its tokens are
     format_field: str = "response_format"  # what its body calls the schema that the answer is held to
 
-    @property
-    def grammar_field(self) -> str:
-        """The field of its body that a grammar comes from."""
-        return "tools" if self.tools else self.format_field
+    def grammars(self, sampling: SamplingParams) -> list[tuple[str, str]]:
+        """The fields of its body that an answer is held to, each with a grammar that is to be checked.
+
+        Args:
+            sampling: as `prepare` returned it.
+        """
+        own, both = self.sampling.grammar, sampling.grammar
+        found = [] if own is None else [(self.format_field, own)]
+        return found if both in (None, own) else [*found, ("tools", str(both))]
 
     def within(self, modes: Sequence[str]) -> Asked:
         """The same of a model that is served for some of config.MODES only; without thinking, it is told not to think,
