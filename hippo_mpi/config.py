@@ -211,6 +211,14 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tokens-per-minute", type=whole, default=0, help="of prompts and answers of each key; 0: any number"
     )
+    group.add_argument("--max-body-bytes", type=size, default=4 << 20, help="most bytes of a request, such as 4M")
+    group.add_argument("--max-choices", type=positive, default=128, help="most answers that one request may ask for")
+    group.add_argument(
+        "--max-schema-bytes",
+        type=size,
+        default=128 << 10,
+        help="most bytes of the schemas that an answer is held to; each may also take 5 seconds to compile",
+    )
     group.add_argument("--audit-log", type=Path, help="write who asked for what, and how it ended, into this file")
     group.add_argument("--audit-text", action="store_true", help="prompts and answers, too, and not only digests")
     group.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="least weight of the lines on stderr")

@@ -164,7 +164,12 @@ def _make_api(arguments: argparse.Namespace, catalogue: Catalogue) -> tuple[Fron
     access = Access(keys, arguments.requests_per_minute, arguments.tokens_per_minute)
     front = Front(arguments.max_batch_size + arguments.max_queue, catalogue.first.name)
     audit = AuditLog(arguments.audit_log, arguments.audit_text) if arguments.audit_log else None
-    settings = ApiSettings(origins=tuple(arguments.allow_origin))
+    settings = ApiSettings(
+        arguments.max_body_bytes,
+        max_choices=arguments.max_choices,
+        max_schema_bytes=arguments.max_schema_bytes,
+        origins=tuple(arguments.allow_origin),
+    )
     return front, Api(front, catalogue, access, settings, Metrics(front), audit)
 
 

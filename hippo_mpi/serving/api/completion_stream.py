@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hippo_mpi.engine.request import RequestOutput
-from hippo_mpi.errors import FieldError, RankError, UserError
+from hippo_mpi.errors import FieldError, HippoError
 from hippo_mpi.serving.api.http_errors import error_of
 from hippo_mpi.serving.protocols.openai_answers import (
     AnswerHead,
@@ -22,7 +22,7 @@ from hippo_mpi.serving.protocols.openai_answers import (
 )
 from hippo_mpi.serving.protocols.openai_sampling import boolean
 
-_Told = asyncio.Queue[tuple[int, RequestOutput | UserError | RankError]]
+_Told = asyncio.Queue[tuple[int, RequestOutput | HippoError]]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ async def _pass_on(index: int, outputs: AsyncIterator[RequestOutput], told: _Tol
     try:
         async for output in outputs:
             told.put_nowait((index, output))
-    except (UserError, RankError) as error:
+    except HippoError as error:
         told.put_nowait((index, error))
 
 

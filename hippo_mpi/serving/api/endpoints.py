@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from hippo_mpi.engine.grammar_check import MAX_SCHEMA_BYTES, GrammarCheck
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.errors import FieldError, UserError
 from hippo_mpi.serving.api.access import Access
@@ -45,12 +46,12 @@ from hippo_mpi.serving.protocols.openai_answers import AnswerHead, Choice, answe
 from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body, read_prompts
 from hippo_mpi.serving.protocols.openai_responses import RESPONSES, ResponseAnswer, read_responses_body
 from hippo_mpi.serving.protocols.openai_sampling import boolean
+from hippo_mpi.serving.supervision.answer import Answer
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
-from hippo_mpi.serving.supervision.front import Answer, Front
+from hippo_mpi.serving.supervision.front import Front
 
 _T = TypeVar("_T")
-_MOST_CHOICES = 16
-_MOST_ANSWERS = 128  # to all prompts of a request
+_MOST_CHOICES = 16  # to a prompt
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,15 @@ class ApiSettings:
     """What the API allows.
 
     Args:
-        max_body_bytes, body_timeout_s: of a request's body.
+        max_body_bytes, body_timeout_s, max_schema_bytes: of a request's body.
+        max_choices: answers to all prompts of a request.
         origins: of pages in browsers that may ask (CORS).
     """
 
     max_body_bytes: int = 4 << 20
     body_timeout_s: float = 30.0
+    max_choices: int = 128
+    max_schema_bytes: int = MAX_SCHEMA_BYTES
     origins: tuple[str, ...] = ()
 
 
@@ -94,6 +98,7 @@ class Api:
     ) -> None:
         self._front, self._catalogue, self._access = front, catalogue, access
         self._settings, self._metrics, self._audit = settings, metrics, audit
+        self._grammars = GrammarCheck(settings.max_schema_bytes)
         self._started = datetime.now(UTC)
 
     def app(self) -> Starlette:
@@ -238,22 +243,25 @@ class Api:
         body = await self._body(request)
         model = self._model_of(body)
         asked = read_body(CHAT if "messages" in body else COMPLETION, body, model.defaults)
-        tokens, _ = await self._prepare(asked, model)
+        tokens, _ = await self._prepare(request, asked, model)
         return JSONResponse({"tokens": tokens, "count": len(tokens)})
 
     async def _count(self, request: Request) -> Response:
         """Anthropic's /tokenize."""
         body = await self._body(request)
         model = self._model_of(body)
-        tokens, _ = await self._prepare(count_body(body, model.defaults), model)
+        tokens, _ = await self._prepare(request, count_body(body, model.defaults), model)
         return JSONResponse({"input_tokens": len(tokens)})
 
-    async def _prepare(self, asked: Asked, model: ServedModel) -> tuple[list[int], SamplingParams]:
+    async def _prepare(self, request: Request, asked: Asked, model: ServedModel) -> tuple[list[int], SamplingParams]:
         """Tokens of the prompt, and how they are to be answered."""
         if model.arguments.modes:
             asked = asked.within(await asyncio.to_thread(lambda: model.modes))
         system = [{"role": "system", "content": model.system_prompt}] if model.system_prompt else []
-        return await asyncio.to_thread(lambda: asked.prepare(model.tokenizer, model.chat_format, system))
+        prompt, sampling = await asyncio.to_thread(lambda: asked.prepare(model.tokenizer, model.chat_format, system))
+        for field, grammar in asked.grammars(sampling):
+            await _unless_gone(request, asyncio.ensure_future(self._grammars.check_beside(field, grammar)))
+        return prompt, sampling
 
     async def _answer(self, request: Request) -> Response:
         self._access.count_request(request)
@@ -265,11 +273,10 @@ class Api:
         every = read_prompts(request.url.path, body, model.defaults)
         if is_stream and every[0].echo:
             raise FieldError("echo", "echo must be false here, with stream: true")
-        if count * len(every) > _MOST_ANSWERS:
-            raise FieldError(
-                "prompt", f"n times the number of prompts is at most {_MOST_ANSWERS}, not {count * len(every)}"
-            )
-        wanted = [(asked, *await self._prepare(asked, model)) for asked in every]
+        if (total := count * len(every)) > self._settings.max_choices:
+            most = f"at most {self._settings.max_choices} (--max-choices)"
+            raise FieldError("prompt", f"n times the number of prompts is {most}, not {total}")
+        wanted = [(asked, *await self._prepare(request, asked, model)) for asked in every]
         asked_once = [
             (prompt, replace(once, seed=None if once.seed is None else once.seed + index))
             for _, prompt, once in wanted
@@ -303,7 +310,7 @@ class Api:
         model = self._model_of(body)
         is_stream = _is_stream(body)
         asked = dialect.read(body, model.defaults)
-        prompt, sampling = await self._prepare(asked, model)
+        prompt, sampling = await self._prepare(request, asked, model)
         answers = await self._submit([(prompt, sampling)], model)
         name = f"{dialect.prefix}_{request_id(request)}"
         written = dialect.answer(asked, model.name, name, prompt, model.tokenizer)

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -48,7 +48,7 @@ def read_responses_body(body: dict[str, Any], defaults: SamplingParams) -> Asked
     for name in rest:
         raise FieldError(name, f"unknown field {name!r}")
     with renamed(_OTHER_NAMES):
-        return read_body(CHAT, chat, defaults)
+        return replace(read_body(CHAT, chat, defaults), format_field="text")
 
 
 def _messages(given: Any, instructions: Any) -> list[dict[str, Any]]:
