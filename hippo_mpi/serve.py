@@ -39,9 +39,10 @@ from hippo_mpi.transport.world import detect_launch
 
 try:
     from hippo_mpi.serving.api.access import Access
-    from hippo_mpi.serving.api.endpoints import Api, ApiSettings
+    from hippo_mpi.serving.api.endpoints import Api
     from hippo_mpi.serving.api.http_server import serve_http
     from hippo_mpi.serving.api.metrics import Metrics
+    from hippo_mpi.serving.api.request_bodies import ApiSettings
 except ImportError as missing:
     print_error(f"hippo_mpi.serve needs {missing.name}: {install_hint('serve')}")
     sys.exit(UserError.exit_code)
