@@ -24,11 +24,16 @@ class ApiSettings:
     Args:
         max_body_bytes, body_timeout_s: of a request's body.
         origins: of pages in browsers that may ask (CORS).
+        has_keys: whether clients need a key: then an answer is its key's alone.
+        keep_answers_s, reconnect_s: as in `Keeping`.
     """
 
     max_body_bytes: int = 4 << 20
     body_timeout_s: float = 30.0
     origins: tuple[str, ...] = ()
+    has_keys: bool = False
+    keep_answers_s: float = 0.0
+    reconnect_s: float = 0.0
 
 
 async def read_json(request: Request, settings: ApiSettings) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hippo_mpi.engine.engine import check_request
@@ -31,18 +31,39 @@ class Overloaded(UserError):
     """More requests than may wait."""
 
 
+class ServerEnding(RankError):
+    """The server ends, and its ranks with it: what is under way is not at fault."""
+
+
+Told = ToldOutput | UserError | RankError
+"""What comes for an answer: an output, or why there will be none."""
+
+
+def note_told(timings: Timings, told: ToldOutput) -> None:
+    """Count an output of an answer."""
+    if told.token is not None:
+        timings.note(told.token)
+    if len(timings.token_ids) <= 1:  # after a restart the prompt is read again, which is no cache's doing
+        timings.cached_tokens = told.cached_tokens
+    timings.num_draft_tokens, timings.num_accepted = told.num_draft_tokens, told.num_accepted
+
+
 @dataclass(eq=False)
 class Answer:
-    """A request that is being answered: what was told of it so far."""
+    """A request that is being answered: what was told of it so far.
+
+    Args:
+        tell: told of everything that comes for it, in order.
+    """
 
     request: Request
     timings: Timings
     model: str
+    tell: Callable[[Told], None] = lambda told: None
     emitted_chars: int = 0
     random_state: list[int] | None = None
     outcome: str = "abort"  # or its finish reason, or its error
     num_failures: int = 0  # of ranks that were at work on it, one after another, without a token of it between
-    _told: asyncio.Queue[RequestOutput | UserError | RankError] = field(default_factory=asyncio.Queue)
 
     def resumed(self) -> Request:
         """The request for ranks that know nothing of it."""
@@ -54,36 +75,20 @@ class Answer:
     def take(self, told: ToldOutput) -> RequestOutput:
         """Note what came, and hand it on."""
         self.num_failures = 0
-        if told.token is not None:
-            self.timings.note(told.token)
-        if len(self.timings.token_ids) <= 1:  # after a restart the prompt is read again, which is no cache's doing
-            self.timings.cached_tokens = told.cached_tokens
-        self.timings.num_draft_tokens, self.timings.num_accepted = told.num_draft_tokens, told.num_accepted
+        self.note(told)
+        self.tell(told)
+        return RequestOutput(told.request_id, told.text, told.token, self.timings, told.logprobs, told.finish_reason)
+
+    def note(self, told: ToldOutput) -> None:
+        """Note what came, now or to another front before this one."""
+        note_told(self.timings, told)
         self.emitted_chars += len(told.text)
         self.random_state = told.random_state
         self.outcome = told.finish_reason or self.outcome
-        output = RequestOutput(told.request_id, told.text, told.token, self.timings, told.logprobs, told.finish_reason)
-        self._told.put_nowait(output)
-        return output
 
     def fail(self, error: UserError | RankError) -> None:
         self.outcome = f"error: {error}"
-        self._told.put_nowait(error)
-
-    async def outputs(self) -> AsyncIterator[RequestOutput]:
-        """What comes, to the end.
-
-        Raises:
-            UserError: the ranks refuse it.
-            RankError: the ranks can't be brought back.
-        """
-        while True:
-            output = await self._told.get()
-            if isinstance(output, Exception):
-                raise output
-            yield output
-            if output.finish_reason is not None:
-                return
+        self.tell(error)
 
 
 class Front:
@@ -168,8 +173,10 @@ class Front:
     def _set_state(self, state: str) -> None:
         self._state, self._state_since_s = state, time.monotonic()
 
-    def submit(self, prompt: list[int], sampling: SamplingParams, model: str) -> Answer:
-        """Ask for an answer of a model.
+    def submit(
+        self, prompt: list[int], sampling: SamplingParams, model: str, tell: Callable[[Told], None] = lambda told: None
+    ) -> Answer:
+        """Ask for an answer of a model, of which `tell` is told everything.
 
         Raises:
             Overloaded: too many wait already.
@@ -181,8 +188,31 @@ class Front:
             check_request(prompt, sampling, about.max_context, about.vocab_size)
         if sampling.seed is None:  # every answer draws numbers of its own, so that it can go on elsewhere
             sampling = replace(sampling, seed=secrets.randbits(63))
+        return self._take_in(prompt, sampling, model, tell, ())
+
+    def bring_back(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        model: str,
+        tell: Callable[[Told], None],
+        before: Sequence[ToldOutput],
+    ) -> Answer:
+        """Go on with an answer that another front has begun, behind what was told `before`. It was let in then."""
+        return self._take_in(prompt, sampling, model, tell, before)
+
+    def _take_in(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        model: str,
+        tell: Callable[[Told], None],
+        before: Sequence[ToldOutput],
+    ) -> Answer:
         request = Request(next(self._ids), prompt, sampling)
-        answer = Answer(request, Timings(prompt_tokens=len(prompt)), model)
+        answer = Answer(request, Timings(prompt_tokens=len(prompt)), model, tell)
+        for told in before:
+            answer.note(told)
         self._note_wanted(model)
         self._answers[request.id] = answer
         _log.debug("request %d for %s: %d prompt tokens", request.id, model, len(prompt))
