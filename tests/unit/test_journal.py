@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from hippo_mpi.engine.request import SamplingParams, TokenLogprobs
-from hippo_mpi.errors import ContextError, RankError, UserError
+from hippo_mpi.engine.request import Request, SamplingParams, TokenLogprobs
+from hippo_mpi.errors import ContextError, ForeignError, RankError, UserError
 from hippo_mpi.serving.api import journal as journal_module
 from hippo_mpi.serving.api.journal import Journal
 from hippo_mpi.serving.api.journal_records import Line, Record
@@ -25,6 +25,8 @@ SAMPLINGS = [
     SamplingParams(temp=0.5, seed=2**63, logit_bias=((3, -1.5),), stop_words=("a", "b")),
     SamplingParams(forced=(4, 5), grammar="x"),
 ]
+PROMPT = [1, 2]
+REQUESTS = [Request(5, PROMPT, SAMPLINGS[0]), Request(6, PROMPT, SAMPLINGS[1]), Request(7, [3], SAMPLINGS[0])]
 OUTPUT = ToldOutput(1, "a fox\n", 7, 2, 3, 1, TokenLogprobs(-0.5, [(7, -0.5), (8, -1.25)]), "stop", [1, 2])
 
 
@@ -37,8 +39,7 @@ def record(name: str) -> Record:
         "m",
         5,
         {"prompt": ["ä", [1]]},
-        [[1, 2], [3]],
-        SAMPLINGS,
+        REQUESTS,
         True,
         False,
         False,
@@ -72,6 +73,7 @@ def test_requests_and_outputs_come_back_as_they_were(tmp_path: Path) -> None:
         (1, OUTPUT),
         (0, ContextError(5, 4)),
         (0, UserError("no")),
+        (0, ForeignError("odd")),
         (1, RankError("gone")),
     ]
 
@@ -92,7 +94,8 @@ def test_requests_and_outputs_come_back_as_they_were(tmp_path: Path) -> None:
 
     async def read(kept: Journal) -> None:
         ((found, told),) = kept.unfinished()
-        assert found == record("a") and found.prompt_of(0) == [1, 2] and found.prompt_of(1) == [3]
+        assert found == record("a") and found.prompts == [PROMPT, [3]]
+        assert found.requests[0].prompt is found.requests[1].prompt, "whose tokens are counted once"
         assert told[:2] == lines[:2]
         assert [(index, type(error), str(error)) for index, error in told[2:]] == [
             (index, type(error), str(error)) for index, error in lines[2:]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hippo_mpi.engine.request import RequestOutput
-from hippo_mpi.errors import FieldError, RankError, UserError
+from hippo_mpi.errors import FieldError, HippoError
 from hippo_mpi.serving.api.http_errors import error_of
 from hippo_mpi.serving.protocols.openai_answers import (
     AnswerHead,
@@ -81,7 +81,7 @@ class CompletionAnswer:
                 usage = {"usage": usage_so_far(choices[index])} if options.continuous_usage_stats else no_usage
                 if says_something(fields) or options.continuous_usage_stats:
                     yield _event(chunk_object(head, index, fields) | usage)
-        except (UserError, RankError) as error:
+        except HippoError as error:
             yield _event(error_of(error))
             return
         if options.include_usage:

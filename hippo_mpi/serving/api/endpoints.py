@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from hippo_mpi.engine.request import Request as EngineRequest
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.serving.api.about_endpoints import AboutEndpoints
 from hippo_mpi.serving.api.access import Access
@@ -172,9 +173,9 @@ class Api:
     ) -> Record:
         """What is asked, as it is kept."""
         prepared = [await self._prepare(asked, model) for asked in question.every]
-        samplings = [
-            replace(once, seed=None if once.seed is None else once.seed + index)
-            for _, once in prepared
+        asked_once = [
+            (prompt, replace(once, seed=None if once.seed is None else once.seed + index))
+            for prompt, once in prepared
             for index in range(question.num_choices)
         ]
         return Record(
@@ -185,8 +186,7 @@ class Api:
             model=model.name,
             created=int(time.time()),
             body=body,
-            prompts=[prompt for prompt, _ in prepared],
-            samplings=samplings,
+            requests=[EngineRequest(index, *once) for index, once in enumerate(asked_once)],
             is_stream=question.is_stream,
             is_stored=question.is_stored,
             is_background=question.is_background,
@@ -237,7 +237,7 @@ class Api:
             "prompt_digest": digest(prompt),
             "choices": [],
         }
-        for index in range(len(record.samplings)):
+        for index in range(len(record.requests)):
             tokens = [told.token for told in exchange.outputs_of(index) if told.token is not None]
             text = model.tokenizer.decode(tokens)
             choice = {"tokens": len(tokens), "outcome": exchange.outcome_of(index), "digest": digest(text)}

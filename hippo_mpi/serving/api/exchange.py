@@ -38,7 +38,7 @@ class Exchange:
         self.ending: ServerEnding | None = None  # the server's: this is cut, and taken up again by the next
         self._told = list(told)
         self._num_public = len(self._told)  # so much of it readers may see: it is in the journal
-        self._running = set(range(len(record.samplings)))
+        self._running = set(range(len(record.requests)))
         for line in told:
             self._note_end(*line)
         self._more = asyncio.Event()
@@ -100,7 +100,7 @@ class Exchange:
         Raises:
             ServerEnding: there is more to come, but not from this server.
         """
-        num_read, running = 0, set(range(len(self.record.samplings)))
+        num_read, running = 0, set(range(len(self.record.requests)))
         while running:
             while num_read == self._num_public:
                 if self.ending is not None:
@@ -132,8 +132,7 @@ class Reader:
         self._exchange, self._on_leave = exchange, on_leave
         self.is_cut = False
         """Whether it has read all that this server tells, and the next one will tell more."""
-        record = exchange.record
-        self._timings = [Timings(prompt_tokens=len(record.prompt_of(i))) for i in range(len(record.samplings))]
+        self._timings = [Timings(prompt_tokens=len(request.prompt)) for request in exchange.record.requests]
 
     def __enter__(self) -> Reader:
         self._exchange.num_readers += 1
@@ -147,8 +146,7 @@ class Reader:
         """Yield what the answers get, and which one gets it.
 
         Raises:
-            UserError: the ranks refuse it.
-            RankError: the ranks can't be brought back, or the server ends.
+            HippoError: the ranks refuse it, or can't be brought back, or the server ends.
         """
         try:
             async for index, told in self._exchange.lines():
@@ -161,7 +159,7 @@ class Reader:
         """Return what the answers have got by now.
 
         Raises:
-            UserError, RankError: as `outputs`.
+            HippoError: as `outputs`.
         """
         return [self._read(index, told) for index, told in self._exchange.lines_so_far()]
 

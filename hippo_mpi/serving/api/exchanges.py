@@ -69,16 +69,15 @@ class Exchanges:
         kept = record.is_stream or record.is_stored or record.is_background
         exchange = Exchange(record, self._journal if kept else None, self._end_soon)
         try:
-            for index, sampling in enumerate(record.samplings):
+            for index, one in enumerate(record.requests):
                 tell = partial(exchange.tell, index)
-                answer = self._front.submit(record.prompt_of(index), sampling, record.model, tell)
-                exchange.answers[index] = answer
+                exchange.answers[index] = self._front.submit(one.prompt, one.sampling, record.model, tell)
         except UserError:
             for answer in exchange.answers.values():
                 self._front.abort(answer)
             raise
         # With the seeds that the front has chosen.
-        exchange.record = replace(record, samplings=[answer.request.sampling for answer in exchange.answers.values()])
+        exchange.record = replace(record, requests=[answer.request for answer in exchange.answers.values()])
         if exchange.journal is not None:
             self._live[record.id] = exchange
             patience_s = self._keeping.reconnect_s if record.is_stream else 0.0
@@ -175,9 +174,8 @@ class Exchanges:
         if exchange.is_over:  # it has died between the last token and the note of the end
             self._end_soon(exchange)
         for index in exchange.running:
-            prompt, sampling, before = record.prompt_of(index), record.samplings[index], exchange.outputs_of(index)
-            tell = partial(exchange.tell, index)
-            exchange.answers[index] = self._front.bring_back(prompt, sampling, record.model, tell, before)
+            tell, before = partial(exchange.tell, index), exchange.outputs_of(index)
+            exchange.answers[index] = self._front.bring_back(record.requests[index], record.model, tell, before)
         self._leave(exchange)
 
     def close(self) -> None:

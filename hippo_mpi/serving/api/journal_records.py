@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hippo_mpi.engine.request import Request, SamplingParams
-from hippo_mpi.errors import ContextError, RankError, UserError
+from hippo_mpi.engine.request import Request
+from hippo_mpi.errors import ContextError, ForeignError, HippoError, RankError, UserError
 from hippo_mpi.serving.supervision.front import Told
 from hippo_mpi.serving.supervision.rank_link import ToldOutput, read_output, read_request, request_object
 
 Line = tuple[int, Told]
 """Which answer of a request, and what came for it."""
+_ERRORS = (UserError, RankError, ForeignError, HippoError)  # what statuses and words depend on
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Record:
         url: of the endpoint.
         created: seconds since 1970.
         body: as it came.
-        prompts: tokens of each; each has as many of the samplings, one prompt's behind the other's.
+        requests: one for each answer, numbered; those of one prompt share its list of tokens.
         is_stream: whether its client learns its id before its end.
         is_stored: whether it is kept after its end until it expires, and not only until its client has it.
         is_background: whether it is made to its end without a client.
@@ -39,43 +40,47 @@ class Record:
     model: str
     created: int
     body: dict[str, Any]
-    prompts: list[list[int]]
-    samplings: list[SamplingParams]
+    requests: list[Request]
     is_stream: bool
     is_stored: bool
     is_background: bool
 
-    def prompt_of(self, index: int) -> list[int]:
-        """Return the prompt that an answer is to."""
-        return self.prompts[index * len(self.prompts) // len(self.samplings)]
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The tokens of each prompt."""
+        return list({id(request.prompt): request.prompt for request in self.requests}.values())
 
 
 def record_text(record: Record) -> str:
-    samplings = [request_object(Request(0, [], sampling)) for sampling in record.samplings]
-    return json.dumps(asdict(record) | {"samplings": samplings})
+    places = {id(prompt): place for place, prompt in enumerate(record.prompts)}
+    requests = [(places[id(one.prompt)], request_object(replace(one, prompt=[]))) for one in record.requests]
+    return json.dumps({**vars(record), "requests": requests, "prompts": record.prompts})
 
 
 def read_record(text: str) -> Record:
     found = json.loads(text)
-    return Record(**found | {"samplings": [read_request(one).sampling for one in found["samplings"]]})
+    prompts = found.pop("prompts")
+    requests = [replace(read_request(one), prompt=prompts[place]) for place, one in found["requests"]]
+    return Record(**found | {"requests": requests})
 
 
 def line_text(line: Line) -> str:
     index, told = line
     if isinstance(told, ToldOutput):
         return json.dumps([index, _output_object(told)], separators=(",", ":"))
-    context = [told.prompt_tokens, told.max_context] if isinstance(told, ContextError) else None
-    error = {"error": str(told), "is_users": isinstance(told, UserError), "context": context}
-    return json.dumps([index, error])
+    if isinstance(told, ContextError):
+        return json.dumps([index, {"context": [told.prompt_tokens, told.max_context]}])
+    kind = next(kind for kind in _ERRORS if isinstance(told, kind))
+    return json.dumps([index, {"error": str(told), "kind": kind.__name__}])
 
 
 def read_line(text: str) -> Line:
     index, found = json.loads(text)
-    if "error" not in found:
-        return index, read_output({"id": index, **found})
-    if found["context"]:
+    if "context" in found:
         return index, ContextError(*found["context"])
-    return index, (UserError if found["is_users"] else RankError)(found["error"])
+    if "error" in found:
+        return index, {kind.__name__: kind for kind in _ERRORS}[found["kind"]](found["error"])
+    return index, read_output({"id": index, **found})
 
 
 def _output_object(told: ToldOutput) -> dict[str, Any]:

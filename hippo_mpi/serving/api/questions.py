@@ -64,12 +64,12 @@ class Question:
         choices = [
             Choice(
                 self.every[index // self.num_choices],
-                record.prompt_of(index),
+                request.prompt,
                 tokenizer,
-                len(sampling.forced),
+                len(request.sampling.forced),
                 f"{record.id}/{index}",
             )
-            for index, sampling in enumerate(record.samplings)
+            for index, request in enumerate(record.requests)
         ]
         return CompletionAnswer(AnswerHead(self.url, record.model, record.id, record.created), choices, self.options)
 

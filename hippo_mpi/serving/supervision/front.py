@@ -20,7 +20,7 @@ from typing import Any
 
 from hippo_mpi.engine.engine import check_request
 from hippo_mpi.engine.request import Request, RequestOutput, Resume, SamplingParams, Timings
-from hippo_mpi.errors import ContextError, RankError, UserError
+from hippo_mpi.errors import ContextError, HippoError, RankError, UserError
 from hippo_mpi.serving.supervision.rank_link import About, ToldOutput, line_of, read_about, read_output, request_object
 from hippo_mpi.shard.layer_split import Machine
 
@@ -35,7 +35,7 @@ class ServerEnding(RankError):
     """The server ends, and its ranks with it: what is under way is not at fault."""
 
 
-Told = ToldOutput | UserError | RankError
+Told = ToldOutput | HippoError
 """What comes for an answer: an output, or why there will be none."""
 
 
@@ -188,34 +188,27 @@ class Front:
             check_request(prompt, sampling, about.max_context, about.vocab_size)
         if sampling.seed is None:  # every answer draws numbers of its own, so that it can go on elsewhere
             sampling = replace(sampling, seed=secrets.randbits(63))
-        return self._take_in(prompt, sampling, model, tell, ())
+        return self._take_in(Request(next(self._ids), prompt, sampling), model, tell, ())
 
     def bring_back(
         self,
-        prompt: list[int],
-        sampling: SamplingParams,
+        request: Request,
         model: str,
         tell: Callable[[Told], None],
         before: Sequence[ToldOutput],
     ) -> Answer:
         """Go on with an answer that another front has begun, behind what was told `before`. It was let in then."""
-        return self._take_in(prompt, sampling, model, tell, before)
+        return self._take_in(replace(request, id=next(self._ids)), model, tell, before)
 
     def _take_in(
-        self,
-        prompt: list[int],
-        sampling: SamplingParams,
-        model: str,
-        tell: Callable[[Told], None],
-        before: Sequence[ToldOutput],
+        self, request: Request, model: str, tell: Callable[[Told], None], before: Sequence[ToldOutput]
     ) -> Answer:
-        request = Request(next(self._ids), prompt, sampling)
-        answer = Answer(request, Timings(prompt_tokens=len(prompt)), model, tell)
+        answer = Answer(request, Timings(prompt_tokens=len(request.prompt)), model, tell)
         for told in before:
             answer.note(told)
         self._note_wanted(model)
         self._answers[request.id] = answer
-        _log.debug("request %d for %s: %d prompt tokens", request.id, model, len(prompt))
+        _log.debug("request %d for %s: %d prompt tokens", request.id, model, len(request.prompt))
         self._advance()
         return answer
 
