@@ -59,6 +59,7 @@ class Stream:
         self.events: list[dict[str, Any] | str] = []
         self.numbers: list[int] = []
         self.id = ""
+        self.unnumbered = ""
 
     def read(self, answer: httpx.Response) -> None:
         """Note what comes, until the end, or the connection breaks."""
@@ -70,6 +71,8 @@ class Stream:
                 elif line.startswith("data: ") and number is not None:
                     self._note(number, line[6:])
                     number = None
+                elif line.startswith("data: "):
+                    self.unnumbered += line
 
     def _note(self, number: int, data: str) -> None:
         found = data if data == "[DONE]" else json.loads(data)
@@ -124,3 +127,37 @@ def test_every_api_s_stream_goes_on_after_the_front_was_killed(tmp_path: Path) -
     for url, stream in broken.items():
         assert stream.numbers == list(range(len(stream.numbers)))
         assert stream.lasting() == undisturbed[url].lasting(), url
+
+
+def test_a_server_that_ends_says_how_to_go_on(tmp_path: Path) -> None:
+    """A stream's error has no number; what is to be stored is finished by the next server though nobody asks; an answer
+    of which nobody has the id isn't."""
+    goes_on = {"max_tokens": 400, "logit_bias": GOES_ON, "temperature": 1.0}
+    with journaled(tmp_path, "--ranks", "1") as running, ThreadPoolExecutor(3) as pool:
+        stream, stored = Stream(), Stream()
+        bodies = {"/v1/completions": stream, "/v1/chat/completions": stored}
+        extras = {
+            "/v1/completions": goes_on,
+            "/v1/chat/completions": {"store": True, "n": 1, "logprobs": False, "top_logprobs": 0},
+        }
+        reading = [pool.submit(post, running, url, into, **extras[url]) for url, into in bodies.items()]
+        whole = {"model": MODEL, "prompt": "A fox", **goes_on, "store": True}
+        ending = pool.submit(httpx.post, running.url + "/v1/completions", json=whole, timeout=90)
+        running.await_status(
+            lambda status: status["requests"] == 3 and len(stream.events) > 3 and len(stored.events) > 3
+        )
+        running.running.process.terminate()
+        for one in reading:
+            one.result(30)
+        assert ending.result(30).status_code == 503
+        assert running.running.wait(20) == 0
+        assert "the server is ending; GET /v1/completions/" in stream.unnumbered
+        assert stream.id in stream.unnumbered
+    with journaled(tmp_path, "--ranks", "1") as running:
+        assert running.status()["requests"] == 2, running.running.err
+        again = httpx.get(f"{running.url}/v1/chat/completions/{stored.id}", timeout=90).json()
+        text = "".join(
+            event["choices"][0]["delta"].get("content") or "" for event in stored.events if "choices" in event
+        )
+        assert again["usage"]["completion_tokens"] == 60
+        assert again["choices"][0]["message"]["content"].startswith(text)
