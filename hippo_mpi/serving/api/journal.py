@@ -39,6 +39,9 @@ _ADD = "INSERT INTO requests (id, record) VALUES (?, ?)"
 _NOTE = "INSERT INTO lines SELECT number, ? FROM requests WHERE id = ?"
 _END = "UPDATE requests SET expires = ? WHERE id = ?"
 _DELETE = "DELETE FROM requests WHERE id = ?"
+_GATHER_S = (
+    0.002  # for the other outputs of a step: without it the front takes 0.25 ms for a token of 16 streams, not 0.17
+)
 _SWEEP_S = 5.0  # between two looks for what has been kept long enough
 _AT_ONCE = 16  # requests that one look deletes
 _PATIENCE_S = 2.0  # with a disk that doesn't answer; then clients are told without it
@@ -151,6 +154,7 @@ class Journal:
         while not is_over:
             with contextlib.suppress(queue.Empty):
                 batch = [self._operations.get(timeout=_SWEEP_S)]
+                time.sleep(_GATHER_S)
                 while not self._operations.empty():
                     batch.append(self._operations.get())
                 is_over = None in batch

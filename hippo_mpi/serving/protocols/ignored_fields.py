@@ -87,8 +87,8 @@ RESPONSES_IGNORED: dict[str, Ignored] = {
     "max_tool_calls": _ALL_TOOLS_ARE_YOURS,
     "truncation": _only("disabled", "auto", reason="an input that is too long is refused either way, never cut"),
     "stream": _only(False),
-    "background": _only(False),
-    "previous_response_id": _only(reason="nothing is kept for a later request"),
+    "background": _only(False, reason="true needs a server with a --journal"),
+    "previous_response_id": _only(reason="a request brings all of its conversation"),
     "top_logprobs": _only(0),
 }
 MESSAGES_IGNORED: dict[str, Ignored] = {

@@ -25,6 +25,7 @@ from hippo_mpi.serving.supervision.rank_link import About, ToldOutput, line_of, 
 from hippo_mpi.shard.layer_split import Machine
 
 _log = logging.getLogger(__name__)
+_MOST_SILENT_S = 5.0  # of rank 0, which says something every second
 
 
 class Overloaded(UserError):
@@ -118,6 +119,7 @@ class Front:
         self.silent_hosts: list[str] = []  # without which the ranks were started
         self.beat: dict[str, Any] = {}  # what the ranks said last of themselves
         self.has_progressed = False  # since the last ranks became ready
+        self.heard_s = 0.0  # when an output came last, of whatever request
         self.on_output: Callable[[RequestOutput, float], None] = lambda output, before_s: None
         """For counting: told of every output, and when the one before it came (0: it is the first)."""
 
@@ -131,6 +133,16 @@ class Front:
         return self._writer is not None
 
     @property
+    def why_stuck(self) -> str:
+        """Say why ranks that are there don't answer; empty if they do, for all that is known."""
+        if not self.is_ready or not self.beat:
+            return ""
+        if stalled_s := self.beat["stalled_s"]:
+            return f"no rank has got on for {stalled_s:.0f} s"
+        silent_s = time.monotonic() - self._made_s - self.beat["at_s"]
+        return f"rank 0 has said nothing for {silent_s:.0f} s" if silent_s > _MOST_SILENT_S else ""
+
+    @property
     def num_requests(self) -> int:
         """Under way or waiting."""
         return len(self._answers)
@@ -140,6 +152,8 @@ class Front:
         """Return how it stands, in words: "ready", or what is waited for, and for how long by now."""
         if not self.is_ready:
             return f"{self._state} ({time.monotonic() - self._state_since_s:.0f} s)"
+        if why := self.why_stuck:
+            return why
         following = self._next_model()
         return "ready" if following is None else f"ready; {self._turn_of(following)}"
 
@@ -154,7 +168,7 @@ class Front:
         waiting = len(self._answers) - len(self._begun) + self.beat.get("waiting", 0)
         running = max(0, len(self._answers) - waiting)
         return {
-            "ready": self.is_ready,
+            "ready": self.is_ready and not self.why_stuck,
             "state": self.state,
             "uptime_s": round(time.monotonic() - self._made_s),
             "requests": len(self._answers),
@@ -377,7 +391,7 @@ class Front:
         _log.info("%s is loaded after %.1f s: %s; %s", self.model, took_s, ranks, _waiting(waiting))
 
     def _note(self, told: ToldOutput) -> None:
-        self.has_progressed = True
+        self.has_progressed, self.heard_s = True, time.monotonic()
         answer = self._answers.get(told.request_id)
         if answer is None:  # aborted meanwhile
             return

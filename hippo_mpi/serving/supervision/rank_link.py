@@ -3,7 +3,8 @@
     front -> rank 0   {"add": Request}  {"abort": id}
     rank 0 -> front   {"ready": About}  {"output": RequestOutput}
                       {"refused": id, "why": text}, or {"refused": id, "context": [prompt's tokens, most tokens]}
-                      {"beat": {"ranks": [status of each], "waiting": requests that no step has begun}}
+                      {"beat": {"ranks": [status of each], "waiting": requests that no step has begun,
+                                "stalled_s": for how long no rank has got on, or 0}}
 
 Each object is a dataclass's fields. Nothing here is ever executed or unpickled.
 """
