@@ -140,7 +140,7 @@ class Api:
         record = await self._record(request, url, body, question, model)
         if model.name != self._front.model:
             await self._check_fits(model)
-        exchange = await self.exchanges.open(record)
+        exchange = await self.exchanges.open(record, partial(self._access.count_tokens, request))
         writer = question.writer(exchange.record, model.tokenizer)
         if question.is_stream:
             reader = self.exchanges.reader(exchange)
@@ -214,8 +214,6 @@ class Api:
     def _note_left(self, request: Request, exchange: Exchange) -> None:
         """The client of a request has got its answer, or has gone away."""
         record, answers = exchange.record, list(exchange.answers.values())
-        made = sum(len(answer.timings.token_ids) for answer in answers)
-        self._access.count_tokens(request, sum(map(len, record.prompts)) + made)
         request.state.answered = Answered(record.id, record.model, answers)
 
     def _write_audit(self, exchange: Exchange) -> None:

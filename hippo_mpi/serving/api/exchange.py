@@ -20,6 +20,7 @@ class Exchange:
 
     Args:
         journal: where it is kept; None: nowhere.
+        count_tokens: told how many its prompts and answers have had, when nothing more will be told.
         told: what was told of them before.
         on_over: called once, when nothing more will be told.
 
@@ -29,9 +30,14 @@ class Exchange:
     """
 
     def __init__(
-        self, record: Record, journal: Journal | None, on_over: Callable[[Exchange], None], told: Sequence[Line] = ()
+        self,
+        record: Record,
+        journal: Journal | None,
+        on_over: Callable[[Exchange], None],
+        told: Sequence[Line] = (),
+        count_tokens: Callable[[int], None] = lambda number: None,
     ) -> None:
-        self.record, self.journal, self._on_over = record, journal, on_over
+        self.record, self.journal, self._on_over, self.count_tokens = record, journal, on_over, count_tokens
         self.answers: dict[int, Answer] = {}
         self.patience_s: float | None = 0.0
         self.num_readers = 0
@@ -56,6 +62,12 @@ class Exchange:
         """Return what has been told of one of the answers."""
         return [told for number, told in self._told if number == index and isinstance(told, ToldOutput)]
 
+    @property
+    def num_tokens(self) -> int:
+        """Of prompts and answers."""
+        made = sum(isinstance(told, ToldOutput) and told.token is not None for _, told in self._told)
+        return sum(map(len, self.record.prompts)) + made
+
     def outcome_of(self, index: int) -> str:
         """Return how an answer ended: its finish reason, or the error that ended them all."""
         reasons = [told.finish_reason for told in self.outputs_of(index)[-1:] if told.finish_reason]
@@ -66,9 +78,9 @@ class Exchange:
         """Something has come for one of the answers; after an error nothing more comes for any."""
         if self.is_over:
             return
-        if isinstance(told, ServerEnding):
-            goes_on = f"; GET {self.record.url}/{self.record.id} goes on with this answer after its next start"
-            self.ending = ServerEnding(f"{told}{goes_on if self.journal is not None else ''}")
+        if isinstance(told, ServerEnding) and self.journal is not None:
+            goes_on = f"GET {self.record.url}/{self.record.id} goes on with this answer after its next start"
+            self.ending = ServerEnding(f"{told}; {goes_on}")
             self._wake()
             return
         self._told.append((index, told))

@@ -59,15 +59,18 @@ class Exchanges:
     def can_keep(self) -> bool:
         return self._journal is not None
 
-    async def open(self, record: Record) -> Exchange:
+    async def open(self, record: Record, count_tokens: Callable[[int], None]) -> Exchange:
         """Ask for all of a request's answers, or none; returns when it is in the journal.
+
+        Args:
+            count_tokens: told how many tokens it has taken, at its end.
 
         Raises:
             Overloaded: too many wait already.
             UserError: one can never be answered.
         """
         kept = record.is_stream or record.is_stored or record.is_background
-        exchange = Exchange(record, self._journal if kept else None, self._end_soon)
+        exchange = Exchange(record, self._journal if kept else None, self._end_soon, count_tokens=count_tokens)
         try:
             for index, one in enumerate(record.requests):
                 tell = partial(exchange.tell, index)
@@ -138,6 +141,7 @@ class Exchanges:
             else:
                 keep_s = self._keeping.stored_s if record.is_stored else _RETURN_S
                 exchange.journal.end(record.id, keep_s, lambda: self._drop(record.id))
+        exchange.count_tokens(exchange.num_tokens)
         self._on_over(exchange)
 
     def _forget(self, exchange: Exchange) -> None:
@@ -162,6 +166,7 @@ class Exchanges:
             is_late = self._journal.silent_s > (self._keeping.stored_s if can_wait else _MOST_DOWN_S)
             if not has_client or is_late or record.model not in models:
                 self._forget(exchange)
+                self._on_over(exchange)
                 continue
             self._live[record.id] = exchange
             exchange.patience_s = None if can_wait else _RETURN_S
