@@ -93,7 +93,8 @@ def test_requests_and_outputs_come_back_as_they_were(tmp_path: Path) -> None:
     run(write, tmp_path / "journal")
 
     async def read(kept: Journal) -> None:
-        ((found, told),) = kept.unfinished()
+        ((found, told, num_deaths),) = kept.take_left()
+        assert num_deaths == 1
         assert found == record("a") and found.prompts == [PROMPT, [3]]
         assert found.requests[0].prompt is found.requests[1].prompt, "whose tokens are counted once"
         assert told[:2] == lines[:2]
@@ -184,6 +185,53 @@ def test_a_silent_disk_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.
         assert kept.find("a") is not None
 
     run(write, tmp_path / "journal")
+
+
+def test_servers_that_die_of_a_request_are_counted(tmp_path: Path) -> None:
+    """Until something of it comes: then it was something else. One that ended in order didn't die."""
+    path, counts = tmp_path / "journal", list[int]()
+
+    async def write(kept: Journal) -> None:
+        await written(lambda then: kept.add(record("a"), then))
+
+    async def note(kept: Journal) -> None:
+        await written(lambda then: kept.note("a", (0, OUTPUT), then))
+
+    async def look(kept: Journal) -> None:
+        counts.extend(num_deaths for _, _, num_deaths in kept.take_left())
+
+    def die() -> None:
+        code = (
+            "import os, pathlib, sys; from hippo_mpi.serving.api.journal import Journal;"
+            "os._exit(Journal(pathlib.Path(sys.argv[1])).take_left()[0][2])"
+        )
+        counts.append(subprocess.run([sys.executable, "-c", code, path]).returncode)
+
+    run(write, path)
+    die()
+    die()
+    run(look, path)
+    run(note, path)
+    die()
+    run(look, path)
+    assert counts == [1, 2, 3, 1, 2]
+
+
+def test_what_another_version_has_written_is_forgotten(tmp_path: Path) -> None:
+    async def write(kept: Journal) -> None:
+        await written(lambda then: kept.add(record("a"), then), lambda then: kept.add(record("b"), then))
+        await written(lambda then: kept._put(("a", "UPDATE requests SET record = '{}' WHERE id = ?", ("a",)), then))
+
+    async def read(kept: Journal) -> None:
+        assert [record.id for record, _, _ in kept.take_left()] == ["b"]
+
+    run(write, tmp_path / "journal")
+    run(read, tmp_path / "journal")
+    for part in ("journal-wal", "journal-shm"):
+        (tmp_path / part).unlink(missing_ok=True)
+    (tmp_path / "journal").write_bytes((tmp_path / "journal").read_bytes()[:5000])
+    with pytest.raises(UserError, match="can't be used"):
+        Journal(tmp_path / "journal")
 
 
 def test_a_journal_is_one_server_s(tmp_path: Path) -> None:

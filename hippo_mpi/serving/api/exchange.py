@@ -126,6 +126,12 @@ class Exchange:
                 running.discard(index)
             yield index, told
 
+    async def settle(self) -> None:
+        """Wait until readers may see all that has been told by now."""
+        num_told = len(self._told)
+        while self._num_public < num_told:
+            await self._more.wait()
+
     def lines_so_far(self) -> list[Line]:
         """Return what readers may see by now."""
         return self._told[: self._num_public]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from functools import partial
 
-from hippo_mpi.errors import UserError
+from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.serving.api.exchange import Exchange, Reader
 from hippo_mpi.serving.api.journal import Journal
 from hippo_mpi.serving.api.journal_records import Record
@@ -27,6 +27,8 @@ from hippo_mpi.serving.supervision.rank_link import ToldOutput
 _log = logging.getLogger(__name__)
 _RETURN_S = 60.0  # for a client to come back: after a start, or after an end that it may not have heard of
 _MOST_DOWN_S = 600.0  # after a server was down for longer, clients of streams don't come back
+
+_MOST_DEATHS = 5  # of servers, one after another, that an answer bears without a token between
 
 OnOver = Callable[[Exchange], None]
 
@@ -135,7 +137,7 @@ class Exchanges:
             self._front.abort(answer)
         record = exchange.record
         if exchange.journal is not None:
-            was_left = all(exchange.outcome_of(index) == "abort" for index in exchange.answers)
+            was_left = all(exchange.outcome_of(index) == "abort" for index in range(len(record.requests)))
             if was_left and not record.is_stored:
                 self._forget(exchange)
             else:
@@ -157,22 +159,27 @@ class Exchanges:
         """Begin to write, and go on with what the server before this one has left, if it is of one of these models."""
         if self._journal is None:
             return
-        found = self._journal.unfinished()
+        left = self._journal.take_left()
         self._journal.start()
-        for record, told in found:
+        for record, told, num_deaths in left:
             exchange = Exchange(record, self._journal, self._end_soon, told)
             can_wait = record.is_stored or record.is_background
             has_client = record.is_stream or record.is_background
             is_late = self._journal.silent_s > (self._keeping.stored_s if can_wait else _MOST_DOWN_S)
             if not has_client or is_late or record.model not in models:
                 self._forget(exchange)
-                self._on_over(exchange)
+                asyncio.get_running_loop().call_soon(self._on_over, exchange)
                 continue
             self._live[record.id] = exchange
+            if num_deaths > _MOST_DEATHS:  # it may be what the servers die of
+                exchange.tell(
+                    0, RankError(f"the server has died {num_deaths} times over this, without a token between")
+                )
+                continue
             exchange.patience_s = None if can_wait else _RETURN_S
             self._bring_back(exchange)
         if self._live:
-            _log.info("%d answers of the server before this one go on", len(self._live))
+            _log.info("of the server before this one %d requests go on", len(self._live))
 
     def _bring_back(self, exchange: Exchange) -> None:
         record = exchange.record

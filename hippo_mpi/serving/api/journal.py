@@ -29,7 +29,9 @@ _log = logging.getLogger(__name__)
 _VERSION = 1  # of the tables
 _TABLES = """
 CREATE TABLE requests (number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, record TEXT NOT NULL,
-                       expires REAL); -- seconds since 1970; NULL: it is under way
+                       expires REAL, -- seconds since 1970; NULL: it is under way
+                       deaths INTEGER NOT NULL DEFAULT 0, -- of servers, without a line between
+                       lines_before INTEGER NOT NULL DEFAULT 0); -- the last of them
 CREATE TABLE lines (request INTEGER NOT NULL REFERENCES requests ON DELETE CASCADE, line TEXT NOT NULL);
 CREATE INDEX lines_of ON lines (request);
 CREATE INDEX expiring ON requests (expires);
@@ -42,6 +44,7 @@ _DELETE = "DELETE FROM requests WHERE id = ?"
 _GATHER_S = (
     0.002  # for the other outputs of a step: without it the front takes 0.25 ms for a token of 16 streams, not 0.17
 )
+_SURVIVE = "UPDATE requests SET deaths = deaths - 1 WHERE expires IS NULL AND deaths > 0"  # this server didn't die
 _SWEEP_S = 5.0  # between two looks for what has been kept long enough
 _AT_ONCE = 16  # requests that one look deletes
 _PATIENCE_S = 2.0  # with a disk that doesn't answer; then clients are told without it
@@ -72,6 +75,7 @@ class Journal:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             self._writer = self._open()
             self._prepare()
+            self._left = self._read_left()
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"the journal {path} can't be used: {error}") from None
         self._operations: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
@@ -89,6 +93,7 @@ class Journal:
     def close(self) -> None:
         """Write what is left, for as long as there is patience."""
         self._watching.cancel()
+        self._operations.put(("", _SURVIVE, ()))
         self._operations.put(None)
         self._thread.join(_PATIENCE_S)
         self._lock_file.close()
@@ -114,19 +119,36 @@ class Journal:
         """Forget a request."""
         self._put((name, _DELETE, (name,)), then)
 
-    # ---- what is read; both block
+    # ---- what is read
 
     def find(self, name: str) -> tuple[Record, list[Line]] | None:
-        """Return a request that has ended, and all that came for it."""
+        """Return a request that has ended, and all that came for it; blocks."""
         with contextlib.closing(self._open()) as reader:
             sql = "SELECT number, record FROM requests WHERE id = ? AND expires > ?"
             row = reader.execute(sql, (name, time.time())).fetchone()
             return None if row is None else (read_record(row[1]), _lines(reader, row[0]))
 
-    def unfinished(self) -> list[tuple[Record, list[Line]]]:
-        """Return the requests that were under way when the journal was last written, oldest first."""
-        rows = self._writer.execute("SELECT number, record FROM requests WHERE expires IS NULL ORDER BY number")
-        return [(read_record(record), _lines(self._writer, number)) for number, record in rows.fetchall()]
+    def take_left(self) -> list[tuple[Record, list[Line], int]]:
+        """Return the requests that were under way when the server before this one died, oldest first, each with what came
+        for it, and how many servers in a row have died without more of it."""
+        left, self._left = self._left, []
+        return left
+
+    def _read_left(self) -> list[tuple[Record, list[Line], int]]:
+        found = []
+        sql = "SELECT number, record, deaths, lines_before FROM requests WHERE expires IS NULL ORDER BY number"
+        for number, text, deaths, lines_before in self._writer.execute(sql).fetchall():
+            try:
+                record, lines = read_record(text), _lines(self._writer, number)
+            except (ValueError, KeyError, TypeError) as error:  # written by another version
+                _log.warning("a request in the journal %s can't be read, and is forgotten: %r", self.path, error)
+                self._writer.execute("DELETE FROM requests WHERE number = ?", (number,))
+                continue
+            deaths = 1 if len(lines) > lines_before else deaths + 1
+            sql = "UPDATE requests SET deaths = ?, lines_before = ? WHERE number = ?"
+            self._writer.execute(sql, (deaths, len(lines), number))
+            found.append((record, lines, deaths))
+        return found
 
     # ---- the file
 
@@ -190,12 +212,13 @@ class Journal:
                 for name in ("page_count", "freelist_count", "page_size")
             )
             until = float("inf") if (pages - free) * size > self._most_bytes else time.time()
+            os.utime(self.path)  # the server lives, whether it has something to write or not
             self._writer.execute(
                 "DELETE FROM requests WHERE number IN"
                 " (SELECT number FROM requests WHERE expires < ? ORDER BY expires LIMIT ?)",
                 (until, _AT_ONCE),
             )
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             _log.warning("the journal can't be tidied: %s", error)
 
     # ---- in the event loop

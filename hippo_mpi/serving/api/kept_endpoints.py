@@ -98,6 +98,7 @@ class KeptEndpoints:
         if not exchange.record.is_background:
             raise UserError("only a response in the background can be cancelled: the others end with their client")
         self._exchanges.abort(exchange)
+        await exchange.settle()
         question, model = await self._question(exchange)
         return JSONResponse(_response(question, exchange, self._exchanges.reader(exchange), model))
 
