@@ -30,6 +30,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": "Tell me of a fox and a hen.", "max_output_tokens": 70, "temperature": 0.8},
 }  # fmt: skip
 PASSING = {"created", "created_at", "cached_tokens", "input_tokens", "cache_read_input_tokens"}
+ROUNDED = {"logprob", "top_logprobs"}  # otherwise by steps of other rows
 
 
 @contextlib.contextmanager
@@ -83,13 +84,20 @@ class Stream:
         self.events.append(found)
 
     def lasting(self) -> Any:
-        """The events, but for what is of one request only, and for what a cache happened to have."""
-        return without_passing(json.loads(json.dumps(self.events).replace(self.id, "ID")))
+        """The events, choice by choice, but for what is of one request only, and for what a cache happened to have."""
+
+        def choice_of(event: Any) -> int:
+            choices = event.get("choices") if isinstance(event, dict) else None
+            return int(choices[0]["index"]) if choices else len(self.events)
+
+        is_of_choices = isinstance(self.events[0], dict) and "choices" in self.events[0]
+        events = sorted(self.events, key=choice_of) if is_of_choices else self.events
+        return without_passing(json.loads(json.dumps(events).replace(self.id, "ID")))
 
 
 def without_passing(found: Any) -> Any:
     if isinstance(found, dict):
-        return {name: without_passing(value) for name, value in found.items() if name not in PASSING}
+        return {name: without_passing(value) for name, value in found.items() if name not in PASSING | ROUNDED}
     return [without_passing(one) for one in found] if isinstance(found, list) else found
 
 
