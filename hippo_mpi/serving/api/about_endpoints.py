@@ -6,6 +6,7 @@ Knows the front and the catalogue. Must not know how anything is answered.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from hippo_mpi.serving.api.metrics import Metrics
 from hippo_mpi.serving.api.openapi import openapi_object
 from hippo_mpi.serving.api.request_bodies import model_of
 from hippo_mpi.serving.supervision.catalogue import Catalogue
-from hippo_mpi.serving.supervision.front import Front
+from hippo_mpi.serving.supervision.front import Front, Overloaded
 
 _DEEP_S = 10.0  # for a token
 _LOOK_S = 0.02
@@ -47,11 +48,13 @@ class AboutEndpoints:
         return JSONResponse({"status": "ok"})
 
     async def _why_no_token(self) -> str:
-        """Wait for a token, of whatever request; if none is under way, of one of our own. Empty: it has come."""
+        """Wait for a token: of one request of our own, or of whatever other is sooner. Empty: it has come."""
         front, began_s = self._front, time.monotonic()
         if not front.is_ready:
             return front.state
-        own = None if front.num_requests else front.submit([0], SamplingParams(max_tokens=1), front.model)
+        own = None
+        with contextlib.suppress(Overloaded):
+            own = front.submit([0], SamplingParams(max_tokens=1), front.model)
         try:
             while front.heard_s < began_s:
                 if why := front.why_stuck:
