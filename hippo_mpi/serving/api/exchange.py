@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from hippo_mpi.engine.request import RequestOutput, Timings
 from hippo_mpi.serving.api.journal import Journal
 from hippo_mpi.serving.api.journal_records import Line, Record
-from hippo_mpi.serving.supervision.front import Answer, ServerEnding, Told, note_told
+from hippo_mpi.serving.supervision.answer import Answer, ServerEnding, Told, note_told
 from hippo_mpi.serving.supervision.rank_link import ToldOutput
 
 

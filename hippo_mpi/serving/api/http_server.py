@@ -15,7 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hippo_mpi.errors import UserError
 from hippo_mpi.serving.logs import ANNOUNCEMENTS
-from hippo_mpi.serving.supervision.front import Front, ServerEnding
+from hippo_mpi.serving.supervision.answer import ServerEnding
+from hippo_mpi.serving.supervision.front import Front
 
 _log = logging.getLogger(__name__)
 _announcements = logging.getLogger(ANNOUNCEMENTS)

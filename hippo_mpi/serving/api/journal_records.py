@@ -8,7 +8,7 @@ from typing import Any
 
 from hippo_mpi.engine.request import Request
 from hippo_mpi.errors import ContextError, ForeignError, HippoError, RankError, UserError
-from hippo_mpi.serving.supervision.front import Told
+from hippo_mpi.serving.supervision.answer import Told
 from hippo_mpi.serving.supervision.rank_link import ToldOutput, read_output, read_request, request_object
 
 Line = tuple[int, Told]
