@@ -40,9 +40,11 @@ from hippo_mpi.transport.world import detect_launch
 
 try:
     from hippo_mpi.serving.api.access import Access
-    from hippo_mpi.serving.api.endpoints import Api, ApiSettings
+    from hippo_mpi.serving.api.endpoints import Api
     from hippo_mpi.serving.api.http_server import serve_http
+    from hippo_mpi.serving.api.journal import Journal
     from hippo_mpi.serving.api.metrics import Metrics
+    from hippo_mpi.serving.api.request_bodies import ApiSettings
 except ImportError as missing:
     print_error(f"hippo_mpi.serve needs {missing.name}: {install_hint('serve')}")
     sys.exit(UserError.exit_code)
@@ -97,7 +99,7 @@ def _start_own_front(session: Session) -> socket.socket:
     async def both() -> None:
         reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)
         ranks = asyncio.ensure_future(front.serve_ranks(reader, writer, _silence_s(arguments)))
-        await serve_http(api.app(), front, arguments.address, arguments.port)
+        await _serve_api(arguments, front, api)
         ranks.cancel()
 
     def serve_unsupervised() -> None:
@@ -124,6 +126,9 @@ def serve(argv: list[str]) -> int:
     set_up_logging(arguments.log_level)
     catalogue = _read_models(arguments, argv, file)
     _ = catalogue.first.modes  # a mistake is told before anything is started
+    if arguments.check:
+        read_keys(arguments)
+        return 0
     front, api = _make_api(arguments, catalogue)
     hosts = _hosts(arguments, file)
 
@@ -140,9 +145,18 @@ def serve(argv: list[str]) -> int:
     return 0
 
 
+async def _serve_api(arguments: argparse.Namespace, front: Front, api: Api) -> None:
+    """Serve, from what the server before this one has left on, until a signal comes."""
+    api.start()
+    try:
+        await serve_http(api.app(), front, arguments.address, arguments.port)
+    finally:
+        api.exchanges.close()
+
+
 async def _serve_supervised(arguments: argparse.Namespace, front: Front, api: Api, supervisor: Supervisor) -> None:
     ranks = asyncio.ensure_future(supervisor.run())
-    http = asyncio.ensure_future(serve_http(api.app(), front, arguments.address, arguments.port))
+    http = asyncio.ensure_future(_serve_api(arguments, front, api))
     try:
         await asyncio.wait({ranks, http}, return_when="FIRST_COMPLETED")
     finally:
@@ -169,8 +183,12 @@ def _make_api(arguments: argparse.Namespace, catalogue: Catalogue) -> tuple[Fron
         max_choices=arguments.max_choices,
         max_schema_bytes=arguments.max_schema_bytes,
         origins=tuple(arguments.allow_origin),
+        has_keys=bool(keys),
+        keep_answers_s=arguments.keep_answers,
+        reconnect_s=arguments.reconnect,
     )
-    return front, Api(front, catalogue, access, settings, Metrics(front), audit)
+    journal = Journal(arguments.journal) if arguments.journal else None
+    return front, Api(front, catalogue, access, settings, Metrics(front), audit, journal)
 
 
 def read_command_line(argv: list[str]) -> tuple[ConfigFile, list[str]]:

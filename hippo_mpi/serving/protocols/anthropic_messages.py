@@ -184,7 +184,7 @@ class MessageAnswer:
     tokenizer: TokenizerWrapper
 
     def __post_init__(self) -> None:
-        self._blocks = Blocks(self.asked.reader(self.tokenizer, self.prompt))
+        self._blocks = Blocks(self.asked.reader(self.tokenizer, self.prompt, self.id))
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """All of it."""

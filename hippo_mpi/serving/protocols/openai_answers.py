@@ -23,16 +23,18 @@ class Choice:
 
     Args:
         num_echoed: tokens at its beginning that are the prompt's; one more, the first, isn't among them.
+        name: after which its calls are named.
     """
 
     asked: Asked
     prompt: list[int]
     tokenizer: TokenizerWrapper
     num_echoed: int = 0
+    name: str = ""
     outputs: list[RequestOutput] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._reader = self.asked.reader(self.tokenizer, self.prompt)
+        self._reader = self.asked.reader(self.tokenizer, self.prompt, self.name)
         self._pieces: list[Part | Call] = []
         self._offsets = _Offsets()  # of the tokens that were told so far, with their log-probabilities
 

@@ -88,9 +88,9 @@ class Asked:
             sampling = replace(sampling, grammar=call_grammar(tokenizer, self.tools, sampling.grammar))
         return prompt, sampling
 
-    def reader(self, tokenizer: TokenizerWrapper, prompt: list[int]) -> AnswerReader:
-        """For an answer to this."""
-        return AnswerReader(tokenizer, prompt, self.tools, self.most_calls)
+    def reader(self, tokenizer: TokenizerWrapper, prompt: list[int], name: str = "") -> AnswerReader:
+        """For an answer to this, of this name."""
+        return AnswerReader(tokenizer, prompt, self.tools, self.most_calls, name)
 
     def encode(
         self, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system: list[dict[str, str]] | None = None

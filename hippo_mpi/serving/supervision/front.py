@@ -14,14 +14,14 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from hippo_mpi.engine.engine import check_request
 from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams, Timings
 from hippo_mpi.errors import RankError, UserError
-from hippo_mpi.serving.supervision.answer import Answer
+from hippo_mpi.serving.supervision.answer import Answer, Told
 from hippo_mpi.serving.supervision.rank_link import (
     About,
     ToldOutput,
@@ -35,6 +35,7 @@ from hippo_mpi.serving.supervision.suspects import is_suspect, may_begin
 from hippo_mpi.shard.layer_split import Machine
 
 _log = logging.getLogger(__name__)
+_MOST_SILENT_S = 5.0  # of rank 0, which says something every second
 
 
 class Overloaded(UserError):
@@ -71,6 +72,7 @@ class Front:
         self.silent_hosts: list[str] = []  # without which the ranks were started
         self.beat: dict[str, Any] = {}  # what the ranks said last of themselves
         self.has_progressed = False  # since the last ranks became ready
+        self.heard_s = 0.0  # when an output came last, of whatever request
         self.on_output: Callable[[RequestOutput, float], None] = lambda output, before_s: None
         """For counting: told of every output, and when the one before it came (0: it is the first)."""
 
@@ -84,6 +86,16 @@ class Front:
         return self._writer is not None
 
     @property
+    def why_stuck(self) -> str:
+        """Say why ranks that are there don't answer; empty if they do, for all that is known."""
+        if not self.is_ready or not self.beat:
+            return ""
+        if stalled_s := self.beat["stalled_s"]:
+            return f"no rank has got on for {stalled_s:.0f} s"
+        silent_s = time.monotonic() - self._made_s - self.beat["at_s"]
+        return f"rank 0 has said nothing for {silent_s:.0f} s" if silent_s > _MOST_SILENT_S else ""
+
+    @property
     def num_requests(self) -> int:
         """Under way or waiting."""
         return len(self._answers)
@@ -93,6 +105,8 @@ class Front:
         """Return how it stands, in words: "ready", or what is waited for, and for how long by now."""
         if not self.is_ready:
             return f"{self._state} ({time.monotonic() - self._state_since_s:.0f} s)"
+        if why := self.why_stuck:
+            return why
         following = self._next_model()
         return "ready" if following is None else f"ready; {self._turn_of(following)}"
 
@@ -107,7 +121,7 @@ class Front:
         waiting = len(self._answers) - len(self._begun) + self.beat.get("waiting", 0)
         running = max(0, len(self._answers) - waiting)
         return {
-            "ready": self.is_ready,
+            "ready": self.is_ready and not self.why_stuck,
             "state": self.state,
             "uptime_s": round(time.monotonic() - self._made_s),
             "requests": len(self._answers),
@@ -126,8 +140,10 @@ class Front:
     def _set_state(self, state: str) -> None:
         self._state, self._state_since_s = state, time.monotonic()
 
-    def submit(self, prompt: list[int], sampling: SamplingParams, model: str) -> Answer:
-        """Ask for an answer of a model.
+    def submit(
+        self, prompt: list[int], sampling: SamplingParams, model: str, tell: Callable[[Told], None] = lambda told: None
+    ) -> Answer:
+        """Ask for an answer of a model, of which `tell` is told everything.
 
         Raises:
             Overloaded: too many wait already.
@@ -139,11 +155,27 @@ class Front:
             check_request(prompt, sampling, about.max_context, about.vocab_size)
         if sampling.seed is None:  # every answer draws numbers of its own, so that it can go on elsewhere
             sampling = replace(sampling, seed=secrets.randbits(63))
-        request = Request(next(self._ids), prompt, sampling)
-        answer = Answer(request, Timings(prompt_tokens=len(prompt)), model)
+        return self._take_in(Request(next(self._ids), prompt, sampling), model, tell, ())
+
+    def bring_back(
+        self,
+        request: Request,
+        model: str,
+        tell: Callable[[Told], None],
+        before: Sequence[ToldOutput],
+    ) -> Answer:
+        """Go on with an answer that another front has begun, behind what was told `before`. It was let in then."""
+        return self._take_in(replace(request, id=next(self._ids)), model, tell, before)
+
+    def _take_in(
+        self, request: Request, model: str, tell: Callable[[Told], None], before: Sequence[ToldOutput]
+    ) -> Answer:
+        answer = Answer(request, Timings(prompt_tokens=len(request.prompt)), model, tell)
+        for told in before:
+            answer.note(told)
         self._note_wanted(model)
         self._answers[request.id] = answer
-        _log.debug("request %d for %s: %d prompt tokens", request.id, model, len(prompt))
+        _log.debug("request %d for %s: %d prompt tokens", request.id, model, len(request.prompt))
         self._advance()
         return answer
 
@@ -332,7 +364,7 @@ class Front:
         _log.info("%s is loaded after %.1f s: %s; %s", self.model, took_s, ranks, _waiting(waiting))
 
     def _note(self, told: ToldOutput) -> None:
-        self.has_progressed = True
+        self.has_progressed, self.heard_s = True, time.monotonic()
         answer = self._answers.get(told.request_id)
         if answer is None:  # aborted meanwhile
             return

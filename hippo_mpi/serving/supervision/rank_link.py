@@ -6,7 +6,8 @@
                       {"refused": id, "context": [prompt's tokens, most tokens]}
                       {"taking": id or null}: the request that is being read, so that it is known what ended a rank
                       {"begun": [id]}: the next step is the first of theirs
-                      {"beat": {"ranks": [status of each], "waiting": requests that no step has begun}}
+                      {"beat": {"ranks": [status of each], "waiting": requests that no step has begun,
+                                "stalled_s": for how long no rank has got on, or 0}}
 
 Each object is a dataclass's fields. Nothing here is ever executed or unpickled.
 """

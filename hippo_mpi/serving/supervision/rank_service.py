@@ -87,12 +87,13 @@ class RankService:
         self._inbox.put(None)
 
     def _beat(self) -> None:
-        """Tell that this process lives; whether it gets on is for the watchdog to say."""
+        """Tell that this process lives, and what the watchdog knows of whether it gets on."""
         while True:
             time.sleep(BEAT_S)
             try:
                 waiting = self._engine.num_waiting if self._engine else 0
-                self._tell(line_of(beat={"ranks": self._control.statuses(), "waiting": waiting}))
+                beat = {"ranks": self._control.statuses(), "waiting": waiting, "stalled_s": self._control.stalled_s}
+                self._tell(line_of(beat=beat))
             except RankError:
                 return
 
