@@ -238,7 +238,7 @@ class Scheduler:
         for sequence in sorted(others, key=_tokens_left):
             if sequence.slot < 0:
                 found = self._cached(sequence)
-                if self._prefixes.is_worth_waiting(sequence.tokens, oldest.tokens, found[1]):
+                if self._is_worth_waiting(sequence, oldest, found[1]):
                     continue
                 self._begin(sequence, *found)
             if 0 < _tokens_left(sequence) < _tokens_left(oldest):
@@ -254,7 +254,7 @@ class Scheduler:
         for sequence in others if self._limits.can_batch and longest <= most_tokens else []:
             if sequence.slot < 0:
                 found = self._cached(sequence)
-                if any(self._prefixes.is_worth_waiting(sequence.tokens, row.tokens, found[1]) for row in rows):
+                if any(self._is_worth_waiting(sequence, row, found[1]) for row in rows):
                     continue
                 self._begin(sequence, *found)
             left = _tokens_left(sequence)
@@ -271,8 +271,15 @@ class Scheduler:
 
     def _cached(self, sequence: Sequence) -> tuple[int, int]:
         """(slot, number of tokens) of what is cached of a prompt."""
-        others = ((other.slot, other.tokens[: other.position]) for other in self.running)
-        return self._prefixes.match(sequence.tokens, others) or (-1, 0)
+        salt = sequence.request.cache_salt
+        alike = (other for other in self.running if other.request.cache_salt == salt)
+        others = ((other.slot, other.tokens[: other.position]) for other in alike)
+        return self._prefixes.match(sequence.tokens, others, salt) or (-1, 0)
+
+    def _is_worth_waiting(self, sequence: Sequence, other: Sequence, cached: int) -> bool:
+        """Whether more of a prompt will be cached when another, which isn't read yet, is."""
+        is_alike = sequence.request.cache_salt == other.request.cache_salt
+        return is_alike and self._prefixes.is_worth_waiting(sequence.tokens, other.tokens, cached)
 
     def _begin(self, sequence: Sequence, cached_slot: int, count: int) -> None:
         """Give a prompt a slot that begins with `count` cached tokens."""
@@ -344,7 +351,8 @@ class Scheduler:
     def _release(self, sequence: Sequence, in_company: bool = False) -> None:
         """A sequence has ended: its cache is kept for others to begin with, or freed."""
         if sequence.slot >= 0:
-            gone = self._prefixes.keep(sequence.slot, sequence.tokens[: sequence.position])
+            tokens, salt = sequence.tokens[: sequence.position], sequence.request.cache_salt
+            gone = self._prefixes.keep(sequence.slot, tokens, salt)
             self._parts += [sequence.slot] if in_company and sequence.slot not in gone else []
             self._drop(gone)
 

@@ -29,6 +29,7 @@ from hippo_mpi.serving.api.access import Access
 from hippo_mpi.serving.api.audit_log import AuditLog, digest, key_id
 from hippo_mpi.serving.api.completion_stream import StreamOptions, completion_chunks
 from hippo_mpi.serving.api.event_stream import EventStream
+from hippo_mpi.serving.api.gate import Gate
 from hippo_mpi.serving.api.http_errors import HANDLERS
 from hippo_mpi.serving.api.metrics import Metrics
 from hippo_mpi.serving.api.openapi import openapi_object
@@ -60,11 +61,13 @@ class ApiSettings:
     Args:
         max_body_bytes, body_timeout_s: of a request's body.
         origins: of pages in browsers that may ask (CORS).
+        hosts: names that the server may be called by; none: any.
     """
 
     max_body_bytes: int = 4 << 20
     body_timeout_s: float = 30.0
     origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ class Api:
             ],
             exception_handlers=HANDLERS,
         )
+        found.add_middleware(Gate, self._access, self._settings.hosts, self._settings.origins)
         if self._settings.origins:
             found.add_middleware(
                 CORSMiddleware,
@@ -164,14 +168,19 @@ class Api:
             raise HTTPException(404, f"the model {name!r} does not exist; this server has {names}")
         return found
 
-    async def _submit(self, asked: Sequence[tuple[list[int], SamplingParams]], model: ServedModel) -> list[Answer]:
+    async def _submit(
+        self, request: Request, asked: Sequence[tuple[list[int], SamplingParams]], model: ServedModel, salt: str
+    ) -> list[Answer]:
         """Ask for all or nothing. A model that isn't loaded and wouldn't fit is refused while the present one stays."""
+        if model.name != self._front.model:
+            self._access.check_admin(request)
+        self._access.take_places(request, len(asked) - 1)  # the Gate has taken the first
         if model.name != self._front.model and self._front.machines:
             await self._catalogue.plan(model, self._front.machines)
         answers: list[Answer] = []
         try:
             for prompt, sampling in asked:
-                answers.append(self._front.submit(prompt, sampling, model.name))
+                answers.append(self._front.submit(prompt, sampling, model.name, salt))
         except UserError:
             for answer in answers:
                 self._front.abort(answer)
@@ -204,6 +213,7 @@ class Api:
 
     async def _load_model(self, request: Request) -> Response:
         """Hot-swap: answered when the model is there."""
+        self._access.check_admin(request)
         model = self._model_of(await self._body(request))
         if self._front.machines:
             await self._catalogue.plan(model, self._front.machines)
@@ -220,9 +230,8 @@ class Api:
         return JSONResponse(self._model_object(self._model_of({"model": request.path_params["model"]}).name))
 
     def _model_object(self, name: str) -> dict[str, Any]:
-        about = (
-            self._front.about if name == self._front.model else None
-        )  # what isn't loaded may get less than it asks for
+        # What isn't loaded may get less than it asks for.
+        about = self._front.about if name == self._front.model else None
         return {
             "id": name,
             "object": "model",
@@ -235,6 +244,7 @@ class Api:
         }
 
     async def _tokenize(self, request: Request) -> Response:
+        self._access.count_request(request)
         body = await self._body(request)
         model = self._model_of(body)
         asked = read_body(CHAT if "messages" in body else COMPLETION, body, model.defaults)
@@ -243,6 +253,7 @@ class Api:
 
     async def _count(self, request: Request) -> Response:
         """Anthropic's /tokenize."""
+        self._access.count_request(request)
         body = await self._body(request)
         model = self._model_of(body)
         tokens, _ = await self._prepare(count_body(body, model.defaults), model)
@@ -261,7 +272,7 @@ class Api:
         model = self._model_of(body)
         is_stream = _is_stream(body)
         options = StreamOptions.read(body.get("stream_options"), is_stream)
-        count = _num_choices(body)
+        count, salt = _num_choices(body), self._access.cache_salt(request, body)
         every = read_prompts(request.url.path, body, model.defaults)
         if is_stream and every[0].echo:
             raise FieldError("echo", "echo must be false here, with stream: true")
@@ -275,7 +286,7 @@ class Api:
             for _, prompt, once in wanted
             for index in range(count)
         ]
-        answers = await self._submit(asked_once, model)
+        answers = await self._submit(request, asked_once, model, salt)
         url = request.url.path
         head = AnswerHead(url, model.name, f"{'chatcmpl' if url == CHAT else 'cmpl'}-{request_id(request)}")
         end = partial(self._end, request, head.id, every[0], answers, model)
@@ -302,9 +313,10 @@ class Api:
         body = await self._body(request)
         model = self._model_of(body)
         is_stream = _is_stream(body)
+        salt = self._access.cache_salt(request, body)
         asked = dialect.read(body, model.defaults)
         prompt, sampling = await self._prepare(asked, model)
-        answers = await self._submit([(prompt, sampling)], model)
+        answers = await self._submit(request, [(prompt, sampling)], model, salt)
         name = f"{dialect.prefix}_{request_id(request)}"
         written = dialect.answer(asked, model.name, name, prompt, model.tokenizer)
         end = partial(self._end, request, name, asked, answers, model)

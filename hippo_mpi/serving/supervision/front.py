@@ -168,7 +168,7 @@ class Front:
     def _set_state(self, state: str) -> None:
         self._state, self._state_since_s = state, time.monotonic()
 
-    def submit(self, prompt: list[int], sampling: SamplingParams, model: str) -> Answer:
+    def submit(self, prompt: list[int], sampling: SamplingParams, model: str, cache_salt: str = "") -> Answer:
         """Ask for an answer of a model.
 
         Raises:
@@ -181,7 +181,7 @@ class Front:
             check_request(prompt, sampling, about.max_context, about.vocab_size)
         if sampling.seed is None:  # every answer draws numbers of its own, so that it can go on elsewhere
             sampling = replace(sampling, seed=secrets.randbits(63))
-        request = Request(next(self._ids), prompt, sampling)
+        request = Request(next(self._ids), prompt, sampling, cache_salt=cache_salt)
         answer = Answer(request, Timings(prompt_tokens=len(prompt)), model)
         self._note_wanted(model)
         self._answers[request.id] = answer

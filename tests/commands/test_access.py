@@ -1,0 +1,185 @@
+"""Who may ask: pages of other origins, other keys' prompts, clients that hide that they have gone; on real servers."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from hippo_mpi.serving.page.cluster_view import fetch_status
+from tests import ranks
+from tests.servers import GOES_ON, MODEL, SERVE, Server, server
+
+COMPLETION, JSON = "/v1/completions", "application/json"
+WORDS = [
+    "fox",
+    "hen",
+    "bear",
+    "cow",
+    "dog",
+    "cat",
+    "river",
+    "barn",
+    "mill",
+    "red",
+    "old",
+    "lantern",
+    "apple",
+    "snow",
+    "owl",
+    "night",
+    "hill",
+    "tree",
+    "song",
+    "boat",
+]
+SECRET = " ".join(WORDS[(7 * i + i * i) % 20] for i in range(80))
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Server]:
+    options = ("--ranks", "1", "--allow-origin", "http://here.example", "--max-queue", "0", "--max-batch-size", "8")
+    with server(*options, env={"HIPPO_API_KEYS": "alice,mallory"}) as found:
+        yield found
+
+
+def post(running: Server, path: str = COMPLETION, **headers: str) -> httpx.Response:
+    asked = json.dumps({"prompt": "A fox", "max_tokens": 1}).encode()
+    given = {"Content-Type": JSON, "Authorization": "Bearer alice"} | {
+        k.replace("_", "-"): v for k, v in headers.items()
+    }
+    return httpx.post(running.url + path, content=asked, headers=given, timeout=60)
+
+
+def test_pages_of_other_origins(running: Server) -> None:
+    """They are refused whether or not the browser asks first; and a name that was rebound to this address isn't ours."""
+    for origin in ("http://evil.example", "null", "http://here.example.evil.example", "https://127.0.0.1.evil.example"):
+        refused = post(running, Origin=origin)
+        assert refused.status_code == 403 and "--allow-origin" in refused.json()["error"]["message"], origin
+    for host in ("evil.example:8080", "evil.example", "127.0.0.1.evil.example", "[::2]:80", "localhost.evil.example"):
+        refused = post(running, Host=host)
+        assert refused.status_code == 403 and "--allow-host" in refused.json()["error"]["message"], host
+    assert post(running, Host="evil.example", Origin="http://evil.example").status_code == 403
+    port = running.url.rpartition(":")[2]
+    for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", "LOCALHOST", "localhost."):
+        assert post(running, Host=host).status_code == 200, host
+    assert post(running, Origin=running.url).status_code == 200
+    allowed = post(running, Origin="http://here.example")
+    assert allowed.headers["access-control-allow-origin"] == "http://here.example"
+
+
+def test_bodies_that_a_page_may_send_without_asking(running: Server) -> None:
+    for kind in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=application/json",
+        "",
+    ):
+        for path in (COMPLETION, "/tokenize", "/admin/model", "/v1/messages"):
+            refused = post(running, path, Content_Type=kind)
+            assert refused.status_code == 415, (kind, path)
+            assert "Content-Type: application/json" in refused.json()["error"]["message"]
+    assert post(running, Content_Type="Application/JSON; charset=utf-8").status_code == 200
+
+
+def cached(running: Server, key: str, prompt: str, **fields: Any) -> int:
+    asked = {"prompt": prompt, "max_tokens": 1, **fields}
+    headers = {"Authorization": f"Bearer {key}"}
+    answer = httpx.post(running.url + COMPLETION, json=asked, headers=headers, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def test_what_other_keys_have_asked(running: Server) -> None:
+    assert cached(running, "alice", SECRET) == 0
+    assert cached(running, "mallory", SECRET) == 0
+    guess = " ".join(SECRET.split()[:40]) + " and then what nobody has said"
+    assert cached(running, "mallory", guess) > 0, "of its own"
+    assert cached(running, "alice", SECRET) > 0
+    assert cached(running, "alice", SECRET, cache_salt="of one of its users") == 0
+    assert cached(running, "alice", SECRET, cache_salt="of one of its users") > 0
+    assert cached(running, "mallory", SECRET, cache_salt="of one of its users") == 0
+    for salt in ("", 5, ["a"], "x" * 300):
+        asked = {"prompt": "A fox", "max_tokens": 1, "cache_salt": salt}
+        refused = httpx.post(running.url + COMPLETION, json=asked, headers={"x-api-key": "alice"}, timeout=60)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "cache_salt"
+    messages = {"messages": [{"role": "user", "content": "A fox"}], "max_tokens": 1, "cache_salt": "a"}
+    for path in ("/v1/messages", "/v1/chat/completions"):
+        assert (
+            httpx.post(running.url + path, json=messages, headers={"x-api-key": "alice"}, timeout=60).status_code == 200
+        )
+
+
+def test_one_key_can_t_take_every_place(running: Server) -> None:
+    def endless(key: str, **fields: Any) -> Any:
+        return running.client(key).completions.create(
+            model=MODEL, prompt="A fox", max_tokens=1900, temperature=2.0, logit_bias=GOES_ON, stream=True, **fields
+        )
+
+    streams = [endless("mallory") for _ in range(4)]
+    with pytest.raises(openai.RateLimitError, match="this key has 4 requests under way or waiting"):
+        endless("mallory")
+    with pytest.raises(openai.RateLimitError, match="this key"):
+        endless("alice", n=5)
+    assert cached(running, "alice", "A hen") == 0
+    for stream in streams:
+        stream.close()
+    running.await_status(lambda status: status["requests"] == 0)
+    endless("mallory", n=4).close()
+    running.await_status(lambda status: status["requests"] == 0)
+
+
+@pytest.mark.slow
+def test_encrypted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a certificate that this machine has signed itself; who trusts it is named by SSL_CERT_FILE."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=hippo", "-addext",
+         "subjectAltName=IP:127.0.0.1,DNS:localhost", "-out", cert, "-keyout", key],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    options = ["--ssl-certfile", str(cert), "--ssl-keyfile", str(key), "--port", "0", "--ranks", "1"]
+    with ranks.single([SERVE, *options], env={"HIPPO_API_KEYS": "alice"}) as process:
+        process.await_output("listening on https://127.0.0.1:", "stderr")
+        url = process.err.partition("listening on ")[2].split()[0]
+        with pytest.raises(OSError, match="certificate"):
+            fetch_status(url)
+        status = ["-m", "hippo_mpi.serving.terminal.server_status", url]
+        with ranks.single([ranks.sys.executable, *status]) as told:
+            assert told.wait() == 2
+            assert "SSL_CERT_FILE" in told.err and told.err.count("\n") == 1
+        with ranks.single([str(ranks.BIN / "hippo_mpi.page"), "--url", url]) as told:
+            assert told.wait() == 2
+            assert "SSL_CERT_FILE" in told.err
+        monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+        assert "state" in fetch_status(url)
+        process.await_output("INFO ready", "stderr")
+        asked = {"prompt": "A fox", "max_tokens": 1}
+        answer = httpx.post(url + COMPLETION, json=asked, headers={"x-api-key": "alice"}, timeout=60)
+        assert answer.status_code == 200
+        with pytest.raises((httpx.HTTPError, OSError)), socket.create_connection(("127.0.0.1", int(url[-5:]))) as plain:
+            plain.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            if b"200" not in plain.recv(100):
+                raise OSError("nothing in the clear")
+        assert ssl.get_server_certificate(("127.0.0.1", int(url.rpartition(":")[2])))
+        process.process.terminate()
+        assert process.wait(20) == 0
+
+
+def test_files_of_a_certificate_that_are_none(tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing.pem"
+    for options, line in (
+        (["--ssl-certfile", str(nothing), "--ssl-keyfile", str(nothing)], "--ssl-certfile"),
+        (["--ssl-keyfile", str(nothing)], "--ssl-keyfile needs --ssl-certfile"),
+    ):
+        with ranks.single([SERVE, *options]) as refused:
+            assert refused.wait() == 2
+            assert refused.err.startswith("error: ") and line in refused.err and refused.err.count("\n") == 1
