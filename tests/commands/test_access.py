@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import socket
-import ssl
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from hippo_mpi.serving.page.cluster_view import fetch_status
-from tests import ranks
-from tests.servers import GOES_ON, MODEL, SERVE, Server, server
+from tests.servers import GOES_ON, MODEL, Server, server
 
 COMPLETION, JSON = "/v1/completions", "application/json"
 WORDS = [
@@ -135,51 +129,3 @@ def test_one_key_can_t_take_every_place(running: Server) -> None:
     running.await_status(lambda status: status["requests"] == 0)
     endless("mallory", n=4).close()
     running.await_status(lambda status: status["requests"] == 0)
-
-
-@pytest.mark.slow
-def test_encrypted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a certificate that this machine has signed itself; who trusts it is named by SSL_CERT_FILE."""
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=hippo", "-addext",
-         "subjectAltName=IP:127.0.0.1,DNS:localhost", "-out", cert, "-keyout", key],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    options = ["--ssl-certfile", str(cert), "--ssl-keyfile", str(key), "--port", "0", "--ranks", "1"]
-    with ranks.single([SERVE, *options], env={"HIPPO_API_KEYS": "alice"}) as process:
-        process.await_output("listening on https://127.0.0.1:", "stderr")
-        url = process.err.partition("listening on ")[2].split()[0]
-        with pytest.raises(OSError, match="certificate"):
-            fetch_status(url)
-        status = ["-m", "hippo_mpi.serving.terminal.server_status", url]
-        with ranks.single([ranks.sys.executable, *status]) as told:
-            assert told.wait() == 2
-            assert "SSL_CERT_FILE" in told.err and told.err.count("\n") == 1
-        with ranks.single([str(ranks.BIN / "hippo_mpi.page"), "--url", url]) as told:
-            assert told.wait() == 2
-            assert "SSL_CERT_FILE" in told.err
-        monkeypatch.setenv("SSL_CERT_FILE", str(cert))
-        assert "state" in fetch_status(url)
-        process.await_output("INFO ready", "stderr")
-        asked = {"prompt": "A fox", "max_tokens": 1}
-        answer = httpx.post(url + COMPLETION, json=asked, headers={"x-api-key": "alice"}, timeout=60)
-        assert answer.status_code == 200
-        with pytest.raises((httpx.HTTPError, OSError)), socket.create_connection(("127.0.0.1", int(url[-5:]))) as plain:
-            plain.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-            if b"200" not in plain.recv(100):
-                raise OSError("nothing in the clear")
-        assert ssl.get_server_certificate(("127.0.0.1", int(url.rpartition(":")[2])))
-        process.process.terminate()
-        assert process.wait(20) == 0
-
-
-def test_files_of_a_certificate_that_are_none(tmp_path: Path) -> None:
-    nothing = tmp_path / "nothing.pem"
-    for options, line in (
-        (["--ssl-certfile", str(nothing), "--ssl-keyfile", str(nothing)], "--ssl-certfile"),
-        (["--ssl-keyfile", str(nothing)], "--ssl-keyfile needs --ssl-certfile"),
-    ):
-        with ranks.single([SERVE, *options]) as refused:
-            assert refused.wait() == 2
-            assert refused.err.startswith("error: ") and line in refused.err and refused.err.count("\n") == 1

@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 _announcements = logging.getLogger(ANNOUNCEMENTS)
 _KEEP_ALIVE_S = 30
 _MOST_HEADER_BYTES = 32 << 10
+_SEND_BYTES = 128 << 10  # that the kernel holds of an answer which isn't read; left alone it takes megabytes
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,11 @@ def listen(address: str, port: int) -> socket.socket:
     """Raise a UserError if the address can't be listened on."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        return socket.create_server((address, port), family=family, backlog=256)
+        listener = socket.create_server((address, port), family=family, backlog=256)
     except OSError as error:
         raise UserError(f"can't listen on {address}:{port}: {error.strerror}") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)  # connections inherit it
+    return listener
 
 
 async def serve_http(app: Starlette, front: Front, settings: HttpSettings) -> None:
@@ -111,9 +114,11 @@ async def serve_http(app: Starlette, front: Front, settings: HttpSettings) -> No
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     server = uvicorn.Server(config)
     beside.append(asyncio.ensure_future(_end_answers(server, front)))
-    await server.serve([listener])
-    for task in beside:
-        task.cancel()
+    try:
+        await server.serve([listener])
+    finally:
+        for task in beside:
+            task.cancel()
 
 
 async def _end_answers(server: uvicorn.Server, front: Front) -> None:

@@ -59,7 +59,12 @@ def _table(rows: list[list[str]]) -> list[str]:
     return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in (COLUMNS, *rows)]
 
 
-def _show(argv: list[str]) -> None:
+def show(argv: list[str]) -> None:
+    """Print how a server stands.
+
+    Raises:
+        UserError: it doesn't answer.
+    """
     arguments = make_parser().parse_args(argv)
     if not arguments.url:
         raise UserError("it doesn't listen yet: ./launch/serve logs shows what it does")
@@ -82,7 +87,7 @@ def _show(argv: list[str]) -> None:
 
 def main() -> NoReturn:
     try:
-        _show(sys.argv[1:])
+        show(sys.argv[1:])
     except UserError as error:
         print_error(str(error))
         sys.exit(error.exit_code)
