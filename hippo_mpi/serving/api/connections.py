@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import resource
+import socket
 import time
+import weakref
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 UNREAD_S = 30.0  # that a client may read nothing of what waits for it
 _LOOK_S = 1.0
-_OTHER_DESCRIPTORS = 100  # of files, ranks, logs
+_SPARE = 64  # connections that were accepted a moment ago, and have no place yet
+_OTHER_DESCRIPTORS = 64 + _SPARE  # of files, ranks, logs
 _ADDRESS_SHARE = 2  # one address may have half of the places
 
 
@@ -93,6 +96,29 @@ class Connections:
         except ValueError:
             return False
         return any(found in network for network in self._proxies)
+
+
+class Listener(socket.socket):
+    """A listening socket that turns away what no descriptor is kept for, also while TLS shakes hands: `Connections` isn't
+    told of a connection before that.
+
+    Args:
+        listener: whose place it takes.
+        most: connections at once.
+    """
+
+    def __init__(self, listener: socket.socket, most: int) -> None:
+        super().__init__(fileno=listener.detach())
+        self._accepted: weakref.WeakSet[socket.socket] = weakref.WeakSet()  # asyncio drops a socket when it is closed
+        self._most = most + _SPARE
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        connection, address = super().accept()
+        if len(self._accepted) >= self._most:
+            connection.close()
+            raise BlockingIOError
+        self._accepted.add(connection)
+        return connection, address
 
 
 def room_for_connections(wanted: int) -> int:

@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 
 from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.serving.addresses import url_of
-from hippo_mpi.serving.api.connections import Connections, room_for_connections
+from hippo_mpi.serving.api.connections import Connections, Listener, room_for_connections
 from hippo_mpi.serving.api.http_protocol import HttpProtocol
 from hippo_mpi.serving.logs import ANNOUNCEMENTS
 from hippo_mpi.serving.supervision.front import Front
@@ -95,8 +95,9 @@ async def serve_http(app: Starlette, front: Front, settings: HttpSettings) -> No
     Raises:
         UserError: the address can't be listened on.
     """
-    listener = listen(settings.address, settings.port)
-    connections = Connections(room_for_connections(settings.max_connections), settings.proxies)
+    most = room_for_connections(settings.max_connections)
+    listener = Listener(listen(settings.address, settings.port), most)
+    connections = Connections(most, settings.proxies)
     protocol: Any = partial(HttpProtocol, open_connections=connections)
     config = uvicorn.Config(
         app, http=protocol, ws="none", lifespan="off", log_config=None,
