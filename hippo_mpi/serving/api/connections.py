@@ -11,7 +11,6 @@ import ipaddress
 import resource
 import socket
 import time
-import weakref
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -109,15 +108,17 @@ class Listener(socket.socket):
 
     def __init__(self, listener: socket.socket, most: int) -> None:
         super().__init__(fileno=listener.detach())
-        self._accepted: weakref.WeakSet[socket.socket] = weakref.WeakSet()  # asyncio drops a socket when it is closed
+        self._accepted: list[socket.socket] = []
         self._most = most + _SPARE
 
     def accept(self) -> tuple[socket.socket, Any]:
         connection, address = super().accept()
         if len(self._accepted) >= self._most:
+            self._accepted = [one for one in self._accepted if one.fileno() >= 0]  # asyncio has closed the others
+        if len(self._accepted) >= self._most:
             connection.close()
             raise BlockingIOError
-        self._accepted.add(connection)
+        self._accepted.append(connection)
         return connection, address
 
 
