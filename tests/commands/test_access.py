@@ -39,9 +39,11 @@ SECRET = " ".join(WORDS[(7 * i + i * i) % 20] for i in range(80))
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Server]:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    admins = tmp_path_factory.mktemp("keys") / "admins"
+    admins.write_text("# who may change the model\nroot\n")
     options = ("--ranks", "1", "--allow-origin", "http://here.example", "--max-queue", "0", "--max-batch-size", "8")
-    with server(*options, env={"HIPPO_API_KEYS": "alice,mallory"}) as found:
+    with server(*options, "--admin-key-file", str(admins), env={"HIPPO_API_KEYS": "alice,mallory"}) as found:
         yield found
 
 
@@ -129,3 +131,13 @@ def test_one_key_can_t_take_every_place(running: Server) -> None:
     running.await_status(lambda status: status["requests"] == 0)
     endless("mallory", n=4).close()
     running.await_status(lambda status: status["requests"] == 0)
+
+
+def test_who_may_change_the_model(running: Server) -> None:
+    def load(key: str) -> int:
+        asked, headers = {"model": MODEL}, {"Authorization": f"Bearer {key}"}
+        return httpx.post(f"{running.url}/admin/model", json=asked, headers=headers, timeout=60).status_code
+
+    assert [load(key) for key in ("nobody", "alice", "root")] == [401, 403, 200]
+    assert cached(running, "root", "A fox") == 0
+    assert "other users may read the keys in" in running.running.err

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
+import httpx
 import openai
 import pytest
 
@@ -19,7 +20,7 @@ from tests.servers import GOES_ON, MODEL, Server, server
 @pytest.fixture(scope="module")
 def running() -> Iterator[Server]:
     options = ("--requests-per-minute", "6", "--tokens-per-minute", "600", "--allow-origin", "http://here.example")
-    with server(*options, env={"HIPPO_API_KEYS": "first,second,third"}) as found:
+    with server(*options, env={"HIPPO_API_KEYS": "first,second,third,fourth"}) as found:
         yield found
 
 
@@ -37,6 +38,14 @@ def test_each_key_has_its_own_rate(running: Server) -> None:
         ask(running, "first")
     assert 1 <= int(refused.value.response.headers["retry-after"]) <= 10
     ask(running, "second")
+
+
+def test_counting_tokens_counts(running: Server) -> None:
+    for number in range(7):
+        asked = {"messages": [{"role": "user", "content": "A fox"}]}
+        path = ("/tokenize", "/v1/messages/count_tokens")[number % 2]
+        answer = httpx.post(running.url + path, json=asked, headers={"x-api-key": "fourth"}, timeout=30)
+        assert answer.status_code == (200 if number < 6 else 429), answer.text
 
 
 @pytest.mark.slow
