@@ -35,8 +35,9 @@ from hippo_mpi.serving.logs import set_up_logging
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel, read_catalogue
 from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES, About
-from hippo_mpi.serving.supervision.rank_service import RankService
+from hippo_mpi.serving.supervision.rank_service import BEAT_S, RankService
 from hippo_mpi.serving.supervision.supervisor import Host, LaunchPlan, Supervisor
+from hippo_mpi.transport.run_key import RunKey
 from hippo_mpi.transport.world import detect_launch
 
 try:
@@ -97,7 +98,7 @@ def _start_own_front(session: Session) -> socket.socket:
 
     async def both() -> None:
         reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)
-        ranks = asyncio.ensure_future(front.serve_ranks(reader, writer, arguments.timeout))
+        ranks = asyncio.ensure_future(front.serve_ranks(reader, writer, _silence_s(arguments)))
         await serve_http(api.app(), front, http)
         ranks.cancel()
 
@@ -136,7 +137,7 @@ def serve(argv: list[str]) -> int:
         return launch_plan([*argv, *model.options], arguments, hosts, living)
 
     start_s = _PYTHON_START_S + arguments.start_timeout  # so that ranks which wait in vain say so themselves
-    supervisor = Supervisor(front, make_plan, hosts, start_s, arguments.timeout, arguments.max_restarts)
+    supervisor = Supervisor(front, make_plan, hosts, start_s, _silence_s(arguments), arguments.max_restarts)
     asyncio.run(_serve_supervised(front, api, http, supervisor))
     return 0
 
@@ -153,6 +154,11 @@ async def _serve_supervised(front: Front, api: Api, settings: HttpSettings, supe
     for task in done:
         if not task.cancelled():
             task.result()
+
+
+def _silence_s(arguments: argparse.Namespace) -> float:
+    """Return after how long without a beat rank 0 counts as lost: a few beats at least."""
+    return float(max(arguments.timeout, 4 * BEAT_S))
 
 
 def _make_api(arguments: argparse.Namespace, catalogue: Catalogue) -> tuple[Front, Api, HttpSettings]:
@@ -208,7 +214,7 @@ def _hosts(arguments: argparse.Namespace, file: ConfigFile) -> list[Host]:
     if all(host["ssh"] in _LOOPBACK for host in hosts) and arguments.backend == "ring":
         arguments.ranks = len(hosts) or arguments.ranks
         return []
-    knock(hosts, str(arguments.hostfile or arguments.config))  # later, a host that doesn't answer is left out
+    knock(hosts, str(arguments.hostfile or arguments.config), RunKey())  # later, a host that doesn't answer is left out
     return hosts
 
 

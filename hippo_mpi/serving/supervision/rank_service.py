@@ -16,7 +16,7 @@ from hippo_mpi.parallel.timeline import Timeline
 from hippo_mpi.serving.supervision.rank_link import About, line_of, output_object, read_request
 from hippo_mpi.transport.control import Control
 
-BEAT_S = 1.0
+BEAT_S = 0.5
 
 
 class RankService:
