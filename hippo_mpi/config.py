@@ -154,7 +154,7 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
 
 def add_deadlines(group: argparse._ActionsContainer) -> None:
     group.add_argument(
-        "--timeout", type=above_0, default=30.0, help="seconds without progress after which all ranks end"
+        "--timeout", type=two_beats, default=30.0, help="seconds without progress after which all ranks end"
     )
     group.add_argument(
         "--start-timeout", type=above_0, default=30.0, help="seconds that ranks wait for each other to start"
@@ -308,6 +308,10 @@ def at_least_0(text: str) -> float:
 
 def above_0(text: str) -> float:
     return float(_number(text, float, "a number above 0", 0.0, open_low=True))
+
+
+def two_beats(text: str) -> float:
+    return float(_number(text, float, "a number of seconds from 1 up: ranks say twice a second that they live", 1.0))
 
 
 def share(text: str) -> float:
