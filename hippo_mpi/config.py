@@ -7,6 +7,7 @@ program's own arguments, abbreviations too: none of ours may be a prefix of one 
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -201,16 +202,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="folder of cards (NAME.yaml: the model's options); any may be asked for; --model NAME says which comes first",
     )
-    group.add_argument(
-        "--api-key-file", type=Path, help=f"file with a key a line; or keys in {API_KEYS}, with commas between"
-    )
-    group.add_argument("--insecure", action="store_true", help="listen on other addresses without an API key")
-    group.add_argument("--allow-origin", nargs="+", default=(), help="origins of web pages that may ask (CORS)")
     group.add_argument("--max-queue", type=whole, default=256, help="requests that may wait; more get status 429")
-    group.add_argument("--requests-per-minute", type=whole, default=0, help="of each key (or address); 0: any number")
-    group.add_argument(
-        "--tokens-per-minute", type=whole, default=0, help="of prompts and answers of each key; 0: any number"
-    )
     group.add_argument("--max-body-bytes", type=size, default=4 << 20, help="most bytes of a request, such as 4M")
     group.add_argument("--max-choices", type=positive, default=128, help="most answers that one request may ask for")
     group.add_argument(
@@ -252,6 +244,46 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_access_options(parser: argparse.ArgumentParser) -> None:
+    """Who may ask a server, and how much."""
+    group = parser.add_argument_group("who may ask")
+    group.add_argument(
+        "--api-key-file", type=Path, help=f"file with a key a line; or keys in {API_KEYS}, with commas between"
+    )
+    group.add_argument(
+        "--admin-key-file",
+        type=Path,
+        help="file with keys, a line each, that alone may change the model; by default all may",
+    )
+    group.add_argument("--insecure", action="store_true", help="listen on other addresses without an API key")
+    group.add_argument("--ssl-certfile", type=Path, help="certificate of the server (PEM): encrypt, and serve https")
+    group.add_argument("--ssl-keyfile", type=Path, help="its private key, if that is in another file")
+    group.add_argument("--allow-origin", nargs="+", default=(), help="origins of web pages that may ask (CORS); *: all")
+    group.add_argument(
+        "--allow-host", nargs="+", default=(), help="names that clients may call this server by, besides localhost"
+    )
+    group.add_argument(
+        "--trusted-proxy",
+        nargs="+",
+        type=network,
+        default=(),
+        help="addresses of proxies whose X-Forwarded-For is believed",
+    )
+    group.add_argument("--requests-per-minute", type=whole, default=0, help="of each key (or address); 0: any number")
+    group.add_argument(
+        "--tokens-per-minute", type=whole, default=0, help="of prompts and answers of each key; 0: any number"
+    )
+    group.add_argument(
+        "--requests-per-key",
+        type=whole,
+        help="under way or waiting at once; 0: any number; by default half of all, if there are several keys",
+    )
+    group.add_argument("--max-connections", type=positive, default=1000, help="at once; half of them of one address")
+    group.add_argument(
+        "--share-prefixes", action="store_true", help="let prompts begin with what was computed for other keys"
+    )
+
+
 def run_options(arguments: argparse.Namespace) -> RunOptions:
     return RunOptions(arguments.layer_split, arguments.max_context, arguments.prefill_step_size)
 
@@ -281,6 +313,15 @@ def whole(text: str) -> int:
 
 def port(text: str) -> int:
     return int(_number(text, int, "a port, from 0 to 65535", 0, 65535))
+
+
+def network(text: str) -> str:
+    try:
+        return str(ipaddress.ip_network(text, strict=False))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an address such as 10.0.0.1, or a network 10.0.0.0/8"
+        ) from None
 
 
 def seed(text: str) -> int:

@@ -12,9 +12,9 @@ from typing import NoReturn
 
 from hippo_mpi import config
 from hippo_mpi.errors import HippoError, UserError, install_hint, print_error
+from hippo_mpi.serving.addresses import TRUST_HINT, is_loopback, is_untrusted, url_of
 from hippo_mpi.serving.page.cluster_view import ClusterView, fetch_status, own_key
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _ASK_S = 5.0
 
 
@@ -36,7 +36,7 @@ def show(argv: list[str]) -> int:
         UserError: the server doesn't answer, or the page can't be shown.
     """
     arguments = make_parser().parse_args(argv)
-    if arguments.address not in _LOOPBACK and not arguments.insecure:
+    if not is_loopback(arguments.address) and not arguments.insecure:
         raise UserError(f"others could reach {arguments.address}, and the page asks for no password: give --insecure")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
@@ -50,7 +50,8 @@ def show(argv: list[str]) -> int:
     try:
         models = [model.id for model in client.with_options(timeout=_ASK_S, max_retries=0).models.list()]
     except openai.OpenAIError as error:
-        raise UserError(f"no server answers at {url}: {error} (start hippo_mpi.serve, or give --url)") from None
+        advice = TRUST_HINT if is_untrusted(error) else "start hippo_mpi.serve, or give --url"
+        raise UserError(f"no server answers at {url}: {error} ({advice})") from None
     page = make_page(client, models, ClusterView(lambda: fetch_status(url)))
     try:
         page.launch(
@@ -59,7 +60,7 @@ def show(argv: list[str]) -> int:
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"can't listen on {arguments.address}:{arguments.port}: {error}") from None
-    sys.stderr.write(f"page: http://{arguments.address}:{arguments.port}\n")
+    sys.stderr.write(f"page: {url_of(arguments.address, arguments.port)}\n")
     sys.stderr.flush()
     page.block_thread()
     return 0

@@ -27,8 +27,10 @@ from hippo_mpi.config import API_KEYS, Parser
 from hippo_mpi.errors import HippoError, RankError, UserError, install_hint, print_error
 from hippo_mpi.generate import open_text
 from hippo_mpi.run import check_hosts, installed, knock, read_hostfile
+from hippo_mpi.serving.addresses import is_loopback
 from hippo_mpi.serving.api.audit_log import AuditLog
 from hippo_mpi.serving.config_file import ConfigFile, make_parser, read_config
+from hippo_mpi.serving.key_files import keys_of_environment, read_key_file
 from hippo_mpi.serving.logs import set_up_logging
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel, read_catalogue
 from hippo_mpi.serving.supervision.front import Front
@@ -39,9 +41,9 @@ from hippo_mpi.transport.run_key import RunKey
 from hippo_mpi.transport.world import detect_launch
 
 try:
-    from hippo_mpi.serving.api.access import Access
+    from hippo_mpi.serving.api.access import Access, AccessRules
     from hippo_mpi.serving.api.endpoints import Api
-    from hippo_mpi.serving.api.http_server import serve_http
+    from hippo_mpi.serving.api.http_server import HttpSettings, serve_http
     from hippo_mpi.serving.api.journal import Journal
     from hippo_mpi.serving.api.metrics import Metrics
     from hippo_mpi.serving.api.request_bodies import ApiSettings
@@ -93,13 +95,13 @@ def _start_own_front(session: Session) -> socket.socket:
         raise UserError("a launcher starts the ranks of one model: for a catalogue, start hippo_mpi.serve without one")
     set_up_logging(arguments.log_level)
     catalogue = Catalogue([ServedModel(arguments.model_name or Path(arguments.model).name, arguments)])
-    front, api = _make_api(arguments, catalogue)
+    front, api, http = _make_api(arguments, catalogue)
     connection, ours = socket.socketpair()
 
     async def both() -> None:
         reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)
         ranks = asyncio.ensure_future(front.serve_ranks(reader, writer, _silence_s(arguments)))
-        await _serve_api(arguments, front, api)
+        await _serve_api(front, api, http)
         ranks.cancel()
 
     def serve_unsupervised() -> None:
@@ -127,9 +129,9 @@ def serve(argv: list[str]) -> int:
     catalogue = _read_models(arguments, argv, file)
     _ = catalogue.first.modes  # a mistake is told before anything is started
     if arguments.check:
-        read_keys(arguments)
+        read_rules(arguments)
         return 0
-    front, api = _make_api(arguments, catalogue)
+    front, api, http = _make_api(arguments, catalogue)
     hosts = _hosts(arguments, file)
 
     async def make_plan(name: str, living: Sequence[int] | None) -> LaunchPlan:
@@ -141,22 +143,22 @@ def serve(argv: list[str]) -> int:
 
     start_s = _PYTHON_START_S + arguments.start_timeout  # so that ranks which wait in vain say so themselves
     supervisor = Supervisor(front, make_plan, hosts, start_s, _silence_s(arguments), arguments.max_restarts)
-    asyncio.run(_serve_supervised(arguments, front, api, supervisor))
+    asyncio.run(_serve_supervised(front, api, http, supervisor))
     return 0
 
 
-async def _serve_api(arguments: argparse.Namespace, front: Front, api: Api) -> None:
+async def _serve_api(front: Front, api: Api, settings: HttpSettings) -> None:
     """Serve, from what the server before this one has left on, until a signal comes."""
     api.start()
     try:
-        await serve_http(api.app(), front, arguments.address, arguments.port)
+        await serve_http(api.app(), front, settings)
     finally:
         api.exchanges.close()
 
 
-async def _serve_supervised(arguments: argparse.Namespace, front: Front, api: Api, supervisor: Supervisor) -> None:
+async def _serve_supervised(front: Front, api: Api, settings: HttpSettings, supervisor: Supervisor) -> None:
     ranks = asyncio.ensure_future(supervisor.run())
-    http = asyncio.ensure_future(_serve_api(arguments, front, api))
+    http = asyncio.ensure_future(_serve_api(front, api, settings))
     try:
         await asyncio.wait({ranks, http}, return_when="FIRST_COMPLETED")
     finally:
@@ -173,9 +175,10 @@ def _silence_s(arguments: argparse.Namespace) -> float:
     return float(max(arguments.timeout, 4 * BEAT_S))
 
 
-def _make_api(arguments: argparse.Namespace, catalogue: Catalogue) -> tuple[Front, Api]:
-    keys = read_keys(arguments)
-    access = Access(keys, arguments.requests_per_minute, arguments.tokens_per_minute)
+def _make_api(arguments: argparse.Namespace, catalogue: Catalogue) -> tuple[Front, Api, HttpSettings]:
+    rules = read_rules(arguments)
+    access = Access(rules)
+    http = HttpSettings.from_options(arguments)
     front = Front(arguments.max_batch_size + arguments.max_queue, catalogue.first.name)
     audit = AuditLog(arguments.audit_log, arguments.audit_text) if arguments.audit_log else None
     settings = ApiSettings(
@@ -183,12 +186,13 @@ def _make_api(arguments: argparse.Namespace, catalogue: Catalogue) -> tuple[Fron
         max_choices=arguments.max_choices,
         max_schema_bytes=arguments.max_schema_bytes,
         origins=tuple(arguments.allow_origin),
-        has_keys=bool(keys),
+        hosts=_allowed_hosts(arguments),
+        has_keys=bool(rules.keys),
         keep_answers_s=arguments.keep_answers,
         reconnect_s=arguments.reconnect,
     )
     journal = Journal(arguments.journal) if arguments.journal else None
-    return front, Api(front, catalogue, access, settings, Metrics(front), audit, journal)
+    return front, Api(front, catalogue, access, settings, Metrics(front), audit, journal), http
 
 
 def read_command_line(argv: list[str]) -> tuple[ConfigFile, list[str]]:
@@ -258,24 +262,33 @@ def _without_layer_split(argv: list[str]) -> list[str]:
     return finder.parse_known_args(argv)[1]
 
 
-def read_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """The API keys, from a file or the environment.
+def read_rules(arguments: argparse.Namespace) -> AccessRules:
+    """Who may ask, by the command line and the environment.
 
     Raises:
-        UserError: the file can't be read, or there is none and others may connect.
+        UserError: keys can't be read, or there are none and others may connect.
     """
-    keys = os.environ.get(API_KEYS, "").split(",")
+    keys, admin_keys = keys_of_environment(), tuple[str, ...]()
     if arguments.api_key_file:
-        try:
-            keys += arguments.api_key_file.read_text().split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--api-key-file {arguments.api_key_file} can't be read: {error}") from None
-    found = tuple(key.strip() for key in keys if key.strip())
-    if not found and arguments.address not in _LOOPBACK and not arguments.insecure:
+        keys += read_key_file(arguments.api_key_file, "--api-key-file")
+    if arguments.admin_key_file:
+        admin_keys += read_key_file(arguments.admin_key_file, "--admin-key-file")
+    if not keys and not is_loopback(arguments.address) and not arguments.insecure:
         raise UserError(
             f"others could reach {arguments.address} without an API key: give --api-key-file or {API_KEYS}, or --insecure"
         )
-    return found
+    most, most_of_key = arguments.max_batch_size + arguments.max_queue, arguments.requests_per_key
+    if most_of_key is None:
+        most_of_key = max(1, most // 2) if len({*keys, *admin_keys}) > 1 else 0
+    rates = arguments.requests_per_minute, arguments.tokens_per_minute
+    return AccessRules(keys, admin_keys, *rates, most, most_of_key, arguments.share_prefixes)
+
+
+def _allowed_hosts(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Names that a Host header may have; none: any. Where others reach the server, it doesn't know what they call it."""
+    if not is_loopback(arguments.address) and not arguments.allow_host:
+        return ()
+    return (*_LOOPBACK, arguments.address, *arguments.allow_host)
 
 
 def main() -> NoReturn:

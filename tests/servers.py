@@ -21,6 +21,7 @@ from tests import ranks
 MODEL = "story-3m"
 GOES_ON = {str(token): -100 for token in json.loads((BUNDLED_MODEL / "config.json").read_text())["eos_token_id"]}
 """A logit bias with which the bundled model never ends an answer."""
+JSON = {"Content-Type": "application/json"}
 SERVE = str(ranks.BIN / "hippo_mpi.serve")
 FAULTS = {
     "killed": signal.SIGKILL,

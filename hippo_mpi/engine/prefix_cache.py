@@ -1,6 +1,7 @@
 """Prefixes that are still in the caches of all ranks: which slot holds which tokens. Least recently used first out.
 
-Matched by tokens, on rank 0; the other ranks only see slots that are forked and dropped. Knows slots and counts.
+Matched by tokens, on rank 0, among those with the same salt: a prompt that is cached is answered sooner, so others must not
+be able to try what somebody has asked. The other ranks only see slots that are forked and dropped. Knows slots and counts.
 Must not know MLX or ranks.
 """
 
@@ -23,6 +24,17 @@ class PrefixBudget:
     bytes_of: Callable[[int], int]
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What a slot holds, and for whom."""
+
+    salt: str
+    tokens: list[int]
+
+    def begins(self, other: _Kept) -> bool:
+        return self.salt == other.salt and self.tokens == other.tokens[: len(self.tokens)]
+
+
 class PrefixCache:
     """Slots kept for requests to come.
 
@@ -33,19 +45,23 @@ class PrefixCache:
 
     def __init__(self, budget: PrefixBudget | None, can_cut: Callable[[int], bool]) -> None:
         self._budget, self._can_cut = budget, can_cut
-        self._kept: OrderedDict[int, list[int]] = OrderedDict()  # slot -> its tokens, oldest use first
+        self._kept: OrderedDict[int, _Kept] = OrderedDict()  # by slot, oldest use first
         self._num_bytes = 0
         self.version = 0  # another whenever what is kept is
 
-    def match(self, prompt: list[int], running: Iterable[tuple[int, list[int]]]) -> tuple[int, int] | None:
-        """(slot, number of tokens) of the longest usable prefix of `prompt`, among what is kept and what is running.
+    def match(
+        self, prompt: list[int], running: Iterable[tuple[int, list[int]]], salt: str = ""
+    ) -> tuple[int, int] | None:
+        """(slot, number of tokens) of the longest usable prefix of `prompt`, among what is kept and what is running with
+        the same salt.
 
         At least one token of the prompt is left over.
         """
         best: tuple[int, int] | None = None
         if self._budget is None:
             return None
-        for slot, tokens in [*self._kept.items(), *running]:
+        kept = ((slot, one.tokens) for slot, one in self._kept.items() if one.salt == salt)
+        for slot, tokens in [*kept, *running]:
             needed = best[1] + 1 if best else _LEAST_TOKENS
             if len(prompt) <= needed or tokens[:needed] != prompt[:needed]:
                 continue
@@ -63,21 +79,22 @@ class PrefixCache:
 
     def take(self, slot: int, num_tokens: int) -> bool:
         """Hand a kept slot over to a sequence that begins with all of its tokens, instead of a copy."""
-        if slot not in self._kept or len(self._kept[slot]) != num_tokens:
+        if slot not in self._kept or len(self._kept[slot].tokens) != num_tokens:
             return False
         self._forget(slot)
         return True
 
-    def keep(self, slot: int, tokens: list[int]) -> list[int]:
+    def keep(self, slot: int, tokens: list[int], salt: str = "") -> list[int]:
         """Keep `slot`, which holds `tokens`; returns the slots that must go for it, perhaps itself."""
-        if self._budget is None or not tokens or tokens in self._kept.values():
+        new = _Kept(salt, tokens)
+        if self._budget is None or not tokens or new in self._kept.values():
             return [slot]
         gone = []
         if self._can_cut(slot):  # then it serves for all that it begins with
-            gone = [other for other, kept in self._kept.items() if kept == tokens[: len(kept)]]
+            gone = [other for other, kept in self._kept.items() if kept.begins(new)]
         for other in gone:
             self._forget(other)
-        self._kept[slot] = tokens
+        self._kept[slot] = new
         self.version += 1
         self._num_bytes += self._budget.bytes_of(len(tokens))
         while self._num_bytes > self._budget.num_bytes or len(self._kept) > _MOST_SLOTS:
@@ -96,7 +113,7 @@ class PrefixCache:
     def _forget(self, slot: int) -> None:
         assert self._budget is not None
         self.version += 1
-        self._num_bytes -= self._budget.bytes_of(len(self._kept.pop(slot)))
+        self._num_bytes -= self._budget.bytes_of(len(self._kept.pop(slot).tokens))
 
 
 def _common(first: list[int], second: list[int]) -> int:

@@ -63,12 +63,14 @@ class Resume:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt (tokens) and how to answer it; with `resume`, from where that is."""
+    """A prompt (tokens) and how to answer it; with `resume`, from where that is. It may begin with what is cached of
+    requests with the same `cache_salt` only."""
 
     id: int
     prompt: list[int]
     sampling: SamplingParams
     resume: Resume | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True)

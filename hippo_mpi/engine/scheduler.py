@@ -243,7 +243,7 @@ class Scheduler:
             return oldest
         for sequence in sorted(others, key=_tokens_left):
             if sequence.slot < 0:
-                if self._prefixes.is_worth_waiting(sequence.tokens, oldest.tokens, self._num_cached(sequence)):
+                if self._is_worth_waiting(sequence, oldest, self._num_cached(sequence)):
                     continue
                 self._begin(sequence, *self._cached(sequence))
             if 0 < _tokens_left(sequence) < _tokens_left(oldest):
@@ -259,7 +259,7 @@ class Scheduler:
         for sequence in others if self._limits.can_batch and longest <= most_tokens else []:
             if sequence.slot < 0:
                 cached = self._num_cached(sequence)
-                if any(self._prefixes.is_worth_waiting(sequence.tokens, row.tokens, cached) for row in rows):
+                if any(self._is_worth_waiting(sequence, row, cached) for row in rows):
                     continue
                 self._begin(sequence, *self._cached(sequence))
             left = _tokens_left(sequence)
@@ -276,8 +276,15 @@ class Scheduler:
 
     def _cached(self, sequence: Sequence) -> tuple[int, int]:
         """(slot, number of tokens) of what is cached of a prompt."""
-        others = ((other.slot, other.tokens[: other.position]) for other in self.running)
-        return self._prefixes.match(sequence.tokens, others) or (-1, 0)
+        salt = sequence.request.cache_salt
+        alike = (other for other in self.running if other.request.cache_salt == salt)
+        others = ((other.slot, other.tokens[: other.position]) for other in alike)
+        return self._prefixes.match(sequence.tokens, others, salt) or (-1, 0)
+
+    def _is_worth_waiting(self, sequence: Sequence, other: Sequence, cached: int) -> bool:
+        """Whether more of a prompt will be cached when another, which isn't read yet, is."""
+        is_alike = sequence.request.cache_salt == other.request.cache_salt
+        return is_alike and self._prefixes.is_worth_waiting(sequence.tokens, other.tokens, cached)
 
     def _num_cached(self, sequence: Sequence) -> int:
         """How many tokens of a prompt are cached, looked for only if others are kept or run than the last time: a prompt
@@ -361,7 +368,8 @@ class Scheduler:
     def _release(self, sequence: Sequence, in_company: bool = False) -> None:
         """A sequence has ended: its cache is kept for others to begin with, or freed."""
         if sequence.slot >= 0:
-            gone = self._prefixes.keep(sequence.slot, sequence.tokens[: sequence.position])
+            tokens, salt = sequence.tokens[: sequence.position], sequence.request.cache_salt
+            gone = self._prefixes.keep(sequence.slot, tokens, salt)
             self._parts += [sequence.slot] if in_company and sequence.slot not in gone else []
             self._drop(gone)
 

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from hippo_mpi.config import RunOptions
 from hippo_mpi.errors import HippoError, LaunchError, UserError
+from hippo_mpi.parallel.source_digest import source_digest
 from hippo_mpi.parallel.timeline import Timeline
 from hippo_mpi.parallel.worker import Follower, Leader
 from hippo_mpi.shard import Checkpoint, ModelSource, open_checkpoint, pipeline
@@ -127,7 +128,10 @@ def _open_draft(source: ModelSource | None) -> DraftModel | None:
 def _hello(world: World, arguments: dict[str, str]) -> dict[str, Any]:
     return {
         "host": world.host,
-        "versions": {name: version(name) for name in ("mlx", "mlx-lm", "hippo-mpi")},
+        "versions": {
+            **{name: version(name) for name in ("mlx", "mlx-lm", "hippo-mpi")},
+            "hippo-mpi's files": source_digest(),
+        },
         "arguments": arguments,
         "memory": available_bytes(),
         "speed": measured_speed(),

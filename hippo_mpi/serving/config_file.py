@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from hippo_mpi.config import Parser, add_batch_options, add_card_options, add_server_options
+from hippo_mpi.config import Parser, add_access_options, add_batch_options, add_card_options, add_server_options
 from hippo_mpi.errors import UserError
 
 _MAX_TOKENS = 512  # of an answer, where nobody says more
@@ -44,6 +44,7 @@ def make_parser() -> Parser:
     add_card_options(parser, _MAX_TOKENS)
     add_batch_options(parser)
     add_server_options(parser)
+    add_access_options(parser)
     return parser
 
 

@@ -93,8 +93,9 @@ class Checkpoint:
     def digest(self) -> str:
         """A short hash of structure and weights (samples of them), equal on ranks that hold the same model."""
         config = {k: v for k, v in self.config.items() if not k.startswith("_")}
-        content = commit_of(self.source.path) or _sample_of_files(self.source)
-        found = [config, sorted(self.weight_bytes.items()), self.flow.digest(), content]
+        content = commit_of(self.source.path) or _sample_of_files(self.source.path)
+        adapter = _sample_of_files(Path(self.source.adapter_path)) if self.source.adapter_path else ""
+        found = [config, sorted(self.weight_bytes.items()), self.flow.digest(), content, adapter]
         return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def stage_files(self, start: int, stop: int) -> set[str]:
@@ -129,16 +130,18 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     return Checkpoint(source, config, flow, sizes, shares, assumed)
 
 
-def _sample_of_files(source: ModelSource) -> str:
-    """A hash over pieces of every weight file: fine-tunes of one model have the same structure."""
+def _sample_of_files(folder: Path) -> str:
+    """A hash over an adapter's configuration and pieces of every weight file: fine-tunes of one model have the same
+    structure."""
     found = hashlib.sha256()
-    for folder in [source.path, *([Path(source.adapter_path)] if source.adapter_path else [])]:
-        for path in sorted(folder.glob("*.safetensors")):
-            size = path.stat().st_size
-            with path.open("rb") as stream:
-                for piece in range(_SAMPLES_PER_FILE):
-                    stream.seek(size * piece // _SAMPLES_PER_FILE)
-                    found.update(stream.read(_SAMPLE_BYTES))
+    for path in sorted(folder.glob("adapter_config.json")):
+        found.update(path.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            for piece in range(_SAMPLES_PER_FILE):
+                stream.seek(size * piece // _SAMPLES_PER_FILE)
+                found.update(stream.read(_SAMPLE_BYTES))
     return found.hexdigest()
 
 

@@ -79,6 +79,8 @@ def open_repo(repo: str, revision: str | None, on_progress: Callable[[], None], 
         if not is_view(view):
             _make_view(view, repo, snapshot, on_progress)
         _link_small_files(view, snapshot)
+    except ModelError:
+        raise
     except Exception as error:  # the hub's client raises its own errors and those of two HTTP libraries
         raise explain(error, repo, revision) from error
     return view
@@ -165,7 +167,11 @@ def _link_small_files(view: Path, snapshot: Path) -> None:
 def _weight_files(repo: str, snapshot: Path) -> list[str]:
     index = snapshot / "model.safetensors.index.json"
     if index.exists():
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        for name in named:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ModelError(f"the index of {repo} names a weight file {name!r}, which is no file's name")
+        return sorted(named)
     if isinstance(try_to_load_from_cache(repo, "model.safetensors", revision=snapshot.name), str):
         return ["model.safetensors"]
     names = HfApi().list_repo_files(repo, revision=snapshot.name)

@@ -97,7 +97,7 @@ NO_MATPLOTLIB = "import sys; sys.modules['matplotlib.figure'] = None; from hippo
 FILES = {
     "no such format": ([BENCHMARK], "--plot", "rates.bmp", "no such format; it must end in one of"),
     "no such folder": ([BENCHMARK], "--trace", "no/trace.json", "can't be written"),
-    "no matplotlib": ([sys.executable, "-c", NO_MATPLOTLIB], "--plot", "rates.png", "pip install matplotlib"),
+    "no matplotlib": ([sys.executable, "-c", NO_MATPLOTLIB], "--plot", "rates.png", "pip install 'matplotlib>=3.9'"),
 }
 
 

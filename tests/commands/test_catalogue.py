@@ -18,7 +18,7 @@ import pytest
 
 from hippo_mpi.config import BUNDLED_MODEL
 from tests import ranks
-from tests.servers import GOES_ON, SERVE, Server, server
+from tests.servers import GOES_ON, JSON, SERVE, Server, server
 
 MODELS = str(ranks.BIN / "hippo_mpi.models")
 CARDS = str(BUNDLED_MODEL.parent)
@@ -76,7 +76,7 @@ def complete(running: Server, model: str, **options: Any) -> str:
 
 def load(running: Server, model: str) -> dict[str, Any]:
     body = json.dumps({"model": model}).encode()
-    request = urllib.request.Request(f"{running.url}/admin/model", body)
+    request = urllib.request.Request(f"{running.url}/admin/model", body, JSON)
     with urllib.request.urlopen(request, timeout=60) as answer:
         return dict(json.loads(answer.read()))
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hippo_mpi.errors import DesyncError, UserError
 from hippo_mpi.parallel.step_plan import StepPlan, decode, encode
 from hippo_mpi.serving.api.openapi import openapi_object
-from tests.servers import MODEL, Server, server
+from tests.servers import JSON, MODEL, Server, server
 
 TIMEOUT_S = 30
 QUIET = [
@@ -47,7 +47,7 @@ def running() -> Iterator[Server]:
 
 
 def post(running: Server, path: str, content: bytes, **headers: str) -> httpx.Response:
-    answer = httpx.post(running.url + path, content=content, headers=headers, timeout=TIMEOUT_S)
+    answer = httpx.post(running.url + path, content=content, headers={**JSON, **headers}, timeout=TIMEOUT_S)
     assert answer.status_code in (200, 400, 401, 404, 405, 408, 413, 429), (path, content[:300], answer.text)
     if answer.status_code != 200:
         assert answer.json()["error"]["message"]

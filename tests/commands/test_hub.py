@@ -199,6 +199,18 @@ def test_a_plan_downloads_config_and_index_only(hub: tuple[str, list[str]], tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["../../evil.safetensors", 5])
+def test_files_that_an_index_names_elsewhere(hub: tuple[str, list[str]], tmp_path: Path, name: Any) -> None:
+    index = tmp_path / "repo" / "model.safetensors.index.json"
+    named = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {**named, next(iter(named)): name}}))
+    with ranks.single(on_rank(tmp_path / "home", hub[0], command=PLAN)) as running:
+        assert running.wait() == 2, running.err
+        assert running.err == f"error: the index of {REPO} names a weight file {name!r}, which is no file's name\n"
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+@pytest.mark.slow
 def test_models_say_how_much_is_here(hub: tuple[str, list[str]], tmp_path: Path) -> None:
     endpoint, _ = hub
     (tmp_path / "tale.yaml").write_text(f"model: {REPO}\n")

@@ -12,17 +12,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
-from hippo_mpi.serving.api import http_server
+from hippo_mpi.serving.api.http_protocol import HEADERS_S
 from tests.servers import GOES_ON, MODEL, Server, server
 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Server]:
     options = ("--requests-per-minute", "6", "--tokens-per-minute", "600", "--allow-origin", "http://here.example")
-    with server(*options, env={"HIPPO_API_KEYS": "first,second,third"}) as found:
+    with server(*options, env={"HIPPO_API_KEYS": "first,second,third,fourth"}) as found:
         yield found
 
 
@@ -40,6 +41,14 @@ def test_each_key_has_its_own_rate(running: Server) -> None:
         ask(running, "first")
     assert 1 <= int(refused.value.response.headers["retry-after"]) <= 10
     ask(running, "second")
+
+
+def test_counting_tokens_counts(running: Server) -> None:
+    for number in range(7):
+        asked = {"messages": [{"role": "user", "content": "A fox"}]}
+        path = ("/tokenize", "/v1/messages/count_tokens")[number % 2]
+        answer = httpx.post(running.url + path, json=asked, headers={"x-api-key": "fourth"}, timeout=30)
+        assert answer.status_code == (200 if number < 6 else 429), answer.text
 
 
 @pytest.mark.slow
@@ -69,7 +78,7 @@ def test_origins(running: Server) -> None:
 def test_headers_that_never_end(running: Server) -> None:
     """Connections that dribble are closed, the first request on them or a later one; others are served meanwhile."""
     host, port = running.url.removeprefix("http://").split(":")
-    whole = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
     def ends_after(first: bytes) -> float:
         with socket.create_connection((host, int(port))) as slow:
@@ -109,7 +118,7 @@ def test_headers_that_never_end(running: Server) -> None:
     for thread in threads:
         thread.join()
     assert len(took) == 2
-    assert all(http_server.HEADERS_S - 1 < one < http_server.HEADERS_S + 5 for one in took), took
+    assert all(HEADERS_S - 1 < one < HEADERS_S + 5 for one in took), took
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ import pytest
 from hippo_mpi.config import BUNDLED_MODEL, DEFAULT_PROMPT
 from hippo_mpi.serving.api.audit_log import key_id
 from tests import ranks
-from tests.servers import GOES_ON, SERVE, Server, server
+from tests.servers import GOES_ON, JSON, SERVE, Server, server
 
 FIRST, OTHER = "story-3m", "story-draft"
 KEY = "sk-fox-and-hen"
@@ -103,7 +103,7 @@ def test_clients_that_go_away_and_one_too_many(running: Server) -> None:
         one.close()
     await_line(running, rf"INFO POST /v1/completions 200, {FIRST}, .*, answer [1-9]\d* tokens, client gone, {MADE}.*")
     body = json.dumps({"prompt": "A fox", "max_tokens": 900, "temperature": 2.0, "logit_bias": GOES_ON}).encode()
-    request = urllib.request.Request(f"{running.url}/v1/completions", body, {"x-api-key": KEY})
+    request = urllib.request.Request(f"{running.url}/v1/completions", body, {"x-api-key": KEY, **JSON})
     with pytest.raises(TimeoutError):
         urllib.request.urlopen(request, timeout=0.5)
     await_line(running, rf"INFO POST /v1/completions 499, {FIRST}, .*, client gone, .*")

@@ -17,7 +17,7 @@ import pytest
 from hippo_mpi.config import DEFAULT_PROMPT
 from hippo_mpi.serving.page.cluster_view import COLUMNS, ClusterView
 from tests import ranks
-from tests.servers import MODEL, Server, server
+from tests.servers import JSON, MODEL, Server, server
 
 PAGE = str(ranks.BIN / "hippo_mpi.page")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -117,7 +117,7 @@ def test_rates_are_shown_and_not_sent_back(running: Server, url: str, browser: A
     assert answer.count() and not page.get_by_text("Answers", exact=True).count()
     turns = [("user", DEFAULT_PROMPT), ("assistant", said), ("user", "And a hen?")]
     body = json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}).encode()
-    with urllib.request.urlopen(urllib.request.Request(f"{running.url}/tokenize", body), timeout=10) as counted:
+    with urllib.request.urlopen(urllib.request.Request(f"{running.url}/tokenize", body, JSON), timeout=10) as counted:
         count = json.loads(counted.read())["count"]
     assert f"story-3m, prompt {count} tokens" in running.running.err
 

@@ -24,7 +24,7 @@ import pytest
 from hippo_mpi.config import BUNDLED_MODEL, DEFAULT_PROMPT
 from hippo_mpi.serving.config_file import make_parser
 from tests import ranks
-from tests.servers import GOES_ON, MODEL, SERVE, Server, server
+from tests.servers import GOES_ON, JSON, MODEL, SERVE, Server, server
 
 ASKED = [{"role": "user", "content": DEFAULT_PROMPT}]
 
@@ -139,7 +139,7 @@ def test_stop_words_and_cached_prompts(running: Server, wanted: str) -> None:
     ],
 )
 def test_bad_bodies_are_refused_in_openai_s_shape(running: Server, body: Any, line: str) -> None:
-    request = urllib.request.Request(f"{running.url}/v1/chat/completions", json.dumps(body).encode())
+    request = urllib.request.Request(f"{running.url}/v1/chat/completions", json.dumps(body).encode(), JSON)
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=10)
     assert refused.value.code == 400
@@ -186,7 +186,7 @@ def test_models_tokens_and_metrics(running: Server) -> None:
     assert client.models.retrieve(MODEL).owned_by == "hippo-mpi"
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.chat.completions.create(model="other", messages=ASKED)
-    request = urllib.request.Request(f"{running.url}/tokenize", json.dumps({"prompt": "a fox"}).encode())
+    request = urllib.request.Request(f"{running.url}/tokenize", json.dumps({"prompt": "a fox"}).encode(), JSON)
     with urllib.request.urlopen(request, timeout=10) as answer:
         found = json.loads(answer.read())
     assert found["count"] == len(found["tokens"]) > 0
@@ -233,14 +233,15 @@ def test_who_goes_away_frees_the_place(running: Server) -> None:
 
 
 def test_a_body_too_large_and_one_that_never_comes(running: Server) -> None:
-    request = urllib.request.Request(f"{running.url}/v1/completions", b" " * (5 << 20))
+    request = urllib.request.Request(f"{running.url}/v1/completions", b" " * (5 << 20), JSON)
     with pytest.raises((urllib.error.HTTPError, ConnectionError, urllib.error.URLError)) as refused:
         urllib.request.urlopen(request, timeout=10)
     if isinstance(refused.value, urllib.error.HTTPError):
         assert refused.value.code == 413
     host, port = running.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as slow:
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        slow.sendall(head + b"Content-Length: 100\r\n\r\n{")
         assert running.get("/health") == {"status": "ok"}
 
 

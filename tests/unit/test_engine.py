@@ -490,6 +490,23 @@ def test_prefixes_are_prefilled_once(
         assert bench.tokens[number] == alone(folder, tokenizer, prompt, 5)
 
 
+def test_prefixes_of_others_are_of_no_use(checkpoint: Checkpoint, tokenizer: TokenizerWrapper) -> None:
+    """Neither what is kept nor what is running, nor does a prompt wait for one that may not be shared."""
+    bench = Bench(checkpoint, tokenizer, [2, 4], max_batch_size=4, prefix_tokens=500)
+    header, cached = prompt_of(0, 40), {}
+    for numbers in (range(4), range(4, 8)):
+        for number in numbers:
+            salt = "" if number % 2 else "salt"
+            bench.engine.add(Request(number, [*header, 90 + number, 3], SamplingParams(max_tokens=5), cache_salt=salt))
+        for output in bench.engine.run():
+            cached[output.request_id] = output.timings.cached_tokens
+    assert [cached[number] for number in (0, 1, 4, 5, 6, 7)] == [0, 0, 40, 40, 40, 40]
+    prefixes = PrefixCache(PrefixBudget(200, lambda num_tokens: num_tokens), lambda slot: True)
+    assert prefixes.keep(0, header, "a") == prefixes.keep(1, [*header, 5], "b") == []
+    assert prefixes.match([*header, 5, 6], [], "a") == (0, 40) and prefixes.match([*header, 5, 6], []) is None
+    assert prefixes.keep(2, header, "a") == [2] and prefixes.keep(3, [*header, 7], "b") == []
+
+
 def test_least_recently_used_prefixes_go() -> None:
     prefixes = PrefixCache(PrefixBudget(60, lambda num_tokens: num_tokens), lambda slot: True)
     for slot in range(3):

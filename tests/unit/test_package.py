@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,5 +41,5 @@ def test_the_bundled_model_works_where_pip_has_put_it(tmp_path: Path) -> None:
 
 def test_hints_name_what_the_extras_list() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    assert install_hint("serve") == f"pip install {' '.join(extras['serve'])}"
-    assert install_hint("page") == "pip install 'gradio>=6' openai"
+    assert install_hint("serve") == f"pip install {shlex.join(extras['serve'])}"
+    assert install_hint("page") == "pip install 'gradio>=6' 'openai>=2'"

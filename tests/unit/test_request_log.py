@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from hippo_mpi.engine.request import Request as EngineRequest
 from hippo_mpi.engine.request import SamplingParams, Timings
-from hippo_mpi.serving.api.access import Access
+from hippo_mpi.serving.api.access import Access, AccessRules
 from hippo_mpi.serving.api.request_log import Answered, RequestLog
 from hippo_mpi.serving.supervision.answer import Answer
 
@@ -26,7 +26,7 @@ def line_of(app: Starlette, caplog: pytest.LogCaptureFixture, path: str, **heade
 
     async def ask() -> None:
         transport = httpx.ASGITransport(
-            RequestLog(app, Access(()).key_of),
+            RequestLog(app, Access(AccessRules()).key_of),
             raise_app_exceptions=False,
         )
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

@@ -1,16 +1,25 @@
-"""Who may ask, and how often."""
+"""Who may ask, how often, and how much at once."""
 
 from __future__ import annotations
 
+import hashlib
 import hmac
+import json
 import math
+import secrets
 import time
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from hippo_mpi.errors import FieldError
+
 _MOST_CLIENTS = 10_000  # buckets that are remembered; beyond that, full ones are forgotten
+_LONGEST_SALT = 256
+_RETRY_AFTER = {"Retry-After": "2"}
 
 
 def _keys_of(request: Request) -> list[str]:
@@ -20,6 +29,11 @@ def _keys_of(request: Request) -> list[str]:
     bearer = key.strip() if scheme.lower() == "bearer" else request.headers.get("authorization", "")
     found = [bearer, *(request.headers.get(name, "") for name in ("x-api-key", "api-key"))]
     return [key for key in found if key]
+
+
+def _is_one_of(given: str, keys: tuple[str, ...]) -> bool:
+    # Every key is compared, in constant time, so that how long it takes says nothing.
+    return any([hmac.compare_digest(given.encode(), key.encode()) for key in keys])
 
 
 @dataclass
@@ -64,35 +78,60 @@ class Rate:
         return bucket
 
 
-class Access:
-    """What is checked before a request is read.
+@dataclass(frozen=True)
+class AccessRules:
+    """What is asked of clients.
 
     Args:
         keys: one of them must come; none: everybody may ask, and counts by address.
+        admin_keys: keys that may also change the model; none: every client may.
         requests_per_minute, tokens_per_minute: of each key, prompt and answer together; 0: any number.
+        most_requests: under way or waiting at once, of all clients; 0: any number.
+        requests_per_key: of them, those of one key; 0: any number.
+        shares_prefixes: whether a prompt may begin with what was computed for another key.
     """
 
-    def __init__(self, keys: tuple[str, ...], requests_per_minute: int = 0, tokens_per_minute: int = 0) -> None:
-        self._keys = keys
-        self._requests, self._tokens = Rate(requests_per_minute), Rate(tokens_per_minute)
+    keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    most_requests: int = 0
+    requests_per_key: int = 0
+    shares_prefixes: bool = False
+
+
+class Access:
+    """What is checked before a request is read, and counted until it has ended."""
+
+    def __init__(self, rules: AccessRules) -> None:
+        self._rules = rules
+        self._known_keys = rules.keys + rules.admin_keys
+        self._requests, self._tokens = Rate(rules.requests_per_minute), Rate(rules.tokens_per_minute)
+        self._places: Counter[str] = Counter()  # that each client's requests have now
+        self._salt_key = secrets.token_bytes(32)
+
+    # ---- keys
 
     def has_key(self, request: Request) -> bool:
         """Whether a request brings a key of ours, or needs none."""
-        return not self._keys or any(self._is_ours(key) for key in _keys_of(request))
+        return not self._rules.keys or any(_is_one_of(key, self._known_keys) for key in _keys_of(request))
 
     def key_of(self, request: Request) -> str:
         """Return the key that a request brings, ours if there are several; empty if none."""
         found = _keys_of(request)
-        return next((key for key in found if self._is_ours(key)), found[0] if found else "")
-
-    def _is_ours(self, given: str) -> bool:
-        # Every key is compared, in constant time, so that how long it takes says nothing.
-        return any([hmac.compare_digest(given.encode(), key.encode()) for key in self._keys])
+        return next((key for key in found if _is_one_of(key, self._known_keys)), found[0] if found else "")
 
     def check_key(self, request: Request) -> None:
         """Raise an HTTPException if a request needs a key and brings none."""
         if not self.has_key(request):
             raise HTTPException(401, "this server needs an API key: Authorization: Bearer KEY")
+
+    def check_admin(self, request: Request) -> None:
+        """Raise an HTTPException if a request may not change the model."""
+        if self._rules.admin_keys and not any(_is_one_of(key, self._rules.admin_keys) for key in _keys_of(request)):
+            raise HTTPException(403, "another model is loaded now, and only a key of --admin-key-file may change that")
+
+    # ---- rates
 
     def count_request(self, request: Request) -> None:
         """Raise an HTTPException if this client has had enough for now."""
@@ -107,5 +146,58 @@ class Access:
     def count_tokens(self, request: Request, number: int) -> None:
         self._tokens.spend(self._client(request), number)
 
+    # ---- places
+
+    def take_places(self, request: Request, count: int) -> None:
+        """Count so many requests as under way, until `free_places`.
+
+        Raises:
+            HTTPException: that would be too many, of this client or of all.
+        """
+        client, rules = self._client(request), self._rules
+        taken = self._places[client]
+        if rules.requests_per_key and taken + count > rules.requests_per_key:
+            who, most = client.partition(" ")[0], rules.requests_per_key
+            why = f"this {who} has {taken} requests under way or waiting, and may have {most} at once: try again later"
+            raise HTTPException(429, why, _RETRY_AFTER)
+        if rules.most_requests and self._places.total() + count > rules.most_requests:
+            why = f"{rules.most_requests} requests are under way or wait already: try again later"
+            raise HTTPException(429, why, _RETRY_AFTER)
+        self._places[client] += count
+        request.state.places = (client, self._places_of(request)[1] + count)
+
+    def free_places(self, request: Request) -> None:
+        """A request has ended."""
+        client, count = self._places_of(request)
+        self._places[client] -= count
+        if not self._places[client]:
+            del self._places[client]
+        request.state.places = (client, 0)
+
+    def _places_of(self, request: Request) -> tuple[str, int]:
+        found: tuple[str, int] = getattr(request.state, "places", ("", 0))
+        return found
+
     def _client(self, request: Request) -> str:
-        return self.key_of(request) if self._keys else (request.client.host if request.client else "")
+        """Whose rate and places a request counts in: its key's, or else its address's."""
+        if self._rules.keys and self.has_key(request):
+            return f"key {self.key_of(request)}"
+        return f"address {request.client.host}" if request.client else ""
+
+    # ---- prefixes
+
+    def cache_salt(self, request: Request, body: dict[str, Any]) -> str:
+        """Return whose cached prompts a request may begin with: those with the same salt. Takes `cache_salt` out of a
+        body, which parts a key's own requests further, as vLLM has it.
+
+        Raises:
+            FieldError: it is no text.
+        """
+        given = body.pop("cache_salt", None)
+        if given is not None and not (isinstance(given, str) and 0 < len(given) <= _LONGEST_SALT):
+            raise FieldError("cache_salt", f"cache_salt must be a text of 1 to {_LONGEST_SALT} characters")
+        key = self.key_of(request) if self._rules.keys and not self._rules.shares_prefixes else ""
+        if not key and given is None:
+            return ""
+        # Ranks learn neither the key nor what could be compared with guesses of it.
+        return hmac.new(self._salt_key, json.dumps([key, given]).encode(), hashlib.sha256).hexdigest()

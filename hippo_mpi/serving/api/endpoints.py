@@ -28,6 +28,7 @@ from hippo_mpi.serving.api.audit_log import AuditLog, digest, key_id
 from hippo_mpi.serving.api.event_stream import EventStream, numbered
 from hippo_mpi.serving.api.exchange import Exchange, Reader
 from hippo_mpi.serving.api.exchanges import Exchanges, Keeping
+from hippo_mpi.serving.api.gate import Gate
 from hippo_mpi.serving.api.http_errors import HANDLERS
 from hippo_mpi.serving.api.journal import Journal
 from hippo_mpi.serving.api.journal_records import Record
@@ -99,6 +100,7 @@ class Api:
             ],
             exception_handlers=HANDLERS,
         )
+        found.add_middleware(Gate, self._access, self._settings.hosts, self._settings.origins)
         if self._settings.origins:
             found.add_middleware(
                 CORSMiddleware,
@@ -115,12 +117,14 @@ class Api:
 
     async def _load_model(self, request: Request) -> Response:
         """Hot-swap: answered when the model is there."""
+        self._access.check_admin(request)
         model = model_of(self._catalogue, await read_json(request, self._settings))
         await self._check_fits(model)
         await unless_gone(request, asyncio.ensure_future(self._front.load(model.name)))
         return JSONResponse({"model": model.name, "state": self._front.state})
 
     async def _tokenize(self, request: Request) -> Response:
+        self._access.count_request(request)
         body = await read_json(request, self._settings)
         model = model_of(self._catalogue, body)
         asked = read_body(CHAT if "messages" in body else COMPLETION, body, model.defaults)
@@ -129,6 +133,7 @@ class Api:
 
     async def _count(self, request: Request) -> Response:
         """Anthropic's /tokenize."""
+        self._access.count_request(request)
         body = await read_json(request, self._settings)
         model = model_of(self._catalogue, body)
         tokens, _ = await self._prepare(request, count_body(body, model.defaults), model)
@@ -139,13 +144,16 @@ class Api:
         self._access.count_request(request)
         body = await read_json(request, self._settings)
         model = model_of(self._catalogue, body)
+        salt = self._access.cache_salt(request, body)
         question = read_question(url, body, model.defaults, self.exchanges.can_keep)
         if (total := question.num_choices * len(question.every)) > self._settings.max_choices:
             most = f"at most {self._settings.max_choices} (--max-choices)"
             raise FieldError("prompt", f"n times the number of prompts is {most}, not {total}")
-        record = await self._record(request, url, body, question, model)
+        record = await self._record(request, url, body, question, model, salt)
         if model.name != self._front.model:
+            self._access.check_admin(request)
             await self._check_fits(model)
+        self._access.take_places(request, total - 1)  # the Gate has taken the first
         exchange = await self.exchanges.open(record, partial(self._access.count_tokens, request))
         writer = question.writer(exchange.record, model.tokenizer)
         if question.is_stream:
@@ -178,7 +186,7 @@ class Api:
         return prompt, sampling
 
     async def _record(
-        self, request: Request, url: str, body: dict[str, Any], question: Question, model: ServedModel
+        self, request: Request, url: str, body: dict[str, Any], question: Question, model: ServedModel, salt: str
     ) -> Record:
         """What is asked, as it is kept."""
         prepared = [await self._prepare(request, asked, model) for asked in question.every]
@@ -195,7 +203,7 @@ class Api:
             model=model.name,
             created=int(time.time()),
             body=body,
-            requests=[EngineRequest(index, *once) for index, once in enumerate(asked_once)],
+            requests=[EngineRequest(index, *once, cache_salt=salt) for index, once in enumerate(asked_once)],
             is_stream=question.is_stream,
             is_stored=question.is_stored,
             is_background=question.is_background,

@@ -76,7 +76,9 @@ class Exchanges:
         try:
             for index, one in enumerate(record.requests):
                 tell = partial(exchange.tell, index)
-                exchange.answers[index] = self._front.submit(one.prompt, one.sampling, record.model, tell)
+                exchange.answers[index] = self._front.submit(
+                    one.prompt, one.sampling, record.model, tell, one.cache_salt
+                )
         except UserError:
             for answer in exchange.answers.values():
                 self._front.abort(answer)

@@ -19,7 +19,12 @@ from hippo_mpi.serving.supervision.front import Overloaded
 
 _RETRY_AFTER_S = 2
 _LONG_FIELDS = {CHAT: "messages", COMPLETION: "prompt", RESPONSES: "input"}
-_ANTHROPIC_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 _OPENAI_CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
 
 
@@ -34,7 +39,8 @@ def _speaks_anthropic(request: Request) -> bool:
     return request.url.path.startswith(MESSAGES) or "anthropic-version" in request.headers
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+async def http_error(request: Request, error: Exception) -> Response:
+    """Answer with an HTTPException."""
     assert isinstance(error, HTTPException)
     status, text = error.status_code, error.detail
     has_no_route = status == 404 and text == HTTPStatus.NOT_FOUND.phrase
@@ -58,7 +64,7 @@ def _meant(request: Request) -> str:
 
 async def _overloaded(request: Request, error: Exception) -> Response:
     found = HTTPException(429, f"{error}; try again later", {"Retry-After": str(_RETRY_AFTER_S)})
-    return await _http_error(request, found)
+    return await http_error(request, found)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
@@ -81,7 +87,7 @@ async def _gone(_: Request, __: Exception) -> Response:
 
 
 HANDLERS: dict[Any, Any] = {
-    HTTPException: _http_error,
+    HTTPException: http_error,
     Overloaded: _overloaded,
     HippoError: _failed,
     ClientDisconnect: _gone,

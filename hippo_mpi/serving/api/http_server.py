@@ -1,95 +1,127 @@
-"""The HTTP server: uvicorn, with a deadline for headers, until a signal comes."""
+"""The HTTP server: uvicorn, with limits for connections, until a signal comes."""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import signal
 import socket
+import ssl
 import threading
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hippo_mpi.errors import UserError
+from hippo_mpi.serving.addresses import url_of
+from hippo_mpi.serving.api.connections import Connections, Listener, room_for_connections
+from hippo_mpi.serving.api.http_protocol import HttpProtocol
 from hippo_mpi.serving.logs import ANNOUNCEMENTS
 from hippo_mpi.serving.supervision.answer import ServerEnding
 from hippo_mpi.serving.supervision.front import Front
 
 _log = logging.getLogger(__name__)
 _announcements = logging.getLogger(ANNOUNCEMENTS)
-HEADERS_S = 10.0  # uvicorn itself waits for ever for the end of a request's headers
 _KEEP_ALIVE_S = 30
 _MOST_HEADER_BYTES = 32 << 10
+_SEND_BYTES = 128 << 10  # that the kernel holds of an answer which isn't read; left alone it takes megabytes
 
 
-class _DeadlineProtocol(H11Protocol):
-    """Closes connections on which a request has begun, or might, but doesn't get to the end of its headers."""
+@dataclass(frozen=True)
+class HttpSettings:
+    """Where to listen, and for whom.
 
-    _deadline: asyncio.TimerHandle | None = None
+    Args:
+        certfile, keyfile: of the server (PEM); none: nothing is encrypted.
+        proxies: addresses and networks that may say for whom they ask (X-Forwarded-For).
+        max_connections: at once.
+    """
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._set_deadline()
+    address: str
+    port: int
+    certfile: Path | None = None
+    keyfile: Path | None = None
+    proxies: tuple[str, ...] = ()
+    max_connections: int = 1000
 
-    def data_received(self, data: bytes) -> None:
-        if self._is_between_requests() and self._deadline is None:
-            self._set_deadline()
-        super().data_received(data)
-        if not self._is_between_requests():
-            self._clear_deadline()
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> HttpSettings:
+        """Read what the command line says.
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._clear_deadline()
-        super().connection_lost(exc)
-
-    def _is_between_requests(self) -> bool:
-        cycle: Any = self.cycle
-        return cycle is None or bool(cycle.response_complete)
-
-    def _set_deadline(self) -> None:
-        self._deadline = self.loop.call_later(HEADERS_S, self._close)
-
-    def _clear_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _close(self) -> None:
-        self._deadline = None
-        if self._is_between_requests() and self.transport is not None:
-            self.transport.close()
+        Raises:
+            UserError: the certificate can't be used.
+        """
+        if options.ssl_keyfile and not options.ssl_certfile:
+            raise UserError("--ssl-keyfile needs --ssl-certfile")
+        if options.ssl_certfile:
+            _check_certificate(options.ssl_certfile, options.ssl_keyfile)
+        proxies = tuple(options.trusted_proxy)
+        return cls(
+            options.address, options.port, options.ssl_certfile, options.ssl_keyfile, proxies, options.max_connections
+        )
 
 
-async def serve_http(app: Starlette, front: Front, address: str, port: int) -> None:
+def _check_certificate(certfile: Path, keyfile: Path | None) -> None:
+    def refuse() -> str:
+        raise UserError(
+            f"the private key for --ssl-certfile {certfile} has a password: give one without (openssl pkey)"
+        )
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, refuse)
+    except OSError as error:  # also of OpenSSL
+        files = f"--ssl-certfile {certfile}" + (f" and --ssl-keyfile {keyfile}" if keyfile else "")
+        raise UserError(f"{files} can't be used: {error.strerror or error}") from None
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """Raise a UserError if the address can't be listened on."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        listener = socket.create_server((address, port), family=family, backlog=256)
+    except OSError as error:
+        raise UserError(f"can't listen on {address}:{port}: {error.strerror}") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)  # connections inherit it
+    return listener
+
+
+async def serve_http(app: Starlette, front: Front, settings: HttpSettings) -> None:
     """Serve until a signal comes; then clients are told, in words.
 
     Raises:
         UserError: the address can't be listened on.
     """
-    try:
-        listener = socket.create_server((address, port), backlog=256)
-    except OSError as error:
-        raise UserError(f"can't listen on {address}:{port}: {error.strerror}") from None
-    settings = uvicorn.Config(
-        app, http=_DeadlineProtocol, lifespan="off", log_config=None,
+    most = room_for_connections(settings.max_connections)
+    listener = Listener(listen(settings.address, settings.port), most)
+    connections = Connections(most, settings.proxies)
+    protocol: Any = partial(HttpProtocol, open_connections=connections)
+    config = uvicorn.Config(
+        app, http=protocol, ws="none", lifespan="off", log_config=None,
         timeout_keep_alive=_KEEP_ALIVE_S, timeout_graceful_shutdown=2,
         h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
+        proxy_headers=bool(settings.proxies), forwarded_allow_ips=list(settings.proxies),
+        ssl_certfile=settings.certfile, ssl_keyfile=settings.keyfile,
     )  # fmt: skip
-    _announcements.info("listening on http://%s:%d", address, listener.getsockname()[1])
-    announcing = asyncio.ensure_future(_announce(front))
+    url = url_of(settings.address, listener.getsockname()[1], settings.certfile is not None)
+    _announcements.info("listening on %s", url)
+    beside = [asyncio.ensure_future(_announce(front)), asyncio.ensure_future(connections.watch())]
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has ended
             signal.signal(number, lambda *_: None)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
-    server = uvicorn.Server(settings)
-    ending = asyncio.ensure_future(_end_answers(server, front))
-    await server.serve([listener])
-    announcing.cancel()
-    ending.cancel()
+    server = uvicorn.Server(config)
+    beside.append(asyncio.ensure_future(_end_answers(server, front)))
+    try:
+        await server.serve([listener])
+    finally:
+        for task in beside:
+            task.cancel()
 
 
 async def _end_answers(server: uvicorn.Server, front: Front) -> None:

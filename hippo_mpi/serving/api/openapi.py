@@ -36,13 +36,16 @@ _FUNCTION: _Schema = {
     "properties": {"name": _TEXT, "description": {"type": "string"}, "parameters": {"type": "object"}},
 }
 _BOOLEAN: _Schema = {"type": "boolean"}
+_SALT: _Schema = {"type": "string", "minLength": 1, "maxLength": 256}
 _CHOICE: _Schema = {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]}
 _ERRORS = {
     400: "The body is wrong: the message names the field.",
     401: "No API key, or an unknown one.",
+    403: "A page of another origin, or another name of the server; or only an admin key may change the model.",
     404: "There is no such model, or no answer of this id that this key has asked for.",
     408: "The body took too long.",
     413: "The body is too large.",
+    415: "The body isn't said to be application/json.",
     429: "Too many requests wait, or this key has had its share: see Retry-After.",
     503: "The ranks can't be brought back.",
 }
@@ -92,12 +95,13 @@ def _bodies(model: _Schema) -> dict[str, _Schema]:
     of_messages = _of_messages(model)
     sampling = _of(field_schemas(True), "max_tokens", "temperature", "top_p", "top_k")
     stops = {"stop_sequences": field_schemas(True)["stop"]}
+    asked = {"stream": _BOOLEAN, "cache_salt": _SALT}
     tokenized = {**_ignored(COMPLETION_IGNORED), **_of_chat(model), "prompt": _prompt(), "add_special_tokens": _BOOLEAN}
     return {
-        CHAT: _body({**_of_chat(model), **field_schemas(True), **_choices(), "stream": _BOOLEAN}, "messages"),
-        COMPLETION: _body(_of_completion(model), "prompt"),
-        RESPONSES: _body(_of_responses(model), "input"),
-        MESSAGES: _body({**of_messages, **sampling, **stops, "stream": _BOOLEAN}, "messages", "max_tokens"),
+        CHAT: _body({**_of_chat(model), **field_schemas(True), **_choices(), **asked}, "messages"),
+        COMPLETION: _body({**_of_completion(model), **asked}, "prompt"),
+        RESPONSES: _body({**_of_responses(model), **asked}, "input"),
+        MESSAGES: _body({**of_messages, **sampling, **stops, **asked}, "messages", "max_tokens"),
         COUNT_TOKENS: _body(of_messages, "messages"),
         "/tokenize": _body(tokenized),
         "/admin/model": _body({"model": model}, "model"),
@@ -126,7 +130,6 @@ def _of_completion(model: _Schema) -> dict[str, _Schema]:
         "prompt": {"anyOf": [_prompt(), {"type": "array", "items": _prompt(), "minItems": 1}]},
         "add_special_tokens": _BOOLEAN,
         "echo": _BOOLEAN,
-        "stream": _BOOLEAN,
         **_choices(),
         **field_schemas(False),
     }
@@ -140,7 +143,6 @@ def _of_responses(model: _Schema) -> dict[str, _Schema]:
         "background": _BOOLEAN,
         "input": {"anyOf": [_TEXT, _messages(ROLES)]},
         "instructions": _TEXT,
-        "stream": _BOOLEAN,
         **_of(field_schemas(True), "temperature", "top_p"),
         "tools": _tools({"type": {"type": "string"}, **_FUNCTION["properties"]}),
         "include": {"type": "array", "items": {"type": "string"}},

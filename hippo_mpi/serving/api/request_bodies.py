@@ -26,6 +26,7 @@ class ApiSettings:
         max_body_bytes, body_timeout_s, max_schema_bytes: of a request's body.
         max_choices: answers to all prompts of a request.
         origins: of pages in browsers that may ask (CORS).
+        hosts: names that the server may be called by; none: any.
         has_keys: whether clients need a key: then an answer is its key's alone.
         keep_answers_s, reconnect_s: as in `Keeping`.
     """
@@ -35,6 +36,7 @@ class ApiSettings:
     max_choices: int = 128
     max_schema_bytes: int = MAX_SCHEMA_BYTES
     origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
     has_keys: bool = False
     keep_answers_s: float = 0.0
     reconnect_s: float = 0.0

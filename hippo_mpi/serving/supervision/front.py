@@ -141,7 +141,12 @@ class Front:
         self._state, self._state_since_s = state, time.monotonic()
 
     def submit(
-        self, prompt: list[int], sampling: SamplingParams, model: str, tell: Callable[[Told], None] = lambda told: None
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        model: str,
+        tell: Callable[[Told], None] = lambda told: None,
+        cache_salt: str = "",
     ) -> Answer:
         """Ask for an answer of a model, of which `tell` is told everything.
 
@@ -155,7 +160,7 @@ class Front:
             check_request(prompt, sampling, about.max_context, about.vocab_size)
         if sampling.seed is None:  # every answer draws numbers of its own, so that it can go on elsewhere
             sampling = replace(sampling, seed=secrets.randbits(63))
-        return self._take_in(Request(next(self._ids), prompt, sampling), model, tell, ())
+        return self._take_in(Request(next(self._ids), prompt, sampling, cache_salt=cache_salt), model, tell, ())
 
     def bring_back(
         self,

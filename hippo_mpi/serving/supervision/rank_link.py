@@ -60,9 +60,8 @@ def read_request(found: dict[str, Any]) -> Request:
     sampling, resume = dict(found["sampling"]), found["resume"]
     sampling["logit_bias"] = tuple((token, amount) for token, amount in sampling["logit_bias"])
     sampling["stop_words"], sampling["forced"] = tuple(sampling["stop_words"]), tuple(sampling["forced"])
-    return Request(
-        found["id"], found["prompt"], SamplingParams(**sampling), None if resume is None else Resume(**resume)
-    )
+    resumed = None if resume is None else Resume(**resume)
+    return Request(found["id"], found["prompt"], SamplingParams(**sampling), resumed, found["cache_salt"])
 
 
 def refusal_object(request_id: int, error: HippoError) -> dict[str, Any]:

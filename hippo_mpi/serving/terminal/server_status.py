@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from hippo_mpi import config
 from hippo_mpi.errors import UserError, print_error
+from hippo_mpi.serving.addresses import TRUST_HINT, is_untrusted, url_to_ask
 from hippo_mpi.serving.page.cluster_view import COLUMNS, ClusterView, fetch_status
 
 _BETWEEN_LOOKS_S = 1.2  # rank 0 tells how busy the ranks are every second
@@ -58,28 +59,35 @@ def _table(rows: list[list[str]]) -> list[str]:
     return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in (COLUMNS, *rows)]
 
 
-def _show(argv: list[str]) -> None:
+def show(argv: list[str]) -> None:
+    """Print how a server stands.
+
+    Raises:
+        UserError: it doesn't answer.
+    """
     arguments = make_parser().parse_args(argv)
     if not arguments.url:
         raise UserError("it doesn't listen yet: ./launch/serve logs shows what it does")
+    url = url_to_ask(arguments.url)
     try:
-        status = fetch_status(arguments.url)
+        status = fetch_status(url)
         if arguments.json:
             print(json.dumps(status))
             return
-        view = ClusterView(lambda: fetch_status(arguments.url))
+        view = ClusterView(lambda: fetch_status(url))
         view.look()
         if view.rows:
             time.sleep(_BETWEEN_LOOKS_S)
             view.look()
     except (OSError, ValueError) as error:
-        raise UserError(f"{arguments.url} doesn't answer: {error}") from None
+        advice = f" ({TRUST_HINT})" if is_untrusted(error) else ""
+        raise UserError(f"{arguments.url} doesn't answer: {error}{advice}") from None
     print(report(status, arguments.url, view.rows))
 
 
 def main() -> NoReturn:
     try:
-        _show(sys.argv[1:])
+        show(sys.argv[1:])
     except UserError as error:
         print_error(str(error))
         sys.exit(error.exit_code)

@@ -1,0 +1,75 @@
+"""What a request must be like to get in, before its body is read. Web pages of elsewhere must not: a browser lets any page
+post forms and plain text anywhere, and a name that its owner points at 127.0.0.1 makes this server the page's own."""
+
+from __future__ import annotations
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from hippo_mpi.serving.api.access import Access
+from hippo_mpi.serving.api.http_errors import http_error
+
+_JSON = "application/json"
+
+
+class Gate:
+    """ASGI middleware that checks where a request comes from, and counts those with a body until they have ended.
+
+    Args:
+        access: whose places they take.
+        hosts: names that this server may be called by; none: any.
+        origins: of pages in browsers that may ask; "*": any.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access, hosts: tuple[str, ...], origins: tuple[str, ...]) -> None:
+        self._app, self._access = app, access
+        self._hosts, self._origins = {host.lower() for host in hosts}, origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        try:
+            self._check_host(request)
+            self._check_origin(request)
+            if request.method == "POST":
+                _check_type(request)
+                self._access.take_places(request, 1)
+        except HTTPException as error:
+            response = await http_error(request, error)
+            await response(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._access.free_places(request)
+
+    def _check_host(self, request: Request) -> None:
+        host = _host_of(request.headers.get("host", ""))
+        if self._hosts and host and host not in self._hosts:
+            raise HTTPException(403, f"the Host header asks for {host!r}: start the server with --allow-host {host}")
+
+    def _check_origin(self, request: Request) -> None:
+        origin = request.headers.get("origin")
+        if origin is None or "*" in self._origins or origin in self._origins:
+            return
+        if origin.partition("://")[2].lower() != request.headers.get("host", "").lower():
+            why = f"pages of {origin!r} may not ask: start the server with --allow-origin {origin}"
+            raise HTTPException(403, why)
+
+
+def _host_of(authority: str) -> str:
+    """The name or address in a Host header, as it is compared: [::1]:8080 is ::1."""
+    host, _, port = authority.rpartition(":")
+    name = host if host and port.isdecimal() and (host.endswith("]") or ":" not in host) else authority
+    return name.strip("[]").rstrip(".").lower()
+
+
+def _check_type(request: Request) -> None:
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != _JSON:
+        what = f"not {given!r}" if given else "and is missing"
+        advice = f"with curl: -H 'Content-Type: {_JSON}'"
+        raise HTTPException(415, f"the header must be Content-Type: {_JSON}, {what} ({advice})")

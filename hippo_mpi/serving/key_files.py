@@ -1,0 +1,63 @@
+"""API keys, from files and from the environment. What should hold keys and holds none is an error, never "no key"."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from hippo_mpi.config import API_KEYS
+from hippo_mpi.errors import UserError
+
+_log = logging.getLogger(__name__)
+_OTHERS_MAY_READ = 0o044
+
+
+def keys_of_environment() -> tuple[str, ...]:
+    """Return the keys in API_KEYS, with commas between; none if it isn't set.
+
+    Raises:
+        UserError: it is set and has no key in it, or one that no header can carry.
+    """
+    text = os.environ.get(API_KEYS)
+    if text is None:
+        return ()
+    found = tuple(key for part in text.split(",") if (key := part.strip()))
+    if not found:
+        raise UserError(f"{API_KEYS} is set, but has no key in it: set it to one, or unset it")
+    for number, key in enumerate(found, start=1):
+        _check(key, f"{API_KEYS}, key {number}", "keys have commas between them")
+    return found
+
+
+def read_key_file(path: Path, option: str) -> tuple[str, ...]:
+    """Return the keys of a file: one a line; blank lines and those that begin with # don't count.
+
+    Args:
+        option: that has named the file.
+
+    Raises:
+        UserError: it can't be read, has no key in it, or a line that is none.
+    """
+    try:
+        text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option} {path} can't be read: {error}") from None
+    if path.is_file() and mode & _OTHERS_MAY_READ:
+        _log.warning("other users may read the keys in %s: chmod 600 %s", path, path)
+    found = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        key = line.strip()
+        if key and not key.startswith("#"):
+            _check(key, f"{option} {path}, line {number}", "a line is a key and nothing else; names go into # lines")
+            found.append(key)
+    if not found:
+        raise UserError(f"{option} {path} has no key in it: write one a line, or leave the option out")
+    return tuple(found)
+
+
+def _check(key: str, where: str, rule: str) -> None:
+    if any(character.isspace() for character in key):
+        raise UserError(f"{where}: a key has no spaces in it ({rule})")
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"{where}: a key is made of printable ASCII characters")
