@@ -349,7 +349,7 @@ def test_standard_input_and_output(tmp_path: Path) -> None:
     [
         ("", "standard input has no prompts"),
         ("hello\n\udcff\n", "standard input is not UTF-8 (byte 7)"),
-        ("#!/usr/bin/env hippo_mpi.batch\n#HIPPO --temp 1\nhello\n", "#HIPPO lines on standard input come too late"),
+        ("#!/usr/bin/env hippo_mpi.batch\n#HIPPO --temp 1\nhello\n", "#HIPPO lines from standard input come too late"),
     ],
 )
 def test_bad_standard_input(text: str, line: str) -> None:
