@@ -213,6 +213,10 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--audit-log", type=Path, help="write who asked for what, and how it ended, into this file")
     group.add_argument("--audit-text", action="store_true", help="prompts and answers, too, and not only digests")
+    group.add_argument("--audit-key", type=Path, help="file with that file's key, made if missing; by default FILE.key")
+    group.add_argument(
+        "--audit-required", action="store_true", help="refuse requests (503) while they can't be written down"
+    )
     group.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="least weight of the lines on stderr")
     group = parser.add_argument_group("ranks that this command starts itself")
     group.add_argument("--hostfile", type=Path, help="JSON list of hosts, as for mlx.launch")

@@ -157,9 +157,18 @@ def _make_api(arguments: argparse.Namespace, catalogue: Catalogue) -> tuple[Fron
     keys = read_keys(arguments)
     access = Access(keys, arguments.requests_per_minute, arguments.tokens_per_minute)
     front = Front(arguments.max_batch_size + arguments.max_queue, catalogue.first.name)
-    audit = AuditLog(arguments.audit_log, arguments.audit_text) if arguments.audit_log else None
-    settings = ApiSettings(origins=tuple(arguments.allow_origin))
-    return front, Api(front, catalogue, access, settings, Metrics(front), audit)
+    audit = _open_audit_log(arguments)
+    settings = ApiSettings(origins=tuple(arguments.allow_origin), needs_audit=arguments.audit_required)
+    return front, Api(front, catalogue, access, settings, Metrics(front, audit), audit)
+
+
+def _open_audit_log(arguments: argparse.Namespace) -> AuditLog | None:
+    if arguments.audit_log:
+        return AuditLog(arguments.audit_log, arguments.audit_text, arguments.audit_key)
+    for name in ("audit_text", "audit_key", "audit_required"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')} needs --audit-log FILE")
+    return None
 
 
 def read_command_line(argv: list[str]) -> tuple[ConfigFile, list[str]]:

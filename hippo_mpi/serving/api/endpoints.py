@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -26,7 +26,8 @@ from starlette.routing import Route
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.errors import FieldError, UserError
 from hippo_mpi.serving.api.access import Access
-from hippo_mpi.serving.api.audit_log import AuditLog, digest, key_id
+from hippo_mpi.serving.api.audit_log import AuditLog
+from hippo_mpi.serving.api.audit_record import request_record
 from hippo_mpi.serving.api.completion_stream import StreamOptions, completion_chunks
 from hippo_mpi.serving.api.event_stream import EventStream
 from hippo_mpi.serving.api.http_errors import HANDLERS
@@ -60,11 +61,13 @@ class ApiSettings:
     Args:
         max_body_bytes, body_timeout_s: of a request's body.
         origins: of pages in browsers that may ask (CORS).
+        needs_audit: whether requests are refused while they can't be written down.
     """
 
     max_body_bytes: int = 4 << 20
     body_timeout_s: float = 30.0
     origins: tuple[str, ...] = ()
+    needs_audit: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,8 @@ class Api:
 
     async def _submit(self, asked: Sequence[tuple[list[int], SamplingParams]], model: ServedModel) -> list[Answer]:
         """Ask for all or nothing. A model that isn't loaded and wouldn't fit is refused while the present one stays."""
+        if self._settings.needs_audit and self._audit and not self._audit.is_writable():
+            raise HTTPException(503, "the audit log can't be written, and this server answers nothing without it")
         if model.name != self._front.model and self._front.machines:
             await self._catalogue.plan(model, self._front.machines)
         answers: list[Answer] = []
@@ -326,28 +331,9 @@ class Api:
         num_read = sum(map(len, prompts))
         self._access.count_tokens(request, num_read + made)
         request.state.answered = Answered(name, model.name, answers)
-        if self._audit is None:
-            return
-        key = self._access.key_of(request)
-        given = {k: v for k, v in asdict(asked.sampling).items() if v != getattr(model.defaults, k)}
-        prompt = "".join(model.tokenizer.decode(prompt) for prompt in prompts)
-        record: dict[str, Any] = {
-            "id": name,
-            "key": key_id(key) if key else None,
-            "model": model.name,
-            "endpoint": request.url.path,
-            "parameters": given,
-            "prompt_tokens": num_read,
-            "prompt_digest": digest(prompt),
-            "choices": [],
-        }
-        for answer in answers:
-            text = model.tokenizer.decode(answer.timings.token_ids)
-            choice = {"tokens": len(answer.timings.token_ids), "outcome": answer.outcome, "digest": digest(text)}
-            record["choices"].append({**choice, **({"text": text} if self._audit.has_text else {})})
-        if self._audit.has_text:
-            record["prompt"] = prompt
-        self._audit.write(record)
+        if self._audit is not None:
+            key, endpoint = self._access.key_of(request), request.url.path
+            self._audit.write(request_record(self._audit, name, key, endpoint, asked, answers, model))
 
 
 def _is_stream(body: dict[str, Any]) -> bool:
