@@ -41,7 +41,7 @@ def make_parser() -> config.Parser:
         help="verify: find lines that were changed, dropped or moved; report: add up requests, tokens and errors;"
         " digest: what stands in the log for the text on standard input",
     )
-    parser.add_argument("log", type=Path, help="the log; older files beside it (LOG.1, LOG.2 ...) belong to it")
+    parser.add_argument("log", type=_log_path, help="the log; older files beside it (LOG.1, LOG.2 ...) belong to it")
     parser.add_argument("--audit-key", type=Path, help="file with the log's key; by default LOG.key")
     group = parser.add_argument_group("verify")
     group.add_argument(
@@ -57,6 +57,11 @@ def make_parser() -> config.Parser:
     group.add_argument("--since", type=_time, help="first day, such as 2026-11-01, or a time")
     group.add_argument("--json", action="store_true", help="print a JSON object and no table")
     return parser
+
+
+def _log_path(text: str) -> Path:
+    """Find what belongs to a log beside the file itself, wherever links to it are."""
+    return Path(text).resolve()
 
 
 def _sha256(text: str) -> str:
@@ -95,7 +100,7 @@ def verify(log: Path, key_path: Path | None = None, last_hash: str | None = None
     chain = read_chain(files, key, anchor, last_hash, num_lines)
     is_current = not re.search(r"\.[0-9]+$", log.name) and log in files
     if chain.is_keyed and is_current and anchor is None and not chain.mistakes:
-        chain.mistakes.append(f"{anchor_path_of(log)} is missing: it can't be seen whether the end was dropped")
+        chain.mistakes.append(f"{anchor_path_of(log)} is missing or torn: it can't be seen whether the end was dropped")
     if chain.mistakes:
         count = len(chain.mistakes)
         more = [f"... and {count - _MOST_MISTAKES:,} more"] * (count > _MOST_MISTAKES)

@@ -231,6 +231,23 @@ def test_a_second_server_is_refused(tmp_path: Path) -> None:
     write(path, 1)
 
 
+def test_a_key_that_others_may_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "audit.jsonl", 1)
+    assert not caplog.records
+    (tmp_path / "audit.jsonl.key").chmod(0o644)
+    write(path, 1, first=1)
+    assert f"the audit log's key {path}.key is not its owner's alone: chmod 600" in caplog.text
+
+
+def test_a_link_to_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "audit.jsonl")
+    write(link, 20, most_bytes=1500)
+    assert link.is_symlink() and not (tmp_path / "link.1").exists()
+    assert verified(capsys, link) == verified(capsys, tmp_path / "disk" / "audit.jsonl")
+
+
 def test_a_key_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, key = tmp_path / "audit.jsonl", tmp_path / "key"
     AuditLog(path, key_path=key).close()

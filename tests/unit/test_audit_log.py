@@ -124,7 +124,7 @@ def test_a_dropped_tail_is_found(tmp_path: Path, kept: int) -> None:
         AuditLog(path)
     (tmp_path / "audit.jsonl.anchor").unlink()
     if kept:
-        assert mistake(path) == f"{path}.anchor is missing: it can't be seen whether the end was dropped"
+        assert mistake(path) == f"{path}.anchor is missing or torn: it can't be seen whether the end was dropped"
 
 
 def test_a_file_of_the_middle_that_is_gone(tmp_path: Path) -> None:

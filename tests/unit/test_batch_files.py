@@ -99,6 +99,23 @@ def test_a_file_stays_locked_when_it_is_replaced(tmp_path: Path) -> None:
     assert ids(output) == ["line-1", "line-2"]
 
 
+def test_a_link_to_the_output(tmp_path: Path) -> None:
+    """It stays one, and what it leads to has one writer, however it is named."""
+    (tmp_path / "in").write_text("a\nb\n")
+    (tmp_path / "disk").mkdir()
+    output, link = tmp_path / "disk" / "out", tmp_path / "link"
+    link.symlink_to(output)
+    first, second = tasks_of(tmp_path / "in")
+    answers = AnswerFile(link, {})
+    answers.write(second, BODY)
+    answers.write(first, BODY)
+    with pytest.raises(UserError, match="is being written by"):
+        AnswerFile(output, {})
+    answers.sort([first, second])
+    answers.close()
+    assert link.is_symlink() and ids(output) == ["line-1", "line-2"]
+
+
 # ---- the input
 
 

@@ -51,6 +51,7 @@ class AuditLog:
     def __init__(
         self, path: Path, has_text: bool = False, key_path: Path | None = None, most_bytes: int = _MOST_BYTES
     ) -> None:
+        path = path.resolve()  # beside the file itself, wherever links to it are
         self._path, self.has_text, self._most_bytes = path, has_text, most_bytes
         self.num_lost = 0
         """Requests of this process that aren't in the log."""

@@ -43,6 +43,8 @@ def find_end(log: Path, key_path: Path) -> tuple[ChainKey, Anchor, list[str]]:
     key = read_key(key_path)
     if key is None and anchor_path_of(log).exists():
         raise UserError(f"the key {key_path} of the audit log {log} isn't there: give --audit-key, or {_anew(log)}")
+    if key and key_path.stat().st_mode & 0o077:
+        _log.warning("the audit log's key %s is not its owner's alone: chmod 600", key_path)
     anchor = read_anchor(log, key) if key else None
     if key and anchor:
         end = _after_anchor(log, key, anchor)

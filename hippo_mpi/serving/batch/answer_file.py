@@ -70,7 +70,7 @@ class StandardOutput(Answers):
     def sort(self, order: Iterable[Task]) -> None:
         held, self._held = self._held or {}, None
         for task in order:
-            self._append(task, held[task.custom_id])
+            self._append(task, held.pop(task.custom_id, b""))
 
     def close(self) -> None:
         pass
@@ -105,9 +105,10 @@ class AnswerFile(Answers):
 
     def __init__(self, path: Path, options: Mapping[str, Any], restart: bool = False) -> None:
         super().__init__()
+        self._name, path = str(path), path.resolve()  # a link stays one
         self._path, self._options_path = path, path.with_name(f"{path.name}.options.json")
         if path.exists() and not path.is_file():
-            raise UserError(f"{path} can't be written: it isn't a file")
+            raise UserError(f"{self} can't be written: it isn't a file")
         try:
             self._lock = FileLock(path)
             try:
@@ -116,10 +117,10 @@ class AnswerFile(Answers):
                 self._lock.release()
                 raise
         except OSError as error:
-            raise UserError(f"{path} can't be written: {error.strerror}") from None
+            raise UserError(f"{self} can't be written: {error.strerror}") from None
 
     def __str__(self) -> str:
-        return str(self._path)
+        return self._name
 
     def _open(self, options: dict[str, Any], restart: bool) -> None:
         if restart:  # before its options are: a kill between must not leave old answers with new ones
@@ -156,7 +157,7 @@ class AnswerFile(Answers):
         for custom_id, line in taken.items():
             if custom_id not in names:
                 raise UserError(
-                    f"{self._path} answers another request as {custom_id!r} than line {line} asks:"
+                    f"{self} answers another request as {custom_id!r} than line {line} asks:"
                     " give another --output, or --restart"
                 )
         if names:
@@ -184,7 +185,7 @@ class AnswerFile(Answers):
             self._rewrite(renamed)
             self._stream = self._path.open("ab", buffering=0)
         except OSError as error:
-            raise UserError(f"{self._path} can't be written: {error.strerror}") from None
+            raise UserError(f"{self} can't be written: {error.strerror}") from None
         self.done = {names.get(custom_id, custom_id): record for custom_id, record in self.done.items()}
 
     def _rewrite(self, changed: Callable[[bytes], bytes]) -> None:
@@ -201,7 +202,7 @@ class AnswerFile(Answers):
             with contextlib.suppress(OSError):
                 self._stream.truncate(end)
             raise UserError(
-                f"{self._path} can't be written: {problem.strerror}; {count_of(len(self.done), 'answer')} in it stay, and"
+                f"{self} can't be written: {problem.strerror}; {count_of(len(self.done), 'answer')} in it stay, and"
                 " the same command goes on from there"
             ) from None
 
@@ -224,7 +225,7 @@ class AnswerFile(Answers):
                     new.write(old.read(length))
         except OSError as error:
             raise UserError(
-                f"{self._path} can't be put into the order of the prompts: {error.strerror}; its"
+                f"{self} can't be put into the order of the prompts: {error.strerror}; its"
                 f" {count_of(len(self.done), 'answer')} stay as they are, and the same command sorts them when there is room"
             ) from None
 
@@ -233,13 +234,13 @@ class AnswerFile(Answers):
         before = _read_options(self._options_path) if self.done else options
         if before is None:
             sys.stderr.write(
-                f"note: {self._path} has {count_of(len(self.done), 'answer')}, and nothing says with which options"
+                f"note: {self} has {count_of(len(self.done), 'answer')}, and nothing says with which options"
                 f" {'it was' if len(self.done) == 1 else 'they were'} made: {self._options_path.name} is missing\n"
             )
         elif names := [name for name in {**before, **options} if before.get(name) != options.get(name)]:
             old, new = (", ".join(_shown(name, of.get(name)) for name in names) for of in (before, options))
             raise UserError(
-                f"{self._path} has {count_of(len(self.done), 'answer')} that were made {old}, and not {new}:"
+                f"{self} has {count_of(len(self.done), 'answer')} that were made {old}, and not {new}:"
                 f" ask {old} again, or give another --output, or --restart"
             )
         with replacing(self._options_path) as stream:
@@ -253,7 +254,7 @@ class AnswerFile(Answers):
                 record = _read_record(line)
                 if record is None and line.endswith(b"\n"):
                     raise UserError(
-                        f"{self._path}, line {number}, is no answer of a batch: give another --output, or --restart"
+                        f"{self}, line {number}, is no answer of a batch: give another --output, or --restart"
                     )
                 if record is not None and record["error"] is None:
                     self.done[record["custom_id"]] = record["id"]

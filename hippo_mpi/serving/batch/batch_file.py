@@ -18,6 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -75,6 +76,17 @@ class Prompts:
                     line = self.stream.readline(most)
         except OSError as error:
             raise UserError(f"{self} can't be read: {error.strerror}") from None
+
+    @cached_property
+    def given_names(self) -> set[str]:
+        """The custom_ids that look like names of lines."""
+        found: set[str] = set()
+        for _, line in self.lines():
+            if b"line-" in line and line.lstrip().startswith(b"{"):
+                with contextlib.suppress(ValueError, RecursionError):
+                    name = json.loads(line).get("custom_id")
+                    found |= {name} if isinstance(name, str) and name.startswith("line-") else set()
+        return found
 
 
 def open_prompts(path: Path) -> Prompts:
@@ -140,7 +152,7 @@ def read_tasks(prompts: Prompts, defaults: SamplingParams) -> Iterator[Task]:
         UserError: the file can't be read.
     """
     seen: set[str] = set()
-    given = _given_names(prompts)
+    given = prompts.given_names  # a pass of its own: there is one position to read from
     is_job = is_json = None
     for number, line in prompts.lines():
         is_job = line.startswith(b"#!") if number == 1 else is_job
@@ -154,17 +166,6 @@ def read_tasks(prompts: Prompts, defaults: SamplingParams) -> Iterator[Task]:
             task = Task(number, f"{task.custom_id} (line {number})", task.digest, None, mistake)
         seen.add(task.custom_id)
         yield task
-
-
-def _given_names(prompts: Prompts) -> set[str]:
-    """The custom_ids that look like names of lines."""
-    found: set[str] = set()
-    for _, line in prompts.lines():
-        if b"line-" in line and line.lstrip().startswith(b"{"):
-            with contextlib.suppress(ValueError, RecursionError):
-                name = json.loads(line).get("custom_id")
-                found |= {name} if isinstance(name, str) and name.startswith("line-") else set()
-    return found
 
 
 def _name_of(number: int, given: set[str]) -> str:
