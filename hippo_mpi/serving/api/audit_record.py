@@ -3,51 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from hippo_mpi.serving.api.audit_log import AuditLog, key_id
-from hippo_mpi.serving.protocols.openai_requests import Asked
+from hippo_mpi.engine.request import SamplingParams
+from hippo_mpi.serving.api.audit_log import AuditLog
 from hippo_mpi.serving.supervision.catalogue import ServedModel
-from hippo_mpi.serving.supervision.front import Answer
 
 
-def request_record(
-    log: AuditLog, name: str, key: str, endpoint: str, asked: Asked, answers: Sequence[Answer], model: ServedModel
-) -> dict[str, Any]:
-    """Return the record of a request that has ended.
+@dataclass(frozen=True)
+class EndedRequest:
+    """What is told of a request that has ended.
 
     Args:
-        name: the id that its answer went out with.
-        key: that it brought; empty if none.
+        id: that its answer went out with.
+        key: the name of the key that it brought, from `key_id`.
+        sampling: as it was asked for.
+        prompts: tokens of each.
+        answers: tokens of each, and how it ended.
     """
-    prompts = {id(one.request.prompt): [*one.request.prompt, *one.request.sampling.forced] for one in answers}
-    prompt = "".join(model.tokenizer.decode(tokens) for tokens in prompts.values())
+
+    id: str
+    key: str | None
+    endpoint: str
+    sampling: SamplingParams
+    prompts: Sequence[list[int]]
+    answers: Sequence[tuple[list[int], str]]
+
+
+def request_record(log: AuditLog, ended: EndedRequest, model: ServedModel) -> dict[str, Any]:
+    """Return the record of a request."""
+    prompt = "".join(model.tokenizer.decode(tokens) for tokens in ended.prompts)
     record: dict[str, Any] = {
-        "id": name,
-        "key": key_id(key) if key else None,
+        "id": ended.id,
+        "key": ended.key,
         "model": model.name,
-        "endpoint": endpoint,
-        "parameters": _parameters(log, asked, model),
-        "prompt_tokens": sum(map(len, prompts.values())),
+        "endpoint": ended.endpoint,
+        "parameters": _parameters(log, ended.sampling, model),
+        "prompt_tokens": sum(map(len, ended.prompts)),
         "prompt_digest": log.text_digest(prompt),
-        "choices": [_choice(log, answer, model) for answer in answers],
+        "choices": [_choice(log, tokens, outcome, model) for tokens, outcome in ended.answers],
     }
     return {**record, "prompt": prompt} if log.has_text else record
 
 
-def _choice(log: AuditLog, answer: Answer, model: ServedModel) -> dict[str, Any]:
-    tokens = answer.timings.token_ids[len(answer.request.sampling.forced) :]
+def _choice(log: AuditLog, tokens: list[int], outcome: str, model: ServedModel) -> dict[str, Any]:
     text = model.tokenizer.decode(tokens)
     # The message of an error may quote what was asked.
-    outcome = answer.outcome if log.has_text else answer.outcome.partition(":")[0]
-    told = {"tokens": len(tokens), "outcome": outcome, "digest": log.text_digest(text)}
-    return {**told, "text": text} if log.has_text else told
+    told = {"tokens": len(tokens), "outcome": outcome if log.has_text else outcome.partition(":")[0]}
+    return {**told, "digest": log.text_digest(text), **({"text": text} if log.has_text else {})}
 
 
-def _parameters(log: AuditLog, asked: Asked, model: ServedModel) -> dict[str, Any]:
+def _parameters(log: AuditLog, sampling: SamplingParams, model: ServedModel) -> dict[str, Any]:
     """Return those that aren't the model's defaults."""
-    given = {name: v for name, v in asdict(asked.sampling).items() if v != getattr(model.defaults, name)}
+    given = {name: value for name, value in asdict(sampling).items() if value != getattr(model.defaults, name)}
     if log.has_text:
         return given
     if "stop_words" in given:

@@ -26,8 +26,8 @@ from starlette.routing import Route
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.errors import FieldError, UserError
 from hippo_mpi.serving.api.access import Access
-from hippo_mpi.serving.api.audit_log import AuditLog
-from hippo_mpi.serving.api.audit_record import request_record
+from hippo_mpi.serving.api.audit_log import AuditLog, key_id
+from hippo_mpi.serving.api.audit_record import EndedRequest, request_record
 from hippo_mpi.serving.api.completion_stream import StreamOptions, completion_chunks
 from hippo_mpi.serving.api.event_stream import EventStream
 from hippo_mpi.serving.api.http_errors import HANDLERS
@@ -331,9 +331,14 @@ class Api:
         num_read = sum(map(len, prompts))
         self._access.count_tokens(request, num_read + made)
         request.state.answered = Answered(name, model.name, answers)
-        if self._audit is not None:
-            key, endpoint = self._access.key_of(request), request.url.path
-            self._audit.write(request_record(self._audit, name, key, endpoint, asked, answers, model))
+        if self._audit is None:
+            return
+        key = self._access.key_of(request)
+        given = {id(one.request.prompt): [*one.request.prompt, *one.request.sampling.forced] for one in answers}
+        told = [(one.timings.token_ids[len(one.request.sampling.forced) :], one.outcome) for one in answers]
+        key_name, endpoint = key_id(key) if key else None, request.url.path
+        ended = EndedRequest(name, key_name, endpoint, asked.sampling, list(given.values()), told)
+        self._audit.write(request_record(self._audit, ended, model))
 
 
 def _is_stream(body: dict[str, Any]) -> bool:
