@@ -306,11 +306,14 @@ def test_the_audit_log(tmp_path: Path) -> None:
         next(iter(stream))
         stream.close()
         found.await_status(lambda status: status["requests"] == 0)
-    first, second = (json.loads(line) for line in log.read_text().splitlines())
+        echoed = client.completions.create(model=MODEL, prompt="A fox", max_tokens=2, echo=True)
+    first, second, third = (json.loads(line) for line in log.read_text().splitlines())
     assert [choice["outcome"] for choice in first["choices"]] == ["length", "length"]
     assert {"max_tokens": 5, "temp": 0.5}.items() < first["parameters"].items()
     assert set(first["parameters"]) == {"max_tokens", "temp", "stop_words", "grammar"}
     assert second["choices"][0]["outcome"] == "abort"
+    assert (third["prompt_tokens"], third["choices"][0]["tokens"]) == (echoed.usage.prompt_tokens, 2)
+    assert third["prompt_digest"] == second["prompt_digest"] and third["choices"][0]["digest"] != third["prompt_digest"]
     assert "secret" not in log.read_text() and "fox" not in log.read_text()
     for lines, code in ((log.read_text(), 0), (log.read_text().replace('"length"', '"stop"', 1), 2)):
         log.write_text(lines)

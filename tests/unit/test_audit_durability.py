@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +128,53 @@ def test_a_disk_that_is_full_at_the_start(small_disk: Path, capsys: pytest.Captu
     log.close()
     assert ids(path)[-1] == "r4"
     verified(capsys, path)
+
+
+@pytest.mark.parametrize("most_bytes", [1000, 1 << 20])
+def test_a_disk_that_says_late_that_it_is_full(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, most_bytes: int
+) -> None:
+    """As those of networks do. Lines that may not be there are taken back, and counted."""
+    path, sync = tmp_path / "audit.jsonl", os.fsync
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    log = AuditLog(path, most_bytes=most_bytes)
+    log.write({"id": "r0", **REQUEST})
+    log._sync()
+    monkeypatch.setattr(os, "fsync", refuse)
+    for number in (1, 2, 3, 4):
+        log.write({"id": f"r{number}", **REQUEST})
+    ends = time.monotonic() + 10
+    while not log._sync_error:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    monkeypatch.setattr(os, "fsync", sync)
+    log.write({"id": "r5", **REQUEST})
+    log.close()
+    kept = ids(path)
+    assert kept[0] == "r0" and kept[-1] == "r5" and log.num_lost == 6 - len(kept) > 0
+    assert any(line.endswith("(Disk quota exceeded)") for line in verified(capsys, path))
+    write(path, 1, first=6)
+    verified(capsys, path)
+
+
+def test_folders_know_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut must not take a new or renamed file's name."""
+    path, sync = tmp_path / "audit.jsonl", os.fsync
+    names: list[set[str]] = []
+
+    def spy(descriptor: int) -> None:
+        sync(descriptor)
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            names.append(set(os.listdir(tmp_path)))
+
+    monkeypatch.setattr(os, "fsync", spy)
+    write(path, 4)
+    assert names[-1] >= {"audit.jsonl", "audit.jsonl.key", "audit.jsonl.anchor"}
+    write(path, 4, first=4, most_bytes=1500)
+    assert names[-1] >= {"audit.jsonl", "audit.jsonl.1"} and "audit.jsonl.new" not in names[-1]
 
 
 # ---- kills and power cuts

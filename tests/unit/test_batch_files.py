@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -114,6 +115,27 @@ def test_a_link_to_the_output(tmp_path: Path) -> None:
     answers.sort([first, second])
     answers.close()
     assert link.is_symlink() and ids(output) == ["line-1", "line-2"]
+
+
+def test_a_folder_knows_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut must not take the name of a new file, or bring back what was replaced."""
+    (tmp_path / "in").write_text("a\nb\n")
+    sync, seen = os.fsync, []
+
+    def spy(descriptor: int) -> None:
+        sync(descriptor)
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            seen.append((tmp_path / "out").read_text() if (tmp_path / "out").exists() else None)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    tasks = tasks_of(tmp_path / "in")
+    answers = AnswerFile(tmp_path / "out", {})
+    assert seen[-1] == ""
+    for task in reversed(tasks):
+        answers.write(task, BODY)
+    answers.sort(tasks)
+    assert seen[-1] == (tmp_path / "out").read_text() != ""
+    answers.close()
 
 
 # ---- the input

@@ -14,12 +14,12 @@ import logging
 import os
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.api.audit_chain import anchor_path_of, key_path_of, numbers_of
+from hippo_mpi.serving.api.audit_chain import Anchor, anchor_path_of, key_path_of, numbers_of
 from hippo_mpi.serving.api.audit_start import find_end
 from hippo_mpi.serving.durable_files import FileLock, sync_folder
 from hippo_mpi.units import count_of
@@ -33,6 +33,15 @@ _COMPLAIN_EVERY_S = 60.0
 def key_id(key: str) -> str:
     """Return a name for an API key that doesn't give it away."""
     return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What is in the log: where it ends, and of this process how many requests, and how many lost ones lines tell of."""
+
+    end: Anchor
+    num_requests: int = 0
+    num_noted: int = 0
 
 
 class AuditLog:
@@ -55,24 +64,24 @@ class AuditLog:
         self._path, self.has_text, self._most_bytes = path, has_text, most_bytes
         self.num_lost = 0
         """Requests of this process that aren't in the log."""
-        self._num_unnoted, self._reason = 0, ""  # those that no line tells of yet, and why they are lost
+        self._reason = ""  # why the last ones were lost
         self._wanted_bytes, self._complained_s = 0, -_COMPLAIN_EVERY_S
-        self._has_half_a_line = False
+        self._has_half_a_line, self._sync_error = False, ""
         self._sync_lock, self._is_dirty, self._is_closed = threading.Lock(), threading.Event(), threading.Event()
         try:
             self._lock = FileLock(path)
             try:
-                self._key, self._end, self._notes = find_end(path, key_path or key_path_of(path))
+                self._key, end, self._notes = find_end(path, key_path or key_path_of(path))
+                self._written = self._on_disk = _Written(end)
                 self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
                 self._anchor = os.open(anchor_path_of(path), os.O_WRONLY | os.O_CREAT, 0o644)
                 sync_folder(path.parent)
-                self._sync()
+                self._bring_to_disk()
             except BaseException:
                 self._lock.release()
                 raise
         except OSError as error:
             raise UserError(f"the audit log {path} can't be written: {error.strerror}") from None
-        end = self._end
         _log.info("audit log %s: --lines %d --last-hash %s", path, end.num_lines, end.last_hash)
         self._thread = threading.Thread(target=self._sync_again_and_again, name="hippo-audit", daemon=True)
         self._thread.start()
@@ -100,14 +109,13 @@ class AuditLog:
             self._append(record)
         except OSError as error:
             self.num_lost += 1
-            self._num_unnoted += 1
             self._reason = str(error.strerror)
             lacks = f"it lacks {count_of(self.num_lost, 'request')} by now, which are answered all the same"
             self._complain(f"can't be written ({error.strerror}): {lacks}")
 
     def is_writable(self) -> bool:
         """Whether the last request could be written down or, if not, there is room for one like it by now."""
-        if not self._num_unnoted:
+        if self.num_lost == self._written.num_noted and not self._sync_error:
             return True
         try:
             disk = os.statvfs(self._path.parent)
@@ -124,12 +132,15 @@ class AuditLog:
         Raises:
             OSError: nothing was written.
         """
-        if self._end.end > self._most_bytes:
+        if self._sync_error:
+            self._take_back()
+        if self._written.end.end > self._most_bytes:
             self._begin_file()
+        before = self._written
         notes: list[dict[str, Any]] = [{"note": note} for note in self._notes]
-        if lost := self._num_unnoted:
+        if lost := self.num_lost - before.num_noted:
             notes.append({"note": f"lacks {count_of(lost, 'request')} ({self._reason})", "lost": lost})
-        end, data = self._end, b""
+        end, data = before.end, b""
         for record in (*notes, *records):
             begins = {"file": end.file} if end.end == 0 else {}
             fields = {"time": round(time.time(), 3), **record, **begins, "line": end.num_lines + 1}
@@ -139,13 +150,21 @@ class AuditLog:
         self._write_whole(data)
         if lost:
             _log.warning("audit log %s goes on; it lacks %s", self._path, count_of(lost, "request"))
-        self._end, self._notes, self._num_unnoted = end, [], 0
+        self._written = _Written(end, before.num_requests + len(records), self.num_lost)
+        self._notes = []
         self._is_dirty.set()
+
+    def _take_back(self) -> None:
+        """Take back the lines that may not have reached the disk: nobody knows which of them did."""
+        with self._sync_lock:
+            os.ftruncate(self._file, self._on_disk.end.end)
+            self.num_lost += self._written.num_requests - self._on_disk.num_requests
+            self._written, self._reason, self._sync_error = self._on_disk, self._sync_error, ""
 
     def _write_whole(self, data: bytes) -> None:
         wanted = len(data)
         if self._has_half_a_line:
-            os.ftruncate(self._file, self._end.end)
+            os.ftruncate(self._file, self._written.end.end)
             self._has_half_a_line = False
         try:
             while data:
@@ -155,7 +174,7 @@ class AuditLog:
             self._wanted_bytes = max(self._wanted_bytes, wanted)
             self._has_half_a_line = True
             with contextlib.suppress(OSError):
-                os.ftruncate(self._file, self._end.end)
+                os.ftruncate(self._file, self._written.end.end)
                 self._has_half_a_line = False
             raise
 
@@ -172,14 +191,17 @@ class AuditLog:
         """Set the file aside under a number that no other had, and begin a new one; if that can't be, go on in the old."""
         new_path = self._path.with_name(f"{self._path.name}.new")
         try:
-            number = max([self._end.file, *(number + 1 for number in numbers_of(self._path))])
+            number = max([self._written.end.file, *(number + 1 for number in numbers_of(self._path))])
             new = os.open(new_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
             try:
                 with self._sync_lock:
                     self._bring_to_disk()
+                    if self._sync_error:
+                        return
                     _change_places(new_path, self._path, self._path.with_name(f"{self._path.name}.{number}"))
                     self._file, new = new, self._file
-                    self._end = replace(self._end, file=number + 1, start=0, end=0)
+                    end = replace(self._written.end, file=number + 1, start=0, end=0)
+                    self._written = self._on_disk = replace(self._written, end=end)
             finally:
                 os.close(new)
             sync_folder(self._path.parent)
@@ -200,13 +222,24 @@ class AuditLog:
             with self._sync_lock:
                 self._bring_to_disk()
         except OSError as error:
-            _log.error("the audit log %s can't be brought to disk: %s", self._path, error.strerror)
+            self._complain(f"can't be brought to disk ({error.strerror})")
 
     def _bring_to_disk(self) -> None:
-        """Bring all lines to disk, and only then the anchor, so that it never tells of a line that a power cut took."""
-        end = self._end
-        os.fsync(self._file)
-        os.pwrite(self._anchor, end.written(self._key), 0)
+        """Bring all lines to disk, and only then the anchor, so that it never tells of a line that a power cut took.
+
+        Raises:
+            OSError: the disk (of a network, say) has no room for them after all, or is broken.
+        """
+        if self._sync_error:
+            return  # another call may succeed all the same: what it didn't write is forgotten
+        written = self._written
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            self._sync_error = str(error.strerror)
+            raise
+        self._on_disk = written
+        os.pwrite(self._anchor, written.end.written(self._key), 0)
         os.fsync(self._anchor)
 
 
