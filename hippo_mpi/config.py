@@ -231,6 +231,10 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         help="seconds for which a stream goes on without its client, which may come back by its id; with --journal",
     )
     group.add_argument("--check", action="store_true", help="only say what is wrong with these options, if anything is")
+    group.add_argument("--audit-key", type=Path, help="file with that file's key, made if missing; by default FILE.key")
+    group.add_argument(
+        "--audit-required", action="store_true", help="refuse requests (503) while they can't be written down"
+    )
     group.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="least weight of the lines on stderr")
     group = parser.add_argument_group("ranks that this command starts itself")
     group.add_argument("--hostfile", type=Path, help="JSON list of hosts, as for mlx.launch")

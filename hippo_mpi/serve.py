@@ -180,7 +180,7 @@ def _make_api(arguments: argparse.Namespace, catalogue: Catalogue) -> tuple[Fron
     access = Access(rules)
     http = HttpSettings.from_options(arguments)
     front = Front(arguments.max_batch_size + arguments.max_queue, catalogue.first.name)
-    audit = AuditLog(arguments.audit_log, arguments.audit_text) if arguments.audit_log else None
+    audit = _open_audit_log(arguments)
     settings = ApiSettings(
         arguments.max_body_bytes,
         max_choices=arguments.max_choices,
@@ -190,9 +190,19 @@ def _make_api(arguments: argparse.Namespace, catalogue: Catalogue) -> tuple[Fron
         has_keys=bool(rules.keys),
         keep_answers_s=arguments.keep_answers,
         reconnect_s=arguments.reconnect,
+        needs_audit=arguments.audit_required,
     )
     journal = Journal(arguments.journal) if arguments.journal else None
-    return front, Api(front, catalogue, access, settings, Metrics(front), audit, journal), http
+    return front, Api(front, catalogue, access, settings, Metrics(front, audit), audit, journal), http
+
+
+def _open_audit_log(arguments: argparse.Namespace) -> AuditLog | None:
+    if arguments.audit_log:
+        return AuditLog(arguments.audit_log, arguments.audit_text, arguments.audit_key)
+    for name in ("audit_text", "audit_key", "audit_required"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')} needs --audit-log FILE")
+    return None
 
 
 def read_command_line(argv: list[str]) -> tuple[ConfigFile, list[str]]:

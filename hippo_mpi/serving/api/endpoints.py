@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -24,7 +25,8 @@ from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.errors import FieldError
 from hippo_mpi.serving.api.about_endpoints import AboutEndpoints
 from hippo_mpi.serving.api.access import Access
-from hippo_mpi.serving.api.audit_log import AuditLog, digest, key_id
+from hippo_mpi.serving.api.audit_log import AuditLog, key_id
+from hippo_mpi.serving.api.audit_record import EndedRequest, request_record
 from hippo_mpi.serving.api.event_stream import EventStream, numbered
 from hippo_mpi.serving.api.exchange import Exchange, Reader
 from hippo_mpi.serving.api.exchanges import Exchanges, Keeping
@@ -146,6 +148,8 @@ class Api:
         model = model_of(self._catalogue, body)
         salt = self._access.cache_salt(request, body)
         question = read_question(url, body, model.defaults, self.exchanges.can_keep)
+        if self._settings.needs_audit and self._audit and not self._audit.is_writable():
+            raise HTTPException(503, "the audit log can't be written, and this server answers nothing without it")
         if (total := question.num_choices * len(question.every)) > self._settings.max_choices:
             most = f"at most {self._settings.max_choices} (--max-choices)"
             raise FieldError("prompt", f"n times the number of prompts is {most}, not {total}")
@@ -240,26 +244,16 @@ class Api:
             return
         record = exchange.record
         question = read_question(record.url, record.body, model.defaults, self.exchanges.can_keep)
-        given = {k: v for k, v in asdict(question.every[0].sampling).items() if v != getattr(model.defaults, k)}
-        prompt = "".join(model.tokenizer.decode(prompt) for prompt in record.prompts)
-        line: dict[str, Any] = {
-            "id": record.id,
-            "key": record.key,
-            "model": model.name,
-            "endpoint": record.url,
-            "parameters": given,
-            "prompt_tokens": sum(map(len, record.prompts)),
-            "prompt_digest": digest(prompt),
-            "choices": [],
-        }
-        for index in range(len(record.requests)):
+        # What is forced at an answer's beginning is an echo of the prompt's end.
+        given = {id(one.prompt): [*one.prompt, *one.sampling.forced] for one in record.requests}
+        answers = []
+        for index, one in enumerate(record.requests):
             tokens = [told.token for told in exchange.outputs_of(index) if told.token is not None]
-            text = model.tokenizer.decode(tokens)
-            choice = {"tokens": len(tokens), "outcome": exchange.outcome_of(index), "digest": digest(text)}
-            line["choices"].append({**choice, **({"text": text} if self._audit.has_text else {})})
-        if self._audit.has_text:
-            line["prompt"] = prompt
-        self._audit.write(line)
+            answers.append((tokens[len(one.sampling.forced) :], exchange.outcome_of(index)))
+        ended = EndedRequest(
+            record.id, record.key, record.url, question.every[0].sampling, list(given.values()), answers
+        )
+        self._audit.write(request_record(self._audit, ended, model))
 
 
 async def _all(reader: Reader) -> list[tuple[int, RequestOutput]]:

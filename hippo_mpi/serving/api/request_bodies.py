@@ -27,6 +27,7 @@ class ApiSettings:
         max_choices: answers to all prompts of a request.
         origins: of pages in browsers that may ask (CORS).
         hosts: names that the server may be called by; none: any.
+        needs_audit: whether requests are refused while they can't be written down.
         has_keys: whether clients need a key: then an answer is its key's alone.
         keep_answers_s, reconnect_s: as in `Keeping`.
     """
@@ -37,6 +38,7 @@ class ApiSettings:
     max_schema_bytes: int = MAX_SCHEMA_BYTES
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    needs_audit: bool = False
     has_keys: bool = False
     keep_answers_s: float = 0.0
     reconnect_s: float = 0.0
