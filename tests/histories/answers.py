@@ -106,7 +106,7 @@ def _take_events(answer: httpx.Response, path: str, said: Said, ends: float, lea
             said.has_ended = True
         else:
             event = json.loads(line.removeprefix("data: "))
-            if "error" in event and event["error"] or event.get("type") == "response.failed":
+            if event.get("error") or event.get("type") == "response.failed":
                 raise Lost(f"an error after {said.num_events} events: {line[:300]}")
             _EVENTS[path](said, event)
         if said.num_events == leaves_after:

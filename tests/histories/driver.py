@@ -18,6 +18,7 @@ from tests.histories.stage import TIMEOUT_S, Stage
 
 _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0)  # before the ranks are started again, failure by failure
 _MANY = 4  # times what it takes in peace: prompts are read again, and the machine has others
+_AT_ONCE = 8
 _PEACE_S = 120.0
 _RECOVERS_S = 8.0  # a fault that follows another waits so long for the ranks to be gone
 _SEEN_S = 5.0  # until ranks are gone, from when they are known to have failed
@@ -73,9 +74,9 @@ class Driver:
         """Let it happen, wait until all is well again, and check. What went wrong is in the outcome."""
         outcome = Outcome(history)
         try:
-            self._ask_in_peace(history.streams)
+            self.ask_in_peace(history.streams)
             self._let_happen(outcome)
-            self._await_rest(outcome)
+            self.await_rest(outcome)
         except (AssertionError, Lost, OSError) as error:  # no use for others any more
             outcome.wrong.append(f"{type(error).__name__}: {error}")
             outcome.is_broken = True
@@ -85,13 +86,13 @@ class Driver:
         history, deadline_s, began = outcome.history, self._deadline_s(outcome.history), time.monotonic()
         with ThreadPoolExecutor(len(history.streams) + len(history.faults)) as pool:
             streams = [pool.submit(self._stream, one, began, 2 * deadline_s) for one in history.streams]
-            faults = [pool.submit(self._befall, fault, began, outcome) for fault in history.faults]
+            faults = [pool.submit(self.befall, fault, began, outcome) for fault in history.faults]
             for one, found in zip(history.streams, streams, strict=True):
                 self._check(one, found, outcome, deadline_s)
             for fault in faults:
                 fault.result()
 
-    def _await_rest(self, outcome: Outcome) -> None:
+    def await_rest(self, outcome: Outcome) -> None:
         """All is well again: ranks that answer, no request, no process but theirs, nothing kept for nobody."""
         stage = self._stage
         stage.running.await_ready()
@@ -114,29 +115,37 @@ class Driver:
 
     # ---- streams
 
-    def _ask_in_peace(self, streams: Sequence[Stream]) -> None:
+    def ask_in_peace(self, streams: Sequence[Stream]) -> None:
+        """Learn what they say, of those of which it isn't known yet."""
         missing = sorted({(one.kind, one.variant) for one in streams} - set(self._peace))
         self._stage.running.await_ready()
-        with ThreadPoolExecutor(max(1, len(missing))) as pool:
-            url = self._stage.running.url
-            for key, said in zip(
-                missing, pool.map(lambda key: listen(url, ask_of(*key), _PEACE_S), missing), strict=True
-            ):
-                self._peace[key] = said
+        url = self._stage.running.url
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            said = pool.map(lambda key: listen(url, ask_of(*key), _PEACE_S), missing)
+            self._peace.update(zip(missing, said, strict=True))
 
-    def _stream(self, stream: Stream, began: float, limit_s: float) -> Said:
+    def ask(self, stream: Stream, limit_s: float) -> tuple[Said, str]:
+        """What a client is told, and where that isn't what it is told in peace.
+
+        Raises:
+            Lost: the client gets an error.
+        """
+        said = listen(self._stage.running.url, ask_of(stream.kind, stream.variant), limit_s, stream.leaves_after)
+        return said, said.difference(self._peace[stream.kind, stream.variant])
+
+    def _stream(self, stream: Stream, began: float, limit_s: float) -> tuple[Said, str]:
         time.sleep(max(0.0, began + stream.starts_s - time.monotonic()))
-        return listen(self._stage.running.url, ask_of(stream.kind, stream.variant), limit_s, stream.leaves_after)
+        return self.ask(stream, limit_s)
 
-    def _check(self, stream: Stream, found: Future[Said], outcome: Outcome, deadline_s: float) -> None:
+    def _check(self, stream: Stream, found: Future[tuple[Said, str]], outcome: Outcome, deadline_s: float) -> None:
         name = f"{stream.kind}/{stream.variant}"
         try:
-            said = found.result()
+            said, difference = found.result()
         except Lost as error:
             outcome.lost.append(f"{name}: {error}")
             return
         outcome.late_s = max(outcome.late_s, stream.starts_s + said.took_s - deadline_s)
-        if difference := said.difference(self._peace[stream.kind, stream.variant]):
+        if difference:
             outcome.changed.append(f"{name}: {difference}")
 
     def _deadline_s(self, history: History) -> float:
@@ -153,7 +162,8 @@ class Driver:
 
     # ---- faults
 
-    def _befall(self, fault: Fault, began: float, outcome: Outcome) -> None:
+    def befall(self, fault: Fault, began: float, outcome: Outcome) -> None:
+        """Let a fault happen, to its end, in a history that began then."""
         if fault.in_recovery:
             self._await_recovery()
             time.sleep(fault.at_s)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +88,11 @@ class Stage:
         finally:
             filler.unlink()
 
-    def count(self) -> dict[str, dict[str, Any]]:
-        """What front and ranks have: threads, tasks, slots, descriptors and memory. They must be idle."""
-        who = {"front": self.front_pid, **{f"rank {rank}": self.rank_pid(rank) for rank in (0, 1)}}
-        return {name: self._count_of(pid) for name, pid in who.items() if pid is not None}
+    def count(self, names: Sequence[str] = ("front", "rank 0", "rank 1")) -> dict[str, dict[str, Any]]:
+        """What front and ranks have: threads, tasks, slots, descriptors and memory. Ranks that are about to start must not
+        be asked."""
+        who = {"front": self.front_pid, "rank 0": self.rank_pid(0), "rank 1": self.rank_pid(1)}
+        return {name: self._count_of(pid) for name in names if (pid := who[name]) is not None}
 
     def _count_of(self, pid: int) -> dict[str, Any]:
         path = self._counts / f"{pid}.json"

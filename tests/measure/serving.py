@@ -1,10 +1,13 @@
 """Print the figures of hippo_mpi.serve: python tests/measure/serving.py [what ...]
 
-faults   random faults while 8 streams run: requests lost, answers changed, processes left, time until ready again
-soak     64 streams for ten minutes, some of whose clients go away: errors, changed answers, memory
-idle     CPU of front and ranks without a request, and the first token after it against a warm one
-together rounds of three servers and three runs that start at the same moment: how many came up at once
-compare  throughput and time to the first token at 1, 4 and 16 requests, on two ranks and on one, beside mlx_lm.server
+faults    random faults while 8 streams run: requests lost, answers changed, processes left, time until ready again
+histories random sequences of faults against streams of every kind, from --seed on: those that went wrong, with their seeds
+moments   a rank killed or stopped at any moment of a run, under each way to start: those that didn't end as they should
+hostile   hostile requests beside 8 normal streams: what they got, streams lost or changed, times between tokens
+soak      streams of every kind for 30 minutes, some of whose clients go away, and a fault a minute: memory, descriptors, tasks
+idle      CPU of front and ranks without a request, and the first token after it against a warm one
+together  rounds of three servers and three runs that start at the same moment: how many came up at once
+compare   throughput and time to the first token at 1, 4 and 16 requests, on two ranks and on one, beside mlx_lm.server
 """
 
 from __future__ import annotations
@@ -29,7 +32,11 @@ import openai
 
 from tests import ranks
 from tests.commands.test_side_by_side import start_together
+from tests.histories.campaign import run_campaign
 from tests.measure.figures import make_llama
+from tests.measure.hostile import measure_hostile
+from tests.measure.moments import WAYS, measure_moments
+from tests.measure.soak import measure_soak
 from tests.servers import FAULTS, GOES_ON, MODEL, WITH_FAULTS, Server, server
 
 NUM_STREAMS = 8
@@ -86,60 +93,6 @@ def measure_faults(count: int) -> None:
         if times:
             spread = f"{min(times):.1f} to {max(times):.1f}, n={len(times)}"
             print(f"  {name}: ready again after {statistics.median(times):.1f} s ({spread}); --timeout {TIMEOUT_S}")
-
-
-def measure_soak(minutes: int) -> None:
-    """64 streams at a time, of which every third client goes away somewhere; the others compare their answers."""
-    prompts = [f"Story {number}: once upon a time a fox" for number in range(16)]
-    with server("--max-batch-size", "64", "--max-queue", "64") as running:
-
-        def ask(number: int, num_tokens: int | None) -> str:
-            pieces = running.client().completions.create(
-                model=MODEL, prompt=prompts[number], max_tokens=60, stream=True, temperature=0, logit_bias=GOES_ON
-            )
-            text = ""
-            for index, piece in enumerate(pieces):
-                text += piece.choices[0].text
-                if index == num_tokens:
-                    pieces.close()
-                    break
-            return text
-
-        wanted = [ask(number, None) for number in range(len(prompts))]
-        pids = [running.running.process.pid, *running.rank_pids()]
-        ends, resident = time.monotonic() + minutes * 60, []
-        counts = {"answered": 0, "gone": 0, "changed": 0, "errors": 0}
-        draw = random.Random(1)
-
-        def stream() -> None:
-            while time.monotonic() < ends:
-                number = draw.randrange(len(prompts))
-                leaves = draw.randrange(1, 50) if draw.random() < 1 / 3 else None
-                try:
-                    text = ask(number, leaves)
-                except Exception as error:
-                    counts["errors"] += 1
-                    print(f"  {error}")
-                    continue
-                counts["gone" if leaves else "answered"] += 1
-                counts["changed"] += not wanted[number].startswith(text) if leaves else text != wanted[number]
-
-        with ThreadPoolExecutor(64) as pool:
-            streams = [pool.submit(stream) for _ in range(64)]
-            while any(not one.done() for one in streams):
-                resident.append([_resident_mib(pid) for pid in pids])
-                time.sleep(10)
-        running.await_status(lambda status: status["requests"] == 0)
-        told = ", ".join(f"{count} {what}" for what, count in counts.items())
-        print(f"  {minutes} min: {told}; same processes: {pids[1:] == running.rank_pids()}")
-        for name, index in (("front", 0), ("rank 0", 1), ("rank 1", 2)):
-            values = [row[index] for row in resident]
-            quarters = ", ".join(f"{values[len(values) * part // 4 - 1]:.0f}" for part in (1, 2, 3, 4))
-            print(f"  {name}: {quarters} MiB resident after each quarter of the time")
-
-
-def _resident_mib(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def _first_token_s(running: Server) -> float:
@@ -229,24 +182,37 @@ def measure_together(rounds: int) -> None:
         print(f"  {done} rounds: {6 * done} good starts, 0 restarts, {time.monotonic() - began:.0f} s", flush=True)
 
 
-MEASURES: dict[str, tuple[Callable[[int], None], int]] = {
-    "together": (measure_together, 20),
-    "faults": (measure_faults, 50),
-    "soak": (measure_soak, 10),
-    "idle": (measure_idle, 1),
-    "compare": (measure_compare, 5),
+def _ways(wanted: str | None) -> list[str] | None:
+    return wanted.split(",") if wanted else None
+
+
+MEASURES: dict[str, tuple[Callable[[argparse.Namespace, int], object], int]] = {
+    "together": (lambda _, count: measure_together(count), 20),
+    "faults": (lambda _, count: measure_faults(count), 50),
+    "histories": (lambda given, count: run_campaign(count, given.seed, given.minutes), 200),
+    "moments": (lambda given, count: measure_moments(count, given.seed, _ways(given.ways)), 50),
+    "hostile": (lambda given, count: measure_hostile(count, given.seed), 10_000),
+    "soak": (lambda given, _: measure_soak(given.minutes or 30, given.seed, given.fault_every), 0),
+    "idle": (lambda _, count: measure_idle(count), 1),
+    "compare": (lambda _, count: measure_compare(count), 5),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=[], help="figures to print; all if none is named")
-    parser.add_argument("--count", type=int, help="faults, minutes, or trials")
+    parser.add_argument("--count", type=int, help="rounds, faults, histories, trials of each way, requests")
+    parser.add_argument("--seed", type=int, default=1, help="of histories, moments, hostile, soak (default: 1)")
+    parser.add_argument("--minutes", type=float, help="of soak (30), or after which no history begins any more")
+    parser.add_argument(
+        "--fault-every", type=float, default=60, help="seconds between faults of soak; 0: none (default: 60)"
+    )
+    parser.add_argument("--ways", help=f"of moments, with commas between: {','.join(WAYS)} (default: all)")
     arguments = parser.parse_args()
     for what in arguments.what or MEASURES:
         print(f"{what}:", flush=True)
         measure, count = MEASURES[what]
-        measure(arguments.count or count)
+        measure(arguments, arguments.count or count)
 
 
 if __name__ == "__main__":
