@@ -1,74 +1,33 @@
-"""For servers whose ranks are to fail: Python imports this at its start where PYTHONPATH leads here.
+"""For ranks that are to fail: Python imports this at its start where PYTHONPATH leads here.
 
-In ranks, SIGUSR1: the main thread raises, wherever it is. SIGUSR2: all of the rank's network connections are cut. From
-SIGRTMIN: 1, they are cut in one direction; 2, they become slow; 3, nothing gets through, and they stay open; 4, all is
-well again. In ranks and in the front, 5: what the process has is written down as $HIPPO_COUNTS/PID.json.
+SIGUSR1: the main thread raises, wherever it is. SIGUSR2: all of the rank's network connections are cut.
 """
 
 from __future__ import annotations
 
-import gc
-import json
 import os
 import signal
 import socket
-import stat
-import struct
-import sys
 import threading
-from collections.abc import Callable
 from contextlib import suppress
-
-_SO_MAX_PACING_RATE = 47  # Linux: bytes per second that TCP lets out
-_SLOW, _SILENT, _WELL = 20_000, 1, 2**64 - 1
 
 
 def _raise(*_: object) -> None:
     raise RuntimeError("a fault, as was asked for")
 
 
-def _pace(rate: int) -> Callable[[socket.socket], None]:
-    return lambda link: link.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("Q", rate))
-
-
-_FAULTS: dict[int, Callable[[socket.socket], None]] = {
-    signal.SIGUSR2: lambda link: link.shutdown(socket.SHUT_RDWR),
-    signal.SIGRTMIN + 1: lambda link: link.shutdown(socket.SHUT_WR),
-    signal.SIGRTMIN + 2: _pace(_SLOW),
-    signal.SIGRTMIN + 3: _pace(_SILENT),
-    signal.SIGRTMIN + 4: _pace(_WELL),
-}
-
-
-def _befall_links() -> None:
+def _cut_links() -> None:
     while True:
-        change = _FAULTS[signal.sigwait(_FAULTS)]
-        for number in map(int, os.listdir("/proc/self/fd")):
-            with suppress(OSError):
-                if stat.S_ISSOCK(os.fstat(number).st_mode):
-                    with socket.socket(fileno=os.dup(number)) as link:
-                        if link.family == socket.AF_INET:
-                            change(link)
-
-
-def _count(*_: object) -> None:
-    found = {"threads": threading.active_count()}
-    asyncio = sys.modules.get("asyncio")
-    if asyncio and (loop := asyncio._get_running_loop()):
-        found["tasks"] = len(asyncio.all_tasks(loop))
-    for one in gc.get_objects():
-        if type(one).__name__ == "Scheduler" and type(one).__module__ == "hippo_mpi.engine.scheduler":
-            used = one._num_slots - len(one._free_slots) - len(one._drops)
-            found |= {"slots": used, "kept": len(one._prefixes._kept), "at work": len(one.running) + one.num_waiting}
-    path = os.path.join(os.environ["HIPPO_COUNTS"], f"{os.getpid()}.json")
-    with open(f"{path}.new", "w") as file:
-        json.dump(found, file)
-    os.rename(f"{path}.new", path)
+        signal.sigwait({signal.SIGUSR2})
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as link:
+                if link.family == socket.AF_INET:
+                    link.shutdown(socket.SHUT_RDWR)
 
 
 if "HIPPO_FRONT" in os.environ:
     signal.signal(signal.SIGUSR1, _raise)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _FAULTS)  # threads to come inherit it
-    threading.Thread(target=_befall_links, daemon=True).start()
-if "HIPPO_COUNTS" in os.environ:
-    signal.signal(signal.SIGRTMIN + 5, _count)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})  # threads to come inherit it
+    threading.Thread(target=_cut_links, daemon=True).start()
+
+import befalling  # noqa: E402, F401  (beside this file)

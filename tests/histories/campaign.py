@@ -39,8 +39,10 @@ def summary(outcomes: list[Outcome]) -> str:
         sum(len(getattr(one, name)) for one in outcomes) for name in ("lost", "changed", "left", "wrong")
     )
     late_s = max((one.late_s for one in outcomes), default=0.0)
+    wait_s = max((one.wait_s for one in outcomes), default=0.0)
     good = sum(one.is_good for one in outcomes)
     return (
         f"{len(outcomes)} histories, {good} good; {faults} faults, {streams} streams: {lost} lost, {changed} changed,"
-        f" {left} processes left, {wrong} else; longest wait over its deadline: {late_s:.1f} s (below 0: before it)"
+        f" {left} processes left, {wrong} else; longest wait for an event: {wait_s:.1f} s, over a"
+        f" stream's deadline: {late_s:.1f} s (below 0: before it)"
     )

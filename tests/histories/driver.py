@@ -33,6 +33,7 @@ class Outcome:
     Args:
         lost, changed: a line per stream.
         late_s: by which the slowest stream missed its deadline; negative: it had so much time left.
+        wait_s: the longest for an event of a stream.
         left: processes.
         wrong: what else isn't as it should be.
         counts: what front and ranks have afterwards.
@@ -43,6 +44,7 @@ class Outcome:
     lost: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     late_s: float = -float("inf")
+    wait_s: float = 0.0
     left: list[int] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -144,6 +146,7 @@ class Driver:
         except Lost as error:
             outcome.lost.append(f"{name}: {error}")
             return
+        outcome.wait_s = max(outcome.wait_s, said.longest_wait_s)
         outcome.late_s = max(outcome.late_s, stream.starts_s + said.took_s - deadline_s)
         if difference:
             outcome.changed.append(f"{name}: {difference}")

@@ -38,7 +38,7 @@ class Fault:
 
 
 FAULT_KINDS = {
-    "kill": 0.0, "raise": 0.0, "cut": 0.0, "half cut": 0.0, "stop": 6.0, "slow": 4.0, "silent": 6.0, "full disk": 8.0, "swap": 0.0,
+    "kill": 0.0, "raise": 0.0, "cut": 0.0, "half cut": 0.0, "stop": 6.0, "slow": 4.0, "silent": 6.0, "full disk": 12.0, "swap": 0.0,
 }  # fmt: skip
 """Kinds of faults, and how many seconds they last at most; 0: for good."""
 

@@ -1,13 +1,16 @@
 """Print the figures of hippo_mpi.serve: python tests/measure/serving.py [what ...]
 
-faults    random faults while 8 streams run: requests lost, answers changed, processes left, time until ready again
-histories random sequences of faults against streams of every kind, from --seed on: those that went wrong, with their seeds
-moments   a rank killed or stopped at any moment of a run, under each way to start: those that didn't end as they should
+faults   random faults while 8 streams run: requests lost, answers changed, processes left, time until ready again
+idle     CPU of front and ranks without a request, and the first token after it against a warm one
+together rounds of three servers and three runs that start at the same moment: how many came up at once
+compare  throughput and time to the first token at 1, 4 and 16 requests, on two ranks and on one, beside mlx_lm.server
+
+What takes longer, with --count, --seed and --minutes (tests/measure/campaigns.py), only if it is named:
+
+histories random sequences of faults against streams of every kind: what was lost or changed, with its seed
+moments   a rank killed or stopped at any moment of a run, under each way to start: what didn't end as it should
 hostile   hostile requests beside 8 normal streams: what they got, streams lost or changed, times between tokens
-soak      streams of every kind for 30 minutes, some of whose clients go away, and a fault a minute: memory, descriptors, tasks
-idle      CPU of front and ranks without a request, and the first token after it against a warm one
-together  rounds of three servers and three runs that start at the same moment: how many came up at once
-compare   throughput and time to the first token at 1, 4 and 16 requests, on two ranks and on one, beside mlx_lm.server
+soak      streams that come and go, and a fault a minute: errors, changed answers, memory, descriptors, tasks
 """
 
 from __future__ import annotations
@@ -32,11 +35,8 @@ import openai
 
 from tests import ranks
 from tests.commands.test_side_by_side import start_together
-from tests.histories.campaign import run_campaign
+from tests.measure.campaigns import CAMPAIGNS, add_options
 from tests.measure.figures import make_llama
-from tests.measure.hostile import measure_hostile
-from tests.measure.moments import WAYS, measure_moments
-from tests.measure.soak import measure_soak
 from tests.servers import FAULTS, GOES_ON, MODEL, WITH_FAULTS, Server, server
 
 NUM_STREAMS = 8
@@ -182,37 +182,27 @@ def measure_together(rounds: int) -> None:
         print(f"  {done} rounds: {6 * done} good starts, 0 restarts, {time.monotonic() - began:.0f} s", flush=True)
 
 
-def _ways(wanted: str | None) -> list[str] | None:
-    return wanted.split(",") if wanted else None
-
-
-MEASURES: dict[str, tuple[Callable[[argparse.Namespace, int], object], int]] = {
-    "together": (lambda _, count: measure_together(count), 20),
-    "faults": (lambda _, count: measure_faults(count), 50),
-    "histories": (lambda given, count: run_campaign(count, given.seed, given.minutes), 200),
-    "moments": (lambda given, count: measure_moments(count, given.seed, _ways(given.ways)), 50),
-    "hostile": (lambda given, count: measure_hostile(count, given.seed), 10_000),
-    "soak": (lambda given, _: measure_soak(given.minutes or 30, given.seed, given.fault_every), 0),
-    "idle": (lambda _, count: measure_idle(count), 1),
-    "compare": (lambda _, count: measure_compare(count), 5),
+MEASURES: dict[str, tuple[Callable[[int], None], int]] = {
+    "together": (measure_together, 20),
+    "faults": (measure_faults, 50),
+    "idle": (measure_idle, 1),
+    "compare": (measure_compare, 5),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=[], help="figures to print; all if none is named")
-    parser.add_argument("--count", type=int, help="rounds, faults, histories, trials of each way, requests")
-    parser.add_argument("--seed", type=int, default=1, help="of histories, moments, hostile, soak (default: 1)")
-    parser.add_argument("--minutes", type=float, help="of soak (30), or after which no history begins any more")
-    parser.add_argument(
-        "--fault-every", type=float, default=60, help="seconds between faults of soak; 0: none (default: 60)"
-    )
-    parser.add_argument("--ways", help=f"of moments, with commas between: {','.join(WAYS)} (default: all)")
+    parser.add_argument("--count", type=int, help="faults, trials, histories or requests")
+    add_options(parser)
     arguments = parser.parse_args()
     for what in arguments.what or MEASURES:
         print(f"{what}:", flush=True)
+        if what in CAMPAIGNS:
+            CAMPAIGNS[what](arguments)
+            continue
         measure, count = MEASURES[what]
-        measure(arguments, arguments.count or count)
+        measure(arguments.count or count)
 
 
 if __name__ == "__main__":
