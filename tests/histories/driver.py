@@ -108,7 +108,7 @@ class Driver:
         if engine["slots"] != engine["kept"] or engine["at work"]:
             outcome.wrong.append(f"slots that nobody uses: {engine}")
         self._first_counts = self._first_counts or counts
-        for name in ("threads", "tasks", "descriptors"):
+        for name in ("threads", "tasks", "descriptors", "children"):
             before, now = self._first_counts["front"][name], counts["front"][name]
             if now > before + _FEW:
                 outcome.wrong.append(f"the front has {now} {name}, and had {before}")

@@ -58,10 +58,16 @@ class Stage:
 
     def rank_pid(self, rank: int) -> int | None:
         """The rank's process as it is now, which may be about to start, or None."""
+        return max(self._ranks().get(rank, ()), default=None)
+
+    def _ranks(self) -> dict[int, list[int]]:
+        """The front's children that are ranks, also those that were to have ended."""
+        found: dict[int, list[int]] = {}
         for pid in _children(self.front_pid):
-            if f"MLX_RANK={rank}".encode() in environment(pid):
-                return pid
-        return None
+            for rank in (0, 1):
+                if f"MLX_RANK={rank}".encode() in environment(pid):
+                    found.setdefault(rank, []).append(pid)
+        return found
 
     def strike(self, kind: str, rank: int) -> int | None:
         """Hurt a rank (None: there is none just now), and return which process it was."""
@@ -102,13 +108,14 @@ class Stage:
         while not path.exists():
             assert time.monotonic() < ends, f"process {pid} doesn't tell what it has"
             time.sleep(0.01)
-        descriptors = len(os.listdir(f"/proc/{pid}/fd"))
-        return {**json.loads(path.read_text()), "descriptors": descriptors, "MiB": round(resident_mib(pid), 1)}
+        found = {"descriptors": len(os.listdir(f"/proc/{pid}/fd")), "children": len(_children(pid))}
+        return {**json.loads(path.read_text()), **found, "MiB": round(resident_mib(pid), 1)}
 
     def strays(self) -> list[int]:
-        """Processes of this server that are neither its front nor a rank of now, whoever their parent is."""
-        mine, mark = {self.front_pid, self.rank_pid(0), self.rank_pid(1)}, f"HIPPO_COUNTS={self._counts}".encode()
-        return [pid for pid in processes_with(mark) if pid not in mine]
+        """Processes of this server that are no longer below its front, and ranks of before."""
+        below = {self.front_pid, *ranks.descendants(self.front_pid)}
+        lost = [pid for pid in processes_with(f"HIPPO_COUNTS={self._counts}".encode()) if pid not in below]
+        return lost + [pid for pids in self._ranks().values() for pid in pids if pid != max(pids)]
 
     def audit_fault(self) -> str:
         """What the auditor says of the log; "" if it is whole."""
