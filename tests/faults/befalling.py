@@ -44,9 +44,14 @@ def _count(*_: object) -> None:
     if asyncio and (loop := asyncio._get_running_loop()):
         found["tasks"] = len(asyncio.all_tasks(loop))
     for one in gc.get_objects():
-        if type(one).__name__ == "Scheduler" and type(one).__module__ == "hippo_mpi.engine.scheduler":
-            used = one._num_slots - len(one._free_slots) - len(one._drops)
-            found |= {"slots": used, "kept": len(one._prefixes._kept), "at work": len(one.running) + one.num_waiting}
+        kind = f"{type(one).__module__}.{type(one).__name__}"
+        if kind == "hippo_mpi.engine.scheduler.Scheduler":
+            dropped = len(one._drops)  # with the next step
+            used = one._num_slots - len(one._free_slots) - dropped
+            found |= {"slots": used, "dropped": dropped, "kept": len(one._prefixes._kept)}
+            found["at work"] = len(one.running) + one.num_waiting
+        elif kind == "hippo_mpi.shard.kv_cache.SlotCaches":
+            found["caches"] = found.get("caches", 0) + len(one._blocks)
     path = os.path.join(os.environ["HIPPO_COUNTS"], f"{os.getpid()}.json")
     with open(f"{path}.new", "w") as file:
         json.dump(found, file)

@@ -104,9 +104,11 @@ class Driver:
             time.sleep(0.1)
         outcome.left = strays
         outcome.counts = counts = stage.count()
-        engine = counts["rank 0"]
+        engine, follower = counts["rank 0"], counts["rank 1"]
         if engine["slots"] != engine["kept"] or engine["at work"]:
             outcome.wrong.append(f"slots that nobody uses: {engine}")
+        if follower["caches"] != engine["kept"] + engine["dropped"]:
+            outcome.wrong.append(f"rank 1 has caches that rank 0 doesn't know: {follower}, {engine}")
         self._first_counts = self._first_counts or counts
         for name in ("threads", "tasks", "descriptors", "children"):
             before, now = self._first_counts["front"][name], counts["front"][name]
