@@ -21,8 +21,9 @@ from hippo_mpi.shard.layer_split import Machine
 from hippo_mpi.transport.console import LentConsole, borrow_console
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.launcher import Launcher
+from hippo_mpi.transport.processes import kill_stopped_ranks
 from hippo_mpi.transport.terminal import open_standard_streams, put_back_terminal
-from hippo_mpi.transport.world import World, connect, detect_launch, write_status
+from hippo_mpi.transport.world import World, connect, detect_launch, end_within, write_status
 
 
 @dataclass
@@ -111,6 +112,10 @@ def _run(parser: Parser, body: Callable[[_Joined], int], argv: list[str] | None 
         control.fail(HippoError("nobody reads the answer any more"))
     except Exception as error:  # a worker's top frame: whatever went wrong, all ranks must end
         control.fail(ForeignError.caused_by(error))
+    if world.size > 1:
+        end_within(arguments.timeout, f"{world.name} waited {arguments.timeout:.0f} s for the other ranks to end")
+    if world.rank == 0 and world.backend != "mpi":  # which waits itself
+        control.await_ends()
     world.group = None  # MPI is finalised when the last reference goes
     _exit(code, world.rank, is_orderly=world.backend == "mpi")
 
@@ -141,6 +146,7 @@ def _start(parser: Parser, argv: list[str]) -> tuple[World, argparse.Namespace, 
 def _refuse(line: str, code: int, rank: int) -> NoReturn:
     """End a rank that has no connection to the others yet; each speaks for itself."""
     print_error(line)
+    kill_stopped_ranks(os.getppid())
     _exit(code, rank)
 
 

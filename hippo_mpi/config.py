@@ -153,7 +153,7 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
 
 def add_deadlines(group: argparse._ActionsContainer) -> None:
     group.add_argument(
-        "--timeout", type=above_0, default=30.0, help="seconds without progress after which all ranks end"
+        "--timeout", type=two_beats, default=30.0, help="seconds without progress after which all ranks end"
     )
     group.add_argument(
         "--start-timeout", type=above_0, default=30.0, help="seconds that ranks wait for each other to start"
@@ -211,8 +211,34 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tokens-per-minute", type=whole, default=0, help="of prompts and answers of each key; 0: any number"
     )
+    group.add_argument("--max-body-bytes", type=size, default=4 << 20, help="most bytes of a request, such as 4M")
+    group.add_argument("--max-choices", type=positive, default=128, help="most answers that one request may ask for")
+    group.add_argument(
+        "--max-schema-bytes",
+        type=size,
+        default=128 << 10,
+        help="most bytes of the schemas that an answer is held to; each may also take 5 seconds to compile",
+    )
     group.add_argument("--audit-log", type=Path, help="write who asked for what, and how it ended, into this file")
     group.add_argument("--audit-text", action="store_true", help="prompts and answers, too, and not only digests")
+    group.add_argument(
+        "--journal",
+        type=Path,
+        help="keep what is asked and answered in this file, so that it outlives the server's death",
+    )
+    group.add_argument(
+        "--keep-answers",
+        type=at_least_0,
+        default=86400.0,
+        help="seconds for which the journal keeps answers that are to be stored",
+    )
+    group.add_argument(
+        "--reconnect",
+        type=at_least_0,
+        default=0.0,
+        help="seconds for which a stream goes on without its client, which may come back by its id; with --journal",
+    )
+    group.add_argument("--check", action="store_true", help="only say what is wrong with these options, if anything is")
     group.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="least weight of the lines on stderr")
     group = parser.add_argument_group("ranks that this command starts itself")
     group.add_argument("--hostfile", type=Path, help="JSON list of hosts, as for mlx.launch")
@@ -267,6 +293,10 @@ def at_least_0(text: str) -> float:
 
 def above_0(text: str) -> float:
     return float(_number(text, float, "a number above 0", 0.0, open_low=True))
+
+
+def two_beats(text: str) -> float:
+    return float(_number(text, float, "a number of seconds from 1 up: ranks say twice a second that they live", 1.0))
 
 
 def share(text: str) -> float:

@@ -14,6 +14,8 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from typing import Any
 from hippo_mpi.config import Parser, port, positive
 from hippo_mpi.errors import HippoError, LaunchError, print_error
 from hippo_mpi.serving.terminal.launch import Launch
-from hippo_mpi.transport.ports import HeldPorts
+from hippo_mpi.transport.ports import THIS_MACHINE, HeldPorts, new_loopback
+from hippo_mpi.transport.run_key import RunKey
 from hippo_mpi.transport.terminal import open_standard_streams
 
 HOSTFILE = Path(__file__).parent.parent / "hostfile"
@@ -88,7 +91,7 @@ def check_hosts(hosts: list[Any], where: str) -> None:
 
 
 def _check_host(where: str, rank: int, name: str) -> None:
-    if name == "127.0.0.1":
+    if name == THIS_MACHINE:
         return
     try:
         # ssh knows aliases that name servers don't.
@@ -107,8 +110,10 @@ def installed(command: str) -> str:
     return str(path) if path.exists() else command
 
 
-def launch_arguments(arguments: argparse.Namespace, rest: list[str], held: contextlib.ExitStack) -> list[str]:
-    """Return the mlx.launch command line; its ports are `held`.
+def launch_arguments(
+    arguments: argparse.Namespace, rest: list[str], held: contextlib.ExitStack, key: RunKey
+) -> list[str]:
+    """Return the mlx.launch command line; its ports are `held`, and its hosts have the key.
 
     Raises:
         LaunchError: the hosts can't be used, or don't answer.
@@ -116,22 +121,33 @@ def launch_arguments(arguments: argparse.Namespace, rest: list[str], held: conte
     launch = [installed("mlx.launch")]
     backend = arguments.backend or "ring"
     if arguments.n is not None:
-        num_ports = arguments.n
+        hosts: list[dict[str, Any]] = [{"ssh": THIS_MACHINE, "ips": [THIS_MACHINE]}] * arguments.n
         launch += ["-n", str(arguments.n)]
     else:
         hosts, content = read_hostfile(arguments.hostfile), _read_json(arguments.hostfile)
-        num_ports = sum(len(host.get("ips", ())) for host in hosts)
         backend = arguments.backend or (isinstance(content, dict) and content.get("backend")) or "ring"
         _check_addresses(hosts, backend, f"hostfile {arguments.hostfile}")
-        knock(hosts, f"hostfile {arguments.hostfile}")
+        knock(hosts, f"hostfile {arguments.hostfile}", key)
         launch += ["--hostfile", str(arguments.hostfile)]
     launch += ["--backend", backend]
     if backend == "ring":
+        if all((host["ssh"], host["ips"]) == (THIS_MACHINE, [THIS_MACHINE]) for host in hosts):
+            launch[1:3] = ["--hostfile", held.enter_context(_hosts_here(len(hosts)))]
+        num_ports = sum(len(host["ips"]) for host in hosts)
         if (arguments.starting_port or 0) + num_ports > 1 << 16:
             raise LaunchError(f"--starting-port {arguments.starting_port} leaves no {num_ports} ports up to 65535")
         first = arguments.starting_port or held.enter_context(HeldPorts(num_ports)).first
         launch += ["--starting-port", str(first)]
     return [*launch, "--", installed(arguments.command), *rest]
+
+
+@contextlib.contextmanager
+def _hosts_here(count: int) -> Iterator[str]:
+    """Write a hostfile for ranks of this machine, whose ring no stranger meets by chance."""
+    with tempfile.NamedTemporaryFile("w", prefix="hippo-hosts-", suffix=".json") as file:
+        json.dump([{"ssh": THIS_MACHINE, "ips": [new_loopback()]}] * count, file)
+        file.flush()
+        yield file.name
 
 
 def _check_addresses(hosts: list[dict[str, Any]], backend: str, where: str) -> None:
@@ -144,30 +160,30 @@ def _check_addresses(hosts: list[dict[str, Any]], backend: str, where: str) -> N
             )
 
 
-def knock(hosts: list[dict[str, Any]], where: str) -> None:
-    """Ask all hosts at once whether they let us in without a password.
+def knock(hosts: list[dict[str, Any]], where: str, key: RunKey) -> None:
+    """Hand the run's key to all other machines at once, which let us in without a password.
 
     Raises:
         LaunchError: some don't, within seconds; it names each, with ssh's last line.
     """
     names: dict[str, int] = {}
     for rank, host in enumerate(hosts):
-        if host["ssh"] != "127.0.0.1":
+        if host["ssh"] != THIS_MACHINE:
             names.setdefault(host["ssh"], rank)
     with ThreadPoolExecutor(max(1, len(names))) as pool:
-        answers = dict(zip(names, pool.map(_answer, names), strict=True))
+        answers = dict(zip(names, pool.map(lambda name: _hand_over(key, name), names), strict=True))
     silent = [f"{name} (rank {names[name]}): {why}" for name, why in answers.items() if why]
     if silent:
         raise LaunchError(f"{where}: no way in by `ssh NAME true` to {'; '.join(silent)}")
 
 
-def _answer(name: str) -> str:
-    """ "" if ssh lets us in, else its last line."""
-    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_KNOCK_S}", name, "true"]
+def _hand_over(key: RunKey, name: str) -> str:
+    """ "" if ssh lets us in and the key is there, else its last line."""
     try:
         found = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=2 * _KNOCK_S
-        )
+            key.command(name, _KNOCK_S), input=key.key.encode(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            timeout=2 * _KNOCK_S,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"no answer within {2 * _KNOCK_S} s"
     lines = found.stderr.decode(errors="replace").split("\n")
@@ -186,7 +202,8 @@ def main() -> None:
         if "--version" in rest:
             sys.exit(subprocess.run([installed(arguments.command), "--version"]).returncode)
         with contextlib.ExitStack() as held:
-            code = Launch().run(launch_arguments(arguments, rest, held))
+            key = RunKey()
+            code = Launch().run(launch_arguments(arguments, rest, held, key), key)
     except HippoError as error:
         print_error(str(error))
         code = error.exit_code

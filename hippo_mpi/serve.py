@@ -33,15 +33,18 @@ from hippo_mpi.serving.logs import set_up_logging
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel, read_catalogue
 from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES, About
-from hippo_mpi.serving.supervision.rank_service import RankService
+from hippo_mpi.serving.supervision.rank_service import BEAT_S, RankService
 from hippo_mpi.serving.supervision.supervisor import Host, LaunchPlan, Supervisor
+from hippo_mpi.transport.run_key import RunKey
 from hippo_mpi.transport.world import detect_launch
 
 try:
     from hippo_mpi.serving.api.access import Access
-    from hippo_mpi.serving.api.endpoints import Api, ApiSettings
+    from hippo_mpi.serving.api.endpoints import Api
     from hippo_mpi.serving.api.http_server import serve_http
+    from hippo_mpi.serving.api.journal import Journal
     from hippo_mpi.serving.api.metrics import Metrics
+    from hippo_mpi.serving.api.request_bodies import ApiSettings
 except ImportError as missing:
     print_error(f"hippo_mpi.serve needs {missing.name}: {install_hint('serve')}")
     sys.exit(UserError.exit_code)
@@ -95,8 +98,8 @@ def _start_own_front(session: Session) -> socket.socket:
 
     async def both() -> None:
         reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)
-        ranks = asyncio.ensure_future(front.serve_ranks(reader, writer, arguments.timeout))
-        await serve_http(api.app(), front, arguments.address, arguments.port)
+        ranks = asyncio.ensure_future(front.serve_ranks(reader, writer, _silence_s(arguments)))
+        await _serve_api(arguments, front, api)
         ranks.cancel()
 
     def serve_unsupervised() -> None:
@@ -123,6 +126,9 @@ def serve(argv: list[str]) -> int:
     set_up_logging(arguments.log_level)
     catalogue = _read_models(arguments, argv, file)
     _ = catalogue.first.modes  # a mistake is told before anything is started
+    if arguments.check:
+        read_keys(arguments)
+        return 0
     front, api = _make_api(arguments, catalogue)
     hosts = _hosts(arguments, file)
 
@@ -134,14 +140,23 @@ def serve(argv: list[str]) -> int:
         return launch_plan([*argv, *model.options], arguments, hosts, living)
 
     start_s = _PYTHON_START_S + arguments.start_timeout  # so that ranks which wait in vain say so themselves
-    supervisor = Supervisor(front, make_plan, hosts, start_s, arguments.timeout, arguments.max_restarts)
+    supervisor = Supervisor(front, make_plan, hosts, start_s, _silence_s(arguments), arguments.max_restarts)
     asyncio.run(_serve_supervised(arguments, front, api, supervisor))
     return 0
 
 
+async def _serve_api(arguments: argparse.Namespace, front: Front, api: Api) -> None:
+    """Serve, from what the server before this one has left on, until a signal comes."""
+    api.start()
+    try:
+        await serve_http(api.app(), front, arguments.address, arguments.port)
+    finally:
+        api.exchanges.close()
+
+
 async def _serve_supervised(arguments: argparse.Namespace, front: Front, api: Api, supervisor: Supervisor) -> None:
     ranks = asyncio.ensure_future(supervisor.run())
-    http = asyncio.ensure_future(serve_http(api.app(), front, arguments.address, arguments.port))
+    http = asyncio.ensure_future(_serve_api(arguments, front, api))
     try:
         await asyncio.wait({ranks, http}, return_when="FIRST_COMPLETED")
     finally:
@@ -153,13 +168,27 @@ async def _serve_supervised(arguments: argparse.Namespace, front: Front, api: Ap
             task.result()
 
 
+def _silence_s(arguments: argparse.Namespace) -> float:
+    """Return after how long without a beat rank 0 counts as lost: a few beats at least."""
+    return float(max(arguments.timeout, 4 * BEAT_S))
+
+
 def _make_api(arguments: argparse.Namespace, catalogue: Catalogue) -> tuple[Front, Api]:
     keys = read_keys(arguments)
     access = Access(keys, arguments.requests_per_minute, arguments.tokens_per_minute)
     front = Front(arguments.max_batch_size + arguments.max_queue, catalogue.first.name)
     audit = AuditLog(arguments.audit_log, arguments.audit_text) if arguments.audit_log else None
-    settings = ApiSettings(origins=tuple(arguments.allow_origin))
-    return front, Api(front, catalogue, access, settings, Metrics(front), audit)
+    settings = ApiSettings(
+        arguments.max_body_bytes,
+        max_choices=arguments.max_choices,
+        max_schema_bytes=arguments.max_schema_bytes,
+        origins=tuple(arguments.allow_origin),
+        has_keys=bool(keys),
+        keep_answers_s=arguments.keep_answers,
+        reconnect_s=arguments.reconnect,
+    )
+    journal = Journal(arguments.journal) if arguments.journal else None
+    return front, Api(front, catalogue, access, settings, Metrics(front), audit, journal)
 
 
 def read_command_line(argv: list[str]) -> tuple[ConfigFile, list[str]]:
@@ -206,7 +235,7 @@ def _hosts(arguments: argparse.Namespace, file: ConfigFile) -> list[Host]:
     if all(host["ssh"] in _LOOPBACK for host in hosts) and arguments.backend == "ring":
         arguments.ranks = len(hosts) or arguments.ranks
         return []
-    knock(hosts, str(arguments.hostfile or arguments.config))  # later, a host that doesn't answer is left out
+    knock(hosts, str(arguments.hostfile or arguments.config), RunKey())  # later, a host that doesn't answer is left out
     return hosts
 
 

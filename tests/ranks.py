@@ -155,6 +155,21 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def await_rank(launcher: Rank, number: int) -> int:
+    """Wait for the process of a rank below a launcher (Linux)."""
+    marks = [f"MLX_RANK={number}\0".encode(), f"OMPI_COMM_WORLD_RANK={number}\0".encode()]
+    ends = time.monotonic() + LIMIT_S
+    while time.monotonic() < ends:
+        for pid in descendants(launcher.process.pid):
+            with contextlib.suppress(OSError):
+                environment = Path(f"/proc/{pid}/environ").read_bytes()
+                is_ours = Path(os.readlink(f"/proc/{pid}/exe")).name.startswith("python")
+                if is_ours and any(mark in environment for mark in marks):
+                    return pid
+        time.sleep(0.02)
+    raise AssertionError(f"no rank {number} within {LIMIT_S} s: {launcher.err}")
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process runs (zombies don't)."""
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()

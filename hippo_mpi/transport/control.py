@@ -18,6 +18,7 @@ import os
 import queue
 import select
 import socket
+import struct
 import sys
 import threading
 import time
@@ -26,12 +27,16 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from hippo_mpi.errors import HippoError, RankError, UserError, print_error
-from hippo_mpi.transport.frames import framed, read_frame
-from hippo_mpi.transport.handshake import answer, dial, introduce
+from hippo_mpi.transport.frames import FrameReader, framed, read_frame
+from hippo_mpi.transport.handshake import await_callers, dial, introduce
+from hippo_mpi.transport.processes import kill_rank, kill_stopped_ranks
 from hippo_mpi.transport.pulse import Pulse
 from hippo_mpi.transport.world import World, deadline
 
 BEAT_S = 0.5
+_LOOK_S = 0.005
+_LAST_WORDS_S = 5.0  # that the end of a process may take, which tells people why
+_STALLED_SHARE = 0.25  # of the timeout: after so long without progress people are told, and nothing is ended yet
 _SAME_S = 0.5  # what is wrong with options or a model, every rank may find: rank 0 says it first, without a rank's name
 
 
@@ -41,6 +46,7 @@ class Peer:
 
     name: str
     beat_at: float
+    pid: int | None = None  # if it is a process of this host
     progress: int = 0
     doing: str = "starting"
     longest_s: float = 0.0  # its longest step so far
@@ -49,7 +55,7 @@ class Peer:
 
 
 class Control:
-    """This rank's control connections. Without peers (a world of one) everything is a no-op.
+    """This rank's control connections, and its watch thread. Without peers (a world of one) nothing is sent.
 
     Args:
         start_timeout_s: how long ranks wait for each other's connections.
@@ -60,6 +66,7 @@ class Control:
         self.world, self.timeout_s = world, timeout_s
         self.reports: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
         self._star: dict[int, socket.socket] = {}
+        self._readers: dict[int, FrameReader] = {}
         self._peers: dict[int, Peer] = {}
         self._write_lock = threading.Lock()
         self._end_lock = threading.Lock()
@@ -71,7 +78,7 @@ class Control:
         self._rank_line = f"rank {world.rank} ({world.host})"
         if world.size > 1:
             self._connect(start_timeout_s)
-            threading.Thread(target=self._watch, name="hippo-watch", daemon=True).start()
+        threading.Thread(target=self._watch, name="hippo-watch", daemon=True).start()
 
     # ---- what the main thread says about itself
 
@@ -101,8 +108,6 @@ class Control:
 
     def fail(self, error: HippoError) -> NoReturn:
         """Tell everyone and end this process. Rank 0 prints."""
-        if self.world.size == 1 or not self._peers:  # nobody else hears of it
-            self._leave(str(error), error.exit_code)
         line = str(error) if self.world.rank == 0 else f"{self._rank_line}: {error}"
         if self.world.rank == 0:
             self._end_all(line, error.exit_code)
@@ -116,6 +121,13 @@ class Control:
         """On rank 0, what every rank said of itself in its last beat, by rank."""
         peers = dict(self._peers)
         return [self.own_status(), *(peers[rank].status for rank in sorted(peers))]
+
+    @property
+    def stalled_s(self) -> float:
+        """On rank 0, for how long no rank has got on though something is due; 0 while that may still be a long step."""
+        silent_s = time.monotonic() - self._moved_at
+        is_long = silent_s > self._patience_s() - self.timeout_s * (1 - _STALLED_SHARE)
+        return silent_s if is_long and not self._pulse.is_idle else 0.0
 
     # ---- reports: small JSON messages between rank 0 and the others
 
@@ -171,33 +183,34 @@ class Control:
         for rank in list(self._star):
             self._send(rank, {"kind": "bye"})
 
+    def await_ends(self) -> None:
+        """Wait until all other ranks have ended; their end of the connection closes then."""
+        while self._star:
+            time.sleep(_LOOK_S)
+
     def _connect(self, timeout_s: float) -> None:
         world = self.world
         listener = socket.create_server((world.address if world.backend == "ring" else "", 0), backlog=world.size + 1)
         complaint = f"{world.name} waited {timeout_s:.0f} s for the addresses of the other ranks"
-        with deadline(timeout_s, complaint, world.rank):
+        with deadline(timeout_s, complaint):
             key, addresses = introduce(world, listener.getsockname()[1])
         names = [f"rank {rank} ({who['host']})" for rank, who in enumerate(addresses)]
         successor, predecessor = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-        listener.settimeout(timeout_s)
         self._next = dial(addresses[successor], world, key, "ring", timeout_s)
         if world.rank > 0:
             self._star[0] = dial(addresses[0], world, key, "star", timeout_s)
         expected = {("ring", predecessor)} | ({("star", r) for r in range(1, world.size)} if world.rank == 0 else set())
-        while expected:
-            connection, who = answer(listener, key, world, names)
-            if who not in expected:
-                connection.close()  # a stranger, or a rank twice
-                continue
-            expected.remove(who)
-            if who[0] == "ring":
-                self._previous = connection
-            else:
-                self._star[who[1]] = connection
+        found = await_callers(listener, expected, key, world, names, timeout_s)
         listener.close()
+        self._previous = found.pop(("ring", predecessor))
+        self._star |= {rank: connection for (_, rank), connection in found.items()}
+        for connection in (self._next, *self._star.values()):
+            _limit_sends(connection, self.timeout_s)
         now = time.monotonic()
         self._names = names
-        self._peers = {rank: Peer(names[rank], now) for rank in self._star}
+        self._readers = {rank: FrameReader(connection) for rank, connection in self._star.items()}
+        pids = [who["pid"] if who["host"] == world.host else None for who in addresses]
+        self._peers = {rank: Peer(names[rank], now, pids[rank]) for rank in self._star}
 
     def _send(self, rank: int, message: dict[str, Any]) -> None:
         data = json.dumps(message).encode()
@@ -225,7 +238,7 @@ class Control:
             readable, _, _ = select.select(list(self._star.values()), [], [], BEAT_S / 2)
             for rank, connection in list(self._star.items()):
                 if connection in readable:
-                    self._read(rank, connection)
+                    self._read(rank)
             now = time.monotonic()
             if now - beat_at > BEAT_S:
                 beat_at = now
@@ -243,19 +256,19 @@ class Control:
         progress = {"progress": pulse.count, "doing": pulse.doing, "works": works, "longest_s": pulse.longest_s}
         return {"kind": "beat", **progress, "status": self.own_status()}
 
-    def _read(self, rank: int, connection: socket.socket) -> None:
-        try:
-            frame = read_frame(connection)
-        except OSError:
-            frame = None
+    def _read(self, rank: int) -> None:
         peer = self._peers[rank]
-        if frame is None:
+        try:
+            frame = self._readers[rank].read()
+        except OSError:
             del self._star[rank]
             if not peer.said_bye and not self._closing:
                 self._on_failure(
                     f"{peer.name} died; it was {peer.doing}, and {self._rank_line} was {self._pulse.doing}"
                 )
             return
+        if frame is None:
+            return  # a part of one
         peer.beat_at = time.monotonic()
         message = json.loads(frame)
         if message["kind"] == "beat":
@@ -281,14 +294,13 @@ class Control:
                     f" {self._rank_line} was {self._pulse.doing}"
                 )
         if self.world.rank == 0 and not self._pulse.is_idle and now - self._moved_at > self._patience_s():
-            others = "; ".join(f"{peer.name} is {peer.doing}" for peer in self._peers.values())
-            self._on_failure(
-                f"no rank got on for {now - self._moved_at:.0f} s: {self._rank_line} is {self._pulse.doing}; {others}"
-            )
+            ranks = [f"{self._rank_line} is {self._pulse.doing}"]
+            ranks += [f"{peer.name} is {peer.doing}" for peer in self._peers.values()]
+            self._on_failure(f"no rank got on for {now - self._moved_at:.0f} s: {'; '.join(ranks)}")
 
     def _patience_s(self) -> float:
         """Return how long all ranks may get nothing done: a step like the longest so far must not be cut short."""
-        longest_s = max(self._pulse.longest_s, *(peer.longest_s for peer in self._peers.values()))
+        longest_s = max([self._pulse.longest_s, *(peer.longest_s for peer in self._peers.values())])
         return self.timeout_s + 2 * longest_s
 
     def _on_failure(self, line: str) -> None:
@@ -305,13 +317,32 @@ class Control:
 
     def _leave(self, line: str | None, code: int) -> NoReturn:
         """End this process at once: an orderly end would wait in MPI_Finalize for ranks that are gone."""
+        last = threading.Timer(_LAST_WORDS_S, os._exit, [code])  # a full pipe, or a full disk, must not hold us up
+        last.daemon = True
+        last.start()
+        with contextlib.suppress(Exception):
+            self._kill_silent()
         if line is not None:
             print_error(
                 line, starts_anew=self._pulse.is_idle
             )  # while a person is asked, the cursor is behind the prompt
-        if self.world.rank == 0:
-            self.on_end(code)
-        if threading.current_thread() is threading.main_thread():  # elsewhere a full pipe could hold us up
-            with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):
+            if self.world.rank == 0:
+                self.on_end(code)
+            if threading.current_thread() is threading.main_thread():  # elsewhere a full pipe could hold us up
                 sys.stdout.flush()
         os._exit(code)
+
+    def _kill_silent(self) -> None:
+        """Kill ranks of this host that have fallen silent: stopped ones, say, for which a launcher would wait for ever."""
+        kill_stopped_ranks(os.getppid())
+        now = time.monotonic()
+        for peer in self._peers.values() if self.world.backend != "mpi" else ():  # mpirun does it, with our exit status
+            if peer.pid is not None and now - peer.beat_at > self.timeout_s and not peer.said_bye:
+                kill_rank(peer.pid)
+
+
+def _limit_sends(connection: socket.socket, timeout_s: float) -> None:
+    """Let a send fail when the other side has taken nothing for so long; receives still wait."""
+    whole_s = max(1, round(timeout_s))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", whole_s, 0))

@@ -31,3 +31,39 @@ def _read_exactly(connection: socket.socket, count: int) -> bytes | None:
             return None
         data += piece
     return data
+
+
+class FrameReader:
+    """Frames that come in pieces, for a thread that must never wait for the rest of one. Reads no byte beyond a frame."""
+
+    def __init__(self, connection: socket.socket, max_bytes: int = _MAX_FRAME_BYTES) -> None:
+        self._connection, self._max_bytes = connection, max_bytes
+        self._data = bytearray()
+        self._end = _LENGTH.size  # of the head, then of the frame
+
+    def read(self) -> bytes | None:
+        """Return a frame's data when all of it has come; None until then.
+
+        Raises:
+            OSError: the connection is closed or broken, or the frame is too long.
+        """
+        while len(self._data) < self._end:
+            try:
+                piece = self._connection.recv(self._end - len(self._data), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            if not piece:
+                raise ConnectionResetError("closed")
+            self._data += piece
+            if len(self._data) == _LENGTH.size:
+                self._end += self._length()
+        data = bytes(self._data[_LENGTH.size :])
+        self._data.clear()
+        self._end = _LENGTH.size
+        return data
+
+    def _length(self) -> int:
+        (length,) = _LENGTH.unpack(self._data)
+        if length > self._max_bytes:
+            raise ConnectionResetError(f"a frame of {length:,} bytes, {self._max_bytes:,} at most")
+        return int(length)

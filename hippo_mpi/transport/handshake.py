@@ -9,7 +9,9 @@ import hmac
 import json
 import os
 import secrets
+import select
 import socket
+import time
 from typing import Any
 
 import mlx.core as mx
@@ -17,10 +19,14 @@ import numpy as np
 
 from hippo_mpi.environment import RUN_KEY
 from hippo_mpi.errors import RankError
-from hippo_mpi.transport.frames import framed, read_frame
+from hippo_mpi.transport.frames import FrameReader, framed
+from hippo_mpi.transport.run_key import given_key
 from hippo_mpi.transport.world import World
 
 _CARD_BYTES = 512
+_HELLO_S, _MAX_HELLO_BYTES = 5.0, 4096
+_MAX_CALLERS = 100  # who have yet to say their names
+_LOOK_S = 0.25
 
 
 def introduce(world: World, port: int) -> tuple[bytes, list[dict[str, Any]]]:
@@ -30,7 +36,7 @@ def introduce(world: World, port: int) -> tuple[bytes, list[dict[str, Any]]]:
     have just made up, so that nothing that was heard before can be said again. Otherwise rank 0's key becomes everyone's.
     """
     me = {"host": world.host, "address": world.address, "port": port, "pid": os.getpid()}
-    given, made_up = os.environ.get(RUN_KEY, "").encode(), b"".join(_all_gather(world, secrets.token_bytes(32)))
+    given, made_up = given_key(), b"".join(_all_gather(world, secrets.token_bytes(32)))
     secret = {"proof": _signature(given, made_up, world.rank, me)} if given else {"key": secrets.token_hex(16)}
     cards = [
         json.loads(data.rstrip())
@@ -76,21 +82,62 @@ def dial(who: dict[str, Any], world: World, key: bytes, kind: str, timeout_s: fl
     return connection
 
 
-def answer(
-    listener: socket.socket, key: bytes, world: World, names: list[str]
-) -> tuple[socket.socket, tuple[str, int]]:
-    """Accept one connection and tell who it is; ("", -1) for a stranger."""
+def await_callers(
+    listener: socket.socket,
+    expected: set[tuple[str, int]],
+    key: bytes,
+    world: World,
+    names: list[str],
+    timeout_s: float,
+) -> dict[tuple[str, int], socket.socket]:
+    """Accept connections until all that are expected, by kind and rank, have proved who they are.
+
+    Others are closed. Each has a few seconds to say its name, and none holds up another.
+
+    Raises:
+        RankError: some haven't come within `timeout_s`.
+    """
+    found: dict[tuple[str, int], socket.socket] = {}
+    callers: dict[socket.socket, tuple[FrameReader, float]] = {}  # with when their time is up
+    ends_s = time.monotonic() + timeout_s
     try:
-        connection, _ = listener.accept()
-    except TimeoutError:
-        raise RankError(f"{world.name} waited in vain for control connections of {', '.join(names)}") from None
-    connection.settimeout(5.0)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while missing := expected - found.keys():
+            if time.monotonic() > ends_s:
+                late = ", ".join(names[rank] for rank in sorted({rank for _, rank in missing}))
+                raise RankError(f"{world.name} waited in vain for control connections of {late}")
+            for ready in select.select([listener, *callers], [], [], _LOOK_S)[0]:
+                if ready is listener:
+                    connection, _ = listener.accept()
+                    if len(callers) == _MAX_CALLERS:
+                        oldest = next(iter(callers))
+                        del callers[oldest]
+                        oldest.close()
+                    callers[connection] = FrameReader(connection, _MAX_HELLO_BYTES), time.monotonic() + _HELLO_S
+                elif (who := _who(callers[ready][0], key)) is not None:
+                    del callers[ready]
+                    if who in missing and who not in found:
+                        ready.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                        found[who] = ready
+                    else:
+                        ready.close()  # a stranger, or a rank twice
+            for late_one in [one for one, (_, until_s) in callers.items() if time.monotonic() > until_s]:
+                del callers[late_one]
+                late_one.close()
+    finally:
+        for one in callers:
+            one.close()
+    return found
+
+
+def _who(reader: FrameReader, key: bytes) -> tuple[str, int] | None:
+    """Return whose connection it is; ("", -1) for a stranger, None until its hello is there."""
     try:
-        hello = json.loads(read_frame(connection) or b"{}")
+        data = reader.read()
+        if data is None:
+            return None
+        hello = json.loads(data)
         kind, rank = str(hello.get("kind")), int(hello.get("rank", -1))
         known = hmac.compare_digest(str(hello.get("proof")), _proof(key, kind, rank))
-    except (OSError, ValueError, AttributeError):
-        known = False
-    connection.settimeout(None)
-    return connection, (kind, rank) if known else ("", -1)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return "", -1
+    return (kind, rank) if known else ("", -1)

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import stat
-import subprocess
 import sys
 import threading
 import time
@@ -17,13 +16,13 @@ from typing import NoReturn
 from hippo_mpi.errors import RankError, print_error
 from hippo_mpi.transport.console import LentConsole
 from hippo_mpi.transport.copied_input import CopiedInput
+from hippo_mpi.transport.processes import MPI_LAUNCHERS, command_line, is_mlx_launch
 from hippo_mpi.transport.terminal import put_back_terminal
 from hippo_mpi.transport.world import World
 
 _LOOK_S = 0.5
 _FROZEN_LOOKS = 4
 _MLX_VARIABLES = {"MLX_HOSTFILE", "MLX_IBV_DEVICES"}
-_MPI_LAUNCHERS = {"mpirun", "mpiexec", "prterun", "orterun"}
 
 
 class Launcher:
@@ -49,16 +48,16 @@ class Launcher:
         given = self._console.launcher_input if self._console else 0
         is_reader, is_pipe = self._rank == 0 and not self._console, _is_pipe(given)
         is_mlx = bool(_MLX_VARIABLES & set(os.environ))
-        if is_pipe and is_mlx and any(Path(word).name == "mlx.launch" for word in _command_line(parent)):
+        if is_pipe and is_mlx and is_mlx_launch(parent):
             if self._rank == 0:
                 threading.Thread(target=self._watch, args=(parent,), name="hippo-launcher", daemon=True).start()
             if is_reader:
                 return CopiedInput(given, parent, self._end)
             threading.Thread(target=self._await_end, args=(given,), name="hippo-stdin", daemon=True).start()
         elif is_reader and is_pipe and "OMPI_COMM_WORLD_SIZE" in os.environ:
-            name = Path(_command_line(parent)[0]).name
-            return CopiedInput(given, parent if name in _MPI_LAUNCHERS else None, lambda: None)
-        elif is_reader and is_mlx and "sshd" in _command_line(parent)[0]:  # mlx.launch is on another machine
+            name = Path(command_line(parent)[0]).name
+            return CopiedInput(given, parent if name in MPI_LAUNCHERS else None, lambda: None)
+        elif is_reader and is_mlx and "sshd" in command_line(parent)[0]:  # mlx.launch is on another machine
             return CopiedInput(given, None, self._end)
         return None
 
@@ -128,10 +127,3 @@ def _is_pipe(descriptor: int) -> bool:
         return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
     except OSError:  # closed
         return False
-
-
-def _command_line(pid: int) -> list[str]:
-    """The words of a process's command line; [""] if it is gone."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    return subprocess.run(["ps", "-p", str(pid), "-o", "args="], capture_output=True, text=True).stdout.split(" ")

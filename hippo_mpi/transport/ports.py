@@ -9,14 +9,28 @@ from __future__ import annotations
 
 import random
 import socket
+import sys
 from types import TracebackType
 
 from hippo_mpi.errors import LaunchError
 
 # Below the ports that systems give to outgoing connections, and below mlx.launch's own 32323.
 _FIRST, _LAST = 10_000, 32_000
+THIS_MACHINE = "127.0.0.1"
+"""The name, and the address, with which a hostfile says that a rank runs where mlx.launch does."""
 _TRIES, _MAX_COUNT = 1_000, 1_000
 _random = random.SystemRandom()  # processes that were forked from one must not draw alike
+
+
+def new_loopback() -> str:
+    """Return an address of this machine that hardly anybody else uses, for a ring that is only for this machine's ranks.
+
+    MLX takes whoever connects first for the next rank, and knows no proof. On Linux a whole network leads back to the
+    machine; elsewhere only one address does.
+    """
+    if sys.platform != "linux":
+        return THIS_MACHINE
+    return ".".join(["127", *(str(_random.randrange(1, 255)) for _ in range(3))])
 
 
 class HeldPorts:

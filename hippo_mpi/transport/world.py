@@ -6,6 +6,7 @@ Knows launchers and backends. Must not know models. `mx.distributed` appears in 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -13,6 +14,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +23,16 @@ import mlx.core as mx
 
 from hippo_mpi.environment import STATUS_FILE
 from hippo_mpi.errors import LaunchError, RankError, print_error
+from hippo_mpi.transport.processes import kill_stopped_ranks
+
+_END_S = 1.0  # from a signal to the next
 
 
 def write_status(code: int) -> None:
     """Leave rank 0's exit status where launch/run finds it: mlx.launch itself always returns 0."""
     path = os.environ.get(STATUS_FILE)
     if path:
-        with contextlib.suppress(FileNotFoundError):  # another machine's file
+        with contextlib.suppress(OSError):  # another machine's file, or its disk is full
             Path(path).write_text(f"{code}\n")
 
 
@@ -110,7 +115,7 @@ def connect(launch: Launch, timeout_s: float) -> World:
         f"rank {launch.rank} ({host}) waited {timeout_s:.0f} s for the other ranks to start"
         f" ({launch.backend}; --start-timeout)"
     )
-    with deadline(timeout_s, waiting_for, launch.rank):
+    with deadline(timeout_s, waiting_for):
         try:
             group = mx.distributed.init(strict=True, backend=launch.backend)
         except (RuntimeError, ValueError) as error:
@@ -165,26 +170,62 @@ def _own_address(launch: Launch) -> str:
 
 
 @contextlib.contextmanager
-def deadline(timeout_s: float, complaint: str, rank: int) -> Iterator[None]:
-    """End this process if the block takes longer.
+def deadline(timeout_s: float, complaint: str) -> Iterator[None]:
+    """End this process with a line and status 3 if the block takes longer."""
+    with _ends_with_status_3():
+        child, done = _keep_time(timeout_s, complaint)
+        try:
+            yield
+        finally:
+            os.close(done)
+            os.waitpid(child, 0)
+
+
+def end_within(timeout_s: float, complaint: str) -> None:
+    """End this process with a line if it lives longer: it is about to end, and may have to wait for others in MPI."""
+    _keep_time(timeout_s, complaint)
+
+
+def _keep_time(timeout_s: float, complaint: str) -> tuple[int, int]:
+    """Return a process that ends this one in time, and the descriptor with whose closing it ends itself.
 
     `mx.distributed.init` holds the interpreter's lock and rank 0's waits for ever, so no thread of ours can
     end it: a forked child keeps the time.
     """
     done_read, done_write = os.pipe()
-    parent = os.getpid()
+    own, launcher = os.getpid(), os.getppid()
     child = os.fork()
     if child == 0:
         os.close(done_write)
         if not select.select([done_read], [], [], timeout_s)[0]:
-            print_error(complaint)
-            if rank == 0:
-                write_status(RankError.exit_code)
-            os.kill(parent, signal.SIGTERM)
+            _end(own, launcher, complaint)
         os._exit(0)
     os.close(done_read)
+    return child, done_write
+
+
+@contextlib.contextmanager
+def _ends_with_status_3() -> Iterator[None]:
+    """Let a SIGQUIT end this process with its own number as the status, which happens to be RankError's.
+
+    No handler of Python's runs while MLX holds the interpreter's lock, and a signal's default would give another status.
+    """
+    assert RankError.exit_code == signal.SIGQUIT
+    before = signal.getsignal(signal.SIGQUIT)
+    libc = ctypes.CDLL(None)
+    libc.signal(signal.SIGQUIT, ctypes.cast(libc._exit, ctypes.c_void_p))
     try:
         yield
     finally:
-        os.close(done_write)
-        os.waitpid(child, 0)
+        signal.signal(signal.SIGQUIT, before)
+
+
+def _end(rank_pid: int, launcher: int, complaint: str) -> None:
+    """End a rank that waits in vain, and with it those that are waited for, if they are stopped."""
+    print_error(complaint)
+    kill_stopped_ranks(launcher)
+    write_status(RankError.exit_code)
+    for number in (signal.SIGQUIT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank_pid, number)
+        time.sleep(_END_S)

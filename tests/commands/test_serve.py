@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
+import plistlib
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -19,6 +22,7 @@ import openai
 import pytest
 
 from hippo_mpi.config import BUNDLED_MODEL, DEFAULT_PROMPT
+from hippo_mpi.serving.config_file import make_parser
 from tests import ranks
 from tests.servers import GOES_ON, MODEL, SERVE, Server, server
 
@@ -352,7 +356,8 @@ def test_inside_a_launcher(wanted: str) -> None:
 
 @pytest.mark.slow
 def test_launch_serve() -> None:
-    """start, status, restart with the options and in the folder of the start, stop; keys are never written down."""
+    """start, status, restart with the options and in the folder of the start, stop; keys are never written down. A front
+    that dies is started again, where it was; options that are wrong don't end a server that is right."""
     root = ranks.BIN.parent.parent
     if not (root / "launch").exists():
         pytest.skip("the tests don't run in the project's own .venv")
@@ -383,9 +388,40 @@ def test_launch_serve() -> None:
         assert restarted.stdout.startswith("stopped\nready: http://127.0.0.1:")
         after = json.loads(run("status", "--json", env=keys).stdout)
         assert after["ranks"] == before["ranks"] and after["uptime_s"] < 60
-        assert not [file for file in (root / ".serve").iterdir() if "key-of-a-fox" in file.read_text()]
+        assert not [file for file in (root / ".serve").iterdir() if b"key-of-a-fox" in file.read_bytes()]
+
+        url = restarted.stdout.split()[-1]
+        front = int((root / ".serve" / "front").read_text())
+        os.kill(front, signal.SIGKILL)
+        ends = time.monotonic() + 60
+        while json.loads(run("status", "--json", env=keys).stdout or "{}").get("ready") is not True or front == int(
+            (root / ".serve" / "front").read_text()
+        ):
+            assert time.monotonic() < ends, (root / ".serve" / "log").read_text()
+            time.sleep(0.2)
+        assert url in run("status", env=keys).stdout
+
+        wrong = run("restart", "--port", "many", env=keys)
+        assert wrong.returncode == 2 and "'many' is not a port" in wrong.stderr and "stopped" not in wrong.stdout
+        assert run("restart", "--model", "./nowhere", env=keys).stderr == "error: no such model folder: ./nowhere\n"
+        refused = run("restart", "--ranks", "1", "--layer-split", "1,2,3", "--port", "0", env=keys)
+        assert refused.returncode == 2 and "layer split 1,2,3" in refused.stderr
+        assert refused.stdout.startswith("stopped\nready: "), "the one of before"
     finally:
         ended = run("stop")
     assert ended.stdout == "stopped\n"
     time.sleep(0.1)
     assert run("status").returncode == 3
+
+
+def test_units_start_what_there_is() -> None:
+    """systemd's and launchd's: their options are ours, and they are well-formed."""
+    launch = Path(__file__).parents[2] / "launch"
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment]
+    unit.read_string((launch / "hippo-serve.service").read_text())
+    agent = plistlib.loads((launch / "hippo-serve.plist").read_bytes())
+    assert unit["Service"]["Restart"] == "always" and agent["KeepAlive"] is True
+    for program, *options in (unit["Service"]["ExecStart"].split(), agent["ProgramArguments"]):
+        assert program.endswith("/hippo-mpi/.venv/bin/hippo_mpi.serve")
+        assert make_parser().parse_args(options).journal

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
+import threading
 
 import pytest
 
@@ -29,6 +31,31 @@ def start_together(num_servers: int, num_runs: int) -> None:
         for server in servers:
             server.running.process.terminate()
             assert server.running.wait(20) == 0, server.running.err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a machine has one loopback address")
+def test_a_stranger_on_the_rings_ports() -> None:
+    """Who connects to every port of a start, before any rank does, isn't taken for a rank."""
+    first, ended = ranks.consecutive_ports(2), threading.Event()
+
+    def knock() -> None:
+        while not ended.wait(0.005):
+            for port in (first, first + 1):
+                with contextlib.suppress(OSError):
+                    knocked.append(socket.create_connection(("127.0.0.1", port)))
+
+    knocked: list[socket.socket] = []
+    stranger = threading.Thread(target=knock)
+    stranger.start()
+    try:
+        with ranks.single([*RUN, "--starting-port", str(first)]) as run:
+            assert run.wait(LIMIT_S) == 0, run.err
+    finally:
+        ended.set()
+        stranger.join()
+        for connection in knocked:
+            connection.close()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 faults   random faults while 8 streams run: requests lost, answers changed, processes left, time until ready again
 idle     CPU of front and ranks without a request, and the first token after it against a warm one
 together rounds of three servers and three runs that start at the same moment: how many came up at once
+journal  throughput of 16 streams with a journal against without, and the CPU that the front takes for a token
 compare  throughput and time to the first token at 1, 4 and 16 requests, on two ranks and on one, beside mlx_lm.server
 
 What takes longer, with --count, --seed and --minutes (tests/measure/campaigns.py), only if it is named:
@@ -16,6 +17,7 @@ soak      streams that come and go, and a fault a minute: errors, changed answer
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import statistics
@@ -182,10 +184,49 @@ def measure_together(rounds: int) -> None:
         print(f"  {done} rounds: {6 * done} good starts, 0 restarts, {time.monotonic() - began:.0f} s", flush=True)
 
 
+def _load_of_streams(running: Server, num_streams: int, num_tokens: int) -> tuple[float, float]:
+    """(tokens per second of all streams, seconds of the front's CPU for a thousand tokens)."""
+    body = {"model": MODEL, "prompt": "Once upon a time a fox", "max_tokens": num_tokens, "stream": True}
+    data = json.dumps({**body, "temperature": 1.0, "logit_bias": GOES_ON}).encode()
+
+    def ask(_: int) -> None:
+        request = urllib.request.Request(f"{running.url}/v1/completions", data)
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            assert answer.read().rstrip().endswith(b"[DONE]")
+
+    pid = running.running.process.pid
+    began, before = time.perf_counter(), ranks.cpu_seconds(pid)
+    with ThreadPoolExecutor(num_streams) as pool:
+        list(pool.map(ask, range(num_streams)))
+    made = num_streams * num_tokens
+    return made / (time.perf_counter() - began), (ranks.cpu_seconds(pid) - before) / made * 1000
+
+
+def measure_journal(count: int) -> None:
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:  # /tmp may be in memory
+        journal = str(Path(name) / "journal")
+        with server("--ranks", "1") as without, server("--ranks", "1", "--journal", journal) as having:
+            for running in (without, having):
+                _load_of_streams(running, 16, 20)
+            found = [[_load_of_streams(running, 16, 150) for running in (without, having)] for _ in range(count)]
+        size = sum(file.stat().st_size for file in Path(name).iterdir())
+    ratios = [having[0] / without[0] for without, having in found]
+    cpu = [statistics.median(pair[which][1] for pair in found) for which in (0, 1)]
+    rate = statistics.median(pair[0][0] for pair in found)
+    print(
+        f"  {rate:.0f} tok/s without; with a journal {statistics.median(ratios):.3f} of it"
+        f" ({min(ratios):.3f} to {max(ratios):.3f}, n={count})"
+    )
+    print(
+        f"  CPU of the front for a token: {cpu[0]:.3f} ms without, {cpu[1]:.3f} ms with; {size / 2**20:.1f} MiB on disk"
+    )
+
+
 MEASURES: dict[str, tuple[Callable[[int], None], int]] = {
     "together": (measure_together, 20),
     "faults": (measure_faults, 50),
     "idle": (measure_idle, 1),
+    "journal": (measure_journal, 7),
     "compare": (measure_compare, 5),
 }
 

@@ -197,6 +197,42 @@ def test_launcher_ended(body: list[str], awaited: tuple[str, ...], number: signa
         assert not ranks.await_end(below, 8)
 
 
+STARTS = {
+    "mlx.launch": [str(ranks.BIN / "mlx.launch"), "-n", "2", "--starting-port", str(ranks.consecutive_ports(2)), "--"],
+    "mlx.launch-mpi": [str(ranks.BIN / "mlx.launch"), "-n", "2", "--backend", "mpi", "--"],
+    "mpirun": ranks.mpirun(2, []),
+    "run": [sys.executable, "-m", "hippo_mpi.run", "-n", "2"],
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks by their environment in /proc")
+@pytest.mark.parametrize(
+    ("start", "victim", "moment"),
+    [
+        ("mlx.launch", 0, "imports"),
+        ("mlx.launch", 1, "decoding"),
+        ("mlx.launch-mpi", 1, "imports"),
+        ("mpirun", 0, "decoding"),
+        ("run", 0, "imports"),
+        ("run", 1, "imports"),
+        ("run", 0, "decoding"),
+    ],
+)
+def test_stopped_under_a_launcher(start: str, victim: int, moment: str) -> None:
+    """No SIGTERM ends a rank that is stopped, for which mlx.launch would wait for ever."""
+    options = endless()[start == "run" :]
+    with ranks.single([*STARTS[start], *options, "--start-timeout", str(TIMEOUT_S)], stdin=subprocess.PIPE) as launcher:
+        if moment == "decoding":
+            launcher.await_output()
+        pid = ranks.await_rank(launcher, victim)
+        os.kill(pid, signal.SIGSTOP)
+        code = launcher.wait(3 * TIMEOUT_S + 10)
+        assert not ranks.is_alive(pid)
+        if not start.startswith("mlx.launch"):  # whose status is always 0
+            assert code == 3
+        assert f"rank {1 - victim} (" in launcher.err if moment == "imports" else f"rank {victim} (" in launcher.err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_mpirun_ended(number: signal.Signals) -> None:
     with ranks.single(ranks.mpirun(2, endless())) as launcher:

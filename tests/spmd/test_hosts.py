@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,7 @@ import pytest
 
 from hippo_mpi.config import BUNDLED_MODEL
 from tests import ranks
-from tests.servers import server
+from tests.servers import SERVE, server
 from tests.spmd.test_recovery import NUM_STREAMS, answers
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/bin:/usr/local/sbin")
@@ -84,6 +86,42 @@ def test_launch_run_reaches_a_host_through_ssh(tmp_path: Path) -> None:
         with ranks.single(run, env=env, stdin=subprocess.PIPE) as running:
             assert running.wait() == 0, running.err
             assert running.out == alone.out
+
+
+def test_the_key_is_on_no_command_line(tmp_path: Path) -> None:
+    """Whatever ps shows of a run over two hosts, and of its ssh, no key is in it; its file is the owner's alone."""
+    seen: set[str] = set()
+    with second_host(tmp_path) as (env, hostfile, _):
+        run = [str(ranks.BIN / "python"), "-m", "hippo_mpi.run", "--hostfile", str(hostfile), "--max-tokens", "3"]
+        with ranks.single(run, env={**env, "HOME": str(tmp_path)}, stdin=subprocess.PIPE) as running:
+            while running.process.poll() is None:
+                seen.update(
+                    subprocess.run(
+                        ["ps", "-A", "-ww", "-o", "args="], capture_output=True, text=True
+                    ).stdout.splitlines()
+                )
+            assert running.wait() == 0, running.err
+        (file,) = _key_files(seen)
+        text = " ".join(seen)
+        assert "HIPPO_RUN_KEY=" not in text and file.read_text() not in text
+        assert file.stat().st_mode & 0o777 == 0o600
+        file.unlink()
+
+
+def _key_files(command_lines: set[str]) -> set[Path]:
+    """The key's file, whose name is no secret, in the home directory of whom ssh lets in."""
+    names = {name for line in command_lines for name in re.findall(r"HIPPO_RUN_KEY_FILE=(\S+run-[0-9a-f]{16})", line)}
+    return {Path(pwd.getpwuid(os.getuid()).pw_dir) / name for name in names}
+
+
+@pytest.mark.timeout(200)
+def test_a_mistake_on_hosts_ends_the_start(tmp_path: Path) -> None:
+    """mlx.launch's own status is always 0."""
+    with second_host(tmp_path) as (env, hostfile, _):
+        command = [SERVE, "--port", "0", "--hostfile", str(hostfile), "--layer-split", "1,2,3"]
+        with ranks.single(command, env=env) as running:
+            assert running.wait() == 2
+            assert "error: layer split 1,2,3 is for 3 ranks, but there are 2" in running.err
 
 
 @pytest.mark.timeout(200)

@@ -13,8 +13,9 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from hippo_mpi.errors import RankError, UserError
+from hippo_mpi.errors import UserError
 from hippo_mpi.serving.logs import ANNOUNCEMENTS
+from hippo_mpi.serving.supervision.answer import ServerEnding
 from hippo_mpi.serving.supervision.front import Front
 
 _log = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ async def serve_http(app: Starlette, front: Front, address: str, port: int) -> N
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has ended
             signal.signal(number, lambda *_: None)
-        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     server = uvicorn.Server(settings)
     ending = asyncio.ensure_future(_end_answers(server, front))
     await server.serve([listener])
@@ -94,7 +96,7 @@ async def _end_answers(server: uvicorn.Server, front: Front) -> None:
     while not server.should_exit:
         await asyncio.sleep(0.1)
     _log.info("the server is ending; requests that are told so: %d", front.num_requests)
-    front.fail_all(RankError("the server is ending"))
+    front.fail_all(ServerEnding("the server is ending"))
 
 
 async def _announce(front: Front) -> None:

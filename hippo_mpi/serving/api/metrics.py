@@ -25,7 +25,7 @@ class Metrics:
             Gauge(name, text, registry=self.registry).set_function(value)
 
         gauge("hippo_requests", "Requests under way or waiting.", lambda: front.num_requests)
-        gauge("hippo_ready", "1 while ranks answer.", lambda: float(front.is_ready))
+        gauge("hippo_ready", "1 while ranks answer.", lambda: float(front.is_ready and not front.why_stuck))
         gauge("hippo_restarts", "How often the ranks were started again.", lambda: front.num_restarts)
         self._ended = Counter("hippo_answers", "Answers that have ended.", ["finish_reason"], registry=self.registry)
         self._tokens = Counter("hippo_generated_tokens", "Tokens generated.", registry=self.registry)

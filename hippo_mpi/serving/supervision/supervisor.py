@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -22,16 +21,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi.environment import RUN_KEY
-from hippo_mpi.errors import ForeignError, LaunchError, PlanError, UserError
+from hippo_mpi.environment import STATUS_FILE
+from hippo_mpi.errors import ForeignError, HippoError, UserError
 from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES
 from hippo_mpi.serving.terminal.progress import TERMINAL
-from hippo_mpi.transport.ports import HeldPorts
+from hippo_mpi.transport.ports import THIS_MACHINE, HeldPorts, new_loopback
+from hippo_mpi.transport.run_key import RunKey
 
 _log = logging.getLogger(__name__)
 _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 _END_S = 3.0
+_DIE_S = 2.0  # from SIGKILL: only a process that waits for a device or a network disk takes longer
 _LOOK_S = 0.05
 _KNOCK_S = 5  # for a host to let us in
 
@@ -73,14 +74,22 @@ class LaunchPlan:
 
 
 class RankGroup:
-    """The processes of one start, in a session of their own each."""
+    """The processes of one start, in a session of their own each.
 
-    def __init__(self) -> None:
+    Args:
+        folder: an empty one of their own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._status_file = folder, folder / "status"
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ports: HeldPorts | None = None
 
-    def start(self, plan: LaunchPlan, folder: Path) -> None:
+    def start(self, plan: LaunchPlan, front: Path, key: RunKey) -> None:
         """Start them.
+
+        Args:
+            front: the socket where rank 0 finds the front.
 
         Raises:
             OSError: this machine has no room for another process; those that were started are still to be ended.
@@ -88,23 +97,25 @@ class RankGroup:
         """
         env = {
             **os.environ,
-            FRONT: str(folder / "front"),
-            RUN_KEY: secrets.token_hex(32),
+            FRONT: str(front),
+            STATUS_FILE: str(self._status_file),
+            **key.environment,
             TERMINAL: str(int(sys.stderr.isatty())),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             _TUNABLES: os.environ.get(_TUNABLES, _KEEP_MEMORY),
         }
-        hostfile = folder / "hosts.json"
+        hostfile = self._folder / "hosts.json"
         if plan.launcher:
             hostfile.write_text(json.dumps(list(plan.hosts)))
-            given = [word for name in (FRONT, RUN_KEY, _TUNABLES) for word in ("--env", f"{name}={env[name]}")]
+            given = {name: env[name] for name in (FRONT, STATUS_FILE, _TUNABLES)} | key.passed_on
+            words = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
             self._ports = HeldPorts(sum(max(1, len(host.get("ips", ()))) for host in plan.hosts))
             ports = ["--starting-port", str(self._ports.first)]
-            self._start([*plan.launcher, "--hostfile", str(hostfile), *ports, *given, "--", *plan.command], env)
+            self._start([*plan.launcher, "--hostfile", str(hostfile), *ports, *words, "--", *plan.command], env)
             return
         self._ports = HeldPorts(plan.num_local)
-        first = self._ports.first
-        hostfile.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(plan.num_local)]))
+        first, address = self._ports.first, new_loopback()
+        hostfile.write_text(json.dumps([[f"{address}:{first + rank}"] for rank in range(plan.num_local)]))
         for rank in range(plan.num_local):
             self._start(plan.command, {**env, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)})
 
@@ -112,14 +123,22 @@ class RankGroup:
         process = subprocess.Popen(list(command), env=env, stdin=subprocess.DEVNULL, start_new_session=True)
         self._processes.append(process)
 
-    def ended(self) -> int | None:
-        """The exit status of a process that has ended, a bad one first; None while all run."""
+    @property
+    def has_ended(self) -> bool:
+        """Whether a process has ended."""
+        return any(process.poll() is not None for process in self._processes)
+
+    def status(self) -> int | None:
+        """Return the exit status of ranks that have ended: what rank 0 has left behind, for mlx.launch knows none, else
+        that of a process, a bad one first. None while all run."""
+        with contextlib.suppress(OSError, ValueError):
+            return int(self._status_file.read_text())
         codes = [code for process in self._processes if (code := process.poll()) is not None]
         return max(codes, key=abs, default=None)
 
     async def wait(self) -> None:
         """Until one has ended."""
-        while self.ended() is None:
+        while not self.has_ended:
             await asyncio.sleep(_LOOK_S)
 
     async def end(self) -> None:
@@ -128,15 +147,20 @@ class RankGroup:
             # All at once, so that none sees another end, and calls that a failure.
             for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGCONT):
                 self._signal(number)
-            ends = time.monotonic() + _END_S
-            while any(p.poll() is None for p in self._processes) and time.monotonic() < ends:
-                await asyncio.sleep(_LOOK_S)
+            await self._await_ends(_END_S)
         finally:  # a launcher's children may outlive it
             self._signal(signal.SIGKILL)
-            for process in self._processes:
-                process.wait()
+            for left in await self._await_ends(_DIE_S):
+                _log.error("process %d of a rank doesn't end, even killed: it may wait for a device, or a disk", left)
             if self._ports is not None:
                 self._ports.close()
+
+    async def _await_ends(self, most_s: float) -> list[int]:
+        """Wait for so long at most; return the processes that are left."""
+        ends = time.monotonic() + most_s
+        while (left := [p.pid for p in self._processes if p.poll() is None]) and time.monotonic() < ends:
+            await asyncio.sleep(_LOOK_S)
+        return left
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._processes:
@@ -173,64 +197,73 @@ class Supervisor:
         Raises:
             UserError: the first start failed by something that was typed or configured.
         """
-        front = self._front
-        with tempfile.TemporaryDirectory(prefix="hippo-serve-") as name:
-            folder = Path(name)
-            arrived: _Arrived = asyncio.Queue()
+        front, failures = self._front, 0
+        while True:
+            front.has_progressed = False
+            try:
+                why = await self._serve_once()
+            except (OSError, HippoError) as error:  # no more processes, memory or ports, a folder or the hub away
+                if not front.num_starts:
+                    raise (
+                        error if isinstance(error, HippoError) else UserError(f"the ranks can't be started: {error}")
+                    ) from None
+                why = str(error).splitlines()[0]
+            if why is None:
+                failures = 0
+                continue
+            failures = 1 if front.has_progressed else failures + 1
+            in_vain = f"its ranks have ended {failures} times while they loaded it, last: {why}"
+            if front.about is None and failures > self._max_restarts and front.give_up_model(in_vain):
+                failures = 0
+                continue
+            _log.warning("the ranks are gone (%s); starting them again", why)
+            front.lose_ranks(why, self._max_restarts)
+            front.take_turn()
+            front.num_restarts += 1
+            await asyncio.sleep(_BACKOFF_S[min(failures - 1, len(_BACKOFF_S) - 1)])
+
+    async def _serve_once(self) -> str | None:
+        """One life of the ranks; returns why it ended, or None if it is another model's turn."""
+        # A folder for each life: whoever cleans up /tmp ends this one at most.
+        with tempfile.TemporaryDirectory(prefix="hippo-serve-", ignore_cleanup_errors=True) as name:
+            folder, arrived = Path(name), _Arrived()
             server = await asyncio.start_unix_server(
                 lambda reader, writer: arrived.put_nowait((reader, writer)), folder / "front", limit=MAX_LINE_BYTES
             )
-            failures = 0
-            async with server:
-                while True:
-                    front.has_progressed = False
-                    while not arrived.empty():  # of a life that ended before it was looked at
-                        arrived.get_nowait()[1].close()
-                    try:
-                        why = await self._serve_once(folder, arrived)
-                    except (OSError, LaunchError) as error:  # no more processes, memory or ports: that may pass
-                        if not front.num_starts:
-                            raise UserError(f"the ranks can't be started: {error}") from None
-                        why = str(error)
-                    except PlanError as error:  # on the hosts that answer
-                        why = str(error).splitlines()[0]
-                    if why is None:
-                        failures = 0
-                        continue
-                    failures = 1 if front.has_progressed else failures + 1
-                    _log.warning("the ranks are gone (%s); starting them again", why)
-                    front.lose_ranks(why, self._max_restarts)
-                    front.take_turn()
-                    front.num_restarts += 1
-                    await asyncio.sleep(_BACKOFF_S[min(failures - 1, len(_BACKOFF_S) - 1)])
-
-    async def _serve_once(self, folder: Path, arrived: _Arrived) -> str | None:
-        """One life of the ranks; returns why it ended, or None if it is another model's turn."""
-        front, group = self._front, RankGroup()
-        try:
-            group.start(await self._plan(), folder)
-            ended, connected = asyncio.ensure_future(group.wait()), asyncio.ensure_future(arrived.get())
-            await asyncio.wait({ended, connected}, return_when="FIRST_COMPLETED", timeout=self._start_s)
-            if not connected.done():
-                connected.cancel()
-                ended.cancel()
-                return self._why(group) if group.ended() is not None else f"no rank came within {self._start_s:.0f} s"
-            serving = asyncio.ensure_future(front.serve_ranks(*connected.result(), self._silence_s))
+            group = RankGroup(folder)
             try:
-                is_turned = await self._until_turn({ended, serving})
-                await asyncio.wait({serving}, timeout=_END_S)  # rank 0 may still have something to tell
-                if is_turned or front.about is None:  # ranks that were never ready: their exit status says why
-                    await asyncio.wait({ended}, timeout=_END_S)
+                key = RunKey()
+                group.start(await self._plan(key), folder / "front", key)
+                return await self._live(group, arrived)
             finally:
-                ended.cancel()
-                serving.cancel()
-            if is_turned:
-                return None
-            if front.about is None and group.ended() is not None:
-                return self._why(group)
-            return serving.result() if serving.done() and not serving.cancelled() else "a rank has ended"
+                server.close()
+                await group.end()
+                while not arrived.empty():  # of a life that ended before it was looked at
+                    arrived.get_nowait()[1].close()
+
+    async def _live(self, group: RankGroup, arrived: _Arrived) -> str | None:
+        """Serve with ranks that have been started, until they fail (returns why) or another model's turn comes (None)."""
+        front = self._front
+        ended, connected = asyncio.ensure_future(group.wait()), asyncio.ensure_future(arrived.get())
+        await asyncio.wait({ended, connected}, return_when="FIRST_COMPLETED", timeout=self._start_s)
+        if not connected.done():
+            connected.cancel()
+            ended.cancel()
+            return self._why(group) if group.has_ended else f"no rank came within {self._start_s:.0f} s"
+        serving = asyncio.ensure_future(front.serve_ranks(*connected.result(), self._silence_s))
+        try:
+            is_turned = await self._until_turn({ended, serving})
+            await asyncio.wait({serving}, timeout=_END_S)  # rank 0 may still have something to tell
+            if is_turned or front.about is None:  # ranks that were never ready: their exit status says why
+                await asyncio.wait({ended}, timeout=_END_S)
         finally:
-            await group.end()
+            ended.cancel()
+            serving.cancel()
+        if is_turned:
+            return None
+        if front.about is None and group.has_ended:
+            return self._why(group)
+        return serving.result() if serving.done() and not serving.cancelled() else "a rank has ended"
 
     async def _until_turn(self, lives: set[asyncio.Future[Any]]) -> bool:
         """Wait until the ranks fail (False), or it is another model's turn (True)."""
@@ -243,12 +276,12 @@ class Supervisor:
             if self._front.take_turn():
                 return True
 
-    async def _plan(self) -> LaunchPlan:
-        """After the first start, on the hosts that answer. The context that was promised stays, even if less memory is
-        free by now: else answers could not go on."""
+    async def _plan(self, key: RunKey) -> LaunchPlan:
+        """Plan a start on the hosts that answer, which get the key. The context that was promised stays, even if less
+        memory is free by now: else answers could not go on."""
         about, living = self._front.about, None
-        if self._front.num_starts and self._hosts:
-            answers = await asyncio.gather(*(_is_there(host) for host in self._hosts))
+        if self._hosts:
+            answers = await asyncio.gather(*(_hand_over(key, host) for host in self._hosts))
             silent = [str(h["ssh"]) for h, answer in zip(self._hosts, answers, strict=True) if not answer]
             living = [index for index, answer in enumerate(answers) if answer] if silent else None
             self._front.silent_hosts = silent
@@ -264,7 +297,7 @@ class Supervisor:
     def _why(self, group: RankGroup) -> str | None:
         """What the exit status says of ranks that were never ready. A mistake of the user's or ours ends everything, or,
         if there is another model to return to, this one's turn (None)."""
-        code = group.ended()
+        code = group.status()
         if code in (UserError.exit_code, ForeignError.exit_code):  # the next start would end alike
             if not self._front.num_starts:
                 kind = UserError if code == UserError.exit_code else ForeignError
@@ -274,17 +307,18 @@ class Supervisor:
         return f"exit status {code}"
 
 
-async def _is_there(host: Host) -> bool:
-    """Whether a host lets us in."""
-    if host["ssh"] == "127.0.0.1":  # as mlx.launch has it: this machine
+async def _hand_over(key: RunKey, host: Host) -> bool:
+    """Give a host the key of the ranks to come; return True if it lets us in."""
+    if host["ssh"] == THIS_MACHINE:
         return True
     process = await asyncio.create_subprocess_exec(
-        "ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_KNOCK_S}", host["ssh"], "true",
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        *key.command(host["ssh"], _KNOCK_S),
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        return await asyncio.wait_for(process.wait(), _KNOCK_S + _END_S) == 0
-    except TimeoutError:
+        await asyncio.wait_for(process.communicate(key.key.encode()), _KNOCK_S + _END_S)
+        return process.returncode == 0
+    except (TimeoutError, OSError):
         return False
     finally:
         if process.returncode is None:

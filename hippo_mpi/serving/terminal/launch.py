@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
 import subprocess
 import tempfile
@@ -12,10 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from hippo_mpi.environment import CONSOLE, RUN_KEY, STATUS_FILE
+from hippo_mpi.environment import CONSOLE, STATUS_FILE
 from hippo_mpi.errors import LaunchError, RankError
 from hippo_mpi.serving.terminal.launcher_messages import LauncherMessages
 from hippo_mpi.transport.console import Console
+from hippo_mpi.transport.run_key import RunKey
 from hippo_mpi.transport.terminal import kept_terminal
 
 _LOOK_S = 0.1
@@ -34,8 +34,8 @@ class Launch:
         self._ended_by: int | None = None
         self._kill_at_s = float("inf")
 
-    def run(self, command_line: list[str]) -> int:
-        """Run mlx.launch to its end; the exit status of rank 0, or what a shell has for the signal that ended us.
+    def run(self, command_line: list[str], key: RunKey) -> int:
+        """Run mlx.launch to its end, with ranks that know a key; the exit status of rank 0, or what a shell has for the signal that ended us.
 
         Raises:
             LaunchError: rank 0 can't be lent our streams.
@@ -46,12 +46,12 @@ class Launch:
                 self._console = Console(Path(folder))
             except OSError as error:
                 raise LaunchError(f"no socket in {folder}: {error} (a shorter TMPDIR may help)") from None
-            given = {STATUS_FILE: str(status), RUN_KEY: secrets.token_hex(32), CONSOLE: str(self._console.path)}
+            given = {STATUS_FILE: str(status), CONSOLE: str(self._console.path), **key.passed_on}
             # A host that isn't called 127.0.0.1 is reached through ssh, which passes no environment on.
             words = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
             # In a group of its own no Ctrl-C reaches it: it would live on, with nobody to read its ranks' output.
             self._launcher = subprocess.Popen(
-                [command_line[0], *words, *command_line[1:]], env={**_AS_ROOT, **os.environ, **given},
+                [command_line[0], *words, *command_line[1:]], env={**_AS_ROOT, **os.environ, **given, **key.environment},
                 stdin=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0,
             )  # fmt: skip
             if self._ended_by is not None:  # while it was started

@@ -1,0 +1,48 @@
+"""Other processes of this host: their command lines, and the end of ranks that can't end themselves.
+
+mlx.launch waits for ever for a rank that a signal has stopped: no SIGTERM ends it. So whoever ends a run kills it. MPI's
+launchers do that themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+MPI_LAUNCHERS = {"mpirun", "mpiexec", "prterun", "orterun"}
+
+
+def command_line(pid: int) -> list[str]:
+    """Return the words of a process's command line; [""] if it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    return subprocess.run(["ps", "-p", str(pid), "-o", "args="], capture_output=True, text=True).stdout.split(" ")
+
+
+def is_mlx_launch(pid: int) -> bool:
+    """Return True if a process is an mlx.launch."""
+    return any(Path(word).name == "mlx.launch" for word in command_line(pid)[:2])  # an interpreter may come first
+
+
+def kill_rank(pid: int) -> None:
+    """Kill a rank of this run, which has told its id; ranks share a command line, so that nobody else is hit."""
+    if pid != os.getpid() and command_line(pid) == command_line(os.getpid()):
+        _kill(pid)
+
+
+def kill_stopped_ranks(launcher: int) -> None:
+    """Kill what an mlx.launch has started on this host and a signal has stopped."""
+    if not is_mlx_launch(launcher):
+        return  # a shell, say, whose jobs are none of our business
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True).stdout
+    for pid, parent, state in (line.split() for line in listing.splitlines()):
+        if int(parent) == launcher and state.startswith("T"):
+            _kill(int(pid))
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)

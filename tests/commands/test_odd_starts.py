@@ -1,0 +1,70 @@
+"""Servers that are started in odd ways, or whose ranks can't start: they serve, or say why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.serve import _silence_s
+from hippo_mpi.serving.supervision.rank_service import BEAT_S
+from tests import ranks
+from tests.servers import SERVE, Server, server
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_long_life(tmp_path: Path) -> None:
+    """Behind nohup, and with a /tmp that is cleaned up while a rank fails."""
+    environment = {"TMPDIR": str(tmp_path)}
+    with ranks.single(["nohup", SERVE, "--port", "0", "--timeout", "4"], env=environment) as running:
+        serving = Server(running)
+        serving.await_ready()
+        running.process.send_signal(signal.SIGHUP)
+        for folder in tmp_path.glob("hippo-serve-*"):
+            shutil.rmtree(folder)
+        os.kill(serving.rank_pids()[0], signal.SIGKILL)
+        serving.await_status(lambda status: status["ready"] and status["restarts"] >= 1)
+        running.process.terminate()
+        assert running.wait() == 0
+    assert not list(tmp_path.glob("hippo-*"))
+
+
+def test_a_model_that_never_loads_is_given_up() -> None:
+    """Its ranks are killed while they load it, as by a system that is out of memory: the one before comes back."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "good.yaml").write_text(f"model: {BUNDLED_MODEL}\n")
+        (folder / "huge.yaml").write_text(f"model: {BUNDLED_MODEL}\nmax-tokens: 77\n")
+        (folder / "sitecustomize.py").write_text(
+            "import os, sys\nif 'HIPPO_FRONT' in os.environ and '--max-tokens=77' in sys.argv: os.kill(os.getpid(), 9)\n"
+        )
+        options = ["--catalogue", name, "--model", "good", "--max-restarts", "1"]
+        with server(*options, env={"PYTHONPATH": name}) as running:
+            request = urllib.request.Request(
+                f"{running.url}/admin/model",
+                json.dumps({"model": "huge"}).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=60)
+            assert "'huge' can't be loaded: its ranks have ended 2 times" in refused.value.read().decode()
+            running.await_ready()
+            assert running.status()["model"] == "good"
+
+
+def test_the_shortest_deadline_is_longer_than_beats_are_apart() -> None:
+    with ranks.single([SERVE, "--timeout", "0.9"]) as refused:
+        assert refused.wait() == 2
+        assert "from 1 up" in refused.err
+    shortest = argparse.Namespace(timeout=1.0)
+    assert _silence_s(shortest) >= 4 * BEAT_S
