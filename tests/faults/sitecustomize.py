@@ -49,3 +49,5 @@ if "HIPPO_FRONT" in os.environ:
     signal.signal(signal.SIGUSR1, _raise)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})  # threads to come inherit it
     threading.Thread(target=_cut_links, daemon=True).start()
+
+import befalling  # noqa: E402, F401  (beside this file)
