@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
@@ -21,7 +23,10 @@ from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams
 from hippo_mpi.engine.sampling import Chooser
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import AnswerText, open_tokenizer
-from hippo_mpi.errors import FieldError, ForeignError, HippoError
+from hippo_mpi.errors import FieldError, ForeignError, HippoError, UserError
+from hippo_mpi.parallel.timeline import Timeline
+from hippo_mpi.serving.supervision.rank_link import About, line_of, read_refusal, request_object
+from hippo_mpi.serving.supervision.rank_service import RankService
 from tests.local_ring import LocalRing, make_stages, open_folder
 
 PROMPT = [9, 10, 11, 12]
@@ -181,3 +186,47 @@ def test_a_temperature_that_is_nearly_0_is_greedy(engine: Engine, undisturbed: l
     """float32 has no reciprocal of it: all tokens would be alike."""
     nearly, _ = run(engine, replace(PLAIN, temp=temp, seed=3))
     assert [output.token for output in nearly] == undisturbed
+
+
+class Watch:
+    """A Control that watches nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: []
+
+
+def test_rank_0_says_what_a_request_has_met(engine: Engine, monkeypatch: Any) -> None:
+    """Whatever reading it raises, or a step of it, is told, and the next request is answered."""
+    ours, theirs = socket.socketpair()
+    queue_one = Engine._queue
+
+    def queue(self: Engine, request: Request, mask: Any = None) -> None:
+        if request.id == 0:
+            raise RuntimeError("a mistake")
+        queue_one(self, request, mask)
+        if request.id == 1:
+            self._sequences[1].chooser.accept = None
+
+    monkeypatch.setattr(Engine, "_queue", queue)
+    service = RankService(ours, cast(Any, Watch()))
+    asked = [replace(PLAIN, temp=0.5, seed=number) for number in range(3)]
+    asked.append(replace(PLAIN, logit_bias=((9999, 1.0),)))
+    for number, sampling in enumerate(asked):
+        theirs.sendall(line_of(add=request_object(Request(number, PROMPT, sampling))))
+    said: list[dict[str, Any]] = []
+
+    def read() -> None:
+        for line in theirs.makefile("rb"):
+            said.append(json.loads(line))
+            if said[-1].get("output", {}).get("finish"):
+                theirs.shutdown(socket.SHUT_RDWR)
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    service.run(engine, About(500, 1536), Timeline(lambda doing: None))
+    reading.join(30)
+    errors = {message["refused"]: read_refusal(message) for message in said if "refused" in message}
+    assert [type(errors[number]) for number in (0, 1, 3)] == [ForeignError, ForeignError, UserError]
+    assert [message["taking"] for message in said if "taking" in message] == [0, None, 1, None, 2, None, 3, None]
+    assert sorted(number for message in said for number in message.get("begun", [])) == [1, 2]
+    assert {message["output"]["id"] for message in said if "output" in message} == {2}

@@ -165,7 +165,8 @@ def test_who_waits_loses_a_try_only_if_ranks_dont_start(was_ready: bool) -> None
     "make", [lambda: ForeignError("a mistake of the server's"), lambda: RankError("no"), lambda: HippoError("x")]
 )
 def test_an_error_of_ours_ends_one_answer(make: Callable[[], HippoError]) -> None:
-    front = Front(10, "m")
+    front, ends = Front(10, "m"), list[str]()
+    front.on_early_end = ends.append
     first, second = (front.submit([1], SamplingParams(), "m") for _ in range(2))
 
     async def refuse() -> None:
@@ -180,3 +181,5 @@ def test_an_error_of_ours_ends_one_answer(make: Callable[[], HippoError]) -> Non
 
     asyncio.run(refuse())
     assert second.outcome == "abort" and front.num_requests == 1
+    front.abort(second)
+    assert ends == ["error", "abort"]

@@ -44,6 +44,7 @@ class Metrics:
         )
         self.registry.register(_Ranks(front))
         front.on_output = self._note
+        front.on_early_end = lambda reason: self._ended.labels(reason).inc()
 
     def _note(self, output: RequestOutput, before_s: float) -> None:
         timings = output.timings

@@ -20,7 +20,7 @@ from typing import Any
 
 from hippo_mpi.engine.engine import check_request
 from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams, Timings
-from hippo_mpi.errors import RankError, UserError
+from hippo_mpi.errors import HippoError, RankError, UserError
 from hippo_mpi.serving.supervision.answer import Answer, Told
 from hippo_mpi.serving.supervision.rank_link import (
     About,
@@ -75,6 +75,8 @@ class Front:
         self.heard_s = 0.0  # when an output came last, of whatever request
         self.on_output: Callable[[RequestOutput, float], None] = lambda output, before_s: None
         """For counting: told of every output, and when the one before it came (0: it is the first)."""
+        self.on_early_end: Callable[[str], None] = lambda reason: None
+        """And of answers that end without a last output: "abort" if nobody wants them any more, or "error"."""
 
     @property
     def about(self) -> About | None:
@@ -188,6 +190,7 @@ class Front:
         """Nobody wants the rest of an answer; unknown and ended ones are ignored."""
         number = answer.request.id
         if self._answers.pop(number, None) is not None:
+            self.on_early_end("abort")
             if number in self._begun:
                 self._tell(abort=number)
             self._forget(number)
@@ -273,10 +276,9 @@ class Front:
             return False
         error = UserError(f"the model {self.model!r} can't be loaded: {why}")
         self._answer_wanted(self.model, error)
-        for number, answer in list(self._answers.items()):
+        for answer in list(self._answers.values()):
             if answer.model == self.model:
-                del self._answers[number]
-                answer.fail(error)
+                self._fail(answer, error)
         _log.warning("%s; back to %s", error, self._model_before)
         self.model, self._model_before = self._model_before, None
         self._set_state(f"{self.model} is being loaded")
@@ -296,10 +298,9 @@ class Front:
             answer.num_failed_starts += not self._was_ready
             count = max(answer.num_failures, answer.num_failed_starts)
             if count > most_failures:
-                del self._answers[number]
                 error = RankError(f"the ranks failed {count} times in a row, last: {why}")
                 _log.warning("request %d is given up: %s", number, error)
-                answer.fail(error)
+                self._fail(answer, error)
             elif is_suspect(answer.num_failures):
                 _log.warning("request %d was at work in the last %d failures", number, answer.num_failures)
         self._end_life()
@@ -311,9 +312,13 @@ class Front:
 
     def fail_all(self, error: RankError) -> None:
         """Give every request up."""
-        for answer in self._answers.values():
-            answer.fail(error)
-        self._answers.clear()
+        for answer in list(self._answers.values()):
+            self._fail(answer, error)
+
+    def _fail(self, answer: Answer, error: HippoError) -> None:
+        del self._answers[answer.request.id]
+        answer.fail(error)
+        self.on_early_end("error")
 
     async def serve_ranks(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, silence_s: float) -> str:
         """Work with these ranks as long as they live; returns why they don't any more."""
@@ -344,9 +349,9 @@ class Front:
         elif "taking" in message:
             self._taking = message["taking"]
         elif "refused" in message:
-            answer = self._answers.pop(message["refused"], None)
+            answer = self._answers.get(message["refused"])
             if answer is not None:
-                answer.fail(read_refusal(message))
+                self._fail(answer, read_refusal(message))
                 self._forget(answer.request.id)
         elif "beat" in message:
             self.beat = {**message["beat"], "at_s": round(time.monotonic() - self._made_s, 3)}
