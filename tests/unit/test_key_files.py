@@ -142,6 +142,18 @@ def test_places_are_given_back() -> None:
     access.take_places(asking(x_api_key="alice"), 4)
 
 
+def test_a_client_without_a_key_is_its_address_or_its_network() -> None:
+    def ask(host: str) -> None:
+        access.count_request(Request({"type": "http", "headers": [], "client": (host, 5)}))
+
+    access = Access(AccessRules(requests_per_minute=1))
+    for host in ("10.0.0.1", "10.0.0.2", "fd00::1", "fd00:0:0:1::1"):
+        ask(host)
+    for host in ("10.0.0.1", "fd00::2", "fd00::ffff:2"):
+        with pytest.raises(HTTPException, match="wait"):
+            ask(host)
+
+
 def test_whose_prompts_are_shared() -> None:
     def salt(rules: AccessRules, key: str, **body: str) -> str:
         return accesses[rules].cache_salt(asking(**({"x_api_key": key} if key else {})), dict(body))

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from hippo_mpi.errors import FieldError
+from hippo_mpi.serving.addresses import network_of
 
 _MOST_CLIENTS = 10_000  # buckets that are remembered; beyond that, full ones are forgotten
 _LONGEST_SALT = 256
@@ -182,7 +183,7 @@ class Access:
         """Whose rate and places a request counts in: its key's, or else its address's."""
         if self._rules.keys and self.has_key(request):
             return f"key {self.key_of(request)}"
-        return f"address {request.client.host}" if request.client else ""
+        return f"address {network_of(request.client.host)}" if request.client else ""
 
     # ---- prefixes
 
