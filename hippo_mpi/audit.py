@@ -1,31 +1,67 @@
-"""hippo_mpi.audit: check the chain of an audit log that hippo_mpi.serve has written.
+"""hippo_mpi.audit: check the audit log that hippo_mpi.serve has written, or add it up.
 
 hippo_mpi.audit verify audit.jsonl
 hippo_mpi.audit verify audit.jsonl --lines 7 --last-hash 5f0c...     # as printed before: is the end still there?
+hippo_mpi.audit report audit.jsonl --by key,day --since 2026-11-01
+echo -n "the prompt" | hippo_mpi.audit digest audit.jsonl           # as it stands in the log
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
 from hippo_mpi import config
 from hippo_mpi.errors import HippoError, UserError, print_error
-from hippo_mpi.serving.api.audit_log import files_of, read_chain
+from hippo_mpi.serving.api.audit_chain import (
+    Chain,
+    anchor_path_of,
+    files_of,
+    key_path_of,
+    read_anchor,
+    read_chain,
+    read_key,
+)
+from hippo_mpi.serving.api.audit_report import GROUPS, make_report
+
+_MOST_MISTAKES = 20  # that are told
+_OF_VERIFY, _OF_REPORT = ("lines", "last_hash"), ("by", "since", "json")
 
 
 def make_parser() -> config.Parser:
     parser = config.Parser(prog="hippo_mpi.audit", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("verify",), help="verify: find lines that were changed, dropped or moved")
-    parser.add_argument("log", type=Path, help="the log; older files beside it (LOG.1, LOG.2 ...) belong to it")
     parser.add_argument(
-        "--last-hash", type=_sha256, help="of the last line when it was noted: finds lines dropped since"
+        "what",
+        choices=("verify", "report", "digest"),
+        help="verify: find lines that were changed, dropped or moved; report: add up requests, tokens and errors;"
+        " digest: what stands in the log for the text on standard input",
     )
-    parser.add_argument("--lines", type=config.whole, help="how many there were then; later ones are no mistake")
+    parser.add_argument("log", type=_log_path, help="the log; older files beside it (LOG.1, LOG.2 ...) belong to it")
+    parser.add_argument("--audit-key", type=Path, help="file with the log's key; by default LOG.key")
+    group = parser.add_argument_group("verify")
+    group.add_argument(
+        "--last-hash",
+        type=_sha256,
+        help="of the last line when it was noted: also finds what was written all anew since",
+    )
+    group.add_argument("--lines", type=config.whole, help="how many there were then; later ones are no mistake")
+    group = parser.add_argument_group("report")
+    group.add_argument(
+        "--by", type=_groups, help=f"some of {','.join(GROUPS)} (days and months of UTC); else key,model,day"
+    )
+    group.add_argument("--since", type=_time, help="first day, such as 2026-11-01, or a time")
+    group.add_argument("--json", action="store_true", help="print a JSON object and no table")
     return parser
+
+
+def _log_path(text: str) -> Path:
+    """Find what belongs to a log beside the file itself, wherever links to it are."""
+    return Path(text).resolve()
 
 
 def _sha256(text: str) -> str:
@@ -34,29 +70,117 @@ def _sha256(text: str) -> str:
     return text.lower()
 
 
-def verify(log: Path, last_hash: str | None, num_lines: int | None) -> None:
+def _groups(text: str) -> tuple[str, ...]:
+    found = tuple(text.split(","))
+    if not set(found) <= set(GROUPS) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not some of {','.join(GROUPS)}")
+    return found
+
+
+def _time(text: str) -> datetime:
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a day or a time such as 2026-11-01T12:00") from None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def verify(log: Path, key_path: Path | None = None, last_hash: str | None = None, num_lines: int | None = None) -> None:
     """Print that a log is whole, and the options with which a later call finds out whether it still is.
 
     Args:
         last_hash, num_lines: what was noted of it before; None: not noted.
 
     Raises:
-        UserError: it isn't; all mistakes, a line each.
+        UserError: it isn't; the mistakes, a line each.
     """
+    key = read_key(key_path or key_path_of(log))
+    anchor = read_anchor(log, key) if key else None
+    files = _files(log)
+    chain = read_chain(files, key, anchor, last_hash, num_lines)
+    is_current = not re.search(r"\.[0-9]+$", log.name) and log in files
+    if chain.is_keyed and is_current and anchor is None and not chain.mistakes:
+        chain.mistakes.append(f"{anchor_path_of(log)} is missing or torn: it can't be seen whether the end was dropped")
+    if chain.mistakes:
+        count = len(chain.mistakes)
+        more = [f"... and {count - _MOST_MISTAKES:,} more"] * (count > _MOST_MISTAKES)
+        raise UserError("\nerror: ".join([*chain.mistakes[:_MOST_MISTAKES], *more]))
+    here = chain.num_lines - (chain.num_before or 0)
+    print(f"whole: {here:,} line{'s' * (here != 1)} in {len(files)} file{'s' * (len(files) > 1)}")
+    for line in (*_remarks(chain), *chain.notes):
+        print(line)
+    if chain.is_keyed and not is_current:
+        print("these are older files: that their end is whole, only the file after them can tell")
+    print(f"--lines {chain.num_lines} --last-hash {chain.last_hash}")
+
+
+def _remarks(chain: Chain) -> list[str]:
+    """What isn't wrong with a log, but to be known."""
+    found = []
+    if chain.num_before is None:
+        found.append("lines before them are elsewhere")
+    elif chain.num_before:
+        found.append(f"the {chain.num_before:,} lines before them are elsewhere")
+    if chain.num_unkeyed:
+        found.append(
+            f"{chain.num_unkeyed:,} of them were written without a key: until another followed that has one, they could be"
+            " made anew"
+        )
+    if chain.torn_bytes:
+        found.append(f"half a line ({chain.torn_bytes:,} bytes) is behind them: being written, or left by a kill")
+    return found
+
+
+def report(log: Path, by: tuple[str, ...], since: datetime | None, as_json: bool) -> None:
+    """Print what a log adds up to."""
+    found = make_report(_files(log), by, since)
+    if as_json:
+        rest = {"requests_not_written": found.num_lost, "unreadable_lines": found.num_unreadable}
+        print(json.dumps({"groups": found.rows(), **rest}, indent=1))
+        return
+    print(found.table() if found.groups else "no requests")
+    if found.num_lost:
+        print(f"{found.num_lost:,} more could not be written down")
+    if found.num_unreadable:
+        print(f"{found.num_unreadable:,} lines could not be read: see hippo_mpi.audit verify {log}")
+
+
+def digest(log: Path, key_path: Path | None, text: str) -> None:
+    """Print what stands for a text in a log.
+
+    Raises:
+        UserError: there is no key.
+    """
+    path = key_path or key_path_of(log)
+    key = read_key(path)
+    if key is None:
+        raise UserError(f"the key {path} isn't there: give --audit-key")
+    print(key.text_digest(text))
+
+
+def _files(log: Path) -> list[Path]:
     files = files_of(log)
     if not files:
         raise UserError(f"there is no audit log {log}")
-    chain = read_chain(files, last_hash, num_lines)
-    if chain.mistakes:
-        raise UserError("\nerror: ".join(chain.mistakes))
-    print(f"whole: {chain.num_lines:,} line{'s' * (chain.num_lines != 1)} in {len(files)} file{'s' * (len(files) > 1)}")
-    print(f"--lines {chain.num_lines} --last-hash {chain.last_hash}")
+    return files
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    for what, names in (("verify", _OF_VERIFY), ("report", _OF_REPORT)):
+        given = [name for name in names if getattr(arguments, name) not in (None, False)]
+        if given and arguments.what != what:
+            raise UserError(f"--{given[0].replace('_', '-')} is for {what}, not for {arguments.what}")
+    if arguments.what == "verify":
+        verify(arguments.log, arguments.audit_key, arguments.last_hash, arguments.lines)
+    elif arguments.what == "report":
+        report(arguments.log, arguments.by or ("key", "model", "day"), arguments.since, arguments.json)
+    else:
+        digest(arguments.log, arguments.audit_key, sys.stdin.read())
 
 
 def main() -> NoReturn:
     try:
-        arguments = make_parser().parse_args()
-        verify(arguments.log, arguments.last_hash, arguments.lines)
+        _run(make_parser().parse_args())
     except HippoError as error:
         print_error(str(error))
         sys.exit(error.exit_code)

@@ -9,6 +9,7 @@ The file holds OpenAI batch lines, short JSON lines, or a prompt a line; a job s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from hippo_mpi.errors import UserError
 from hippo_mpi.generate import load_drafter, open_text
 from hippo_mpi.parallel.pipeline import Pipeline
 from hippo_mpi.serving.batch.answer_file import AnswerFile, Answers, StandardOutput
-from hippo_mpi.serving.batch.batch_file import Prompts, job_options, read_tasks
+from hippo_mpi.serving.batch.batch_file import Prompts, job_options, kept_prompts, open_prompts, read_tasks
 from hippo_mpi.serving.batch.batch_run import BatchRun
 from hippo_mpi.serving.terminal.progress import BatchProgress
 from hippo_mpi.shard.hub import commit_of
@@ -46,28 +47,70 @@ class _Parser(config.Parser):
     """Takes the options of a job script, too; those of the command line win."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        found = super().parse_args(args, namespace)
+        found: argparse.Namespace = super().parse_args(args, namespace)
         # Ranks that don't see the file say so by their arguments, if it had any to give.
-        options = job_options(Prompts(found.prompts)) if found.prompts and found.prompts.exists() else []
-        return super().parse_args(args, super().parse_args(options)) if options else found
+        if found.prompts is None or found.prompts == _STANDARD or not found.prompts.is_file():
+            return found
+        with open_prompts(found.prompts) as prompts:
+            options = job_options(prompts)
+        return found if not options else super().parse_args(args, _allowed(options, found.prompts))
+
+
+def _allowed(options: list[str], path: Path) -> argparse.Namespace:
+    """Parse what a file of prompts says: how its prompts are asked, and how many at once.
+
+    It may come from anybody, so it chooses no model, no code, and no file to write.
+
+    Raises:
+        UserError: it says more, or a value is wrong.
+    """
+    parser = config.Parser(add_help=False)
+    _add_options_of_prompts(parser)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # what isn't said stays the command line's
+    try:
+        found, others = parser.parse_known_args(options)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if not others:
+        return found
+    names = {name: name for action in make_parser()._actions for name in action.option_strings}
+    word = next((word for word in others if word != "--"), "--")
+    name = names.get(word.split("=")[0]) or (None if word.startswith("--") else names.get(word[:2]))
+    if name is None:
+        raise UserError(f"{path}: unrecognized arguments: {' '.join(others)}")
+    raise UserError(
+        f"{path}: a file of prompts can't set {name}, only how its prompts are asked, and how many at once:"
+        " give it on the command line"
+    )
+
+
+def _path(text: str) -> Path:
+    """Name standard input the same, however it was named."""
+    return _STANDARD if text in ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0") else Path(text)
+
+
+def _add_options_of_prompts(parser: argparse.ArgumentParser) -> None:
+    """Add those that a file of prompts may set, too."""
+    parser.add_argument("--keep-order", action="store_true", help="put the answers into the order of the prompts")
+    config.add_prompt_options(parser)
+    config.add_sampling_options(parser, max_tokens=256)
+    config.add_batch_options(parser)
 
 
 def make_parser() -> config.Parser:
     parser = _Parser(prog="hippo_mpi.batch", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "prompts", type=Path, nargs="?", help="file of prompts, or a job script; - reads standard input"
+        "prompts", type=_path, nargs="?", help="file of prompts, or a job script; - reads standard input"
     )
     parser.add_argument(
         "--output", "-o", type=Path,
-        help="file for the answers, or - for standard output; default: PROMPTS.answers.jsonl, and - for -",
+        help="file for the answers, or - for standard output; default: PROMPTS.answers.jsonl, and - for pipes",
     )  # fmt: skip
     parser.add_argument("--restart", action="store_true", help="forget the answers that are in the output already")
-    parser.add_argument("--keep-order", action="store_true", help="put the answers into the order of the prompts")
     config.add_model_options(parser)
     config.add_draft_options(parser)
-    config.add_prompt_options(parser)
-    config.add_sampling_options(parser, max_tokens=256)
-    config.add_batch_options(parser)
+    _add_options_of_prompts(parser)
     config.add_cache_options(parser)
     config.add_run_options(parser)
     return parser
@@ -80,10 +123,15 @@ def answer_all(session: Session) -> int:
     arguments = session.arguments
     # Each line draws numbers of its own, whatever runs beside it or has run before.
     defaults = replace(SamplingParams.from_options(arguments), seed=arguments.seed)
-    prompts = _open_prompts(session)
-    if not any(True for _ in read_tasks(prompts, defaults)):
-        raise UserError(f"{prompts} has no prompts")
-    answers = _open_answers(session)
+    with _open_prompts(session) as prompts:
+        if not any(True for _ in read_tasks(prompts, defaults)):
+            raise UserError(f"{prompts} has no prompts")
+        with contextlib.closing(_open_answers(session)) as answers:
+            return _answer(session, prompts, defaults, answers)
+
+
+def _answer(session: Session, prompts: Prompts, defaults: SamplingParams, answers: Answers) -> int:
+    arguments = session.arguments
     total = answers.check(read_tasks(prompts, defaults))
     tokenizer, chat_format = open_text(session)
     pipeline = session.load()
@@ -122,15 +170,12 @@ def _open_prompts(session: Session) -> Prompts:
         raise UserError("no file of prompts was given (--help lists the options)")
     session.control.idle()  # reading long files may take its time
     if path != _STANDARD:
-        return Prompts(path)
+        return open_prompts(path)
     try:
         text = session.launcher.read_all()
     except UnicodeDecodeError as error:
         raise UserError(f"standard input is not UTF-8 (byte {error.start + 1})") from None
-    prompts = Prompts(path, text.encode("utf-8", "surrogateescape"))
-    if job_options(prompts):
-        raise UserError("#HIPPO lines on standard input come too late: give their options on the command line")
-    return prompts
+    return kept_prompts("standard input", text.encode("utf-8", "surrogateescape"))
 
 
 def _open_answers(session: Session) -> Answers:
@@ -142,7 +187,7 @@ def _open_answers(session: Session) -> Answers:
     arguments = session.arguments
     prompts, output = arguments.prompts, arguments.output
     if output is None:
-        output = _STANDARD if prompts == _STANDARD else prompts.with_suffix(".answers.jsonl")
+        output = _STANDARD if not prompts.is_file() else prompts.with_suffix(".answers.jsonl")
     if output == _STANDARD:
         return StandardOutput(arguments.keep_order)
     if prompts != _STANDARD and output.exists() and prompts.exists() and output.samefile(prompts):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from hippo_mpi.config import Parser, run_options
-from hippo_mpi.errors import ForeignError, HippoError, UserError, interrupted, print_error
+from hippo_mpi.errors import ForeignError, HippoError, UserError, interrupted, print_error, unread
 from hippo_mpi.parallel.pipeline import Agreement, Pipeline, agree, meet
 from hippo_mpi.serving.terminal.console import write
 from hippo_mpi.serving.terminal.progress import Progress
@@ -109,7 +109,7 @@ def _run(parser: Parser, body: Callable[[_Joined], int], argv: list[str] | None 
     except KeyboardInterrupt:
         control.fail(interrupted())
     except BrokenPipeError:  # whoever read our answer has enough
-        control.fail(HippoError("nobody reads the answer any more"))
+        control.fail(unread())
     except Exception as error:  # a worker's top frame: whatever went wrong, all ranks must end
         control.fail(ForeignError.caused_by(error))
     if world.size > 1:

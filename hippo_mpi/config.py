@@ -203,8 +203,38 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         help="folder of cards (NAME.yaml: the model's options); any may be asked for; --model NAME says which comes first",
     )
     group.add_argument("--max-queue", type=whole, default=256, help="requests that may wait; more get status 429")
+    group.add_argument("--max-body-bytes", type=size, default=4 << 20, help="most bytes of a request, such as 4M")
+    group.add_argument("--max-choices", type=positive, default=128, help="most answers that one request may ask for")
+    group.add_argument(
+        "--max-schema-bytes",
+        type=size,
+        default=128 << 10,
+        help="most bytes of the schemas that an answer is held to; each may also take 5 seconds to compile",
+    )
     group.add_argument("--audit-log", type=Path, help="write who asked for what, and how it ended, into this file")
     group.add_argument("--audit-text", action="store_true", help="prompts and answers, too, and not only digests")
+    group.add_argument(
+        "--journal",
+        type=Path,
+        help="keep what is asked and answered in this file, so that it outlives the server's death",
+    )
+    group.add_argument(
+        "--keep-answers",
+        type=at_least_0,
+        default=86400.0,
+        help="seconds for which the journal keeps answers that are to be stored",
+    )
+    group.add_argument(
+        "--reconnect",
+        type=at_least_0,
+        default=0.0,
+        help="seconds for which a stream goes on without its client, which may come back by its id; with --journal",
+    )
+    group.add_argument("--check", action="store_true", help="only say what is wrong with these options, if anything is")
+    group.add_argument("--audit-key", type=Path, help="file with that file's key, made if missing; by default FILE.key")
+    group.add_argument(
+        "--audit-required", action="store_true", help="refuse requests (503) while they can't be written down"
+    )
     group.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="least weight of the lines on stderr")
     group = parser.add_argument_group("ranks that this command starts itself")
     group.add_argument("--hostfile", type=Path, help="JSON list of hosts, as for mlx.launch")

@@ -22,6 +22,8 @@ from importlib.metadata import requires
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+UNREAD = 141
+"""Exit status after SIGPIPE, as shells have it."""
 
 
 class HippoError(Exception):
@@ -82,6 +84,13 @@ def interrupted() -> HippoError:
     """Return the error of a run that a Ctrl-C has ended."""
     error = HippoError("left by Ctrl-C")
     error.exit_code = INTERRUPTED
+    return error
+
+
+def unread() -> HippoError:
+    """Return the error of a run whose reader has had enough (`| head`)."""
+    error = HippoError("nobody reads the answer any more")
+    error.exit_code = UNREAD
     return error
 
 

@@ -42,9 +42,11 @@ from hippo_mpi.transport.world import detect_launch
 
 try:
     from hippo_mpi.serving.api.access import Access, AccessRules
-    from hippo_mpi.serving.api.endpoints import Api, ApiSettings
+    from hippo_mpi.serving.api.endpoints import Api
     from hippo_mpi.serving.api.http_server import HttpSettings, serve_http
+    from hippo_mpi.serving.api.journal import Journal
     from hippo_mpi.serving.api.metrics import Metrics
+    from hippo_mpi.serving.api.request_bodies import ApiSettings
 except ImportError as missing:
     print_error(f"hippo_mpi.serve needs {missing.name}: {install_hint('serve')}")
     sys.exit(UserError.exit_code)
@@ -99,7 +101,7 @@ def _start_own_front(session: Session) -> socket.socket:
     async def both() -> None:
         reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)
         ranks = asyncio.ensure_future(front.serve_ranks(reader, writer, _silence_s(arguments)))
-        await serve_http(api.app(), front, http)
+        await _serve_api(front, api, http)
         ranks.cancel()
 
     def serve_unsupervised() -> None:
@@ -126,6 +128,9 @@ def serve(argv: list[str]) -> int:
     set_up_logging(arguments.log_level)
     catalogue = _read_models(arguments, argv, file)
     _ = catalogue.first.modes  # a mistake is told before anything is started
+    if arguments.check:
+        read_rules(arguments)
+        return 0
     front, api, http = _make_api(arguments, catalogue)
     hosts = _hosts(arguments, file)
 
@@ -142,9 +147,18 @@ def serve(argv: list[str]) -> int:
     return 0
 
 
+async def _serve_api(front: Front, api: Api, settings: HttpSettings) -> None:
+    """Serve, from what the server before this one has left on, until a signal comes."""
+    api.start()
+    try:
+        await serve_http(api.app(), front, settings)
+    finally:
+        api.exchanges.close()
+
+
 async def _serve_supervised(front: Front, api: Api, settings: HttpSettings, supervisor: Supervisor) -> None:
     ranks = asyncio.ensure_future(supervisor.run())
-    http = asyncio.ensure_future(serve_http(api.app(), front, settings))
+    http = asyncio.ensure_future(_serve_api(front, api, settings))
     try:
         await asyncio.wait({ranks, http}, return_when="FIRST_COMPLETED")
     finally:
@@ -162,12 +176,33 @@ def _silence_s(arguments: argparse.Namespace) -> float:
 
 
 def _make_api(arguments: argparse.Namespace, catalogue: Catalogue) -> tuple[Front, Api, HttpSettings]:
-    access = Access(read_rules(arguments))
+    rules = read_rules(arguments)
+    access = Access(rules)
     http = HttpSettings.from_options(arguments)
     front = Front(arguments.max_batch_size + arguments.max_queue, catalogue.first.name)
-    audit = AuditLog(arguments.audit_log, arguments.audit_text) if arguments.audit_log else None
-    settings = ApiSettings(origins=tuple(arguments.allow_origin), hosts=_allowed_hosts(arguments))
-    return front, Api(front, catalogue, access, settings, Metrics(front), audit), http
+    audit = _open_audit_log(arguments)
+    settings = ApiSettings(
+        arguments.max_body_bytes,
+        max_choices=arguments.max_choices,
+        max_schema_bytes=arguments.max_schema_bytes,
+        origins=tuple(arguments.allow_origin),
+        hosts=_allowed_hosts(arguments),
+        has_keys=bool(rules.keys),
+        keep_answers_s=arguments.keep_answers,
+        reconnect_s=arguments.reconnect,
+        needs_audit=arguments.audit_required,
+    )
+    journal = Journal(arguments.journal) if arguments.journal else None
+    return front, Api(front, catalogue, access, settings, Metrics(front, audit), audit, journal), http
+
+
+def _open_audit_log(arguments: argparse.Namespace) -> AuditLog | None:
+    if arguments.audit_log:
+        return AuditLog(arguments.audit_log, arguments.audit_text, arguments.audit_key)
+    for name in ("audit_text", "audit_key", "audit_required"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')} needs --audit-log FILE")
+    return None
 
 
 def read_command_line(argv: list[str]) -> tuple[ConfigFile, list[str]]:

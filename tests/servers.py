@@ -47,10 +47,10 @@ class Server:
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=90)
 
-    def get(self, path: str, headers: dict[str, str] | None = None) -> Any:
+    def get(self, path: str, headers: dict[str, str] | None = None, timeout_s: float = 10) -> Any:
         """A JSON answer, or another one's text."""
         request = urllib.request.Request(self.url + path, headers=headers or {})
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             text, is_json = answer.read().decode(), "json" in answer.headers["content-type"]
         return json.loads(text) if is_json else text
 

@@ -7,15 +7,17 @@ update the KV caches in place (59 % of the rate at 3,000 tokens of context), so 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import replace
 from itertools import count
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from hippo_mpi.engine.grammar import Grammars
+from hippo_mpi.engine.grammar import Compiling, GrammarMask, Grammars
 from hippo_mpi.engine.loops import LoopWatch
 from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
 from hippo_mpi.engine.request import (
@@ -34,10 +36,13 @@ from hippo_mpi.engine.sampling import Chooser, Drawn, draw
 from hippo_mpi.engine.scheduler import Limits, Scheduler
 from hippo_mpi.engine.text import AnswerText, find_stop
 from hippo_mpi.engine.thinking import Thinking
-from hippo_mpi.errors import ContextError, UserError
+from hippo_mpi.errors import ContextError, ForeignError, HippoError, UserError
 from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.parallel.worker import Leader
 from hippo_mpi.transport.memory import longest_chunk
+
+_log = logging.getLogger(__name__)
+_LOOK_S = 0.05  # at requests, while there is nothing to do but to wait for a grammar
 
 
 class Engine:
@@ -81,21 +86,25 @@ class Engine:
         self._scheduler = Scheduler(leader.max_in_flight, limits, prefixes, serials, propose, caches.num_revocable)
         self.limits = limits
         self._sequences: dict[int, Sequence] = {}
-        self._aborted: list[RequestOutput] = []
+        self._compiling: dict[int, tuple[Request, Compiling]] = {}  # requests whose grammar isn't compiled yet
+        self._ended_early: list[RequestOutput] = []  # to be told with the next step
         newline = list(tokenizer.encode("\n", add_special_tokens=False))
         self._special_tokens = newline + list(tokenizer.eos_token_ids)
         self.on_prefill: Callable[[int, int], None] = lambda done, total: None
+        self.on_begin: Callable[[list[int]], None] = lambda request_ids: None
+        """Told of requests before the first step of theirs, or their grammar, is computed."""
 
     @property
     def is_idle(self) -> bool:
-        return self._scheduler.is_empty and self._scheduler.is_settled and not self._aborted
+        is_empty = self._scheduler.is_empty and self._scheduler.is_settled
+        return is_empty and not self._compiling and not self._ended_early
 
     @property
     def num_waiting(self) -> int:
-        return self._scheduler.num_waiting
+        return self._scheduler.num_waiting + len(self._compiling)
 
     def add(self, request: Request) -> None:
-        """Queue a request.
+        """Queue a request. What it meets later is in its last output.
 
         Raises:
             UserError: it can never be answered; the message has the numbers.
@@ -103,7 +112,13 @@ class Engine:
         check_request(request.prompt, request.sampling, self._max_context, self._vocab_size)
         allowed = min(request.sampling.max_tokens, self._max_context - len(request.prompt))
         request = replace(request, sampling=replace(request.sampling, max_tokens=allowed))
-        grammar = None if request.sampling.grammar is None else self._grammars.mask(request.sampling.grammar)
+        if request.sampling.grammar is None:
+            self._queue(request)
+            return
+        self.on_begin([request.id])
+        self._compiling[request.id] = request, self._grammars.compile(request.sampling.grammar)
+
+    def _queue(self, request: Request, grammar: GrammarMask | None = None) -> None:
         thinking = Thinking(self._tokenizer, request.prompt, request.sampling.max_thinking_tokens)
         end_tokens = sorted(self._tokenizer.eos_token_ids)
         chooser = Chooser(request.sampling, self._special_tokens, self._vocab_size, thinking, grammar, end_tokens)
@@ -117,11 +132,31 @@ class Engine:
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
 
+    def _queue_compiled(self) -> None:
+        for number, (request, compiling) in list(self._compiling.items()):
+            if compiling.is_due:
+                del self._compiling[number]
+                try:
+                    self._queue(request, compiling.mask())
+                except Exception as error:
+                    self._ended_early.append(_failed(number, Timings(prompt_tokens=len(request.prompt)), error))
+
+    def _await_grammar(self) -> None:
+        """Wait for the first of the grammars that are being compiled, but not for long."""
+        wait([compiling.matcher for _, compiling in self._compiling.values()], _LOOK_S, "FIRST_COMPLETED")
+        self._leader.note_progress("compiling grammars")
+
     def abort(self, request_id: int) -> None:
         """End a request early. Its last output comes with the next steps; unknown and ended ones are ignored."""
         sequence = self._sequences.get(request_id)
         if sequence is not None and self._scheduler.abort(sequence):
-            self._aborted.append(self._ended(sequence))
+            self._ended_early.append(self._ended(sequence))
+        if request_id in self._compiling:
+            request, compiling = self._compiling.pop(request_id)
+            if all(other is not compiling for _, other in self._compiling.values()):
+                self._grammars.forget(compiling)
+            timings = Timings(prompt_tokens=len(request.prompt))
+            self._ended_early.append(RequestOutput(request_id, "", None, timings, finish_reason="abort"))
 
     def forget_prefixes(self) -> None:
         """Free the caches of ended requests, on every rank."""
@@ -135,10 +170,15 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Begin a step, if any can be, and emit what an older one gave."""
-        outputs, self._aborted = self._aborted, []
+        self._queue_compiled()
+        outputs, self._ended_early = self._ended_early, []
         planned = None if self._leader.is_ahead else self._scheduler.next_plan()
         if planned is None and not self._leader.num_in_flight:
+            if self._compiling and not outputs:
+                self._await_grammar()
             return outputs
+        if begun := self._scheduler.take_begun():
+            self.on_begin(begun)
         began_s = time.monotonic()
         finished = self._leader.collect(*planned or (None, []))
         if first := self._scheduler.first_prompt:
@@ -190,9 +230,19 @@ class Engine:
         return RequestOutput(sequence.request.id, "", None, sequence.timings, finish_reason="abort")
 
     def _emit(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> RequestOutput:
-        """Text that is safe to show, and whether the answer ends with this token."""
+        """What this token adds to its answer; or the error that ends it."""
         if sequence.is_aborted:
             return self._ended(sequence)
+        try:
+            if sequence.chooser.error is not None:
+                raise sequence.chooser.error
+            return self._continued(sequence, token, logprobs)
+        except Exception as error:  # others go on
+            del self._sequences[sequence.request.id]
+            return _failed(sequence.request.id, sequence.timings, error)
+
+    def _continued(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> RequestOutput:
+        """Text that is safe to show, and whether the answer ends with this token."""
         timings, params = sequence.timings, sequence.request.sampling
         timings.note(token)
         reason: FinishReason | None = None
@@ -215,9 +265,23 @@ class Engine:
         shown, sequence.emitted_chars = text[sequence.emitted_chars : end], max(end, sequence.emitted_chars)
         if reason:
             del self._sequences[sequence.request.id]
-        return RequestOutput(
-            sequence.request.id, shown, token, timings, logprobs, reason, sequence.chooser.random_state
-        )
+        state = sequence.chooser.random_state
+        return RequestOutput(sequence.request.id, shown, token, timings, logprobs, reason, random_state=state)
+
+
+def _failed(request_id: int, timings: Timings, error: Exception) -> RequestOutput:
+    """The last output of a request that has met an error."""
+    if not isinstance(error, HippoError):
+        error = unexpected(request_id, error)
+    return RequestOutput(request_id, "", None, timings, finish_reason="error", error=error)
+
+
+def unexpected(request_id: int, error: Exception) -> HippoError:
+    """Log what nobody expected of a request, and return what its client is told."""
+    _log.error("request %d has met a mistake of ours", request_id, exc_info=error)
+    return ForeignError(
+        f"a mistake of the server's ({type(error).__name__}): please report it, with the traceback in its log"
+    )
 
 
 def _draw(rows: list[Sequence], logits: mx.array, place: int) -> Drawn:

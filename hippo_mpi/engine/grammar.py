@@ -9,9 +9,13 @@ Legend: V vocabulary.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -20,40 +24,37 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.errors import FieldError, UserError, install_hint
 
+_MOST_KEPT = 32  # compiled grammars; one of 3,000 properties takes some MB
+_PATIENCE_S = 60.0  # for a grammar that was checked to take seconds, with others before it
 _COMPACT = {"whitespace_flexible": False}
-_LENIENT = {"lenient": True}  # warnings instead of an error; `_checked` looks at them
-_NOT_HELD_TO = ('Unimplemented keys: ["uniqueItems"]', "Unknown format: ")
-"""Warnings of llguidance that are only logged: a list may then say something twice (every set[...] of Python has such a
-schema), and a text's format, which JSON Schema itself takes for a remark if it is unknown, isn't looked at."""
+_LENIENT = {"lenient": True}  # warnings instead of an error; grammar_check.py looks at them
 
 
 def json_grammar(schema: dict[str, Any]) -> str:
-    """The grammar of JSON texts that obey a schema.
+    """The grammar of JSON texts that obey a schema; whether llguidance takes it, nobody has asked yet.
 
     Raises:
-        UserError: llguidance isn't installed, or doesn't take the schema.
+        UserError: llguidance isn't installed, or the schema is nested too deeply.
     """
-    make = _library().LLMatcher.grammar_from_json_schema
-    return _checked("response_format", lambda: str(make(schema, defaults=_COMPACT, overrides=_LENIENT)))
+    _library()
+    return _written("response_format", {"json_schema": _with_options(schema, _COMPACT)})
 
 
-def _checked(field: str, make: Callable[[], str]) -> str:
-    """A grammar that llguidance takes; a FieldError says what is wrong with it."""
+def _with_options(schema: dict[str, Any], defaults: dict[str, bool]) -> dict[str, Any]:
+    """A schema with llguidance's options; its own win over `defaults`."""
+    own = schema.get("x-guidance")
+    return {**schema, "x-guidance": {**defaults, **(own if isinstance(own, dict) else {}), **_LENIENT}}
+
+
+def _written(field: str, *grammars: dict[str, Any]) -> str:
+    return _json_of(field, {"grammars": grammars})
+
+
+def _json_of(field: str, value: Any) -> str:
     try:
-        grammar = make()
-        _, mistakes = _library().LLMatcher.validate_grammar_with_warnings(grammar)
-    except (ValueError, TypeError, RecursionError) as error:
-        mistakes = [str(error)]
-    for mistake in mistakes:
-        if not mistake.startswith(_NOT_HELD_TO):
-            raise FieldError(field, f"{field}: {' '.join(mistake.split())[:300]}")
-        _note_not_held_to(mistake[:100])
-    return grammar
-
-
-@lru_cache(maxsize=64)  # once
-def _note_not_held_to(warning: str) -> None:
-    logging.getLogger(__name__).warning("a schema has what answers can't be held to. %s", warning)
+        return json.dumps(value)
+    except RecursionError:
+        raise FieldError(field, f"{field}: a schema is nested too deeply") from None
 
 
 _NAME, _ARGUMENTS = object(), object()
@@ -73,7 +74,7 @@ def call_grammar(tokenizer: TokenizerWrapper, tools: Sequence[dict[str, Any]], a
         answer: grammar of what may be said instead of calling; None: there must be a call.
 
     Raises:
-        UserError: the model's format of calls can't be forced, or a schema isn't taken.
+        UserError: the model's format of calls can't be forced, or a schema is nested too deeply.
     """
     form = next((form for form in _CALL_FORMS if _is_understood(tokenizer, form)), None)
     if form is None:
@@ -93,12 +94,12 @@ def call_grammar(tokenizer: TokenizerWrapper, tools: Sequence[dict[str, Any]], a
             for piece in pieces
             if piece
         ]
-        rules += [f"call_{number}: {' '.join(written)}", f"args_{number}: %json {json.dumps(schema)}"]
+        rules += [f"call_{number}: {' '.join(written)}", f"args_{number}: %json {_json_of('tools', schema)}"]
     if answer is not None:
         starts.append("@answer")
         others = [{**json.loads(answer)["grammars"][0], "name": "answer"}]
     lark = "\n".join([f"start: {' | '.join(starts)}", *rules])
-    return _checked("tools", lambda: json.dumps({"grammars": [{"lark_grammar": lark}, *others]}))
+    return _written("tools", {"lark_grammar": lark}, *others)
 
 
 def _is_understood(tokenizer: TokenizerWrapper, form: tuple[Any, ...]) -> bool:
@@ -141,43 +142,121 @@ class GrammarMask:
     def __call__(self, logits: mx.array, other: int | None = None) -> mx.array:
         """Logits (1, V) with -inf for every token that may not come next; at the grammar's end, for all but end tokens.
         `other` may come beside what the grammar allows.
+
+        Raises:
+            FieldError: llguidance has lost its way.
         """
         allowed = np.zeros(self._vocab_size, bool)
-        if self._matcher.is_stopped():
+        if self._is_at_end():
             allowed[self._eos] = True
         else:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            self._is_at_end()  # computing may be what leads astray
             allowed[:] = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
         if other is not None:
             allowed[other] = True
         return mx.where(mx.array(allowed), logits, -mx.inf)
 
     def accept(self, token: int) -> None:
-        """The answer goes on with this token."""
-        if not self._matcher.is_stopped():
+        """The answer goes on with this token.
+
+        Raises:
+            FieldError: it can't, or llguidance has lost its way.
+        """
+        if not self._is_at_end():
             self._matcher.consume_token(token)
+            self._is_at_end()
+
+    def _is_at_end(self) -> bool:
+        """Whether nothing may follow. A matcher that has met an error says so, too: what it let through isn't whole."""
+        if self._matcher.is_error():
+            why = " ".join(self._matcher.get_error().partition("<state>")[0].split())[:200]
+            raise FieldError("response_format", f"the answer can't be held to its schema any more: {why}")
+        return bool(self._matcher.is_stopped())
+
+
+@dataclass(eq=False)
+class Compiling:
+    """A grammar that is being compiled, for as many answers as want it; then `matcher`, to be copied, has it."""
+
+    grammar: str
+    vocab_size: int
+    eos_token_ids: list[int]
+    began_s: float = field(default_factory=time.monotonic)
+    matcher: Future[Any] = field(default_factory=Future)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `mask` says something: it is done, or should be."""
+        return self.matcher.done() or time.monotonic() - self.began_s > _PATIENCE_S
+
+    def mask(self) -> GrammarMask:
+        """A mask for one answer.
+
+        Raises:
+            UserError: llguidance doesn't take the grammar, or the tokenizer, or takes too long.
+        """
+        if not self.matcher.done():
+            raise FieldError(
+                "response_format", f"the schema was not compiled within {_PATIENCE_S:.0f} s: make it simpler"
+            )
+        return GrammarMask(self.matcher.result().deep_copy(), self.vocab_size, self.eos_token_ids)
 
 
 class Grammars:
-    """Makes the masks of a model's requests; a tokenizer's tokens are read once, when the first is asked for."""
+    """Compiles the grammars of a model's requests beside its steps, each text once; a tokenizer's tokens are read once,
+    when the first is asked for.
+
+    The steps go on: llguidance lets go of Python's lock. Nothing ends it, so texts are checked before (grammar_check.py).
+    """
 
     def __init__(self, tokenizer: TokenizerWrapper, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._tokens: Any = None
+        self._kept: OrderedDict[str, Compiling] = OrderedDict()
+        self._todo: queue.SimpleQueue[Compiling] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
 
-    def mask(self, grammar: str) -> GrammarMask:
-        """A mask for one answer.
+    def compile(self, grammar: str) -> Compiling:
+        """Begin to compile a grammar, if that isn't done yet."""
+        found = self._kept.get(grammar)
+        if found is None:
+            found = self._kept[grammar] = Compiling(grammar, self._vocab_size, sorted(self._tokenizer.eos_token_ids))
+            self._todo.put(found)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._compile_all, name="hippo-grammars", daemon=True)
+                self._thread.start()
+        self._kept.move_to_end(grammar)
+        if len(self._kept) > _MOST_KEPT:
+            self._kept.popitem(last=False)
+        return found
 
-        Raises:
-            UserError: llguidance doesn't take the grammar, or the tokenizer.
-        """
-        llguidance, eos = _library(), sorted(self._tokenizer.eos_token_ids)
+    def forget(self, compiling: Compiling) -> None:
+        """Nobody waits for a grammar any more: if its turn hasn't come, it isn't compiled."""
+        if compiling.matcher.cancel():
+            self._kept.pop(compiling.grammar, None)
+
+    def _compile_all(self) -> None:
+        while True:
+            compiling = self._todo.get()
+            if compiling.matcher.set_running_or_notify_cancel():
+                try:
+                    compiling.matcher.set_result(self._matcher(compiling))
+                except BaseException as error:  # it is raised where the mask is wanted, a panic of Rust's as our own
+                    known = error if isinstance(error, Exception) else RuntimeError(repr(error))
+                    compiling.matcher.set_exception(known)
+
+    def _matcher(self, compiling: Compiling) -> Any:
+        llguidance = _library()
         try:
             if self._tokens is None:
+                eos = compiling.eos_token_ids
                 self._tokens = llguidance.hf.from_tokenizer(self._tokenizer._tokenizer, self._vocab_size, eos)
-            matcher = llguidance.LLMatcher(self._tokens, grammar)
+            matcher = llguidance.LLMatcher(self._tokens, compiling.grammar, log_level=0)
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"response_format doesn't work with this model's tokenizer: {error}") from None
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # the first is what takes longest, and copies have it
         if matcher.is_error():
-            raise UserError(f"response_format: {json.dumps(matcher.get_error())[:300]}")
-        return GrammarMask(matcher, self._vocab_size, eos)
+            raise FieldError("response_format", f"response_format: {json.dumps(matcher.get_error())[:300]}")
+        return matcher

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 _LEAST_TOKENS = 16  # shorter ones cost more to copy than to compute
 _MOST_SLOTS = 64  # each is compared with every prompt
+_BLOCK = 1024  # tokens that are compared at once, without Python
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class PrefixCache:
         self._budget, self._can_cut = budget, can_cut
         self._kept: OrderedDict[int, _Kept] = OrderedDict()  # by slot, oldest use first
         self._num_bytes = 0
+        self.version = 0  # another whenever what is kept is
 
     def match(
         self, prompt: list[int], running: Iterable[tuple[int, list[int]]], salt: str = ""
@@ -60,8 +62,11 @@ class PrefixCache:
             return None
         kept = ((slot, one.tokens) for slot, one in self._kept.items() if one.salt == salt)
         for slot, tokens in [*kept, *running]:
+            needed = best[1] + 1 if best else _LEAST_TOKENS
+            if len(prompt) <= needed or tokens[:needed] != prompt[:needed]:
+                continue
             common = min(_common(tokens, prompt), len(prompt) - 1)
-            if common >= (best[1] + 1 if best else _LEAST_TOKENS) and (common == len(tokens) or self._can_cut(slot)):
+            if common == len(tokens) or self._can_cut(slot):
                 best = slot, common
         if best is not None and best[0] in self._kept:
             self._kept.move_to_end(best[0])
@@ -69,7 +74,8 @@ class PrefixCache:
 
     def is_worth_waiting(self, prompt: list[int], other: list[int], cached: int) -> bool:
         """Whether `prompt`, of which so many tokens are cached, has much more in common with one that isn't read yet."""
-        return self._budget is not None and _common(prompt, other) >= cached + _LEAST_TOKENS
+        needed = cached + _LEAST_TOKENS
+        return self._budget is not None and len(prompt) >= needed and prompt[:needed] == other[:needed]
 
     def take(self, slot: int, num_tokens: int) -> bool:
         """Hand a kept slot over to a sequence that begins with all of its tokens, instead of a copy."""
@@ -89,6 +95,7 @@ class PrefixCache:
         for other in gone:
             self._forget(other)
         self._kept[slot] = new
+        self.version += 1
         self._num_bytes += self._budget.bytes_of(len(tokens))
         while self._num_bytes > self._budget.num_bytes or len(self._kept) > _MOST_SLOTS:
             oldest = next(iter(self._kept))
@@ -105,11 +112,13 @@ class PrefixCache:
 
     def _forget(self, slot: int) -> None:
         assert self._budget is not None
+        self.version += 1
         self._num_bytes -= self._budget.bytes_of(len(self._kept.pop(slot).tokens))
 
 
 def _common(first: list[int], second: list[int]) -> int:
-    length = min(len(first), len(second))
-    if first[:length] == second[:length]:
-        return length
-    return next(i for i in range(length) if first[i] != second[i])
+    length, start = min(len(first), len(second)), 0
+    while start < length and first[start : start + _BLOCK] == second[start : start + _BLOCK]:
+        start += _BLOCK
+    end = min(start + _BLOCK, length)
+    return next((i for i in range(start, end) if first[i] != second[i]), end)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hippo_mpi.engine.loops import LoopWatch
+from hippo_mpi.errors import HippoError
 
-FinishReason = Literal["stop", "length", "repetition", "abort"]
+FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,11 @@ class Sequence:
     slot: int = -1  # given when the request is admitted
     position: int = 0
     emitted_chars: int = 0
+    is_begun: bool = False  # a step of it has been planned
     is_aborted: bool = False
     is_ended: bool = False  # its last output has been made, but a step may still be on its way
     loops: LoopWatch | None = None
+    searched: tuple[Any, int] | None = None  # among which prefixes, and how many of its tokens were in one
 
     @property
     def most_tokens(self) -> int:
@@ -145,4 +148,5 @@ class RequestOutput:
     timings: Timings
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
+    error: HippoError | None = None  # that has ended this request, and no other
     random_state: list[int] | None = None  # after this token, of a request that draws numbers of its own

@@ -19,6 +19,7 @@ from hippo_mpi.engine.request import SamplingParams, TokenLogprobs
 from hippo_mpi.engine.thinking import Thinking
 
 _LEAST = -9999.0  # OpenAI's for "impossible"
+_LEAST_TEMP = 1e-6  # float32 can't hold the reciprocals of much less, and then all tokens are alike
 
 
 class Chooser:
@@ -42,8 +43,10 @@ class Chooser:
         end_tokens: Sequence[int] = (),
     ) -> None:
         self.num_logprobs, self._thinking, self._grammar = params.logprobs, thinking, grammar
+        self.error: Exception | None = None  # met when a token was chosen
+        temp = params.temp if params.temp >= _LEAST_TEMP else 0.0
         self._sampler = make_sampler(
-            params.temp, params.top_p, params.min_p, params.min_tokens_to_keep,
+            temp, params.top_p, params.min_p, params.min_tokens_to_keep,
             params.top_k if params.top_k < vocab_size else 0,
             xtc_probability=params.xtc_probability, xtc_threshold=params.xtc_threshold,
             xtc_special_tokens=special_tokens,
@@ -55,12 +58,12 @@ class Chooser:
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
         )
-        self._key = None if params.seed is None or params.temp == 0 else mx.random.key(params.seed % 2**64)
+        self._key = None if params.seed is None or temp == 0 else mx.random.key(params.seed % 2**64)
         self._num_to_go, self._forced = params.min_tokens, deque(params.forced)
         ends = np.isin(np.arange(vocab_size), end_tokens)
         self._against_end = mx.array(np.where(ends, _LEAST, 0.0)) if params.min_tokens else None
         is_changed = self._processors or grammar or thinking.is_limited or params.min_tokens or params.forced
-        self.is_greedy = params.temp == 0 and not is_changed
+        self.is_greedy = temp == 0 and not is_changed
 
     @property
     def random_state(self) -> list[int] | None:
@@ -70,6 +73,18 @@ class Chooser:
     @random_state.setter
     def random_state(self, state: list[int] | None) -> None:
         self._key = None if state is None else mx.array(state, mx.uint32)
+
+    def choose(self, tokens: list[int], logits: mx.array) -> tuple[mx.array, mx.array]:
+        """What follows `tokens`, from logits (1, V): its log-probabilities (1, V), and a token (1,).
+
+        Whatever is raised is noted as `error`, and the token means nothing: other rows go on.
+        """
+        try:
+            logprobs = self.logprobs(tokens, logits)
+            return logprobs, self.sample(logprobs)
+        except Exception as error:
+            self.error = error
+            return logits, mx.argmax(logits, axis=-1)
 
     def logprobs(self, tokens: list[int], logits: mx.array) -> mx.array:
         """Log-probabilities (1, V) of what follows `tokens`, from logits (1, V)."""
@@ -103,9 +118,11 @@ class Chooser:
         state = cast(list[mx.array], mx.random.state)
         others = mx.array(state[0])
         state[0][:] = self._key
-        token = cast(mx.array, self._sampler(logprobs))
-        self._key = mx.array(state[0])
-        state[0][:] = others
+        try:
+            token = cast(mx.array, self._sampler(logprobs))
+            self._key = mx.array(state[0])
+        finally:
+            state[0][:] = others
         return token
 
 
@@ -121,14 +138,20 @@ class Drawn:
     _logprobs: mx.array
 
     def read(self) -> list[tuple[int, TokenLogprobs | None]]:
-        """Evaluated, and accepted by each chooser; with log-probabilities where they are wanted."""
+        """Evaluated, and accepted by each chooser, unless it has met an error; with log-probabilities where wanted."""
         ids = cast(list[int], self.ids.tolist())
-        for chooser, token in zip(self.choosers, ids, strict=True):
+        return [(token, self._accept(row, token)) for row, token in enumerate(ids)]
+
+    def _accept(self, row: int, token: int) -> TokenLogprobs | None:
+        chooser = self.choosers[row]
+        if chooser.error is not None:
+            return None
+        try:
             chooser.accept(token)
-        return [
-            (token, None if c.num_logprobs is None else _tell(self._logprobs[row], token, c.num_logprobs))
-            for row, (c, token) in enumerate(zip(self.choosers, ids, strict=True))
-        ]
+            return None if chooser.num_logprobs is None else _tell(self._logprobs[row], token, chooser.num_logprobs)
+        except Exception as error:  # this row's, and no other's
+            chooser.error = error
+            return None
 
 
 def draw(choosers: Sequence[Chooser], tokens: Sequence[list[int]], logits: mx.array) -> Drawn:
@@ -141,9 +164,8 @@ def draw(choosers: Sequence[Chooser], tokens: Sequence[list[int]], logits: mx.ar
     if all(chooser.is_greedy for chooser in choosers):
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return Drawn(choosers, mx.argmax(logprobs, axis=-1), logprobs)
-    rows = [c.logprobs(t, logits[row : row + 1]) for row, (c, t) in enumerate(zip(choosers, tokens, strict=True))]
-    chosen = mx.concatenate([c.sample(row) for c, row in zip(choosers, rows, strict=True)])
-    return Drawn(choosers, chosen, mx.concatenate(rows))
+    rows = [c.choose(t, logits[row : row + 1]) for row, (c, t) in enumerate(zip(choosers, tokens, strict=True))]
+    return Drawn(choosers, mx.concatenate([token for _, token in rows]), mx.concatenate([told for told, _ in rows]))
 
 
 def _tell(logprobs: mx.array, token: int, count: int) -> TokenLogprobs:

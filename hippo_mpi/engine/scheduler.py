@@ -96,6 +96,7 @@ class Scheduler:
         self._forks: list[tuple[int, int]] = []
         self._parts: list[int] = []
         self._drops: list[int] = []
+        self._begun: list[int] = []  # requests whose first step has been planned since `take_begun`
         self._prompt_tokens = 0  # that went in since the last step of a running sequence
         self._is_short_s_turn = False  # whether the next chunk is of the shortest prompt, not of the oldest
 
@@ -157,6 +158,11 @@ class Scheduler:
         if self.is_empty and (self._drops or self._forks or self._parts):
             return self._plan(), []
         return None
+
+    def take_begun(self) -> list[int]:
+        """Requests whose first step has been planned since this was asked last."""
+        begun, self._begun = self._begun, []
+        return begun
 
     def rows_of(self, plan: StepPlan) -> list[Sequence]:
         return self._in_flight[plan.serial].rows
@@ -237,10 +243,9 @@ class Scheduler:
             return oldest
         for sequence in sorted(others, key=_tokens_left):
             if sequence.slot < 0:
-                found = self._cached(sequence)
-                if self._is_worth_waiting(sequence, oldest, found[1]):
+                if self._is_worth_waiting(sequence, oldest, self._num_cached(sequence)):
                     continue
-                self._begin(sequence, *found)
+                self._begin(sequence, *self._cached(sequence))
             if 0 < _tokens_left(sequence) < _tokens_left(oldest):
                 return sequence
         return oldest
@@ -253,10 +258,10 @@ class Scheduler:
         others = [sequence for sequence in self._prefilling if sequence is not first]
         for sequence in others if self._limits.can_batch and longest <= most_tokens else []:
             if sequence.slot < 0:
-                found = self._cached(sequence)
-                if any(self._is_worth_waiting(sequence, row, found[1]) for row in rows):
+                cached = self._num_cached(sequence)
+                if any(self._is_worth_waiting(sequence, row, cached) for row in rows):
                     continue
-                self._begin(sequence, *found)
+                self._begin(sequence, *self._cached(sequence))
             left = _tokens_left(sequence)
             low, high = min(shortest, left), max(longest, left)
             if 0 < high <= most_padding * low and high * (len(rows) + 1) <= most_tokens:
@@ -280,6 +285,14 @@ class Scheduler:
         """Whether more of a prompt will be cached when another, which isn't read yet, is."""
         is_alike = sequence.request.cache_salt == other.request.cache_salt
         return is_alike and self._prefixes.is_worth_waiting(sequence.tokens, other.tokens, cached)
+
+    def _num_cached(self, sequence: Sequence) -> int:
+        """How many tokens of a prompt are cached, looked for only if others are kept or run than the last time: a prompt
+        that waits is asked about before every step."""
+        known = self._prefixes.version, tuple(other.slot for other in self.running)
+        if sequence.searched is None or sequence.searched[0] != known:
+            sequence.searched = known, self._cached(sequence)[1]
+        return sequence.searched[1]
 
     def _begin(self, sequence: Sequence, cached_slot: int, count: int) -> None:
         """Give a prompt a slot that begins with `count` cached tokens."""
@@ -333,6 +346,10 @@ class Scheduler:
         wants_logits: bool = False,
     ) -> StepPlan:
         slots = tuple(sequence.slot for sequence in rows or [])
+        for sequence in rows or []:
+            if not sequence.is_begun:
+                sequence.is_begun = True
+                self._begun.append(sequence.request.id)
         forks, parts, drops = tuple(self._forks), tuple(self._parts), tuple(self._drops)
         self._forks, self._parts, self._drops = [], [], []
         self._free_slots += drops

@@ -194,8 +194,10 @@ class AnswerText:
 
     def __init__(self, tokenizer: TokenizerWrapper, before: Sequence[int] = ()) -> None:
         self._detokenizer = tokenizer.detokenizer
+        table = getattr(self._detokenizer, "tokenmap", None)
+        self._num_known = len(table) if table is not None else 1 << 32
         for token in before[-_TOKENS_BEFORE:]:
-            self._detokenizer.add_token(token)
+            self.add_token(token)
         self._start = len(self._detokenizer.text)
         self._end: int | None = None
 
@@ -204,7 +206,9 @@ class AnswerText:
         return str(self._detokenizer.text[self._start : self._end])
 
     def add_token(self, token: int) -> None:
-        self._detokenizer.add_token(token)
+        """The answer goes on with this token. One that the tokenizer doesn't have, as logits may be padded, says nothing."""
+        if token < self._num_known:
+            self._detokenizer.add_token(token)
 
     def finalize(self) -> None:
         """Nothing comes any more: what was held back is told, but for a character that isn't whole."""
@@ -216,9 +220,10 @@ class AnswerText:
 def token_bytes(tokenizer: TokenizerWrapper, token: int) -> bytes:
     """What a token stands for; it may be a part of a character."""
     text = str(tokenizer.decode([token]))
-    if "\ufffd" not in text:
-        return text.encode()
     piece = str(tokenizer.convert_ids_to_tokens([token])[0])
+    if "\ufffd" not in text:
+        spaced = piece.replace("\u2581", " ")  # as SentencePiece writes a space, of which decoding drops the first
+        return (spaced if spaced.lstrip(" ") == text.lstrip(" ") else text).encode()
     if re.fullmatch("<0x[0-9A-F]{2}>", piece):  # as SentencePiece writes a byte
         return bytes([int(piece[3:5], 16)])
     # As GPT-2's tokenizer writes bytes, and many since.

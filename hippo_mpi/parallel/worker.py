@@ -78,6 +78,10 @@ class Leader:
         """Whether `go_on` has begun a step: it is the next one, and `collect` takes no other."""
         return self._ahead is not None
 
+    def note_progress(self, doing: str) -> None:
+        """Tell the watchdog that rank 0 gets on without a step."""
+        self._progress(doing)
+
     def step(self, plan: StepPlan | None, tokens: list[list[int]]) -> tuple[StepPlan, mx.array] | None:
         """`collect` and `go_on`: the logits may be evaluated."""
         finished = self.collect(plan, tokens)

@@ -36,6 +36,7 @@ from hippo_mpi.transport.world import World, deadline
 BEAT_S = 0.5
 _LOOK_S = 0.005
 _LAST_WORDS_S = 5.0  # that the end of a process may take, which tells people why
+_STALLED_SHARE = 0.25  # of the timeout: after so long without progress people are told, and nothing is ended yet
 _SAME_S = 0.5  # what is wrong with options or a model, every rank may find: rank 0 says it first, without a rank's name
 
 
@@ -120,6 +121,13 @@ class Control:
         """On rank 0, what every rank said of itself in its last beat, by rank."""
         peers = dict(self._peers)
         return [self.own_status(), *(peers[rank].status for rank in sorted(peers))]
+
+    @property
+    def stalled_s(self) -> float:
+        """On rank 0, for how long no rank has got on though something is due; 0 while that may still be a long step."""
+        silent_s = time.monotonic() - self._moved_at
+        is_long = silent_s > self._patience_s() - self.timeout_s * (1 - _STALLED_SHARE)
+        return silent_s if is_long and not self._pulse.is_idle else 0.0
 
     # ---- reports: small JSON messages between rank 0 and the others
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from mlx_lm import load, stream_generate
 
 from hippo_mpi import batch
 from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.serving.durable_files import FileLock
 from tests import ranks
 
 BATCH = str(ranks.BIN / "hippo_mpi.batch")
@@ -274,6 +276,9 @@ def test_other_files_and_other_requests_are_safe(tmp_path: Path) -> None:
     assert (source.read_bytes(), output.read_text()) == (before, "my diary\n")
     assert {path.name for path in tmp_path.iterdir()} == {"prompts", "out"}  # no options either
     output.unlink()
+    lock = FileLock(output)
+    assert refused(source, "-o", output).startswith(f"error: {output} is being written by process {os.getpid()} on ")
+    lock.release()
     run(source, "-o", output, num_ranks=1)
     source.write_text("Another question\n")
     assert "answers another request as 'line-1' than line 1 asks" in refused(source, "-o", output)
@@ -349,7 +354,7 @@ def test_standard_input_and_output(tmp_path: Path) -> None:
     [
         ("", "standard input has no prompts"),
         ("hello\n\udcff\n", "standard input is not UTF-8 (byte 7)"),
-        ("#!/usr/bin/env hippo_mpi.batch\n#HIPPO --temp 1\nhello\n", "#HIPPO lines on standard input come too late"),
+        ("#!/usr/bin/env hippo_mpi.batch\n#HIPPO --temp 1\nhello\n", "#HIPPO lines from standard input come too late"),
     ],
 )
 def test_bad_standard_input(text: str, line: str) -> None:

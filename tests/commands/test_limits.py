@@ -1,13 +1,16 @@
-"""What a server bears: many requests of one key, slow headers, pages of other origins."""
+"""What a server bears: many requests of one key, slow headers, pages of other origins, bodies that cost much."""
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import openai
@@ -124,3 +127,74 @@ def test_huge_headers(running: Server) -> None:
     with pytest.raises((urllib.error.HTTPError, urllib.error.URLError, ConnectionError)):
         urllib.request.urlopen(request, timeout=10)
     assert running.get("/health") == {"status": "ok"}
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[Server]:
+    with server("--ranks", "1", "--max-schema-bytes", "1M", "--max-choices", "3", "--max-body-bytes", "600K") as found:
+        yield found
+
+
+FOR_EVER = {"type": "string", "allOf": [{"pattern": f"(a|b|[c-z])*x.{{{i}}}y{i}.*"} for i in range(17)]}
+"""llguidance compiles it for many minutes."""
+SCHEMA_OF = {
+    "/v1/chat/completions": (
+        "response_format",
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": FOR_EVER}},
+    ),
+    "/v1/messages": ("output_config", {"format": {"type": "json_schema", "schema": FOR_EVER}}),
+    "/v1/responses": ("text", {"format": {"type": "json_schema", "name": "x", "schema": FOR_EVER}}),
+}
+
+
+def refusal(running: Server, path: str, body: dict[str, Any]) -> str:
+    """What a body gets with status 400."""
+    request = urllib.request.Request(running.url + path, json.dumps(body).encode())
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code == 400
+    return str(json.loads(refused.value.read())["error"]["message"])
+
+
+@pytest.mark.slow
+def test_schemas_that_take_too_long(small: Server) -> None:
+    """A field of each API, whole or streamed: others go on meanwhile, and the next time it is refused at once."""
+    slowest_s, over, messages = 0.0, threading.Event(), [{"role": "user", "content": "A fox?"}]
+
+    def look() -> None:
+        nonlocal slowest_s
+        while not over.wait(0.1):
+            began_s = time.monotonic()
+            small.get("/health")
+            slowest_s = max(slowest_s, time.monotonic() - began_s)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for path, (field, value) in SCHEMA_OF.items():
+            asked = {"input": "A fox?"} if path.endswith("responses") else {"messages": messages, "max_tokens": 3}
+            for is_stream in (False, True):
+                why = refusal(small, path, {**asked, field: value, "stream": is_stream})
+                assert why == f"{field}: the schema takes longer than 5 s to compile: make it simpler"
+        properties = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(3000)}}
+        held = {"type": "json_schema", "json_schema": {"name": "x", "schema": properties}}
+        asked = {"messages": messages, "n": 3, "max_tokens": 9, "response_format": held}
+        with ThreadPoolExecutor(1) as pool:  # seconds, and then too complex for llguidance after the first token
+            large = pool.submit(refusal, small, "/v1/chat/completions", asked)
+            while not large.done():
+                small.client().completions.create(model=MODEL, prompt="A fox", max_tokens=3)
+        assert "can't be held to its schema any more: Parser Error: Current row has" in large.result()
+    finally:
+        over.set()
+        looking.join()
+    assert slowest_s < 3  # on a busy machine
+
+
+def test_limits_of_a_body(small: Server) -> None:
+    assert refusal(small, "/v1/completions", {"prompt": ["a", "b"], "n": 2}) == (
+        "n times the number of prompts is at most 3 (--max-choices), not 4"
+    )
+    request = urllib.request.Request(f"{small.url}/v1/completions", json.dumps({"prompt": "a" * 700_000}).encode())
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code == 413

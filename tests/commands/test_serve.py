@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
+import plistlib
 import re
+import signal
 import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +23,19 @@ import openai
 import pytest
 
 from hippo_mpi.config import BUNDLED_MODEL, DEFAULT_PROMPT
+from hippo_mpi.serving.config_file import make_parser
 from tests import ranks
 from tests.servers import GOES_ON, JSON, MODEL, SERVE, Server, server
+from tests.small_disk import fill, small_disk
 
 ASKED = [{"role": "user", "content": DEFAULT_PROMPT}]
+NAMED: Any = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "it",
+        "schema": {"type": "object", "properties": {"secret": {"type": "string"}}, "required": ["secret"]},
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -289,22 +302,51 @@ def test_the_audit_log(tmp_path: Path) -> None:
     log, audit = tmp_path / "audit.jsonl", str(ranks.BIN / "hippo_mpi.audit")
     with server("--ranks", "1", "--audit-log", str(log), env={"HIPPO_API_KEYS": "secret-key"}) as found:
         client = found.client("secret-key")
-        client.chat.completions.create(model=MODEL, messages=ASKED, max_tokens=5, n=2, temperature=0.5)
+        client.chat.completions.create(
+            model=MODEL, messages=ASKED, max_tokens=5, n=2, temperature=0.5, stop=["secret word"], response_format=NAMED
+        )
         stream = client.completions.create(
             model=MODEL, prompt="A fox", max_tokens=1900, stream=True, logit_bias=GOES_ON, temperature=2.0
         )
         next(iter(stream))
         stream.close()
         found.await_status(lambda status: status["requests"] == 0)
-    first, second = (json.loads(line) for line in log.read_text().splitlines())
+        echoed = client.completions.create(model=MODEL, prompt="A fox", max_tokens=2, echo=True)
+    first, second, third = (json.loads(line) for line in log.read_text().splitlines())
     assert [choice["outcome"] for choice in first["choices"]] == ["length", "length"]
-    assert first["parameters"] == {"max_tokens": 5, "temp": 0.5}
+    assert {"max_tokens": 5, "temp": 0.5}.items() < first["parameters"].items()
+    assert set(first["parameters"]) == {"max_tokens", "temp", "stop_words", "grammar"}
     assert second["choices"][0]["outcome"] == "abort"
+    assert (third["prompt_tokens"], third["choices"][0]["tokens"]) == (echoed.usage.prompt_tokens, 2)
+    assert third["prompt_digest"] == second["prompt_digest"] and third["choices"][0]["digest"] != third["prompt_digest"]
     assert "secret" not in log.read_text() and "fox" not in log.read_text()
     for lines, code in ((log.read_text(), 0), (log.read_text().replace('"length"', '"stop"', 1), 2)):
         log.write_text(lines)
         with ranks.single([audit, "verify", str(log)]) as verify:
             assert verify.wait() == code, verify.err
+
+
+@pytest.mark.slow
+def test_a_disk_too_full_for_the_audit_log(tmp_path: Path) -> None:
+    """Requests are answered all the same, and counted; with --audit-required they are refused until there is room."""
+    with small_disk(tmp_path / "disk") as folder:
+        log = folder / "audit.jsonl"
+        with server("--ranks", "1", "--audit-log", str(log), "--audit-text", "--audit-required") as found:
+            ask = partial(found.client().completions.create, model=MODEL, prompt="A fox " * 400, max_tokens=2)
+            ask()
+            filler = fill(folder)
+            ask()  # nobody could know
+            with pytest.raises(openai.InternalServerError, match="the audit log can't be written, and this server"):
+                ask()
+            assert "hippo_audit_lost_requests 1.0" in found.get("/metrics")
+            assert "can't be written (No space left on device): it lacks 1 request" in found.running.err
+            filler.unlink()
+            ask()
+        verify = subprocess.run([ranks.BIN / "hippo_mpi.audit", "verify", log], capture_output=True, text=True)
+        assert verify.stdout.splitlines()[:2] == [
+            "whole: 3 lines in 1 file",
+            "line 2: lacks 1 request (No space left on device)",
+        ], verify.stderr
 
 
 def test_others_need_a_key() -> None:
@@ -353,7 +395,8 @@ def test_inside_a_launcher(wanted: str) -> None:
 
 @pytest.mark.slow
 def test_launch_serve() -> None:
-    """start, status, restart with the options and in the folder of the start, stop; keys are never written down."""
+    """start, status, restart with the options and in the folder of the start, stop; keys are never written down. A front
+    that dies is started again, where it was; options that are wrong don't end a server that is right."""
     root = ranks.BIN.parent.parent
     if not (root / "launch").exists():
         pytest.skip("the tests don't run in the project's own .venv")
@@ -384,9 +427,40 @@ def test_launch_serve() -> None:
         assert restarted.stdout.startswith("stopped\nready: http://127.0.0.1:")
         after = json.loads(run("status", "--json", env=keys).stdout)
         assert after["ranks"] == before["ranks"] and after["uptime_s"] < 60
-        assert not [file for file in (root / ".serve").iterdir() if "key-of-a-fox" in file.read_text()]
+        assert not [file for file in (root / ".serve").iterdir() if b"key-of-a-fox" in file.read_bytes()]
+
+        url = restarted.stdout.split()[-1]
+        front = int((root / ".serve" / "front").read_text())
+        os.kill(front, signal.SIGKILL)
+        ends = time.monotonic() + 60
+        while json.loads(run("status", "--json", env=keys).stdout or "{}").get("ready") is not True or front == int(
+            (root / ".serve" / "front").read_text()
+        ):
+            assert time.monotonic() < ends, (root / ".serve" / "log").read_text()
+            time.sleep(0.2)
+        assert url in run("status", env=keys).stdout
+
+        wrong = run("restart", "--port", "many", env=keys)
+        assert wrong.returncode == 2 and "'many' is not a port" in wrong.stderr and "stopped" not in wrong.stdout
+        assert run("restart", "--model", "./nowhere", env=keys).stderr == "error: no such model folder: ./nowhere\n"
+        refused = run("restart", "--ranks", "1", "--layer-split", "1,2,3", "--port", "0", env=keys)
+        assert refused.returncode == 2 and "layer split 1,2,3" in refused.stderr
+        assert refused.stdout.startswith("stopped\nready: "), "the one of before"
     finally:
         ended = run("stop")
     assert ended.stdout == "stopped\n"
     time.sleep(0.1)
     assert run("status").returncode == 3
+
+
+def test_units_start_what_there_is() -> None:
+    """systemd's and launchd's: their options are ours, and they are well-formed."""
+    launch = Path(__file__).parents[2] / "launch"
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment]
+    unit.read_string((launch / "hippo-serve.service").read_text())
+    agent = plistlib.loads((launch / "hippo-serve.plist").read_bytes())
+    assert unit["Service"]["Restart"] == "always" and agent["KeepAlive"] is True
+    for program, *options in (unit["Service"]["ExecStart"].split(), agent["ProgramArguments"]):
+        assert program.endswith("/hippo-mpi/.venv/bin/hippo_mpi.serve")
+        assert make_parser().parse_args(options).journal

@@ -1,15 +1,23 @@
 """Print the figures of hippo_mpi.serve: python tests/measure/serving.py [what ...]
 
 faults   random faults while 8 streams run: requests lost, answers changed, processes left, time until ready again
-soak     64 streams for ten minutes, some of whose clients go away: errors, changed answers, memory
 idle     CPU of front and ranks without a request, and the first token after it against a warm one
 together rounds of three servers and three runs that start at the same moment: how many came up at once
+journal  throughput of 16 streams with a journal against without, and the CPU that the front takes for a token
 compare  throughput and time to the first token at 1, 4 and 16 requests, on two ranks and on one, beside mlx_lm.server
+
+What takes longer, with --count, --seed and --minutes (tests/measure/campaigns.py), only if it is named:
+
+histories random sequences of faults against streams of every kind: what was lost or changed, with its seed
+moments   a rank killed or stopped at any moment of a run, under each way to start: what didn't end as it should
+hostile   hostile requests beside 8 normal streams: what they got, streams lost or changed, times between tokens
+soak      streams that come and go, and a fault a minute: errors, changed answers, memory, descriptors, tasks
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import statistics
@@ -29,6 +37,7 @@ import openai
 
 from tests import ranks
 from tests.commands.test_side_by_side import start_together
+from tests.measure.campaigns import CAMPAIGNS, add_options
 from tests.measure.figures import make_llama
 from tests.servers import FAULTS, GOES_ON, MODEL, WITH_FAULTS, Server, server
 
@@ -86,60 +95,6 @@ def measure_faults(count: int) -> None:
         if times:
             spread = f"{min(times):.1f} to {max(times):.1f}, n={len(times)}"
             print(f"  {name}: ready again after {statistics.median(times):.1f} s ({spread}); --timeout {TIMEOUT_S}")
-
-
-def measure_soak(minutes: int) -> None:
-    """64 streams at a time, of which every third client goes away somewhere; the others compare their answers."""
-    prompts = [f"Story {number}: once upon a time a fox" for number in range(16)]
-    with server("--max-batch-size", "64", "--max-queue", "64") as running:
-
-        def ask(number: int, num_tokens: int | None) -> str:
-            pieces = running.client().completions.create(
-                model=MODEL, prompt=prompts[number], max_tokens=60, stream=True, temperature=0, logit_bias=GOES_ON
-            )
-            text = ""
-            for index, piece in enumerate(pieces):
-                text += piece.choices[0].text
-                if index == num_tokens:
-                    pieces.close()
-                    break
-            return text
-
-        wanted = [ask(number, None) for number in range(len(prompts))]
-        pids = [running.running.process.pid, *running.rank_pids()]
-        ends, resident = time.monotonic() + minutes * 60, []
-        counts = {"answered": 0, "gone": 0, "changed": 0, "errors": 0}
-        draw = random.Random(1)
-
-        def stream() -> None:
-            while time.monotonic() < ends:
-                number = draw.randrange(len(prompts))
-                leaves = draw.randrange(1, 50) if draw.random() < 1 / 3 else None
-                try:
-                    text = ask(number, leaves)
-                except Exception as error:
-                    counts["errors"] += 1
-                    print(f"  {error}")
-                    continue
-                counts["gone" if leaves else "answered"] += 1
-                counts["changed"] += not wanted[number].startswith(text) if leaves else text != wanted[number]
-
-        with ThreadPoolExecutor(64) as pool:
-            streams = [pool.submit(stream) for _ in range(64)]
-            while any(not one.done() for one in streams):
-                resident.append([_resident_mib(pid) for pid in pids])
-                time.sleep(10)
-        running.await_status(lambda status: status["requests"] == 0)
-        told = ", ".join(f"{count} {what}" for what, count in counts.items())
-        print(f"  {minutes} min: {told}; same processes: {pids[1:] == running.rank_pids()}")
-        for name, index in (("front", 0), ("rank 0", 1), ("rank 1", 2)):
-            values = [row[index] for row in resident]
-            quarters = ", ".join(f"{values[len(values) * part // 4 - 1]:.0f}" for part in (1, 2, 3, 4))
-            print(f"  {name}: {quarters} MiB resident after each quarter of the time")
-
-
-def _resident_mib(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def _first_token_s(running: Server) -> float:
@@ -229,11 +184,49 @@ def measure_together(rounds: int) -> None:
         print(f"  {done} rounds: {6 * done} good starts, 0 restarts, {time.monotonic() - began:.0f} s", flush=True)
 
 
+def _load_of_streams(running: Server, num_streams: int, num_tokens: int) -> tuple[float, float]:
+    """(tokens per second of all streams, seconds of the front's CPU for a thousand tokens)."""
+    body = {"model": MODEL, "prompt": "Once upon a time a fox", "max_tokens": num_tokens, "stream": True}
+    data = json.dumps({**body, "temperature": 1.0, "logit_bias": GOES_ON}).encode()
+
+    def ask(_: int) -> None:
+        request = urllib.request.Request(f"{running.url}/v1/completions", data)
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            assert answer.read().rstrip().endswith(b"[DONE]")
+
+    pid = running.running.process.pid
+    began, before = time.perf_counter(), ranks.cpu_seconds(pid)
+    with ThreadPoolExecutor(num_streams) as pool:
+        list(pool.map(ask, range(num_streams)))
+    made = num_streams * num_tokens
+    return made / (time.perf_counter() - began), (ranks.cpu_seconds(pid) - before) / made * 1000
+
+
+def measure_journal(count: int) -> None:
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:  # /tmp may be in memory
+        journal = str(Path(name) / "journal")
+        with server("--ranks", "1") as without, server("--ranks", "1", "--journal", journal) as having:
+            for running in (without, having):
+                _load_of_streams(running, 16, 20)
+            found = [[_load_of_streams(running, 16, 150) for running in (without, having)] for _ in range(count)]
+        size = sum(file.stat().st_size for file in Path(name).iterdir())
+    ratios = [having[0] / without[0] for without, having in found]
+    cpu = [statistics.median(pair[which][1] for pair in found) for which in (0, 1)]
+    rate = statistics.median(pair[0][0] for pair in found)
+    print(
+        f"  {rate:.0f} tok/s without; with a journal {statistics.median(ratios):.3f} of it"
+        f" ({min(ratios):.3f} to {max(ratios):.3f}, n={count})"
+    )
+    print(
+        f"  CPU of the front for a token: {cpu[0]:.3f} ms without, {cpu[1]:.3f} ms with; {size / 2**20:.1f} MiB on disk"
+    )
+
+
 MEASURES: dict[str, tuple[Callable[[int], None], int]] = {
     "together": (measure_together, 20),
     "faults": (measure_faults, 50),
-    "soak": (measure_soak, 10),
     "idle": (measure_idle, 1),
+    "journal": (measure_journal, 7),
     "compare": (measure_compare, 5),
 }
 
@@ -241,10 +234,14 @@ MEASURES: dict[str, tuple[Callable[[int], None], int]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=[], help="figures to print; all if none is named")
-    parser.add_argument("--count", type=int, help="faults, minutes, or trials")
+    parser.add_argument("--count", type=int, help="faults, trials, histories or requests")
+    add_options(parser)
     arguments = parser.parse_args()
     for what in arguments.what or MEASURES:
         print(f"{what}:", flush=True)
+        if what in CAMPAIGNS:
+            CAMPAIGNS[what](arguments)
+            continue
         measure, count = MEASURES[what]
         measure(arguments.count or count)
 

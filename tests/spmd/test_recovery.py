@@ -77,6 +77,35 @@ def test_every_stream_goes_on_where_it_was(running: Server, wanted: list[str], r
     assert num_restarts(running) == restarts + 1, running.running.err
 
 
+def test_a_request_that_kills_ranks_is_given_up_alone() -> None:
+    """Streams that were at work beside it, and requests that waited, end as if it had never been."""
+    options = ("--timeout", str(TIMEOUT_S), "--max-restarts", "2", "--max-batch-size", "10")
+    with server(*options, env={**WITH_FAULTS, "HIPPO_POISON": "1000"}) as running:
+        client, begun = running.client(), threading.Barrier(NUM_STREAMS + 1)
+        undisturbed = answers(running)
+
+        def poison() -> str:
+            with pytest.raises(openai.InternalServerError) as told:
+                client.completions.create(model=MODEL, prompt=[9, 10, 1000, 1000, 1000, 11], max_tokens=3)
+            return str(told.value)
+
+        def ask(number: int) -> int:
+            told = client.completions.create(
+                model=MODEL, prompt=f"A hen and {number}", max_tokens=3, logit_bias=GOES_ON
+            )
+            assert told.usage is not None
+            return told.usage.completion_tokens
+
+        with ThreadPoolExecutor(12) as pool:
+            streams = pool.submit(answers, running, begun)
+            begun.wait(60)
+            poisoned, others = pool.submit(poison), [pool.submit(ask, number) for number in range(8)]
+            assert "the ranks failed 3 times in a row, last: rank 0 is gone" in poisoned.result(60)
+            assert [other.result(60) for other in others] == [3] * 8
+            assert streams.result(60) == undisturbed
+        assert num_restarts(running) == 3, running.running.err
+
+
 def test_drafts_are_made_anew() -> None:
     """An answer that a draft model helps with goes on after a fault as if there had been none."""
     draft = str(BUNDLED_MODEL.parent / "story-draft")

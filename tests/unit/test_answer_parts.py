@@ -133,7 +133,9 @@ def test_an_answer_in_a_format_or_a_call(tokenizer: TokenizerWrapper) -> None:
     body = {**ASKED, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
     asked = read_body(CHAT, body, SamplingParams())
     _, sampling = asked.prepare(tokenizer, ChatFormat())
-    matcher = Grammars(tokenizer, 4096).mask(sampling.grammar or "")
+    compiling = Grammars(tokenizer, 4096).compile(sampling.grammar or "")
+    compiling.matcher.result(30)
+    matcher = compiling.mask()
     allowed = np.isfinite(np.array(matcher(mx.zeros((1, 4096)))[0]))
     begins = {tokenizer.decode([int(token)])[:1] for token in allowed.nonzero()[0]}
     assert begins == {"{", "<"}

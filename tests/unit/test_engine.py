@@ -592,10 +592,6 @@ def test_an_answer_follows_its_grammar(checkpoint: Checkpoint, tokenizer: Tokeni
     # At the grammar's end there is nothing else to say than one of the end tokens.
     assert bench.tokens[0][:-1] == other.tokens[1][:-1]
     assert {bench.tokens[0][-1], other.tokens[1][-1]} <= set(words.eos_token_ids)
-    with pytest.raises(UserError, match="response_format: "):
-        ask(bench, 2, [9], grammar='{"grammars": [{"lark_grammar": "start: ("}]}')
-    with pytest.raises(UserError, match="response_format doesn't work with this model's tokenizer"):
-        ask(Bench(checkpoint, tokenizer, [6], max_batch_size=4), 0, [9], grammar=params.grammar)
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temp": 1.0, "seed": 5, "top_p": 0.9, "repetition_penalty": 1.2}], ids=str)

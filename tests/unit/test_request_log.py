@@ -16,7 +16,7 @@ from hippo_mpi.engine.request import Request as EngineRequest
 from hippo_mpi.engine.request import SamplingParams, Timings
 from hippo_mpi.serving.api.access import Access, AccessRules
 from hippo_mpi.serving.api.request_log import Answered, RequestLog
-from hippo_mpi.serving.supervision.front import Answer
+from hippo_mpi.serving.supervision.answer import Answer
 
 KEY_ID = "2c70e12b7a0646f9"  # the beginning of the SHA-256 of "key"
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from hippo_mpi.engine.grammar import _note_not_held_to, json_grammar
+from hippo_mpi.engine.grammar import json_grammar
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.errors import FieldError
 from hippo_mpi.serving.protocols.anthropic_messages import count_body, read_messages_body
@@ -205,17 +204,23 @@ def test_a_wanted_call_wins_over_a_format() -> None:
     assert asked.must_call
 
 
-def test_schemas_with_what_no_grammar_holds_to(caplog: pytest.LogCaptureFixture) -> None:
-    """Python's set[...] has uniqueItems: the rest of the schema holds. What would let wrong answers through is refused."""
-    _note_not_held_to.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        grammar = json_grammar({"type": "array", "items": {"type": "string"}, "uniqueItems": True})
-        json_grammar({"type": "string", "format": "decimal"})
-    assert json.loads(grammar)["grammars"]
-    assert "uniqueItems" in caplog.text and "decimal" in caplog.text
-    for keyword in ({"not": {"type": "string"}}, {"propertyNames": {"pattern": "a"}}, {"uniqueItems": True, "if": {}}):
-        with pytest.raises(FieldError, match="response_format: Unimplemented keys"):
-            json_grammar(keyword)
+def test_what_a_schema_is_called() -> None:
+    """A mistake in it is told by the name of the field that it stands in."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    given = {"type": "json_schema", "schema": SCHEMA}
+    tools = [{"type": "function", "function": FUNCTION}]
+    asked = {
+        "response_format": chat(response_format=form),
+        "output_config": messages(output_config={"format": given}),
+        "text": responses(text={"format": {**given, "name": "x"}}),
+    }
+    for name, one in asked.items():
+        assert one.grammars(one.sampling) == [(name, json_grammar(SCHEMA))]
+    both = chat(response_format=form, tools=tools)
+    assert [name for name, _ in both.grammars(replace(both.sampling, grammar="{}"))] == ["response_format", "tools"]
+    must = chat(tools=tools, tool_choice="required")
+    assert must.grammars(replace(must.sampling, grammar="{}")) == [("tools", "{}")]
+    assert chat().grammars(DEFAULTS) == []
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,11 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings, TokenLogprobs
 from hippo_mpi.engine.text import AnswerText, ChatFormat, find_stop, open_tokenizer, token_bytes
 from hippo_mpi.errors import FieldError, UserError
+from hippo_mpi.serving.protocols.openai_answers import Choice
+from hippo_mpi.serving.protocols.openai_requests import COMPLETION, read_body
 
 ALPHABET = st.text("ab<|>", max_size=12)
 
@@ -101,7 +104,26 @@ def test_tokens_are_bytes() -> None:
     text = " fox \u732b\U0001f98a"
     tokens = tokenizer.encode(text, add_special_tokens=False)
     assert b"".join(token_bytes(tokenizer, token) for token in tokens) == text.encode()
-    assert [token_bytes(sentence_piece(SPMStreamingDetokenizer), token) for token in (3, 4)] == [b"\xc3", b"\xa9"]
+    pieces = sentence_piece(SPMStreamingDetokenizer)
+    assert [token_bytes(pieces, token) for token in (3, 4)] == [b"\xc3", b"\xa9"]
+    assert [token_bytes(pieces, token) for token in (0, 1, 2, 5)] == [b" a", b" fox", b"fox", b"<end>"]
+
+
+def test_where_tokens_are_in_their_text() -> None:
+    """Whole or streamed; the parts of a character are where it is. A long answer costs no more per token than a short one."""
+    tokenizer = byte_level(BPEStreamingDetokenizer)
+    text = " fox \u732b\U0001f98a!"
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    asked = read_body(COMPLETION, {"prompt": [tokens[0]], "logprobs": 0}, SamplingParams())
+    outputs = [RequestOutput(0, "", token, Timings(), TokenLogprobs(0.0, [])) for token in tokens]
+    choice = Choice(asked, asked.prompt, tokenizer)
+    streamed = [at for output in outputs for at in choice.take(output)["logprobs"]["text_offset"]]
+    assert streamed == choice.whole()["logprobs"]["text_offset"]
+    at, wanted = 0, []
+    for token in tokens:
+        wanted.append(len(text.encode()[:at].decode(errors="ignore")))
+        at += len(token_bytes(tokenizer, token))
+    assert streamed == wanted and len(set(wanted)) < len(wanted)
 
 
 LOSING = "{% for m in messages %}{% if m.role in ('user', 'assistant') or loop.first %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"

@@ -1,136 +1,257 @@
-"""Who asked for what, when, and how it ended: JSON lines, each chained to the one before by its hash.
+"""Who asked for what, when, and how it ended: JSON lines in a chain that a key holds together (audit_chain.py).
 
-A line that is changed, dropped, added or moved breaks the chain behind it, within a file and from one to the next.
-Lines that are dropped at the end break nothing: only who has noted the last hash, or the number of lines, can tell.
+A line is written as a whole when its request ends, so a kill takes none; a thread brings it to disk (fsync), and then the
+anchor, as soon as the disk lets it, at most every _SYNC_EVERY_S. What can't be written costs no answer: the next line that
+can says what is missing.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
-import json
 import logging
+import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hippo_mpi.errors import UserError
+from hippo_mpi.serving.api.audit_chain import Anchor, anchor_path_of, key_path_of, numbers_of
+from hippo_mpi.serving.api.audit_start import find_end
+from hippo_mpi.serving.durable_files import FileLock, sync_folder
+from hippo_mpi.units import count_of
 
 _log = logging.getLogger(__name__)
-_FIRST = "0" * 64  # what the first line of all has instead of a hash
 _MOST_BYTES = 64 << 20  # then a new file begins
+_SYNC_EVERY_S = 0.5
+_COMPLAIN_EVERY_S = 60.0
+
+
+def key_id(key: str) -> str:
+    """Return a name for an API key that doesn't give it away."""
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What is in the log: where it ends, and of this process how many requests, and how many lost ones lines tell of."""
+
+    end: Anchor
+    num_requests: int = 0
+    num_noted: int = 0
 
 
 class AuditLog:
     """Appends to a file; one that has grown large is set aside as FILE.1, FILE.2 ... and the chain goes on in a new one.
 
+    Those may be moved away: their numbers aren't given again. Nobody else may write the log until it is closed.
+
     Args:
         has_text: whether prompts and answers are written down, too, and not only their digests.
+        key_path: where the key is, or is made; beside the log if not given.
 
     Raises:
-        UserError: the file can't be written, or its chain is broken already.
+        UserError: the file can't be written, another process writes it, or its chain is broken already.
     """
 
-    def __init__(self, path: Path, has_text: bool = False, most_bytes: int = _MOST_BYTES) -> None:
+    def __init__(
+        self, path: Path, has_text: bool = False, key_path: Path | None = None, most_bytes: int = _MOST_BYTES
+    ) -> None:
+        path = path.resolve()  # beside the file itself, wherever links to it are
         self._path, self.has_text, self._most_bytes = path, has_text, most_bytes
-        chain = read_chain(files_of(path))
-        if chain.mistakes:
-            raise UserError(f"{chain.mistakes[0]}: set it aside to begin anew")
-        self._hash = chain.last_hash
-        _log.info("audit log %s: --lines %d --last-hash %s", path, chain.num_lines, chain.last_hash)
+        self.num_lost = 0
+        """Requests of this process that aren't in the log."""
+        self._reason = ""  # why the last ones were lost
+        self._wanted_bytes, self._complained_s = 0, -_COMPLAIN_EVERY_S
+        self._has_half_a_line, self._sync_error = False, ""
+        self._sync_lock, self._is_dirty, self._is_closed = threading.Lock(), threading.Event(), threading.Event()
         try:
-            self._file = path.open("ab")
+            self._lock = FileLock(path)
+            try:
+                self._key, end, self._notes = find_end(path, key_path or key_path_of(path))
+                self._written = self._on_disk = _Written(end)
+                self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                self._anchor = os.open(anchor_path_of(path), os.O_WRONLY | os.O_CREAT, 0o644)
+                sync_folder(path.parent)
+                self._bring_to_disk()
+            except BaseException:
+                self._lock.release()
+                raise
         except OSError as error:
             raise UserError(f"the audit log {path} can't be written: {error.strerror}") from None
+        _log.info("audit log %s: --lines %d --last-hash %s", path, end.num_lines, end.last_hash)
+        self._thread = threading.Thread(target=self._sync_again_and_again, name="hippo-audit", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+        with contextlib.suppress(OSError):  # else notes come with the first request
+            self._append()
+
+    def close(self) -> None:
+        """Bring all to disk, and let others write."""
+        atexit.unregister(self.close)
+        self._is_closed.set()
+        self._is_dirty.set()
+        self._thread.join()
+        os.close(self._file)
+        os.close(self._anchor)
+        self._lock.release()
+
+    def text_digest(self, text: str) -> str:
+        """Return what stands for a text in this log."""
+        return self._key.text_digest(text)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add a line; it is on its way to the disk when this returns."""
-        if self._file.tell() > self._most_bytes:
-            self._file.close()
-            self._path.rename(f"{self._path}.{len(files_of(self._path))}")
-            self._file = self._path.open("ab")
-        line = json.dumps({"time": round(time.time(), 3), **record, "previous": self._hash}).encode()
-        self._file.write(line + b"\n")
-        self._file.flush()
-        self._hash = hashlib.sha256(line).hexdigest()
+        """Add a line, or note in the next one that it is missing."""
+        try:
+            self._append(record)
+        except OSError as error:
+            self.num_lost += 1
+            self._reason = str(error.strerror)
+            lacks = f"it lacks {count_of(self.num_lost, 'request')} by now, which are answered all the same"
+            self._complain(f"can't be written ({error.strerror}): {lacks}")
+
+    def is_writable(self) -> bool:
+        """Whether the last request could be written down or, if not, there is room for one like it by now."""
+        if self.num_lost == self._written.num_noted and not self._sync_error:
+            return True
+        try:
+            disk = os.statvfs(self._path.parent)
+            if disk.f_bavail * disk.f_frsize < 2 * self._wanted_bytes:
+                return False
+            self._append()
+        except OSError:
+            return False
+        return True
+
+    def _append(self, *records: dict[str, Any]) -> None:
+        """Write notes that are due, and records, all or nothing.
+
+        Raises:
+            OSError: nothing was written.
+        """
+        if self._sync_error:
+            self._take_back()
+        if self._written.end.end > self._most_bytes:
+            self._begin_file()
+        before = self._written
+        notes: list[dict[str, Any]] = [{"note": note} for note in self._notes]
+        if lost := self.num_lost - before.num_noted:
+            notes.append({"note": f"lacks {count_of(lost, 'request')} ({self._reason})", "lost": lost})
+        end, data = before.end, b""
+        for record in (*notes, *records):
+            begins = {"file": end.file} if end.end == 0 else {}
+            fields = {"time": round(time.time(), 3), **record, **begins, "line": end.num_lines + 1}
+            line = self._key.sealed({**fields, "previous": end.last_hash})
+            data += line + b"\n"
+            end = end.followed_by(line)
+        self._write_whole(data)
+        if lost:
+            _log.warning("audit log %s goes on; it lacks %s", self._path, count_of(lost, "request"))
+        self._written = _Written(end, before.num_requests + len(records), self.num_lost)
+        self._notes = []
+        self._is_dirty.set()
+
+    def _take_back(self) -> None:
+        """Take back the lines that may not have reached the disk: nobody knows which of them did."""
+        with self._sync_lock:
+            os.ftruncate(self._file, self._on_disk.end.end)
+            self.num_lost += self._written.num_requests - self._on_disk.num_requests
+            self._written, self._reason, self._sync_error = self._on_disk, self._sync_error, ""
+
+    def _write_whole(self, data: bytes) -> None:
+        wanted = len(data)
+        if self._has_half_a_line:
+            os.ftruncate(self._file, self._written.end.end)
+            self._has_half_a_line = False
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+            self._wanted_bytes = 0
+        except OSError:
+            self._wanted_bytes = max(self._wanted_bytes, wanted)
+            self._has_half_a_line = True
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._written.end.end)
+                self._has_half_a_line = False
+            raise
+
+    def _complain(self, what: str) -> None:
+        """Log an error, but not the same for every request."""
+        now = time.monotonic()
+        if now - self._complained_s > _COMPLAIN_EVERY_S:
+            self._complained_s = now
+            _log.error("the audit log %s %s", self._path, what)
+
+    # ---- files
+
+    def _begin_file(self) -> None:
+        """Set the file aside under a number that no other had, and begin a new one; if that can't be, go on in the old."""
+        new_path = self._path.with_name(f"{self._path.name}.new")
+        try:
+            number = max([self._written.end.file, *(number + 1 for number in numbers_of(self._path))])
+            new = os.open(new_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+            try:
+                with self._sync_lock:
+                    self._bring_to_disk()
+                    if self._sync_error:
+                        return
+                    _change_places(new_path, self._path, self._path.with_name(f"{self._path.name}.{number}"))
+                    self._file, new = new, self._file
+                    end = replace(self._written.end, file=number + 1, start=0, end=0)
+                    self._written = self._on_disk = replace(self._written, end=end)
+            finally:
+                os.close(new)
+            sync_folder(self._path.parent)
+            self._sync()
+        except OSError as error:
+            self._complain(f"grows: no new file can be begun ({error.strerror})")
+
+    def _sync_again_and_again(self) -> None:
+        while not self._is_closed.is_set():
+            self._is_dirty.wait()
+            self._is_dirty.clear()
+            self._sync()
+            self._is_closed.wait(_SYNC_EVERY_S)
+        self._sync()
+
+    def _sync(self) -> None:
+        try:
+            with self._sync_lock:
+                self._bring_to_disk()
+        except OSError as error:
+            self._complain(f"can't be brought to disk ({error.strerror})")
+
+    def _bring_to_disk(self) -> None:
+        """Bring all lines to disk, and only then the anchor, so that it never tells of a line that a power cut took.
+
+        Raises:
+            OSError: the disk (of a network, say) has no room for them after all, or is broken.
+        """
+        if self._sync_error:
+            return  # another call may succeed all the same: what it didn't write is forgotten
+        written = self._written
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            self._sync_error = str(error.strerror)
+            raise
+        self._on_disk = written
+        os.pwrite(self._anchor, written.end.written(self._key), 0)
+        os.fsync(self._anchor)
 
 
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def key_id(key: str) -> str:
-    """Return a name for an API key that doesn't give it away."""
-    return digest(key)[:16]
-
-
-def files_of(path: Path) -> list[Path]:
-    """The files of a log, oldest first."""
-    numbered = [p for p in path.parent.glob(f"{path.name}.*") if p.suffix[1:].isdigit()]
-    older = sorted(numbered, key=lambda p: int(p.suffix[1:]))
-    return [*older, *([path] if path.exists() else [])]
-
-
-@dataclass
-class Chain:
-    """A log as it was read: its number of lines over all files, the hash of the last one, and what is wrong with it."""
-
-    num_lines: int = 0
-    last_hash: str = _FIRST
-    mistakes: list[str] = field(default_factory=list)
-
-
-def read_chain(files: Sequence[Path], last_hash: str | None = None, num_lines: int | None = None) -> Chain:
-    """Check every line of a log and, if its end was noted before, that nothing of what was there then is missing.
-
-    Args:
-        files: oldest first.
-        last_hash: of the last line at that time.
-        num_lines: of all files at that time; lines that came later are no mistake.
+def _change_places(new: Path, current: Path, older: Path) -> None:
+    """Rename the current file to the older one, and the new one to the current.
 
     Raises:
-        UserError: a file can't be read.
+        OSError: all is as it was.
     """
-    chain, noted_at = Chain(), 0
-    for path, number, line in _lines(files):
-        try:
-            told = json.loads(line)["previous"]
-        except (ValueError, KeyError, TypeError):
-            told = None
-        if told is None:
-            chain.mistakes.append(f"{path}, line {number} is no line of an audit log")
-        elif told != chain.last_hash:
-            why = "one was changed, dropped or moved"
-            chain.mistakes.append(f"{path}, line {number} doesn't follow the line before: {why}")
-        chain.num_lines, chain.last_hash = chain.num_lines + 1, hashlib.sha256(line).hexdigest()
-        if chain.last_hash == last_hash:
-            noted_at = chain.num_lines
-    if not chain.mistakes and (mistake := _missing(chain, last_hash, noted_at, num_lines)):
-        chain.mistakes.append(mistake)
-    return chain
-
-
-def _missing(chain: Chain, last_hash: str | None, noted_at: int, num_lines: int | None) -> str | None:
-    """Say what an unbroken chain lacks of what was noted of it; `noted_at` is the line that has the hash, 0 if none has."""
-    if num_lines is not None and chain.num_lines < num_lines:
-        count = num_lines - chain.num_lines
-        dropped = f"its last {count} lines were" if count > 1 else "its last line was"
-        return f"the log has {chain.num_lines:,} of {num_lines:,} lines: {dropped} dropped"
-    if last_hash is None or (last_hash == _FIRST and not num_lines):
-        return None
-    if not noted_at:
-        return f"no line of the log ({chain.num_lines:,} lines) has the hash {last_hash}: its end was dropped"
-    if num_lines is not None and noted_at != num_lines:
-        return f"the hash {last_hash} is that of line {noted_at}, not of line {num_lines}: they were not noted together"
-    return None
-
-
-def _lines(files: Sequence[Path]) -> Iterator[tuple[Path, int, bytes]]:
-    for path in files:
-        try:
-            with path.open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    yield path, number, line.removesuffix(b"\n")
-        except OSError as error:
-            raise UserError(f"the audit log {path} can't be read: {error.strerror}") from None
+    current.rename(older)
+    try:
+        new.rename(current)
+    except OSError:
+        older.rename(current)
+        raise

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hippo_mpi.engine.request import RequestOutput
-from hippo_mpi.errors import FieldError, RankError, UserError
+from hippo_mpi.errors import FieldError, HippoError
 from hippo_mpi.serving.api.http_errors import error_of
 from hippo_mpi.serving.protocols.openai_answers import (
     AnswerHead,
     Choice,
+    answer_object,
     chunk_object,
     first_fields,
     says_something,
@@ -21,8 +21,6 @@ from hippo_mpi.serving.protocols.openai_answers import (
     usage_so_far,
 )
 from hippo_mpi.serving.protocols.openai_sampling import boolean
-
-_Told = asyncio.Queue[tuple[int, RequestOutput | UserError | RankError]]
 
 
 @dataclass(frozen=True)
@@ -55,41 +53,40 @@ class StreamOptions:
         return cls(wanted.get(names[0], False), wanted.get(names[0], False) and wanted.get(names[1], False))
 
 
-async def completion_chunks(
-    head: AnswerHead, outputs: Sequence[AsyncIterator[RequestOutput]], choices: Sequence[Choice], options: StreamOptions
-) -> AsyncIterator[bytes]:
-    """Server-sent events: every output as it comes, whichever choice it is of."""
-    told: _Told = asyncio.Queue()
-    tasks = [asyncio.ensure_future(_pass_on(index, one, told)) for index, one in enumerate(outputs)]
-    no_usage: dict[str, Any] = {"usage": None} if options.include_usage else {}
-    try:
+class CompletionAnswer:
+    """The answer to one request: all its choices.
+
+    Args:
+        head: what each of its objects begins with.
+    """
+
+    def __init__(self, head: AnswerHead, choices: Sequence[Choice], options: StreamOptions) -> None:
+        self._head, self._choices, self._options = head, choices, options
+
+    def whole(self, outputs: Sequence[tuple[int, RequestOutput]]) -> dict[str, Any]:
+        """All of it, of what its choices got."""
+        for index, output in outputs:
+            self._choices[index].take(output)
+        return answer_object(self._head, self._choices)
+
+    async def events(self, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> AsyncIterator[bytes]:
+        """The events of its stream: every output as it comes, whichever choice it is of."""
+        head, choices, options = self._head, self._choices, self._options
+        no_usage: dict[str, Any] = {"usage": None} if options.include_usage else {}
         for index in range(len(choices)):
             yield _event(chunk_object(head, index, first_fields(head)) | no_usage)
-        running = len(choices)
-        while running:
-            index, output = await told.get()
-            if isinstance(output, Exception):
-                yield _event(error_of(output))
-                return
-            fields = choices[index].take(output)
-            usage = {"usage": usage_so_far(choices[index])} if options.continuous_usage_stats else no_usage
-            if says_something(fields) or options.continuous_usage_stats:
-                yield _event(chunk_object(head, index, fields) | usage)
-            running -= output.finish_reason is not None
+        try:
+            async for index, output in outputs:
+                fields = choices[index].take(output)
+                usage = {"usage": usage_so_far(choices[index])} if options.continuous_usage_stats else no_usage
+                if says_something(fields) or options.continuous_usage_stats:
+                    yield _event(chunk_object(head, index, fields) | usage)
+        except HippoError as error:
+            yield _event(error_of(error))
+            return
         if options.include_usage:
             yield _event(usage_chunk(head, choices))
         yield b"data: [DONE]\n\n"
-    finally:  # also when the client has gone away
-        for task in tasks:
-            task.cancel()
-
-
-async def _pass_on(index: int, outputs: AsyncIterator[RequestOutput], told: _Told) -> None:
-    try:
-        async for output in outputs:
-            told.put_nowait((index, output))
-    except (UserError, RankError) as error:
-        told.put_nowait((index, error))
 
 
 def _event(found: dict[str, Any]) -> bytes:

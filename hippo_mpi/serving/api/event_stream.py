@@ -57,5 +57,21 @@ def _comment(text: str) -> bytes:
     return f": {' '.join(text.split())}\n\n".encode()  # a line break would begin an event
 
 
+async def numbered(events: AsyncIterator[bytes], after: int, is_cut: Callable[[], bool]) -> AsyncIterator[bytes]:
+    """Yield events with their numbers as ids, from 0, for a client that will ask for those after the last that it got.
+
+    Args:
+        after: the number of the last one that isn't wanted.
+        is_cut: whether an event that comes now only says that the rest is to be fetched elsewhere; such has no number.
+    """
+    number = 0
+    async for event in events:
+        if is_cut():
+            yield event
+        elif number > after:
+            yield b"id: %d\n%b" % (number, event)
+        number += 1
+
+
 async def _next(events: AsyncIterator[bytes]) -> bytes | None:
     return await anext(events, None)

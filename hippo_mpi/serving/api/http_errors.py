@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from hippo_mpi.errors import ContextError, FieldError, HippoError, UserError
+from hippo_mpi.errors import ContextError, FieldError, ForeignError, HippoError, UserError
 from hippo_mpi.serving.api.request_ids import id_headers, request_id
 from hippo_mpi.serving.protocols.anthropic_messages import MESSAGES, messages_error
 from hippo_mpi.serving.protocols.openai_answers import error_object
@@ -71,7 +71,8 @@ async def _failed(request: Request, error: Exception) -> Response:
     found = messages_error(error) if _speaks_anthropic(request) else error_of(error)
     if isinstance(error, ContextError) and "error" in found and "param" in found["error"]:
         found["error"]["param"] = _LONG_FIELDS.get(request.url.path)
-    return JSONResponse(found, 400 if isinstance(error, UserError) else 503)
+    status = 400 if isinstance(error, UserError) else 500 if isinstance(error, ForeignError) else 503
+    return JSONResponse(found, status)
 
 
 async def _broken(request: Request, _: Exception) -> Response:

@@ -17,11 +17,12 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 
-from hippo_mpi.errors import RankError, UserError
+from hippo_mpi.errors import UserError
 from hippo_mpi.serving.addresses import url_of
 from hippo_mpi.serving.api.connections import Connections, Listener, room_for_connections
 from hippo_mpi.serving.api.http_protocol import HttpProtocol
 from hippo_mpi.serving.logs import ANNOUNCEMENTS
+from hippo_mpi.serving.supervision.answer import ServerEnding
 from hippo_mpi.serving.supervision.front import Front
 
 _log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ async def _end_answers(server: uvicorn.Server, front: Front) -> None:
     while not server.should_exit:
         await asyncio.sleep(0.1)
     _log.info("the server is ending; requests that are told so: %d", front.num_requests)
-    front.fail_all(RankError("the server is ending"))
+    front.fail_all(ServerEnding("the server is ending"))
 
 
 async def _announce(front: Front) -> None:

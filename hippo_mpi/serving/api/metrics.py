@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from hippo_mpi.engine.request import RequestOutput
+from hippo_mpi.serving.api.audit_log import AuditLog
 from hippo_mpi.serving.supervision.front import Front
 
 _FIRST_TOKEN_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -16,17 +17,19 @@ _BETWEEN_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5, 30)
 
 
 class Metrics:
-    """Listens to a front."""
+    """Listens to a front, and looks at its audit log."""
 
-    def __init__(self, front: Front) -> None:
+    def __init__(self, front: Front, audit: AuditLog | None = None) -> None:
         self.registry = CollectorRegistry()
 
         def gauge(name: str, text: str, value: Callable[[], float]) -> None:
             Gauge(name, text, registry=self.registry).set_function(value)
 
         gauge("hippo_requests", "Requests under way or waiting.", lambda: front.num_requests)
-        gauge("hippo_ready", "1 while ranks answer.", lambda: float(front.is_ready))
+        gauge("hippo_ready", "1 while ranks answer.", lambda: float(front.is_ready and not front.why_stuck))
         gauge("hippo_restarts", "How often the ranks were started again.", lambda: front.num_restarts)
+        if audit is not None:
+            gauge("hippo_audit_lost_requests", "Requests that aren't in the audit log.", lambda: audit.num_lost)
         self._ended = Counter("hippo_answers", "Answers that have ended.", ["finish_reason"], registry=self.registry)
         self._tokens = Counter("hippo_generated_tokens", "Tokens generated.", registry=self.registry)
         self._prompt = Counter("hippo_prompt_tokens", "Prompt tokens of ended answers.", registry=self.registry)
@@ -41,6 +44,7 @@ class Metrics:
         )
         self.registry.register(_Ranks(front))
         front.on_output = self._note
+        front.on_early_end = lambda reason: self._ended.labels(reason).inc()
 
     def _note(self, output: RequestOutput, before_s: float) -> None:
         timings = output.timings

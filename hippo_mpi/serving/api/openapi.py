@@ -42,7 +42,7 @@ _ERRORS = {
     400: "The body is wrong: the message names the field.",
     401: "No API key, or an unknown one.",
     403: "A page of another origin, or another name of the server; or only an admin key may change the model.",
-    404: "There is no such model.",
+    404: "There is no such model, or no answer of this id that this key has asked for.",
     408: "The body took too long.",
     413: "The body is too large.",
     415: "The body isn't said to be application/json.",
@@ -55,12 +55,19 @@ def openapi_object(models: Sequence[str]) -> dict[str, Any]:
     """The description of a server of these models."""
     gets = {
         "/": "What this is.",
-        "/health": "Whether the front lives.",
+        "/health": "Whether the front lives; with deep=1, whether ranks make tokens (503 if not).",
         "/ready": "Whether ranks answer (503 if not), and why not.",
         "/metrics": "For Prometheus.",
         "/v1/models": "The catalogue.",
     }
     paths: dict[str, Any] = {path: {"get": _operation(path, text)} for path, text in gets.items()}
+    paths["/health"]["get"]["parameters"] = [_parameter("query", "deep", {"enum": ["0", "1", "false", "true"]})]
+    for path in (CHAT, COMPLETION, RESPONSES, MESSAGES):
+        paths[f"{path}/{{id}}"] = _of_kept(path)
+    paths[f"{RESPONSES}/{{id}}/cancel"] = {
+        "parameters": [_ID],
+        "post": _operation(f"{RESPONSES}/cancel", "End a response that is made in the background."),
+    }
     for path, body in _bodies({"type": "string", "enum": list(models)}).items():
         content = {"application/json": {"schema": body}}
         paths[path] = {"post": _operation(path, "") | {"requestBody": {"required": True, "content": content}}}
@@ -70,6 +77,17 @@ def openapi_object(models: Sequence[str]) -> dict[str, Any]:
         "paths": paths,
         "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }
+
+
+def _of_kept(path: str) -> dict[str, Any]:
+    """An answer that a server with a journal keeps."""
+    get = _operation(f"{path}/get", "An answer by its id; or its events, behind one of them.")
+    get["parameters"] = [
+        _parameter("query", "stream", {"enum": ["true", "false"]}),
+        _parameter("query", "starting_after", {"type": "integer", "minimum": 0, "maximum": 999_999_999}),
+        _parameter("header", "Last-Event-ID", {"type": "integer", "minimum": 0, "maximum": 999_999_999}),
+    ]
+    return {"parameters": [_ID], "get": get, "delete": _operation(f"{path}/delete", "Forget an answer.")}
 
 
 def _bodies(model: _Schema) -> dict[str, _Schema]:
@@ -121,6 +139,8 @@ def _of_responses(model: _Schema) -> dict[str, _Schema]:
     return {
         **_ignored(RESPONSES_IGNORED),
         "model": model,
+        "store": _BOOLEAN,
+        "background": _BOOLEAN,
         "input": {"anyOf": [_TEXT, _messages(ROLES)]},
         "instructions": _TEXT,
         **_of(field_schemas(True), "temperature", "top_p"),
@@ -160,6 +180,13 @@ def _operation(path: str, text: str) -> dict[str, Any]:
         "security": [{}, {"key": []}],
         "responses": responses | {str(status): {"description": why} for status, why in _ERRORS.items()},
     }
+
+
+def _parameter(where: str, name: str, schema: _Schema) -> dict[str, Any]:
+    return {"in": where, "name": name, "required": where == "path", "schema": schema}
+
+
+_ID = _parameter("path", "id", _TEXT)
 
 
 def _body(properties: dict[str, _Schema], *required: str) -> _Schema:

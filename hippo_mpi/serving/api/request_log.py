@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hippo_mpi.serving.api.audit_log import key_id
-from hippo_mpi.serving.supervision.front import Answer
+from hippo_mpi.serving.supervision.answer import Answer
 
 _log = logging.getLogger(__name__)
 _POLLED = ("/health", "/ready", "/metrics")  # every second or so, by machines

@@ -2,20 +2,25 @@
 
 Input is recognised by its content: OpenAI batch lines, short JSON lines ({"prompt": ...} or {"messages": [...]}),
 or plain text, a prompt a line; a job script (#!) carries options in #HIPPO lines in front of any of them. Files are
-read as needed.
+read as needed, in several passes.
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import io
+import itertools
 import json
 import shlex
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.errors import UserError
@@ -37,28 +42,87 @@ class Task:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Where prompts come from: a file, which is read as needed, or all that came from standard input."""
+    """Prompts that can be read again and again: a file, or what came from a pipe.
 
-    path: Path
-    content: bytes | None = None
+    Args:
+        name: of where they come from, for messages.
+    """
+
+    name: str
+    stream: BinaryIO
 
     def __str__(self) -> str:
-        return str(self.path) if self.content is None else "standard input"
+        return self.name
+
+    def __enter__(self) -> Prompts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yield (number from 1, line) without a byte order mark.
+        """Yield (number from 1, line) without a byte order mark. Of a line over _MAX_LINE_BYTES so many and one come.
 
         Raises:
             UserError: the file can't be read.
         """
+        number, most = 0, _MAX_LINE_BYTES + 1
         try:
-            with self.path.open("rb") if self.content is None else io.BytesIO(self.content) as stream:
-                number = 0
-                while line := stream.readline(_MAX_LINE_BYTES):
-                    number += 1
-                    yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            self.stream.seek(0)
+            while line := self.stream.readline(most):
+                number += 1
+                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                while len(line) == most and not line.endswith(b"\n"):  # the rest of it
+                    line = self.stream.readline(most)
         except OSError as error:
             raise UserError(f"{self} can't be read: {error.strerror}") from None
+
+    @cached_property
+    def given_names(self) -> set[str]:
+        """The custom_ids that look like names of lines."""
+        found: set[str] = set()
+        for _, line in self.lines():
+            if b"line-" in line and line.lstrip().startswith(b"{"):
+                with contextlib.suppress(ValueError, RecursionError):
+                    name = json.loads(line).get("custom_id")
+                    found |= {name} if isinstance(name, str) and name.startswith("line-") else set()
+        return found
+
+
+def open_prompts(path: Path) -> Prompts:
+    """Open a file of prompts. What can be read only once, such as a pipe, goes into a temporary file.
+
+    Raises:
+        UserError: it can't be read, or kept, or has options, for which it is too late.
+    """
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    if path.is_file():
+        return Prompts(str(path), stream)
+    with stream:
+        return _spooled(str(path), stream)
+
+
+def kept_prompts(name: str, text: bytes) -> Prompts:
+    """Prompts that have been read from somewhere; raises as `open_prompts`."""
+    return _spooled(name, io.BytesIO(text))
+
+
+def _spooled(name: str, source: BinaryIO) -> Prompts:
+    try:
+        spool = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
+        shutil.copyfileobj(source, spool)
+        spool.flush()
+    except OSError as error:
+        raise UserError(
+            f"what comes from {name} can't be kept in {tempfile.gettempdir()}: {error.strerror}; put it into a file"
+        ) from None
+    prompts = Prompts(name, spool)
+    if job_options(prompts):
+        raise UserError(f"#HIPPO lines from {name} come too late: give their options on the command line")
+    return prompts
 
 
 def job_options(prompts: Prompts) -> list[str]:
@@ -88,6 +152,7 @@ def read_tasks(prompts: Prompts, defaults: SamplingParams) -> Iterator[Task]:
         UserError: the file can't be read.
     """
     seen: set[str] = set()
+    given = prompts.given_names  # a pass of its own: there is one position to read from
     is_job = is_json = None
     for number, line in prompts.lines():
         is_job = line.startswith(b"#!") if number == 1 else is_job
@@ -95,7 +160,7 @@ def read_tasks(prompts: Prompts, defaults: SamplingParams) -> Iterator[Task]:
             continue
         is_json = line.lstrip().startswith(b"{") if is_json is None else is_json
         seeded = defaults if defaults.seed is None else replace(defaults, seed=defaults.seed + number)
-        task = _read_line(number, line, is_json, seeded)
+        task = _read_line(number, line, is_json, seeded, _name_of(number, given))
         if task.custom_id in seen:
             mistake = f"line {number}: custom_id {task.custom_id!r} was there before"
             task = Task(number, f"{task.custom_id} (line {number})", task.digest, None, mistake)
@@ -103,9 +168,18 @@ def read_tasks(prompts: Prompts, defaults: SamplingParams) -> Iterator[Task]:
         yield task
 
 
-def _read_line(number: int, line: bytes, is_json: bool, defaults: SamplingParams) -> Task:
-    custom_id, digest = f"line-{number}", hashlib.sha256(line.strip()).hexdigest()[:16]
+def _name_of(number: int, given: set[str]) -> str:
+    """Name a line that has no custom_id like no other."""
+    name = f"line-{number}"
+    tried = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
+    return next(one for one in tried if one not in given)
+
+
+def _read_line(number: int, line: bytes, is_json: bool, defaults: SamplingParams, custom_id: str) -> Task:
+    digest = hashlib.sha256(line.strip()).hexdigest()[:16]
     try:
+        if len(line.removesuffix(b"\n")) > _MAX_LINE_BYTES:
+            raise UserError(f"longer than {_MAX_LINE_BYTES:,} bytes")
         text = line.decode().strip()
         if not is_json:
             return Task(number, custom_id, digest, Asked(CHAT, defaults, [{"role": "user", "content": text}]))

@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.engine import Engine, unexpected
+from hippo_mpi.engine.grammar_check import GrammarCheck
 from hippo_mpi.engine.request import Request, RequestOutput
 from hippo_mpi.engine.text import ChatFormat
-from hippo_mpi.errors import UserError
+from hippo_mpi.errors import HippoError, UserError
 from hippo_mpi.serving.batch.answer_file import Answers
 from hippo_mpi.serving.batch.batch_file import Task
 from hippo_mpi.serving.protocols.openai_answers import AnswerHead, Choice, answer_object
@@ -44,7 +45,7 @@ class BatchRun:
         self._answers, self._progress, self._model = answers, progress, model
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self._running: dict[int, tuple[Task, Choice]] = {}
-        self._pausing = pausing
+        self._pausing, self._grammars = pausing, GrammarCheck()
         self.reasons: list[str] = []  # the first ones why requests failed
 
     def run(self, tasks: Iterable[Task], on_task: Callable[[], None]) -> None:
@@ -82,18 +83,28 @@ class BatchRun:
             if task.asked is None:
                 raise UserError(task.mistake)
             prompt, sampling = task.asked.prepare(self._tokenizer, self._format, self._system)
+            for field, grammar in task.asked.grammars(sampling):
+                with self._pausing():
+                    self._grammars.check(field, grammar)
             self._engine.add(Request(task.line, prompt, sampling))
-        except UserError as error:
-            mistake = task.mistake or f"line {task.line}: {error}"
-            with self._pausing():
-                self._answers.write(task, None, mistake)
-            self.reasons += [mistake] if len(self.reasons) < _REASONS else []
-            self._progress.finish_one(is_failed=True)
+        except Exception as error:  # this line's: others go on
+            known = error if isinstance(error, HippoError) else unexpected(task.line, error)
+            self._fail(task, task.mistake or f"line {task.line}: {known}")
             return
         self._running[task.line] = task, Choice(task.asked, prompt, self._tokenizer, len(sampling.forced))
 
+    def _fail(self, task: Task, mistake: str) -> None:
+        with self._pausing():
+            self._answers.write(task, None, mistake)
+        self.reasons += [mistake] if len(self.reasons) < _REASONS else []
+        self._progress.finish_one(is_failed=True)
+
     def _take(self, output: RequestOutput) -> None:
         task, choice = self._running[output.request_id]
+        if output.error is not None:
+            del self._running[output.request_id]
+            self._fail(task, f"line {task.line}: {output.error}")
+            return
         choice.take(output)
         self._progress.count(1)
         if output.finish_reason is not None:

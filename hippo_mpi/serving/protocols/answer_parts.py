@@ -5,10 +5,11 @@ The marks between them are the tokenizer's, found by mlx-lm, as are the parsers 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -33,7 +34,7 @@ class Call:
 
     name: str
     arguments: str
-    id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
+    id: str
 
 
 class PartSplitter:
@@ -79,8 +80,8 @@ class PartSplitter:
         return [part for part in parts if part.text]
 
 
-def _calls(tokenizer: TokenizerWrapper, text: str, tools: list[dict[str, Any]]) -> list[Call] | None:
-    """What a model wrote as a call; None if its parser doesn't understand it."""
+def _calls(tokenizer: TokenizerWrapper, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]] | None:
+    """What a model wrote as a call: names, and arguments as JSON; None if its parser doesn't understand it."""
     try:
         parsed = tokenizer.tool_parser(text, tools)
         found = []
@@ -88,7 +89,7 @@ def _calls(tokenizer: TokenizerWrapper, text: str, tools: list[dict[str, Any]]) 
             arguments = call["arguments"]
             text_of = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
             json.loads(text_of)
-            found.append(Call(str(call["name"]), text_of))
+            found.append((str(call["name"]), text_of))
     except Exception:  # mlx-lm's parsers raise whatever they meet: a model may write anything
         return None
     return found
@@ -100,12 +101,19 @@ class AnswerReader:
     Args:
         prompt, tools: what it answers, and what it may call.
         most_calls: later ones are left out; None: any number.
+        name: of the answer; calls are named after it, so that an answer that is read again has the same; empty: any.
     """
 
     def __init__(
-        self, tokenizer: TokenizerWrapper, prompt: list[int], tools: list[dict[str, Any]], most_calls: int | None = None
+        self,
+        tokenizer: TokenizerWrapper,
+        prompt: list[int],
+        tools: list[dict[str, Any]],
+        most_calls: int | None = None,
+        name: str = "",
     ) -> None:
         self._tokenizer, self._tools, self._most_calls = tokenizer, tools, most_calls
+        self._name = name or secrets.token_hex(12)
         self._splitter = PartSplitter(tokenizer, prompt, bool(tools))
         self.num_calls = 0
 
@@ -118,9 +126,13 @@ class AnswerReader:
                 found.append(Part("reasoning" if part.kind == "reasoning" else "content", part.text))
             else:
                 calls = calls[: None if self._most_calls is None else self._most_calls - self.num_calls]
-                self.num_calls += len(calls)
-                found += calls
+                for name, arguments in calls:
+                    found.append(Call(name, arguments, self._call_id()))
+                    self.num_calls += 1
         return found
+
+    def _call_id(self) -> str:
+        return f"call_{hashlib.sha256(f'{self._name}/{self.num_calls}'.encode()).hexdigest()[:24]}"
 
 
 @dataclass

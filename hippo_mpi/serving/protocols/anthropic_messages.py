@@ -45,7 +45,8 @@ def read_messages_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
         raise FieldError(name, f"unknown field {name!r}")
     with renamed({openai_name: name for name, openai_name in _SAME.items()} | {"response_format": "output_config"}):
         asked = read_body(CHAT, {**chat, "chat_template_kwargs": template_args}, defaults)
-    return replace(asked, sampling=replace(asked.sampling, max_thinking_tokens=limit))
+    sampling = replace(asked.sampling, max_thinking_tokens=limit)
+    return replace(asked, sampling=sampling, format_field="output_config")
 
 
 def count_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
@@ -183,7 +184,7 @@ class MessageAnswer:
     tokenizer: TokenizerWrapper
 
     def __post_init__(self) -> None:
-        self._blocks = Blocks(self.asked.reader(self.tokenizer, self.prompt))
+        self._blocks = Blocks(self.asked.reader(self.tokenizer, self.prompt, self.id))
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """All of it."""

@@ -27,6 +27,7 @@ class Ignored:
 
 
 _ENDPOINT = Ignored("read by the endpoint")
+_STORE = Ignored("read by the endpoint: the answer, which is the same, is kept for GET by a server with --journal")
 _RECORDS = Ignored("for a provider's records")
 _ROUTE = Ignored("which machines or cache answer; these ranks do, and find prompts that begin alike by themselves")
 _LENGTH = Ignored("how much a model that was trained for it says; no chat template knows it")
@@ -36,7 +37,8 @@ _NEUTRAL = Ignored("says what is done anyway")
 
 _OPENAI: dict[str, Ignored] = {
     "model": _ENDPOINT,
-    **dict.fromkeys(("user", "metadata", "store", "safety_identifier", "request_id", "client_metadata"), _RECORDS),
+    "store": _STORE,
+    **dict.fromkeys(("user", "metadata", "safety_identifier", "request_id", "client_metadata"), _RECORDS),
     **dict.fromkeys(("service_tier", "prompt_cache_key", "prompt_cache_retention", "cache_prompt", "priority"), _ROUTE),
 }
 """Of all of OpenAI's endpoints."""
@@ -85,8 +87,8 @@ RESPONSES_IGNORED: dict[str, Ignored] = {
     "max_tool_calls": _ALL_TOOLS_ARE_YOURS,
     "truncation": _only("disabled", "auto", reason="an input that is too long is refused either way, never cut"),
     "stream": _only(False),
-    "background": _only(False),
-    "previous_response_id": _only(reason="nothing is kept for a later request"),
+    "background": _only(False, reason="true needs a server with a --journal"),
+    "previous_response_id": _only(reason="a request brings all of its conversation"),
     "top_logprobs": _only(0),
 }
 MESSAGES_IGNORED: dict[str, Ignored] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,18 +23,20 @@ class Choice:
 
     Args:
         num_echoed: tokens at its beginning that are the prompt's; one more, the first, isn't among them.
+        name: after which its calls are named.
     """
 
     asked: Asked
     prompt: list[int]
     tokenizer: TokenizerWrapper
     num_echoed: int = 0
+    name: str = ""
     outputs: list[RequestOutput] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._reader = self.asked.reader(self.tokenizer, self.prompt)
+        self._reader = self.asked.reader(self.tokenizer, self.prompt, self.name)
         self._pieces: list[Part | Call] = []
-        self._num_chars = 0  # of the tokens that were told so far, with their log-probabilities
+        self._offsets = _Offsets()  # of the tokens that were told so far, with their log-probabilities
 
     def take(self, output: RequestOutput) -> dict[str, Any]:
         """What this output adds, as fields of a streamed choice."""
@@ -48,10 +51,7 @@ class Choice:
             for index, call in enumerate(delta.get("tool_calls", []), num_calls):
                 call["index"] = index
             content = {"delta": delta}
-        told = self._logprobs([output], self._num_chars)
-        if told is not None and self.asked.url != CHAT:
-            self._num_chars += len("".join(told["tokens"]))
-        return {**content, "logprobs": told, "finish_reason": self._finish_reason()}
+        return {**content, "logprobs": self._logprobs([output], self._offsets), "finish_reason": self._finish_reason()}
 
     def whole(self) -> dict[str, Any]:
         """All of it, as fields of a choice."""
@@ -60,15 +60,15 @@ class Choice:
         if self.asked.url == CHAT:
             message = {"role": "assistant", "content": None if self._reader.num_calls else ""}
             content = {"message": message | _message_fields(self._pieces)}
-        told = self._logprobs(self.outputs, 0)
+        told = self._logprobs(self.outputs, _Offsets())
         return {**content, "logprobs": told, "finish_reason": self._finish_reason()}
 
-    def _logprobs(self, outputs: Sequence[RequestOutput], start: int) -> dict[str, Any] | None:
+    def _logprobs(self, outputs: Sequence[RequestOutput], offsets: _Offsets) -> dict[str, Any] | None:
         if self.asked.sampling.logprobs is None:
             return None
         if self.asked.url == CHAT:
             return _chat_logprobs(outputs, self.tokenizer)
-        return _completion_logprobs(outputs, self.tokenizer, start, self.prompt if self.asked.echo else [])
+        return _completion_logprobs(outputs, self.tokenizer, offsets, self.prompt if self.asked.echo else [])
 
     def _finish_reason(self) -> str | None:
         """An answer that stops after calls waits for their results."""
@@ -164,10 +164,23 @@ def error_object(message: str, kind: str, code: str | None = None, param: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+class _Offsets:
+    """Where tokens begin in the text that they make up; all parts of a character begin where it does."""
+
+    def __init__(self) -> None:
+        self._decoder, self._num_chars = codecs.getincrementaldecoder("utf-8")("replace"), 0
+
+    def take(self, token: bytes) -> int:
+        """Return where a token begins that comes next, in characters."""
+        begin = self._num_chars
+        self._num_chars += len(self._decoder.decode(token))
+        return begin
+
+
 def _chat_logprobs(outputs: Sequence[RequestOutput], tokenizer: TokenizerWrapper) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(token_bytes(tokenizer, token))}
+        data = token_bytes(tokenizer, token)
+        return {"token": _text(data), "logprob": logprob, "bytes": list(data)}
 
     content = []
     for output in outputs:
@@ -177,19 +190,24 @@ def _chat_logprobs(outputs: Sequence[RequestOutput], tokenizer: TokenizerWrapper
     return {"content": content}
 
 
+def _text(token: bytes) -> str:
+    return token.decode("utf-8", "replace")
+
+
 def _completion_logprobs(
-    outputs: Sequence[RequestOutput], tokenizer: TokenizerWrapper, start: int, before: list[int]
+    outputs: Sequence[RequestOutput], tokenizer: TokenizerWrapper, offsets: _Offsets, before: list[int]
 ) -> dict[str, Any]:
-    """Of a text that begins at a character of the whole answer, behind tokens of which nothing can be said."""
+    """Of a text that begins with tokens of which nothing can be said, and without the special ones among these."""
     told = [(o.token, o.logprobs) for o in outputs if o.token is not None and o.logprobs is not None]
-    texts = [tokenizer.decode([token]) for token in (*before, *(token for token, _ in told))]
+    tokens = [token_bytes(tokenizer, token) for token in (*before, *(token for token, _ in told))]
+    seen = [b"" if t in tokenizer.all_special_ids else data for t, data in zip(before, tokens, strict=False)]
     nothing = [None] * len(before)
     return {
-        "tokens": texts,
+        "tokens": list(map(_text, tokens)),
         "token_logprobs": [*nothing, *(logprobs.chosen for _, logprobs in told)],
         "top_logprobs": [
             *nothing,
-            *({tokenizer.decode([t]): value for t, value in logprobs.top} for _, logprobs in told),
+            *({_text(token_bytes(tokenizer, t)): value for t, value in logprobs.top} for _, logprobs in told),
         ],
-        "text_offset": [start + len("".join(texts[:i])) for i in range(len(texts))],
+        "text_offset": [offsets.take(data) for data in [*seen, *tokens[len(before) :]]],
     }

@@ -43,6 +43,17 @@ class Asked:
     continues: bool = False  # the last message, or a text that is no message
     add_special_tokens: bool = True  # to a prompt that is text
     echo: bool = False  # the prompt is told, too, and how likely its tokens are
+    format_field: str = "response_format"  # what its body calls the schema that the answer is held to
+
+    def grammars(self, sampling: SamplingParams) -> list[tuple[str, str]]:
+        """The fields of its body that an answer is held to, each with a grammar that is to be checked.
+
+        Args:
+            sampling: as `prepare` returned it.
+        """
+        own, both = self.sampling.grammar, sampling.grammar
+        found = [] if own is None else [(self.format_field, own)]
+        return found if both in (None, own) else [*found, ("tools", str(both))]
 
     def within(self, modes: Sequence[str]) -> Asked:
         """The same of a model that is served for some of config.MODES only; without thinking, it is told not to think,
@@ -77,9 +88,9 @@ class Asked:
             sampling = replace(sampling, grammar=call_grammar(tokenizer, self.tools, sampling.grammar))
         return prompt, sampling
 
-    def reader(self, tokenizer: TokenizerWrapper, prompt: list[int]) -> AnswerReader:
-        """For an answer to this."""
-        return AnswerReader(tokenizer, prompt, self.tools, self.most_calls)
+    def reader(self, tokenizer: TokenizerWrapper, prompt: list[int], name: str = "") -> AnswerReader:
+        """For an answer to this, of this name."""
+        return AnswerReader(tokenizer, prompt, self.tools, self.most_calls, name)
 
     def encode(
         self, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system: list[dict[str, str]] | None = None

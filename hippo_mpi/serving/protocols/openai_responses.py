@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -48,7 +47,7 @@ def read_responses_body(body: dict[str, Any], defaults: SamplingParams) -> Asked
     for name in rest:
         raise FieldError(name, f"unknown field {name!r}")
     with renamed(_OTHER_NAMES):
-        return read_body(CHAT, chat, defaults)
+        return replace(read_body(CHAT, chat, defaults), format_field="text")
 
 
 def _messages(given: Any, instructions: Any) -> list[dict[str, Any]]:
@@ -149,17 +148,24 @@ def _effort(given: Any) -> Any:
 
 @dataclass
 class ResponseAnswer:
-    """The answer to one request."""
+    """The answer to one request.
+
+    Args:
+        created: seconds since 1970.
+        is_stored, is_background: whether it is kept for a later GET, and made without a client that waits for it.
+    """
 
     asked: Asked
     model: str
     id: str
     prompt: list[int]
     tokenizer: TokenizerWrapper
+    created: int
+    is_stored: bool = False
+    is_background: bool = False
 
     def __post_init__(self) -> None:
-        self._blocks = Blocks(self.asked.reader(self.tokenizer, self.prompt))
-        self._created = int(time.time())
+        self._blocks = Blocks(self.asked.reader(self.tokenizer, self.prompt, self.id))
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """All of it."""
@@ -167,32 +173,39 @@ class ResponseAnswer:
             self._blocks.take(output.text, output.finish_reason is not None)
         return self._object(outputs[-1].timings, outputs[-1].finish_reason)
 
+    def so_far(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """An answer that is still being made."""
+        found = self._object(outputs[-1].timings if outputs else Timings(prompt_tokens=len(self.prompt)), None)
+        return found if outputs else {**found, "status": "queued"}
+
+    def failed(self, error: Exception) -> dict[str, Any]:
+        """An answer that ended with an error."""
+        found = self._object(Timings(prompt_tokens=len(self.prompt)), None)
+        return {**found, "status": "failed", "error": {"code": _error_code(error), "message": str(error)}}
+
     async def events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[bytes]:
         """The events of its stream."""
-        numbers, is_begun = count(), False
+        numbers = count()
 
         def event(kind: str, **fields: Any) -> bytes:
             found = {"type": f"response.{kind}", "sequence_number": next(numbers), **fields}
             return f"event: response.{kind}\ndata: {json.dumps(found)}\n\n".encode()
 
         try:
+            yield event("created", response=self.so_far([]))
             async for output in outputs:
-                if not is_begun:
-                    is_begun = True
-                    yield event("created", response=self._object(output.timings, None))
                 for what, block, text in self._blocks.take(output.text, output.finish_reason is not None):
                     for kind, fields in self._block_events(what, block, text):
                         yield event(kind, output_index=block.index, **fields)
                 if output.finish_reason is not None:
                     whole = self._object(output.timings, output.finish_reason)
-                    yield event(whole["status"], response=whole)
+                    yield event("incomplete" if whole["status"] == "cancelled" else whole["status"], response=whole)
         except HippoError as error:
-            code = "context_length_exceeded" if isinstance(error, ContextError) else "server_error"
             found = {
                 "type": "error",
                 "sequence_number": next(numbers),
                 "message": str(error),
-                "code": code,
+                "code": _error_code(error),
                 "param": None,
             }
             yield f"event: error\ndata: {json.dumps(found)}\n\n".encode()
@@ -224,14 +237,16 @@ class ResponseAnswer:
         ]
 
     def _object(self, timings: Timings, reason: str | None) -> dict[str, Any]:
-        status = {None: "in_progress", "stop": "completed"}.get(reason, "incomplete")
+        status = {None: "in_progress", "stop": "completed", "abort": "cancelled"}.get(reason, "incomplete")
         made = len(timings.token_ids)
         return {
             "id": self.id,
             "object": "response",
-            "created_at": self._created,
+            "created_at": self.created,
             "model": self.model,
             "status": status,
+            "store": self.is_stored,
+            "background": self.is_background,
             "error": None,
             "incomplete_details": {"reason": _INCOMPLETE.get(reason or "", reason)} if status == "incomplete" else None,
             "output": [] if reason is None else [self._item(block, is_whole=True) for block in self._blocks.all],
@@ -265,6 +280,10 @@ class ResponseAnswer:
         if block.kind == "reasoning":
             return {**found, "type": "reasoning", "summary": [], "content": content}
         return {**found, "type": "message", "role": "assistant", "content": content}
+
+
+def _error_code(error: Exception) -> str:
+    return "context_length_exceeded" if isinstance(error, ContextError) else "server_error"
 
 
 _ID_PREFIXES = {"content": "msg", "reasoning": "rs", "call": "fc"}

@@ -14,76 +14,32 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hippo_mpi.engine.engine import check_request
-from hippo_mpi.engine.request import Request, RequestOutput, Resume, SamplingParams, Timings
-from hippo_mpi.errors import ContextError, RankError, UserError
-from hippo_mpi.serving.supervision.rank_link import About, ToldOutput, line_of, read_about, read_output, request_object
+from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams, Timings
+from hippo_mpi.errors import HippoError, RankError, UserError
+from hippo_mpi.serving.supervision.answer import Answer, Told
+from hippo_mpi.serving.supervision.rank_link import (
+    About,
+    ToldOutput,
+    line_of,
+    read_about,
+    read_output,
+    read_refusal,
+    request_object,
+)
+from hippo_mpi.serving.supervision.suspects import is_suspect, may_begin
 from hippo_mpi.shard.layer_split import Machine
 
 _log = logging.getLogger(__name__)
+_MOST_SILENT_S = 5.0  # of rank 0, which says something every second
 
 
 class Overloaded(UserError):
     """More requests than may wait."""
-
-
-@dataclass(eq=False)
-class Answer:
-    """A request that is being answered: what was told of it so far."""
-
-    request: Request
-    timings: Timings
-    model: str
-    emitted_chars: int = 0
-    random_state: list[int] | None = None
-    outcome: str = "abort"  # or its finish reason, or its error
-    num_failures: int = 0  # of ranks that were at work on it, one after another, without a token of it between
-    _told: asyncio.Queue[RequestOutput | UserError | RankError] = field(default_factory=asyncio.Queue)
-
-    def resumed(self) -> Request:
-        """The request for ranks that know nothing of it."""
-        if not self.timings.token_ids:
-            return self.request
-        resume = Resume(self.timings.token_ids, self.emitted_chars, self.random_state)
-        return replace(self.request, resume=resume)
-
-    def take(self, told: ToldOutput) -> RequestOutput:
-        """Note what came, and hand it on."""
-        self.num_failures = 0
-        if told.token is not None:
-            self.timings.note(told.token)
-        if len(self.timings.token_ids) <= 1:  # after a restart the prompt is read again, which is no cache's doing
-            self.timings.cached_tokens = told.cached_tokens
-        self.timings.num_draft_tokens, self.timings.num_accepted = told.num_draft_tokens, told.num_accepted
-        self.emitted_chars += len(told.text)
-        self.random_state = told.random_state
-        self.outcome = told.finish_reason or self.outcome
-        output = RequestOutput(told.request_id, told.text, told.token, self.timings, told.logprobs, told.finish_reason)
-        self._told.put_nowait(output)
-        return output
-
-    def fail(self, error: UserError | RankError) -> None:
-        self.outcome = f"error: {error}"
-        self._told.put_nowait(error)
-
-    async def outputs(self) -> AsyncIterator[RequestOutput]:
-        """What comes, to the end.
-
-        Raises:
-            UserError: the ranks refuse it.
-            RankError: the ranks can't be brought back.
-        """
-        while True:
-            output = await self._told.get()
-            if isinstance(output, Exception):
-                raise output
-            yield output
-            if output.finish_reason is not None:
-                return
 
 
 class Front:
@@ -98,6 +54,9 @@ class Front:
         self._most_requests = most_requests
         self._answers: dict[int, Answer] = {}
         self._begun: set[int] = set()  # those that the ranks know of
+        self._at_work: set[int] = set()  # those of which they have begun a step
+        self._taking: int | None = None  # the one that rank 0 is reading
+        self._was_ready = False  # the ranks of the present start
         self._ids = itertools.count()
         self._writer: asyncio.StreamWriter | None = None
         self.model = model  # that the ranks hold, or are started for
@@ -113,8 +72,11 @@ class Front:
         self.silent_hosts: list[str] = []  # without which the ranks were started
         self.beat: dict[str, Any] = {}  # what the ranks said last of themselves
         self.has_progressed = False  # since the last ranks became ready
+        self.heard_s = 0.0  # when an output came last, of whatever request
         self.on_output: Callable[[RequestOutput, float], None] = lambda output, before_s: None
         """For counting: told of every output, and when the one before it came (0: it is the first)."""
+        self.on_early_end: Callable[[str], None] = lambda reason: None
+        """And of answers that end without a last output: "abort" if nobody wants them any more, or "error"."""
 
     @property
     def about(self) -> About | None:
@@ -126,6 +88,16 @@ class Front:
         return self._writer is not None
 
     @property
+    def why_stuck(self) -> str:
+        """Say why ranks that are there don't answer; empty if they do, for all that is known."""
+        if not self.is_ready or not self.beat:
+            return ""
+        if stalled_s := self.beat["stalled_s"]:
+            return f"no rank has got on for {stalled_s:.0f} s"
+        silent_s = time.monotonic() - self._made_s - self.beat["at_s"]
+        return f"rank 0 has said nothing for {silent_s:.0f} s" if silent_s > _MOST_SILENT_S else ""
+
+    @property
     def num_requests(self) -> int:
         """Under way or waiting."""
         return len(self._answers)
@@ -135,6 +107,8 @@ class Front:
         """Return how it stands, in words: "ready", or what is waited for, and for how long by now."""
         if not self.is_ready:
             return f"{self._state} ({time.monotonic() - self._state_since_s:.0f} s)"
+        if why := self.why_stuck:
+            return why
         following = self._next_model()
         return "ready" if following is None else f"ready; {self._turn_of(following)}"
 
@@ -149,7 +123,7 @@ class Front:
         waiting = len(self._answers) - len(self._begun) + self.beat.get("waiting", 0)
         running = max(0, len(self._answers) - waiting)
         return {
-            "ready": self.is_ready,
+            "ready": self.is_ready and not self.why_stuck,
             "state": self.state,
             "uptime_s": round(time.monotonic() - self._made_s),
             "requests": len(self._answers),
@@ -168,8 +142,15 @@ class Front:
     def _set_state(self, state: str) -> None:
         self._state, self._state_since_s = state, time.monotonic()
 
-    def submit(self, prompt: list[int], sampling: SamplingParams, model: str, cache_salt: str = "") -> Answer:
-        """Ask for an answer of a model.
+    def submit(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        model: str,
+        tell: Callable[[Told], None] = lambda told: None,
+        cache_salt: str = "",
+    ) -> Answer:
+        """Ask for an answer of a model, of which `tell` is told everything.
 
         Raises:
             Overloaded: too many wait already.
@@ -181,11 +162,27 @@ class Front:
             check_request(prompt, sampling, about.max_context, about.vocab_size)
         if sampling.seed is None:  # every answer draws numbers of its own, so that it can go on elsewhere
             sampling = replace(sampling, seed=secrets.randbits(63))
-        request = Request(next(self._ids), prompt, sampling, cache_salt=cache_salt)
-        answer = Answer(request, Timings(prompt_tokens=len(prompt)), model)
+        return self._take_in(Request(next(self._ids), prompt, sampling, cache_salt=cache_salt), model, tell, ())
+
+    def bring_back(
+        self,
+        request: Request,
+        model: str,
+        tell: Callable[[Told], None],
+        before: Sequence[ToldOutput],
+    ) -> Answer:
+        """Go on with an answer that another front has begun, behind what was told `before`. It was let in then."""
+        return self._take_in(replace(request, id=next(self._ids)), model, tell, before)
+
+    def _take_in(
+        self, request: Request, model: str, tell: Callable[[Told], None], before: Sequence[ToldOutput]
+    ) -> Answer:
+        answer = Answer(request, Timings(prompt_tokens=len(request.prompt)), model, tell)
+        for told in before:
+            answer.note(told)
         self._note_wanted(model)
         self._answers[request.id] = answer
-        _log.debug("request %d for %s: %d prompt tokens", request.id, model, len(prompt))
+        _log.debug("request %d for %s: %d prompt tokens", request.id, model, len(request.prompt))
         self._advance()
         return answer
 
@@ -193,6 +190,7 @@ class Front:
         """Nobody wants the rest of an answer; unknown and ended ones are ignored."""
         number = answer.request.id
         if self._answers.pop(number, None) is not None:
+            self.on_early_end("abort")
             if number in self._begun:
                 self._tell(abort=number)
             self._forget(number)
@@ -232,14 +230,16 @@ class Front:
         return next((model for model in waited_for if model != self.model), None)
 
     def _begin_all(self) -> None:
-        for number, answer in self._answers.items():
-            if answer.model == self.model and number not in self._begun:
-                self._begun.add(number)
-                self._tell(add=request_object(answer.resumed()))
+        """Tell the ranks of all requests that may begin (suspects.py)."""
+        failures = {n: answer.num_failures for n, answer in self._answers.items() if answer.model == self.model}
+        for number in may_begin(failures, self._begun):
+            self._begun.add(number)
+            self._tell(add=request_object(self._answers[number].resumed()))
 
     def _forget(self, number: int) -> None:
         """An answer has ended: that may have been the last before another model's turn."""
         self._begun.discard(number)
+        self._at_work.discard(number)
         self._advance()
 
     def _answer_wanted(self, model: str, error: UserError | None = None) -> None:
@@ -267,6 +267,7 @@ class Front:
         if self._writer is not None:
             self._writer.close()  # the ranks end
             self._writer = None
+        self._end_life()
         return True
 
     def give_up_model(self, why: str) -> bool:
@@ -275,10 +276,9 @@ class Front:
             return False
         error = UserError(f"the model {self.model!r} can't be loaded: {why}")
         self._answer_wanted(self.model, error)
-        for number, answer in list(self._answers.items()):
+        for answer in list(self._answers.values()):
             if answer.model == self.model:
-                del self._answers[number]
-                answer.fail(error)
+                self._fail(answer, error)
         _log.warning("%s; back to %s", error, self._model_before)
         self.model, self._model_before = self._model_before, None
         self._set_state(f"{self.model} is being loaded")
@@ -287,24 +287,38 @@ class Front:
     # ---- the ranks
 
     def lose_ranks(self, why: str, most_failures: int) -> None:
-        """Ranks have failed. A request of theirs that has seen so many failures without a token between is given up:
-        it may be what they fail of."""
+        """Ranks have failed. A request that they were at work on so often, without a token between, is given up: it is
+        what they fail of. Where ranks don't even become ready, that ends whoever waits."""
         self._set_state(f"the ranks are being started again: {why}")
+        at_work = {*self._at_work, *({self._taking} - {None})}
         for number, answer in list(self._answers.items()):
             if answer.model != self.model:
                 continue
-            answer.num_failures += 1
-            if answer.num_failures > most_failures:
-                del self._answers[number]
-                error = RankError(f"the ranks failed {answer.num_failures} times in a row, last: {why}")
+            answer.num_failures += self._was_ready and number in at_work
+            answer.num_failed_starts += not self._was_ready
+            count = max(answer.num_failures, answer.num_failed_starts)
+            if count > most_failures:
+                error = RankError(f"the ranks failed {count} times in a row, last: {why}")
                 _log.warning("request %d is given up: %s", number, error)
-                answer.fail(error)
+                self._fail(answer, error)
+            elif is_suspect(answer.num_failures):
+                _log.warning("request %d was at work in the last %d failures", number, answer.num_failures)
+        self._end_life()
+
+    def _end_life(self) -> None:
+        """What was known of ranks that are gone."""
+        self._at_work.clear()
+        self._taking, self._was_ready = None, False
 
     def fail_all(self, error: RankError) -> None:
         """Give every request up."""
-        for answer in self._answers.values():
-            answer.fail(error)
-        self._answers.clear()
+        for answer in list(self._answers.values()):
+            self._fail(answer, error)
+
+    def _fail(self, answer: Answer, error: HippoError) -> None:
+        del self._answers[answer.request.id]
+        answer.fail(error)
+        self.on_early_end("error")
 
     async def serve_ranks(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, silence_s: float) -> str:
         """Work with these ranks as long as they live; returns why they don't any more."""
@@ -330,11 +344,14 @@ class Front:
     def _take(self, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         if "output" in message:
             self._note(read_output(message["output"]))
+        elif "begun" in message:
+            self._at_work.update(number for number in message["begun"] if number in self._answers)
+        elif "taking" in message:
+            self._taking = message["taking"]
         elif "refused" in message:
-            answer = self._answers.pop(message["refused"], None)
+            answer = self._answers.get(message["refused"])
             if answer is not None:
-                context = message.get("context")
-                answer.fail(ContextError(*context) if context else UserError(message["why"]))
+                self._fail(answer, read_refusal(message))
                 self._forget(answer.request.id)
         elif "beat" in message:
             self.beat = {**message["beat"], "at_s": round(time.monotonic() - self._made_s, 3)}
@@ -342,6 +359,9 @@ class Front:
             about = read_about(message["ready"])
             self._abouts[self.model], self.machines = about, about.machines
             self._writer = writer
+            self._was_ready = True
+            for answer in self._answers.values():
+                answer.num_failed_starts = 0
             self.num_starts += 1
             self._log_start(about)
             self._begin_all()
@@ -354,15 +374,17 @@ class Front:
         _log.info("%s is loaded after %.1f s: %s; %s", self.model, took_s, ranks, _waiting(waiting))
 
     def _note(self, told: ToldOutput) -> None:
-        self.has_progressed = True
+        self.has_progressed, self.heard_s = True, time.monotonic()
         answer = self._answers.get(told.request_id)
         if answer is None:  # aborted meanwhile
             return
-        before_s = answer.timings.finished_s
+        before_s, was_suspect = answer.timings.finished_s, is_suspect(answer.num_failures)
         self.on_output(answer.take(told), before_s)
         if told.finish_reason is not None:
             del self._answers[told.request_id]
             self._forget(told.request_id)
+        elif was_suspect:  # it is none any more, and the next one's turn
+            self._advance()
 
     def _tell(self, **message: Any) -> None:
         """To the ranks, if there are any; those to come are told everything."""

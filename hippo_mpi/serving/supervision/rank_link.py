@@ -2,8 +2,12 @@
 
     front -> rank 0   {"add": Request}  {"abort": id}
     rank 0 -> front   {"ready": About}  {"output": RequestOutput}
-                      {"refused": id, "why": text}, or {"refused": id, "context": [prompt's tokens, most tokens]}
-                      {"beat": {"ranks": [status of each], "waiting": requests that no step has begun}}
+                      {"refused": id, "why": text, "kind": "user", "field" or "fault"}, of which a field has its name, or
+                      {"refused": id, "context": [prompt's tokens, most tokens]}
+                      {"taking": id or null}: the request that is being read, so that it is known what ended a rank
+                      {"begun": [id]}: the next step is the first of theirs
+                      {"beat": {"ranks": [status of each], "waiting": requests that no step has begun,
+                                "stalled_s": for how long no rank has got on, or 0}}
 
 Each object is a dataclass's fields. Nothing here is ever executed or unpickled.
 """
@@ -22,6 +26,7 @@ from hippo_mpi.engine.request import (
     SamplingParams,
     TokenLogprobs,
 )
+from hippo_mpi.errors import ContextError, FieldError, ForeignError, HippoError, UserError
 from hippo_mpi.shard.layer_split import Machine
 
 MAX_LINE_BYTES = 64 << 20  # a prompt of some million tokens
@@ -57,6 +62,23 @@ def read_request(found: dict[str, Any]) -> Request:
     sampling["stop_words"], sampling["forced"] = tuple(sampling["stop_words"]), tuple(sampling["forced"])
     resumed = None if resume is None else Resume(**resume)
     return Request(found["id"], found["prompt"], SamplingParams(**sampling), resumed, found["cache_salt"])
+
+
+def refusal_object(request_id: int, error: HippoError) -> dict[str, Any]:
+    """What ends one request, and no other."""
+    if isinstance(error, ContextError):
+        return {"refused": request_id, "context": [error.prompt_tokens, error.max_context]}
+    kind = "field" if isinstance(error, FieldError) else "user" if isinstance(error, UserError) else "fault"
+    field = {"field": error.field} if isinstance(error, FieldError) else {}
+    return {"refused": request_id, "why": str(error), "kind": kind, **field}
+
+
+def read_refusal(found: dict[str, Any]) -> HippoError:
+    if "context" in found:
+        return ContextError(*found["context"])
+    if found["kind"] == "field":
+        return FieldError(found["field"], found["why"])
+    return UserError(found["why"]) if found["kind"] == "user" else ForeignError(found["why"])
 
 
 def output_object(output: RequestOutput) -> dict[str, Any]:

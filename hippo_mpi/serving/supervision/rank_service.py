@@ -10,10 +10,11 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from hippo_mpi.engine.engine import Engine
-from hippo_mpi.errors import ContextError, RankError, UserError
+from hippo_mpi.engine.engine import Engine, unexpected
+from hippo_mpi.engine.request import RequestOutput
+from hippo_mpi.errors import HippoError, RankError
 from hippo_mpi.parallel.timeline import Timeline
-from hippo_mpi.serving.supervision.rank_link import About, line_of, output_object, read_request
+from hippo_mpi.serving.supervision.rank_link import About, line_of, output_object, read_request, refusal_object
 from hippo_mpi.transport.control import Control
 
 BEAT_S = 0.5
@@ -33,6 +34,7 @@ class RankService:
     def run(self, engine: Engine, about: About, timeline: Timeline) -> None:
         """Answer requests until the front is gone."""
         self._engine = engine
+        engine.on_begin = lambda numbers: self._tell(line_of(begun=numbers))
         self._tell(line_of(ready=asdict(about)))
         while True:
             if engine.is_idle:
@@ -46,7 +48,7 @@ class RankService:
                     return
             outputs = engine.step()
             if outputs:
-                self._tell(b"".join(line_of(output=output_object(output)) for output in outputs))
+                self._tell(b"".join(map(_line, outputs)))
 
     def _take(self, engine: Engine, message: dict[str, Any] | None) -> bool:
         """Do what the front says; False when it is gone."""
@@ -56,12 +58,15 @@ class RankService:
             engine.abort(message["abort"])
             return True
         request = read_request(message["add"])
+        self._tell(line_of(taking=request.id))
         try:
             engine.add(request)
-        except ContextError as error:
-            self._tell(line_of(refused=request.id, context=[error.prompt_tokens, error.max_context]))
-        except UserError as error:
-            self._tell(line_of(refused=request.id, why=str(error)))
+        except HippoError as error:
+            self._tell(line_of(**refusal_object(request.id, error)))
+        except Exception as error:  # this request's: others go on
+            self._tell(line_of(**refusal_object(request.id, unexpected(request.id, error))))
+        self._tell(line_of(taking=None))
+        self._control.progress("taking requests")
         return True
 
     def _tell(self, lines: bytes) -> None:
@@ -82,11 +87,18 @@ class RankService:
         self._inbox.put(None)
 
     def _beat(self) -> None:
-        """Tell that this process lives; whether it gets on is for the watchdog to say."""
+        """Tell that this process lives, and what the watchdog knows of whether it gets on."""
         while True:
             time.sleep(BEAT_S)
             try:
                 waiting = self._engine.num_waiting if self._engine else 0
-                self._tell(line_of(beat={"ranks": self._control.statuses(), "waiting": waiting}))
+                beat = {"ranks": self._control.statuses(), "waiting": waiting, "stalled_s": self._control.stalled_s}
+                self._tell(line_of(beat=beat))
             except RankError:
                 return
+
+
+def _line(output: RequestOutput) -> bytes:
+    if output.error is not None:
+        return line_of(**refusal_object(output.request_id, output.error))
+    return line_of(output=output_object(output))

@@ -76,6 +76,8 @@ class Conversation:
             if is_stopped():
                 self.engine.abort(request.id)
             for output in self.engine.step():
+                if output.error is not None:
+                    raise output.error
                 progress.clear()
                 pieces.append(output.text)
                 show(output.text)

@@ -1,0 +1,107 @@
+"""Endpoints about the server itself: what it is, how it stands, which models it has.
+
+Knows the front and the catalogue. Must not know how anything is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from hippo_mpi.engine.request import SamplingParams
+from hippo_mpi.serving.api.access import Access
+from hippo_mpi.serving.api.metrics import Metrics
+from hippo_mpi.serving.api.openapi import openapi_object
+from hippo_mpi.serving.api.request_bodies import model_of
+from hippo_mpi.serving.supervision.catalogue import Catalogue
+from hippo_mpi.serving.supervision.front import Front, Overloaded
+
+_DEEP_S = 10.0  # for a token
+_LOOK_S = 0.02
+
+
+class AboutEndpoints:
+    def __init__(self, front: Front, catalogue: Catalogue, access: Access, metrics: Metrics) -> None:
+        self._front, self._catalogue, self._access, self._metrics = front, catalogue, access, metrics
+        self._started = datetime.now(UTC)
+
+    async def introduce(self, _: Request) -> Response:
+        """Say what this is, to whom looks whether it is there."""
+        found = {"name": "Hippo MPI", "version": version("hippo-mpi"), "api": "/v1", "openapi": "/openapi.json"}
+        return JSONResponse(found)
+
+    async def health(self, request: Request) -> Response:
+        """Say that this process lives; with `deep=1`, to who has a key, whether ranks make tokens."""
+        if request.query_params.get("deep", "0") in ("0", "false"):
+            return JSONResponse({"status": "ok"})
+        self._access.check_key(request)
+        if why := await self._why_no_token():
+            return JSONResponse({"status": "failed", "why": why}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def _why_no_token(self) -> str:
+        """Wait for a token: of one request of our own, or of whatever other is sooner. Empty: it has come."""
+        front, began_s = self._front, time.monotonic()
+        if not front.is_ready:
+            return front.state
+        own = None
+        with contextlib.suppress(Overloaded):
+            own = front.submit([0], SamplingParams(max_tokens=1), front.model)
+        try:
+            while front.heard_s < began_s:
+                if why := front.why_stuck:
+                    return why
+                if time.monotonic() - began_s > _DEEP_S:
+                    return f"no token came within {_DEEP_S:.0f} s; requests under way or waiting: {front.num_requests}"
+                await asyncio.sleep(_LOOK_S)
+        finally:
+            if own is not None:
+                front.abort(own)
+        return ""
+
+    async def ready(self, request: Request) -> Response:
+        front = self._front
+        status = front.status()
+        if front.about is not None and self._access.has_key(request):  # hosts and memory are nobody else's business
+            status |= {"model": front.model, "max_context": front.about.max_context, "ranks": front.about.ranks}
+            status |= {"now": front.beat.get("ranks", []), "silent_hosts": front.silent_hosts}
+        return JSONResponse(status, 200 if status["ready"] else 503)
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def describe(self, _: Request) -> Response:
+        return JSONResponse(openapi_object(self._catalogue.names))
+
+    async def models(self, _: Request) -> Response:
+        """The catalogue, as OpenAI's and as Anthropic's clients read it."""
+        found = [self._model_object(name) for name in self._catalogue.names]
+        ends = {"has_more": False, "first_id": found[0]["id"], "last_id": found[-1]["id"]}
+        return JSONResponse({"object": "list", "data": found, **ends})
+
+    async def model(self, request: Request) -> Response:
+        name = model_of(self._catalogue, {"model": request.path_params["model"]}).name
+        return JSONResponse(self._model_object(name))
+
+    def _model_object(self, name: str) -> dict[str, Any]:
+        about = (
+            self._front.about if name == self._front.model else None
+        )  # what isn't loaded may get less than it asks for
+        return {
+            "id": name,
+            "object": "model",
+            "type": "model",
+            "display_name": name,
+            "created": int(self._started.timestamp()),
+            "created_at": self._started.isoformat(timespec="seconds"),
+            "owned_by": "hippo-mpi",
+            "max_model_len": about.max_context if about else None,
+        }

@@ -1,0 +1,294 @@
+"""The chain of an audit log, and its end: written with a key, and checked with it.
+
+Every line has the SHA-256 of the line before, and a MAC (HMAC-SHA256) of its own. The anchor, a small file beside the log,
+has the number of lines and the hash of the last one, under a MAC, too: so without the key no line can be changed, dropped,
+added or moved, the last ones neither. Logs of before had no key: their lines are chained by hashes alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hippo_mpi.errors import UserError
+from hippo_mpi.serving.durable_files import sync_folder
+
+FIRST = "0" * 64
+"""What the first line of all has instead of a hash."""
+_ANCHOR_BYTES = 512  # a disk's sector: written as a whole, or not at all
+_SEALED = re.compile(rb'(.*), "mac": "([0-9a-f]{64})"\}', re.DOTALL)
+
+
+class ChainKey:
+    """A log's secret. Lines, anchors and texts have MACs of different kinds, so that none can be had as another."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    def text_digest(self, text: str) -> str:
+        """Return what stands for a text: who hasn't the key can't try short ones."""
+        return self._mac(b"text", text.encode("utf-8", "surrogatepass"))
+
+    def sealed(self, fields: dict[str, Any], kind: bytes = b"line") -> bytes:
+        """Return a JSON object with its MAC as the last field."""
+        body = json.dumps(fields).encode()
+        return body[:-1] + b', "mac": "%s"}' % self._mac(kind, body).encode()
+
+    def is_sealed(self, line: bytes, kind: bytes = b"line") -> bool:
+        """Whether a JSON object has the MAC that belongs to it."""
+        found = _SEALED.fullmatch(line)
+        return bool(found) and hmac.compare_digest(found[2].decode(), self._mac(kind, found[1] + b"}"))  # type: ignore[index]
+
+    def _mac(self, kind: bytes, data: bytes) -> str:
+        return hmac.new(self._secret, kind + b"\0" + data, hashlib.sha256).hexdigest()
+
+
+def key_path_of(log: Path) -> Path:
+    """Where the key of a log is, if nobody says otherwise: beside it, also for one of its older files."""
+    return log.with_name(f"{re.sub(r'[.][0-9]+$', '', log.name)}.key")
+
+
+def read_key(path: Path) -> ChainKey | None:
+    """Read a key; None if there is none.
+
+    Raises:
+        UserError: it can't be read, or is something else.
+    """
+    try:
+        text = path.read_text().strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the audit log's key {path} can't be read: {error}") from None
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise UserError(f"{path} is no key of an audit log: 64 hexadecimal digits must stand in it")
+    return ChainKey(bytes.fromhex(text))
+
+
+def make_key(path: Path) -> ChainKey:
+    """Make a key that only this user may read.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    secret = secrets.token_bytes(32)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.write(descriptor, secret.hex().encode() + b"\n")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    sync_folder(path.parent)
+    return ChainKey(secret)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Where a log ends: `num_lines` of all its files, of which the last one, with that hash, is from `start` to `end` (bytes)
+    of the file that is, or will be, number `file`."""
+
+    num_lines: int = 0
+    last_hash: str = FIRST
+    file: int = 1
+    start: int = 0
+    end: int = 0
+
+    def followed_by(self, line: bytes) -> Anchor:
+        """The end after another line (without its newline)."""
+        end = self.end + len(line) + 1
+        return Anchor(self.num_lines + 1, hash_of(line), self.file, self.end, end)
+
+    def written(self, key: ChainKey) -> bytes:
+        """As it stands in a file."""
+        return key.sealed(asdict(self), b"anchor").ljust(_ANCHOR_BYTES - 1) + b"\n"
+
+
+def anchor_path_of(log: Path) -> Path:
+    return log.with_name(f"{log.name}.anchor")
+
+
+def read_anchor(log: Path, key: ChainKey) -> Anchor | None:
+    """Read a log's anchor; None if there is none, or half of one.
+
+    Raises:
+        UserError: it can't be read, or was made with another key.
+    """
+    path = anchor_path_of(log)
+    try:
+        data = path.read_bytes().strip()
+        fields = json.loads(data)
+        del fields["mac"]
+        anchor = Anchor(**fields)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    except OSError as error:
+        raise UserError(f"the audit log's anchor {path} can't be read: {error.strerror}") from None
+    if not key.is_sealed(data, b"anchor"):
+        raise UserError(f"{path} was changed, or made with another key than this")
+    return anchor
+
+
+def hash_of(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()
+
+
+def numbers_of(log: Path) -> list[int]:
+    """The numbers of a log's older files that are there, oldest first."""
+    names = (path.name.removeprefix(f"{log.name}.") for path in log.parent.glob(f"{_escaped(log.name)}.*"))
+    return sorted(int(name) for name in names if name.isdecimal() and name.isascii())
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def files_of(log: Path, since: int = 1) -> list[Path]:
+    """The files of a log that are there, oldest first, from number `since` on."""
+    older = [log.with_name(f"{log.name}.{number}") for number in numbers_of(log) if number >= since]
+    return [*older, *([log] if log.exists() else [])]
+
+
+def lines_of(path: Path, start: int = 0) -> Iterator[bytes]:
+    """Yield the lines of a file, each with its newline, from a byte on.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            stream.seek(start)
+            yield from stream
+    except OSError as error:
+        raise UserError(f"the audit log {path} can't be read: {error.strerror}") from None
+
+
+@dataclass
+class Chain:
+    """A log as it is read, line by line: where it begins and ends, what it notes of itself, and what is wrong with it.
+
+    Args:
+        key: None: lines with MACs are mistakes.
+    """
+
+    key: ChainKey | None
+    num_lines: int = 0
+    last_hash: str = FIRST
+    num_before: int | None = 0  # lines in older files that aren't here; None: an unknown number
+    num_unkeyed: int = 0
+    is_keyed: bool = False  # whether any line has a MAC
+    last_bytes: int = 0  # of the last line, with its newline
+    torn_bytes: int = 0  # behind it
+    mistakes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def take(self, path: Path, number: int, line: bytes, is_first: bool = False) -> bool:
+        """Check the next line, number `number` in its file; whether nothing is wrong with it.
+
+        Args:
+            is_first: of all that are here.
+        """
+        mistake = self._mistake_of(path, number, line, is_first)
+        self.num_lines, self.last_hash, self.last_bytes = self.num_lines + 1, hash_of(line), len(line) + 1
+        if mistake:
+            self.mistakes.append(f"{path}, line {number} {mistake}")
+        return not mistake
+
+    def _mistake_of(self, path: Path, number: int, line: bytes, is_first: bool) -> str | None:
+        try:
+            fields = json.loads(line)
+            previous = fields["previous"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return "is no line of an audit log"
+        if "mac" not in fields:
+            if self.is_keyed:
+                return "has no MAC: it was added"
+            self.num_unkeyed += 1
+            if is_first and previous != FIRST and path.suffix[1:].isdecimal() and path.suffix != ".1":
+                self.num_before, self.last_hash = None, previous
+        else:
+            if mistake := self._mistake_of_mac(number, line, fields):
+                return mistake
+            if is_first and fields["line"] > 1:
+                self.num_before = self.num_lines = fields["line"] - 1
+                self.last_hash = previous
+            elif self.num_before is None:  # now it is known
+                self.num_lines = fields["line"] - 1
+                self.num_before = self.num_lines - self.num_unkeyed
+            if "note" in fields:
+                self.notes.append(f"line {fields['line']:,}: {fields['note']}")
+        return (
+            None if previous == self.last_hash else "doesn't follow the line before: one was changed, dropped or moved"
+        )
+
+    def _mistake_of_mac(self, number: int, line: bytes, fields: dict[str, Any]) -> str | None:
+        self.is_keyed = True
+        if self.key is None:
+            return "can't be checked: the key isn't there (--audit-key)"
+        if not self.key.is_sealed(line):
+            return "was changed, or written with another key than this"
+        if ("file" in fields) != (number == 1):
+            return "is not where it was written: lines before it were dropped" if number == 1 else "begins another file"
+        return None
+
+
+def read_chain(
+    files: list[Path],
+    key: ChainKey | None = None,
+    anchor: Anchor | None = None,
+    last_hash: str | None = None,
+    num_lines: int | None = None,
+) -> Chain:
+    """Check every line of a log and, if its end was noted, that nothing of what was there then is missing.
+
+    Args:
+        files: oldest first.
+        anchor: the end that the log itself has noted.
+        last_hash: of the last line when somebody else noted it.
+        num_lines: of all files at that time; lines that came later are no mistake.
+
+    Raises:
+        UserError: a file can't be read.
+    """
+    chain, noted_at = Chain(key), 0
+    for path in files:
+        for number, line in enumerate(lines_of(path), start=1):
+            if not line.endswith(b"\n") and path == files[-1]:
+                chain.torn_bytes = len(line)
+                break
+            chain.take(path, number, line.removesuffix(b"\n"), path == files[0] and number == 1)
+            if chain.last_hash == last_hash:
+                noted_at = chain.num_lines
+            if anchor and chain.num_lines == anchor.num_lines and chain.last_hash != anchor.last_hash:
+                chain.mistakes.append(f"{path}, line {number} is not the one that the anchor tells of")
+    if anchor and chain.num_lines < anchor.num_lines:
+        chain.mistakes.append(_dropped(chain.num_lines, anchor.num_lines))
+    if not chain.mistakes and (mistake := _missing(chain, last_hash, noted_at, num_lines)):
+        chain.mistakes.append(mistake)
+    return chain
+
+
+def _missing(chain: Chain, last_hash: str | None, noted_at: int, num_lines: int | None) -> str | None:
+    """Say what an unbroken chain lacks of what was noted of it; `noted_at` is the line that has the hash, 0 if none has."""
+    if num_lines is not None and chain.num_lines < num_lines:
+        return _dropped(chain.num_lines, num_lines)
+    if last_hash is None or (last_hash == FIRST and not num_lines):
+        return None
+    if not noted_at:
+        return f"no line of the log ({chain.num_lines:,} lines) has the hash {last_hash}: its end was dropped"
+    if num_lines is not None and noted_at != num_lines:
+        return f"the hash {last_hash} is that of line {noted_at}, not of line {num_lines}: they were not noted together"
+    return None
+
+
+def _dropped(found: int, wanted: int) -> str:
+    count = wanted - found
+    dropped = f"its last {count} lines were" if count > 1 else "its last line was"
+    return f"the log has {found:,} of {wanted:,} lines: {dropped} dropped"

@@ -1,0 +1,126 @@
+"""The start of an audit log: where it ends, and what kills, power cuts and older versions have left there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from hippo_mpi.errors import UserError
+from hippo_mpi.serving.api.audit_chain import (
+    Anchor,
+    Chain,
+    ChainKey,
+    anchor_path_of,
+    files_of,
+    hash_of,
+    lines_of,
+    make_key,
+    numbers_of,
+    read_anchor,
+    read_chain,
+    read_key,
+)
+from hippo_mpi.serving.durable_files import sync_folder
+
+_log = logging.getLogger(__name__)
+_NO_ANCHOR = "no anchor was found: if lines before this one were dropped at a start, it can't be seen"
+
+
+def find_end(log: Path, key_path: Path) -> tuple[ChainKey, Anchor, list[str]]:
+    """Find a log's key and end, and what is to be noted in it. What no line goes on from is set aside.
+
+    With an anchor only what came after it is read; without, all is. A log of before, which had no key, stays as it is,
+    under a number, and the chain goes on from its last line in a new file.
+
+    Raises:
+        UserError: lines are missing or were changed, or the key is.
+        OSError: something can't be written.
+    """
+    key = read_key(key_path)
+    if key is None and anchor_path_of(log).exists():
+        raise UserError(f"the key {key_path} of the audit log {log} isn't there: give --audit-key, or {_anew(log)}")
+    if key and key_path.stat().st_mode & 0o077:
+        _log.warning("the audit log's key %s is not its owner's alone: chmod 600", key_path)
+    anchor = read_anchor(log, key) if key else None
+    if key and anchor:
+        end = _after_anchor(log, key, anchor)
+        return key, end, _set_tail_aside(log, end)
+    files = files_of(log)
+    chain = read_chain(files, key)
+    if chain.mistakes:
+        raise UserError(f"{chain.mistakes[0]}: look with hippo_mpi.audit verify, or {_anew(log)}")
+    end = _end_of(chain, log)
+    notes = [_NO_ANCHOR] * chain.is_keyed + _set_tail_aside(log, end)
+    if files and not chain.is_keyed:
+        _log.info("audit log %s: its %d lines have no key; from here on there is one", log, chain.num_lines)
+        end = _numbered(log, end)
+    return key or make_key(key_path), end, notes
+
+
+def _anew(log: Path) -> str:
+    return f"set {log}* aside to begin anew"
+
+
+def _after_anchor(log: Path, key: ChainKey, anchor: Anchor) -> Anchor:
+    """Go from the anchor to the end of the last line that follows."""
+    files = files_of(log, anchor.file)
+    if anchor.end and (not files or not _has_line(files[0], anchor)):
+        raise UserError(
+            f"the audit log {log} lacks its line {anchor.num_lines:,}, of which its anchor tells: its end was dropped or"
+            f" changed; look with hippo_mpi.audit verify, or {_anew(log)}"
+        )
+    chain = Chain(key, anchor.num_lines, anchor.last_hash, is_keyed=True)
+    end = replace(anchor, file=max([anchor.file, *(number + 1 for number in numbers_of(log))]))
+    for path in files:  # several if the log was continued in another file just before a kill
+        is_anchored = path == files[0] and anchor.end > 0
+        if not is_anchored:
+            end = replace(end, start=0, end=0)
+        for number, line in enumerate(lines_of(path, end.end), start=2 if is_anchored else 1):
+            if not line.endswith(b"\n") or not chain.take(path, number, line[:-1]):
+                break
+            end = end.followed_by(line[:-1])
+        if path != log and end.end < path.stat().st_size:
+            raise UserError(f"{path} has more than its lines: look with hippo_mpi.audit verify, or {_anew(log)}")
+    return end if log.exists() else replace(end, start=0, end=0)
+
+
+def _has_line(path: Path, anchor: Anchor) -> bool:
+    with path.open("rb") as stream:
+        stream.seek(anchor.start)
+        line = stream.read(anchor.end - anchor.start)
+    return hash_of(line.removesuffix(b"\n")) == anchor.last_hash
+
+
+def _end_of(chain: Chain, log: Path) -> Anchor:
+    number = max([0, *numbers_of(log)]) + 1
+    end = log.stat().st_size - chain.torn_bytes if log.exists() else 0
+    return Anchor(chain.num_lines, chain.last_hash, number, max(end - chain.last_bytes, 0), end)
+
+
+def _set_tail_aside(log: Path, end: Anchor) -> list[str]:
+    """Cut off what is behind the last line: half a line, or what a power cut has left. Return a note of it."""
+    num_bytes = log.stat().st_size - end.end if log.exists() else 0
+    if not num_bytes:
+        return []
+    aside = log.with_name(f"{log.name}.torn-{time.time_ns()}")
+    note = f"{num_bytes} bytes behind the last line, which a kill or a power cut has left, were set aside"
+    with contextlib.suppress(OSError), log.open("rb") as stream:  # on a full disk they are only cut off
+        stream.seek(end.end)
+        aside.write_bytes(stream.read())
+        note += f" in {aside.name}"
+    os.truncate(log, end.end)
+    _log.warning("audit log %s: %s", log, note)
+    return [note]
+
+
+def _numbered(log: Path, end: Anchor) -> Anchor:
+    """Set a file of before aside."""
+    if not log.exists():
+        return end
+    log.rename(log.with_name(f"{log.name}.{end.file}"))
+    sync_folder(log.parent)
+    return replace(end, file=end.file + 1, start=0, end=0)

@@ -1,0 +1,189 @@
+"""A request and what is told of its answers, for any number of readers, at once or one after another.
+
+Knows what ranks tell. Must not know HTTP or the words of an API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from hippo_mpi.engine.request import RequestOutput, Timings
+from hippo_mpi.serving.api.journal import Journal
+from hippo_mpi.serving.api.journal_records import Line, Record
+from hippo_mpi.serving.supervision.answer import Answer, ServerEnding, Told, note_told
+from hippo_mpi.serving.supervision.rank_link import ToldOutput
+
+
+class Exchange:
+    """A request and what has been told of its answers.
+
+    Args:
+        journal: where it is kept; None: nowhere.
+        count_tokens: told how many its prompts and answers have had, when nothing more will be told.
+        told: what was told of them before.
+        on_over: called once, when nothing more will be told.
+
+    Attributes:
+        answers: those that the front has, by their number.
+        patience_s: how long it goes on without a reader; None: to its end.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        journal: Journal | None,
+        on_over: Callable[[Exchange], None],
+        told: Sequence[Line] = (),
+        count_tokens: Callable[[int], None] = lambda number: None,
+    ) -> None:
+        self.record, self.journal, self._on_over, self.count_tokens = record, journal, on_over, count_tokens
+        self.answers: dict[int, Answer] = {}
+        self.patience_s: float | None = 0.0
+        self.num_readers = 0
+        self.ending: ServerEnding | None = None  # the server's: this is cut, and taken up again by the next
+        self._told = list(told)
+        self._num_public = len(self._told)  # so much of it readers may see: it is in the journal
+        self._running = set(range(len(record.requests)))
+        for line in told:
+            self._note_end(*line)
+        self._more = asyncio.Event()
+
+    @property
+    def is_over(self) -> bool:
+        return not self._running
+
+    @property
+    def running(self) -> list[int]:
+        """The numbers of the answers that go on."""
+        return sorted(self._running)
+
+    def outputs_of(self, index: int) -> list[ToldOutput]:
+        """Return what has been told of one of the answers."""
+        return [told for number, told in self._told if number == index and isinstance(told, ToldOutput)]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompts and answers."""
+        made = sum(isinstance(told, ToldOutput) and told.token is not None for _, told in self._told)
+        return sum(map(len, self.record.prompts)) + made
+
+    def outcome_of(self, index: int) -> str:
+        """Return how an answer ended: its finish reason, or the error that ended them all."""
+        reasons = [told.finish_reason for told in self.outputs_of(index)[-1:] if told.finish_reason]
+        errors = [f"error: {told}" for _, told in self._told[-1:] if not isinstance(told, ToldOutput)]
+        return next(iter([*reasons, *errors]), "abort")
+
+    def tell(self, index: int, told: Told) -> None:
+        """Something has come for one of the answers; after an error nothing more comes for any."""
+        if self.is_over:
+            return
+        if isinstance(told, ServerEnding) and self.journal is not None:
+            goes_on = f"GET {self.record.url}/{self.record.id} goes on with this answer after its next start"
+            self.ending = ServerEnding(f"{told}; {goes_on}")
+            self._wake()
+            return
+        self._told.append((index, told))
+        self._note_end(index, told)
+        if self.journal is None:
+            self._publish()
+        else:
+            self.journal.note(self.record.id, (index, told), self._publish)
+        if self.is_over:
+            self._on_over(self)
+
+    def _note_end(self, index: int, told: Told) -> None:
+        if not isinstance(told, ToldOutput):
+            self._running.clear()
+        elif told.finish_reason is not None:
+            self._running.discard(index)
+
+    def _publish(self) -> None:
+        self._num_public += 1
+        self._wake()
+
+    def _wake(self) -> None:
+        self._more.set()
+        self._more = asyncio.Event()
+
+    async def lines(self) -> AsyncIterator[Line]:
+        """Yield all that is told, from the first on, as it comes.
+
+        Raises:
+            ServerEnding: there is more to come, but not from this server.
+        """
+        num_read, running = 0, set(range(len(self.record.requests)))
+        while running:
+            while num_read == self._num_public:
+                if self.ending is not None:
+                    raise self.ending
+                await self._more.wait()
+            index, told = self._told[num_read]
+            num_read += 1
+            if not isinstance(told, ToldOutput):
+                running.clear()
+            elif told.finish_reason is not None:
+                running.discard(index)
+            yield index, told
+
+    async def settle(self) -> None:
+        """Wait until readers may see all that has been told by now."""
+        num_told = len(self._told)
+        while self._num_public < num_told:
+            await self._more.wait()
+
+    def lines_so_far(self) -> list[Line]:
+        """Return what readers may see by now."""
+        return self._told[: self._num_public]
+
+
+class Reader:
+    """One of those who read an exchange from its beginning; as `with`, it counts as one inside.
+
+    Counts in the timings of what it reads are those of then, and so the same for every reader.
+
+    Args:
+        on_leave: called when it has gone.
+    """
+
+    def __init__(self, exchange: Exchange, on_leave: Callable[[Exchange], None]) -> None:
+        self._exchange, self._on_leave = exchange, on_leave
+        self.is_cut = False
+        """Whether it has read all that this server tells, and the next one will tell more."""
+        self._timings = [Timings(prompt_tokens=len(request.prompt)) for request in exchange.record.requests]
+
+    def __enter__(self) -> Reader:
+        self._exchange.num_readers += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exchange.num_readers -= 1
+        self._on_leave(self._exchange)
+
+    async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """Yield what the answers get, and which one gets it.
+
+        Raises:
+            HippoError: the ranks refuse it, or can't be brought back, or the server ends.
+        """
+        try:
+            async for index, told in self._exchange.lines():
+                yield self._read(index, told)
+        except ServerEnding:
+            self.is_cut = True
+            raise
+
+    def outputs_so_far(self) -> list[tuple[int, RequestOutput]]:
+        """Return what the answers have got by now.
+
+        Raises:
+            HippoError: as `outputs`.
+        """
+        return [self._read(index, told) for index, told in self._exchange.lines_so_far()]
+
+    def _read(self, index: int, told: Told) -> tuple[int, RequestOutput]:
+        if not isinstance(told, ToldOutput):
+            raise told
+        timings = self._timings[index]
+        note_told(timings, told)
+        return index, RequestOutput(index, told.text, told.token, timings, told.logprobs, told.finish_reason)

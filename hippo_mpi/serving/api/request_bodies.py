@@ -1,0 +1,104 @@
+"""What comes with a request: its body, within limits, the model that it names, and whether its client is still there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+
+from hippo_mpi.engine.grammar_check import MAX_SCHEMA_BYTES
+from hippo_mpi.errors import UserError
+from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ApiSettings:
+    """What the API allows.
+
+    Args:
+        max_body_bytes, body_timeout_s, max_schema_bytes: of a request's body.
+        max_choices: answers to all prompts of a request.
+        origins: of pages in browsers that may ask (CORS).
+        hosts: names that the server may be called by; none: any.
+        needs_audit: whether requests are refused while they can't be written down.
+        has_keys: whether clients need a key: then an answer is its key's alone.
+        keep_answers_s, reconnect_s: as in `Keeping`.
+    """
+
+    max_body_bytes: int = 4 << 20
+    body_timeout_s: float = 30.0
+    max_choices: int = 128
+    max_schema_bytes: int = MAX_SCHEMA_BYTES
+    origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    needs_audit: bool = False
+    has_keys: bool = False
+    keep_answers_s: float = 0.0
+    reconnect_s: float = 0.0
+
+
+async def read_json(request: Request, settings: ApiSettings) -> dict[str, Any]:
+    """Return the JSON object in a request's body.
+
+    Raises:
+        HTTPException: it is too large, or too slow.
+        UserError: it is none.
+    """
+    data = b""
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            async for piece in request.stream():
+                data += piece
+                if len(data) > settings.max_body_bytes:
+                    raise HTTPException(413, f"the body is larger than {settings.max_body_bytes:,} bytes")
+    except TimeoutError:
+        raise HTTPException(408, f"the body took longer than {settings.body_timeout_s:.0f} s") from None
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        raise UserError("the body is not JSON") from None
+    if not isinstance(body, dict):
+        raise UserError("the body must be a JSON object")
+    return body
+
+
+def model_of(catalogue: Catalogue, body: dict[str, Any]) -> ServedModel:
+    """Return the model that a body names; the first if it names none."""
+    name = body.get("model")
+    found = catalogue.first if name is None else catalogue.find(name) if isinstance(name, str) else None
+    if found is None:
+        names = ", ".join(catalogue.names)
+        raise HTTPException(404, f"the model {name!r} does not exist; this server has {names}")
+    return found
+
+
+async def unless_gone(request: Request, wanted: asyncio.Future[_T]) -> _T:
+    """Wait for an answer as long as the client does.
+
+    Raises:
+        ClientDisconnect: it has gone away.
+    """
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watch = asyncio.ensure_future(gone())
+    try:
+        both: set[asyncio.Future[Any]] = {wanted, watch}
+        await asyncio.wait(both, return_when="FIRST_COMPLETED")
+        if not wanted.done():
+            raise ClientDisconnect
+        return wanted.result()
+    finally:
+        watch.cancel()
+        wanted.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):  # it is looked at, or asyncio complains
+            await wanted

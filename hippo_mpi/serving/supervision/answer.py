@@ -1,0 +1,71 @@
+"""An answer as the front knows it: what came of it so far, for its client, and for ranks that are to go on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from hippo_mpi.engine.request import Request, RequestOutput, Resume, Timings
+from hippo_mpi.errors import HippoError, RankError
+from hippo_mpi.serving.supervision.rank_link import ToldOutput
+
+
+class ServerEnding(RankError):
+    """The server ends, and its ranks with it: what is under way is not at fault."""
+
+
+Told = ToldOutput | HippoError
+"""What comes for an answer: an output, or why there will be none."""
+
+
+def note_told(timings: Timings, told: ToldOutput) -> None:
+    """Count an output of an answer."""
+    if told.token is not None:
+        timings.note(told.token)
+    if len(timings.token_ids) <= 1:  # after a restart the prompt is read again, which is no cache's doing
+        timings.cached_tokens = told.cached_tokens
+    timings.num_draft_tokens, timings.num_accepted = told.num_draft_tokens, told.num_accepted
+
+
+@dataclass(eq=False)
+class Answer:
+    """A request that is being answered: what was told of it so far.
+
+    Args:
+        tell: told of everything that comes for it, in order.
+    """
+
+    request: Request
+    timings: Timings
+    model: str
+    tell: Callable[[Told], None] = lambda told: None
+    emitted_chars: int = 0
+    random_state: list[int] | None = None
+    outcome: str = "abort"  # or its finish reason, or its error
+    num_failures: int = 0  # of ranks that were at work on it, one after another, without a token of it between
+    num_failed_starts: int = 0  # of ranks that it waited for, one after another
+
+    def resumed(self) -> Request:
+        """The request for ranks that know nothing of it."""
+        if not self.timings.token_ids:
+            return self.request
+        resume = Resume(self.timings.token_ids, self.emitted_chars, self.random_state)
+        return replace(self.request, resume=resume)
+
+    def take(self, told: ToldOutput) -> RequestOutput:
+        """Note what came, and hand it on."""
+        self.num_failures = 0
+        self.note(told)
+        self.tell(told)
+        return RequestOutput(told.request_id, told.text, told.token, self.timings, told.logprobs, told.finish_reason)
+
+    def note(self, told: ToldOutput) -> None:
+        """Note what came, now or to another front before this one."""
+        note_told(self.timings, told)
+        self.emitted_chars += len(told.text)
+        self.random_state = told.random_state
+        self.outcome = told.finish_reason or self.outcome
+
+    def fail(self, error: HippoError) -> None:
+        self.outcome = f"error: {error}"
+        self.tell(error)

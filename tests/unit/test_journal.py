@@ -1,0 +1,246 @@
+"""What a journal keeps, for how long, and what becomes of it when the disk is full or silent."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hippo_mpi.engine.request import Request, SamplingParams, TokenLogprobs
+from hippo_mpi.errors import ContextError, ForeignError, RankError, UserError
+from hippo_mpi.serving.api import journal as journal_module
+from hippo_mpi.serving.api.journal import Journal
+from hippo_mpi.serving.api.journal_records import Line, Record
+from hippo_mpi.serving.supervision.rank_link import ToldOutput
+
+SAMPLINGS = [
+    SamplingParams(temp=0.5, seed=2**63, logit_bias=((3, -1.5),), stop_words=("a", "b")),
+    SamplingParams(forced=(4, 5), grammar="x"),
+]
+PROMPT = [1, 2]
+REQUESTS = [Request(5, PROMPT, SAMPLINGS[0]), Request(6, PROMPT, SAMPLINGS[1]), Request(7, [3], SAMPLINGS[0])]
+OUTPUT = ToldOutput(1, "a fox\n", 7, 2, 3, 1, TokenLogprobs(-0.5, [(7, -0.5), (8, -1.25)]), "stop", [1, 2])
+
+
+def record(name: str) -> Record:
+    return Record(
+        name,
+        "me",
+        "kk",
+        "/v1/completions",
+        "m",
+        5,
+        {"prompt": ["ä", [1]]},
+        REQUESTS,
+        True,
+        False,
+        False,
+    )
+
+
+def run(work: Callable[[Journal], Coroutine[Any, Any, None]], path: Path) -> None:
+    async def main() -> None:
+        kept = Journal(path)
+        kept.start()
+        try:
+            await asyncio.wait_for(work(kept), 20)
+        finally:
+            kept.close()
+
+    asyncio.run(main())
+
+
+async def written(*operations: Callable[[Callable[[], None]], None]) -> None:
+    """Wait until all of them are in the file."""
+    events = [asyncio.Event() for _ in operations]
+    for operation, event in zip(operations, events, strict=True):
+        operation(event.set)
+    for event in events:
+        await event.wait()
+
+
+def test_requests_and_outputs_come_back_as_they_were(tmp_path: Path) -> None:
+    lines: list[Line] = [
+        (0, ToldOutput(0, "", None, 0, 0, 0, None, None, None)),
+        (1, OUTPUT),
+        (0, ContextError(5, 4)),
+        (0, UserError("no")),
+        (0, ForeignError("odd")),
+        (1, RankError("gone")),
+    ]
+
+    async def write(kept: Journal) -> None:
+        await written(
+            lambda then: kept.add(record("a"), then),
+            *(lambda then, line=line: kept.note("a", line, then) for line in lines),  # type: ignore[misc]
+            lambda then: kept.add(record("b"), then),
+            lambda then: kept.end("b", 60, then),
+            lambda then: kept.add(record("c"), then),
+            lambda then: kept.delete("c", then),
+        )
+        found = kept.find("b")
+        assert found == (record("b"), [])
+        assert kept.find("a") is None, "it is under way"
+
+    run(write, tmp_path / "journal")
+
+    async def read(kept: Journal) -> None:
+        ((found, told, num_deaths),) = kept.take_left()
+        assert num_deaths == 1
+        assert found == record("a") and found.prompts == [PROMPT, [3]]
+        assert found.requests[0].prompt is found.requests[1].prompt, "whose tokens are counted once"
+        assert told[:2] == lines[:2]
+        assert [(index, type(error), str(error)) for index, error in told[2:]] == [
+            (index, type(error), str(error)) for index, error in lines[2:]
+        ]
+
+    run(read, tmp_path / "journal")
+    assert stat.S_IMODE((tmp_path / "journal").stat().st_mode) == 0o600
+
+
+def test_what_has_expired_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also from the file's bytes: who asks for nothing to be stored has texts in it, too."""
+    monkeypatch.setattr(journal_module, "_SWEEP_S", 0.05)
+    secret = ToldOutput(0, "a secret of foxes", 7, 0, 0, 0, None, "stop", None)
+
+    async def write(kept: Journal) -> None:
+        await written(
+            lambda then: kept.add(record("a"), then),
+            lambda then: kept.note("a", (0, secret), then),
+            lambda then: kept.end("a", 0.2, then),
+        )
+        assert kept.find("a") is not None
+        await asyncio.sleep(0.25)
+        assert kept.find("a") is None
+        with closing(sqlite3.connect(tmp_path / "journal")) as reader:
+            while reader.execute("SELECT count(*) FROM lines").fetchone()[0]:
+                await asyncio.sleep(0.05)
+
+    run(write, tmp_path / "journal")
+    assert not any(b"secret of foxes" in file.read_bytes() for file in tmp_path.iterdir())
+
+
+def test_what_is_too_much_goes_before_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "_SWEEP_S", 0.05)
+    monkeypatch.setattr(journal_module, "_AT_ONCE", 1)
+
+    async def main() -> None:
+        kept = Journal(tmp_path / "journal", most_bytes=1 << 20)
+        kept.start()
+        long = ToldOutput(0, "x" * (600 << 10), 7, 0, 0, 0, None, "stop", None)
+        for name, keep_s in (("old", 100.0), ("new", 200.0)):
+            await written(
+                lambda then, name=name: kept.add(record(name), then),  # type: ignore[misc]
+                lambda then, name=name: kept.note(name, (0, long), then),  # type: ignore[misc]
+                lambda then, name=name, keep_s=keep_s: kept.end(name, keep_s, then),  # type: ignore[misc]
+            )
+        while kept.find("old") is not None:
+            await asyncio.sleep(0.05)
+        assert kept.find("new") is not None
+        kept.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_a_full_disk_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """What could not be written whole is not kept; what comes when there is room again is."""
+    long = ToldOutput(0, "x" * (200 << 10), 7, 0, 0, 0, None, None, None)
+
+    async def write(kept: Journal) -> None:
+        await written(lambda then: kept.add(record("a"), then))
+        kept._writer.execute("PRAGMA max_page_count = 20")
+        await written(lambda then: kept.note("a", (0, long), then))
+        kept._writer.execute("PRAGMA max_page_count = 1000000")
+        await written(
+            lambda then: kept.note("a", (0, OUTPUT), then),
+            lambda then: kept.end("a", 60, then),
+            lambda then: kept.add(record("b"), then),
+            lambda then: kept.end("b", 60, then),
+        )
+        assert kept.find("a") is None
+        assert kept.find("b") is not None
+
+    run(write, tmp_path / "journal")
+
+
+def test_a_silent_disk_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process holds the file, which is as good as a disk that doesn't answer."""
+    monkeypatch.setattr(journal_module, "_PATIENCE_S", 0.4)
+
+    async def write(kept: Journal) -> None:
+        kept._writer.execute("PRAGMA busy_timeout = 3000")
+        with closing(sqlite3.connect(tmp_path / "journal", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            await written(lambda then: kept.add(record("a"), then))
+            other.execute("COMMIT")
+        await written(lambda then: kept.end("a", 60, then))
+        assert kept.find("a") is not None
+
+    run(write, tmp_path / "journal")
+
+
+def test_servers_that_die_of_a_request_are_counted(tmp_path: Path) -> None:
+    """Until something of it comes: then it was something else. One that ended in order didn't die."""
+    path, counts = tmp_path / "journal", list[int]()
+
+    async def write(kept: Journal) -> None:
+        await written(lambda then: kept.add(record("a"), then))
+
+    async def note(kept: Journal) -> None:
+        await written(lambda then: kept.note("a", (0, OUTPUT), then))
+
+    async def look(kept: Journal) -> None:
+        counts.extend(num_deaths for _, _, num_deaths in kept.take_left())
+
+    def die() -> None:
+        code = (
+            "import os, pathlib, sys; from hippo_mpi.serving.api.journal import Journal;"
+            "os._exit(Journal(pathlib.Path(sys.argv[1])).take_left()[0][2])"
+        )
+        counts.append(subprocess.run([sys.executable, "-c", code, path]).returncode)
+
+    run(write, path)
+    die()
+    die()
+    run(look, path)
+    run(note, path)
+    die()
+    run(look, path)
+    assert counts == [1, 2, 3, 1, 2]
+
+
+def test_what_another_version_has_written_is_forgotten(tmp_path: Path) -> None:
+    async def write(kept: Journal) -> None:
+        await written(lambda then: kept.add(record("a"), then), lambda then: kept.add(record("b"), then))
+        await written(lambda then: kept._put(("a", "UPDATE requests SET record = '{}' WHERE id = ?", ("a",)), then))
+
+    async def read(kept: Journal) -> None:
+        assert [record.id for record, _, _ in kept.take_left()] == ["b"]
+
+    run(write, tmp_path / "journal")
+    run(read, tmp_path / "journal")
+    for part in ("journal-wal", "journal-shm"):
+        (tmp_path / part).unlink(missing_ok=True)
+    (tmp_path / "journal").write_bytes((tmp_path / "journal").read_bytes()[:5000])
+    with pytest.raises(UserError, match="can't be used"):
+        Journal(tmp_path / "journal")
+
+
+def test_a_journal_is_one_server_s(tmp_path: Path) -> None:
+    kept = Journal(tmp_path / "journal")
+    code = "import sys, pathlib; from hippo_mpi.serving.api.journal import Journal; Journal(pathlib.Path(sys.argv[1]))"
+    other = subprocess.run([sys.executable, "-c", code, kept.path], capture_output=True, text=True)
+    assert "another server has the journal" in other.stderr
+    (tmp_path / "other").write_text("no journal at all, but something that somebody wrote down " * 20)
+    with pytest.raises(UserError, match="can't be used"):
+        Journal(tmp_path / "other")
+    with pytest.raises(UserError, match="No such file"):
+        Journal(tmp_path / "nowhere" / "journal")
