@@ -15,6 +15,17 @@ def is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
+def network_of(address: str) -> str:
+    """Return what counts as one client: of IPv6 addresses everybody has a network of 64 bits to take them from."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv4Address):
+        return address
+    return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
+
+
 def url_of(address: str, port: int, is_encrypted: bool = False) -> str:
     return f"http{'s' * is_encrypted}://{f'[{address}]' if ':' in address else address}:{port}"
 

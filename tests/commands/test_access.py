@@ -43,7 +43,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     admins = tmp_path_factory.mktemp("keys") / "admins"
     admins.write_text("# who may change the model\nroot\n")
     options = ("--ranks", "1", "--allow-origin", "http://here.example", "--max-queue", "0", "--max-batch-size", "8")
-    with server(*options, "--admin-key-file", str(admins), env={"HIPPO_API_KEYS": "alice,mallory"}) as found:
+    options += ("--journal", str(admins.parent / "journal"), "--admin-key-file", str(admins))
+    with server(*options, env={"HIPPO_API_KEYS": "alice,mallory"}) as found:
         yield found
 
 
@@ -131,6 +132,29 @@ def test_one_key_can_t_take_every_place(running: Server) -> None:
     running.await_status(lambda status: status["requests"] == 0)
     endless("mallory", n=4).close()
     running.await_status(lambda status: status["requests"] == 0)
+
+
+def test_answers_that_go_on_alone_keep_their_places(running: Server) -> None:
+    """And what ends them needs neither a place nor a body."""
+    headers = {"x-api-key": "mallory"}
+    long = {"type": "object", "properties": {"a": {"type": "string", "minLength": 1500}}, "required": ["a"]}
+    asked = {
+        "input": "A fox", "max_output_tokens": 1900, "background": True,
+        "text": {"format": {"type": "json_schema", "name": "long", "schema": long}},
+    }  # fmt: skip
+
+    def begin() -> httpx.Response:
+        return httpx.post(f"{running.url}/v1/responses", json=asked, headers=headers, timeout=60)
+
+    begun = [begin() for _ in range(4)]
+    assert [answer.status_code for answer in begun] == [200] * 4
+    refused = begin()
+    assert refused.status_code == 429 and "this key has" in refused.json()["error"]["message"]
+    for answer in begun:
+        url = f"{running.url}/v1/responses/{answer.json()['id']}/cancel"
+        assert httpx.post(url, headers=headers, timeout=60).status_code == 200
+    running.await_status(lambda status: status["requests"] == 0)
+    assert cached(running, "mallory", "A cow") == 0
 
 
 def test_who_may_change_the_model(running: Server) -> None:

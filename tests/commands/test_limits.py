@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from hippo_mpi.serving.api.http_protocol import HEADERS_S
-from tests.servers import GOES_ON, MODEL, Server, server
+from tests.servers import GOES_ON, JSON, MODEL, Server, server
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ SCHEMA_OF = {
 
 def refusal(running: Server, path: str, body: dict[str, Any]) -> str:
     """What a body gets with status 400."""
-    request = urllib.request.Request(running.url + path, json.dumps(body).encode())
+    request = urllib.request.Request(running.url + path, json.dumps(body).encode(), JSON)
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=60)
     assert refused.value.code == 400
@@ -194,7 +194,9 @@ def test_limits_of_a_body(small: Server) -> None:
     assert refusal(small, "/v1/completions", {"prompt": ["a", "b"], "n": 2}) == (
         "n times the number of prompts is at most 3 (--max-choices), not 4"
     )
-    request = urllib.request.Request(f"{small.url}/v1/completions", json.dumps({"prompt": "a" * 700_000}).encode())
+    request = urllib.request.Request(
+        f"{small.url}/v1/completions", json.dumps({"prompt": "a" * 700_000}).encode(), JSON
+    )
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=60)
     assert refused.value.code == 413

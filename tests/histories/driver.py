@@ -15,6 +15,7 @@ from tests.histories.answers import Lost, Said, listen
 from tests.histories.history import Fault, History, Stream, draw_history
 from tests.histories.kinds import OTHER, ask_of
 from tests.histories.stage import TIMEOUT_S, Stage
+from tests.servers import JSON
 
 _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0)  # before the ranks are started again, failure by failure
 _MANY = 4  # times what it takes in peace: prompts are read again, and the machine has others
@@ -190,7 +191,7 @@ class Driver:
 
     def _swap(self, outcome: Outcome) -> None:
         body = json.dumps({"model": OTHER}).encode()
-        request = urllib.request.Request(f"{self._stage.running.url}/admin/model", body)
+        request = urllib.request.Request(f"{self._stage.running.url}/admin/model", body, JSON)
         try:
             with urllib.request.urlopen(request, timeout=_PEACE_S) as answer:
                 answer.read()

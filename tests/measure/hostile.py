@@ -31,6 +31,7 @@ NORMAL = ("greedy", "drawn", "choices", "logprobs", "chat", "chat JSON", "messag
 _SENDERS = 4
 _LIMIT_S = 60.0
 _QUIET_S = 30.0
+_JSON = "Content-Type: application/json"
 _FINE = {"200", "400", "401", "404", "405", "408", "411", "413", "422", "429", "closed"}
 
 
@@ -140,7 +141,16 @@ def _send(attack: Attack, address: tuple[str, int]) -> tuple[str, str, float]:
     began, draw = time.monotonic(), random.Random(len(attack.body))
     length = [] if any("Content-Length" in line for line in attack.headers) else [f"Content-Length: {len(attack.body)}"]
     head = "\r\n".join(
-        (f"POST {attack.path} HTTP/1.1", "Host: x", "Connection: close", *attack.headers, *length, "", "")
+        (
+            f"POST {attack.path} HTTP/1.1",
+            "Host: localhost",
+            _JSON,
+            "Connection: close",
+            *attack.headers,
+            *length,
+            "",
+            "",
+        )
     )
     data = head.encode() + attack.body
     answer = b""

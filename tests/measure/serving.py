@@ -39,7 +39,7 @@ from tests import ranks
 from tests.commands.test_side_by_side import start_together
 from tests.measure.campaigns import CAMPAIGNS, add_options
 from tests.measure.figures import make_llama
-from tests.servers import FAULTS, GOES_ON, MODEL, WITH_FAULTS, Server, server
+from tests.servers import FAULTS, GOES_ON, JSON, MODEL, WITH_FAULTS, Server, server
 
 NUM_STREAMS = 8
 TIMEOUT_S = 4
@@ -190,7 +190,7 @@ def _load_of_streams(running: Server, num_streams: int, num_tokens: int) -> tupl
     data = json.dumps({**body, "temperature": 1.0, "logit_bias": GOES_ON}).encode()
 
     def ask(_: int) -> None:
-        request = urllib.request.Request(f"{running.url}/v1/completions", data)
+        request = urllib.request.Request(f"{running.url}/v1/completions", data, JSON)
         with urllib.request.urlopen(request, timeout=300) as answer:
             assert answer.read().rstrip().endswith(b"[DONE]")
 

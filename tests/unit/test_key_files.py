@@ -136,10 +136,26 @@ def test_places_are_given_back() -> None:
     with pytest.raises(HTTPException, match="6 requests are under way or wait already") as refused:
         access.take_places(asking(), 1)
     assert refused.value.status_code == 429 and refused.value.headers
+    access.hold_places(first)  # its answers, in the background
     access.free_places(first)
-    access.free_places(first)
+    with pytest.raises(HTTPException, match="this key has 4"):
+        access.take_places(asking(x_api_key="alice"), 1)
+    for _ in range(3):
+        access.free_places(first)
     access.free_places(asking())
     access.take_places(asking(x_api_key="alice"), 4)
+
+
+def test_a_client_without_a_key_is_its_address_or_its_network() -> None:
+    def ask(host: str) -> None:
+        access.count_request(Request({"type": "http", "headers": [], "client": (host, 5)}))
+
+    access = Access(AccessRules(requests_per_minute=1))
+    for host in ("10.0.0.1", "10.0.0.2", "fd00::1", "fd00:0:0:1::1"):
+        ask(host)
+    for host in ("10.0.0.1", "fd00::2", "fd00::ffff:2"):
+        with pytest.raises(HTTPException, match="wait"):
+            ask(host)
 
 
 def test_whose_prompts_are_shared() -> None:

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from hippo_mpi.errors import FieldError
+from hippo_mpi.serving.addresses import network_of
 
 _MOST_CLIENTS = 10_000  # buckets that are remembered; beyond that, full ones are forgotten
 _LONGEST_SALT = 256
@@ -76,6 +77,15 @@ class Rate:
         bucket.level = min(self._per_minute, bucket.level + (now - bucket.filled_s) * self._per_minute / 60)
         bucket.filled_s = now
         return bucket
+
+
+@dataclass
+class _Held:
+    """Places of a request, and how many must free them: itself, and its answers."""
+
+    client: str
+    count: int = 0
+    num_holders: int = 1
 
 
 @dataclass(frozen=True)
@@ -149,7 +159,7 @@ class Access:
     # ---- places
 
     def take_places(self, request: Request, count: int) -> None:
-        """Count so many requests as under way, until `free_places`.
+        """Count so many answers more as under way, until all who hold the request's places have freed them.
 
         Raises:
             HTTPException: that would be too many, of this client or of all.
@@ -164,25 +174,34 @@ class Access:
             why = f"{rules.most_requests} requests are under way or wait already: try again later"
             raise HTTPException(429, why, _RETRY_AFTER)
         self._places[client] += count
-        request.state.places = (client, self._places_of(request)[1] + count)
+        held = self._held_by(request) or _Held(client)
+        held.count += count
+        request.state.places = held
+
+    def hold_places(self, request: Request) -> None:
+        """Let a request's places last for one more who frees them: its answers may go on without it."""
+        if held := self._held_by(request):
+            held.num_holders += 1
 
     def free_places(self, request: Request) -> None:
-        """A request has ended."""
-        client, count = self._places_of(request)
-        self._places[client] -= count
-        if not self._places[client]:
-            del self._places[client]
-        request.state.places = (client, 0)
+        """One of those who hold a request's places doesn't need them any more."""
+        held = self._held_by(request)
+        if held is None:
+            return
+        held.num_holders -= 1
+        if held.num_holders == 0:
+            self._places[held.client] -= held.count
+            if not self._places[held.client]:
+                del self._places[held.client]
 
-    def _places_of(self, request: Request) -> tuple[str, int]:
-        found: tuple[str, int] = getattr(request.state, "places", ("", 0))
-        return found
+    def _held_by(self, request: Request) -> _Held | None:
+        return getattr(request.state, "places", None)
 
     def _client(self, request: Request) -> str:
         """Whose rate and places a request counts in: its key's, or else its address's."""
         if self._rules.keys and self.has_key(request):
             return f"key {self.key_of(request)}"
-        return f"address {request.client.host}" if request.client else ""
+        return f"address {network_of(request.client.host)}" if request.client else ""
 
     # ---- prefixes
 

@@ -19,13 +19,14 @@ UNREAD_S = 30.0  # that a client may read nothing of what waits for it
 _LOOK_S = 1.0
 _SPARE = 64  # connections that were accepted a moment ago, and have no place yet
 _OTHER_DESCRIPTORS = 64 + _SPARE  # of files, ranks, logs
-_ADDRESS_SHARE = 2  # one address may have half of the places
+_NETWORK_SHARE = 2  # one client may have half of the places
 
 
 class Connection(Protocol):
     """What is known of a connection."""
 
     address: str
+    network: str  # what counts as one client
 
     @property
     def silent_since_s(self) -> float | None:
@@ -47,15 +48,15 @@ class Connections:
     """
 
     def __init__(self, most: int, proxies: Sequence[str] = ()) -> None:
-        self._most, self._most_of_address = most, max(1, most // _ADDRESS_SHARE)
+        self._most, self._most_of_network = most, max(1, most // _NETWORK_SHARE)
         self._proxies = [ipaddress.ip_network(proxy, strict=False) for proxy in proxies]
         self._open: dict[Connection, tuple[int, float]] = {}  # bytes unsent at the last look, and since when no fewer
-        self._by_address: Counter[str] = Counter()
+        self._by_network: Counter[str] = Counter()
 
     def admit(self, new: Connection) -> bool:
         """Find a place for a connection, that of another if need be; whether there is one."""
-        if self._by_address[new.address] >= self._most_of_address and not self._is_proxy(new.address):
-            rivals = [one for one in self._open if one.address == new.address]
+        if self._by_network[new.network] >= self._most_of_network and not self._is_proxy(new.address):
+            rivals = [one for one in self._open if one.network == new.network]
         else:
             rivals = list(self._open) if len(self._open) >= self._most else []
         if rivals:
@@ -66,15 +67,15 @@ class Connections:
             self.remove(gone)
             gone.abort()
         self._open[new] = (0, time.monotonic())
-        self._by_address[new.address] += 1
+        self._by_network[new.network] += 1
         return True
 
     def remove(self, connection: Connection) -> None:
         """It is closed; unknown ones are ignored."""
         if self._open.pop(connection, None) is not None:
-            self._by_address[connection.address] -= 1
-            if not self._by_address[connection.address]:
-                del self._by_address[connection.address]
+            self._by_network[connection.network] -= 1
+            if not self._by_network[connection.network]:
+                del self._by_network[connection.network]
 
     async def watch(self) -> None:
         """End those that take nothing, for as long as the server lives."""

@@ -158,7 +158,12 @@ class Api:
             self._access.check_admin(request)
             await self._check_fits(model)
         self._access.take_places(request, total - 1)  # the Gate has taken the first
-        exchange = await self.exchanges.open(record, partial(self._access.count_tokens, request))
+        self._access.hold_places(request)
+        try:
+            exchange = await self.exchanges.open(record, partial(self._note_over, request))
+        except BaseException:
+            self._access.free_places(request)
+            raise
         writer = question.writer(exchange.record, model.tokenizer)
         if question.is_stream:
             reader = self.exchanges.reader(exchange)
@@ -236,6 +241,11 @@ class Api:
         """The client of a request has got its answer, or has gone away."""
         record, answers = exchange.record, list(exchange.answers.values())
         request.state.answered = Answered(record.id, record.model, answers)
+
+    def _note_over(self, request: Request, num_tokens: int) -> None:
+        """A request's answers are over, whether or not it has waited for them."""
+        self._access.free_places(request)
+        self._access.count_tokens(request, num_tokens)
 
     def _write_audit(self, exchange: Exchange) -> None:
         """Write down an exchange that is over."""

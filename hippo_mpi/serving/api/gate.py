@@ -34,7 +34,7 @@ class Gate:
         try:
             self._check_host(request)
             self._check_origin(request)
-            if request.method == "POST":
+            if _has_body(request):
                 _check_type(request)
                 self._access.take_places(request, 1)
         except HTTPException as error:
@@ -65,6 +65,10 @@ def _host_of(authority: str) -> str:
     host, _, port = authority.rpartition(":")
     name = host if host and port.isdecimal() and (host.endswith("]") or ":" not in host) else authority
     return name.strip("[]").rstrip(".").lower()
+
+
+def _has_body(request: Request) -> bool:
+    return "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
 
 
 def _check_type(request: Request) -> None:

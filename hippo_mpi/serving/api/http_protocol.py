@@ -10,6 +10,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from hippo_mpi.serving.addresses import network_of
 from hippo_mpi.serving.api.connections import Connections
 
 HEADERS_S = 10.0  # uvicorn itself waits for ever for the end of a request's headers
@@ -33,7 +34,7 @@ class HttpProtocol(H11Protocol):
         self._open_connections = open_connections
         self._deadline: asyncio.TimerHandle | None = None
         self._ahead = b""
-        self.address = ""
+        self.address = self.network = ""
         self._answered_s = time.monotonic()
 
     # ---- what asyncio tells
@@ -41,6 +42,7 @@ class HttpProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.address = self.client[0] if self.client else ""
+        self.network = network_of(self.address)
         if not self._open_connections.admit(self):
             transport.write(_REFUSAL)
             transport.close()
