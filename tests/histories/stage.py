@@ -39,7 +39,7 @@ class Stage:
     """A server, and what may befall it.
 
     Args:
-        disk: where its audit log is; None: no disk of its own could be made.
+        disk: where its audit log and its journal are; None: no disk of its own could be made.
         counts: where its processes write what they have.
         start_s: that its first start took.
     """
@@ -163,11 +163,11 @@ def stage(*options: str) -> Iterator[Stage]:
         counts.mkdir()
         _make_catalogue(folder / "catalogue")
         disk = stack.enter_context(_small_disk(folder / "disk"))
-        audit = ["--audit-log", str(disk / "audit.jsonl")] if disk else []
+        files = ["--audit-log", str(disk / "audit.jsonl"), "--journal", str(disk / "journal")] if disk else []
         given = [
             "--catalogue", str(folder / "catalogue"), "--model", THINKS, "--timeout", str(TIMEOUT_S), "--max-restarts", "20",
             "--max-batch-size", "12", "--max-queue", "100", "--prefill-step-size", "64",
-            "--seed", "5", *audit, *options,
+            "--seed", "5", *files, *options,
         ]  # fmt: skip
         began = time.monotonic()
         with server(*given, env={**WITH_FAULTS, "HIPPO_COUNTS": str(counts)}) as running:

@@ -77,7 +77,7 @@ def measure_hostile(count: int, seed: int = 1) -> bool:
     began = time.monotonic()
     attacks = draw_attacks(seed, count)
     print(f"  seed {seed}: {len(attacks)} requests drawn in {time.monotonic() - began:.0f} s", flush=True)
-    with stage("--max-tokens", "4") as found, tempfile.NamedTemporaryFile() as file:
+    with stage("--max-tokens", "4", "--timeout", "30") as found, tempfile.NamedTemporaryFile() as file:
         pickle.dump(attacks, file)
         file.flush()
         before = found.count()
@@ -102,6 +102,9 @@ def _report(found: Stage, normal: Normal, before: dict, quiet_s: float, hostile_
     for line in [*(f"lost: {one}" for one in normal.lost), *(f"changed: {one}" for one in normal.changed)][:20]:
         print(f"  {line}")
     restarts = found.running.status()["restarts"]
+    for line in found.running.running.err.splitlines():
+        if "the ranks are gone" in line or line.startswith("error:"):
+            print(f"  {line}")
     found.running.await_status(lambda status: status["requests"] == 0)
     print(f"  before: {before}\n  after:  {found.count()}")
     print(

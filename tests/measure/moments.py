@@ -10,14 +10,13 @@ import secrets
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests import ranks
-from tests.histories.stage import environment, processes_with
+from tests.histories.stage import processes_with
 from tests.ranks import Rank
 from tests.servers import SERVE, Server
 from tests.spmd.test_faults import endless
@@ -27,7 +26,6 @@ _SPAN_S = 6.0  # in which it happens, from when the rank's process is there
 _SLACK_S = 6.0
 _MARK = "HIPPO_MOMENT"
 _LAUNCH = str(Path(__file__).parents[2] / "launch" / "run")
-_RANK = {b"MLX_RANK", b"OMPI_COMM_WORLD_RANK"}
 _AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
@@ -105,7 +103,7 @@ def _try(way: str, kind: str, rank: int, moment_s: float, limit_s: float) -> Tri
     mark = secrets.token_hex(8)
     with ranks.single(WAYS[way](), env={_MARK: mark, **_AS_ROOT}) as running:
         try:
-            pid = _await_rank(running, mark, rank)
+            pid = ranks.await_rank(running, rank)
             time.sleep(moment_s)
             trial = Trial(way, kind, rank, moment_s, 0.0, [])
             with contextlib.suppress(ProcessLookupError):
@@ -155,25 +153,6 @@ def _check_server(running: Rank, trial: Trial, pid: int, began: float, limit_s: 
     running.process.terminate()
     if running.wait(20):
         trial.faults.append(f"the server's exit status {running.process.returncode}")
-
-
-def _await_rank(running: Rank, mark: str, rank: int) -> int:
-    """The process of a rank, as soon as it is there: Python, not a shell that starts it."""
-    ends = time.monotonic() + ranks.LIMIT_S
-    while time.monotonic() < ends:
-        for pid in processes_with(f"{_MARK}={mark}".encode()):
-            given = dict(word.split(b"=", 1) for word in environment(pid) if b"=" in word)
-            if {given.get(name) for name in _RANK} & {str(rank).encode()} and _is_python(pid):
-                return pid
-        assert running.process.poll() is None, running.err
-        time.sleep(0.02)
-    raise AssertionError(f"rank {rank} has never begun: {running.err}")
-
-
-def _is_python(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return os.readlink(f"/proc/{pid}/exe").startswith(os.path.realpath(sys.executable))
-    return False
 
 
 def _is_there(pid: int) -> bool:
