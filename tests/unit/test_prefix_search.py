@@ -54,9 +54,9 @@ def test_prompts_that_wait_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) 
     searched: list[int] = []
     match = PrefixCache.match
 
-    def note(self: PrefixCache, prompt: list[int], running: Any) -> Any:
+    def note(self: PrefixCache, prompt: list[int], running: Any, salt: str) -> Any:
         searched.append(prompt[-1])
-        return match(self, prompt, running)
+        return match(self, prompt, running, salt)
 
     monkeypatch.setattr(PrefixCache, "match", note)
     limits = Limits(max_batch_size=8, prefill_chunk=4, can_batch=True)
