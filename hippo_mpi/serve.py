@@ -34,9 +34,10 @@ from hippo_mpi.serving.key_files import keys_of_environment, read_key_file
 from hippo_mpi.serving.logs import set_up_logging
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel, read_catalogue
 from hippo_mpi.serving.supervision.front import Front
+from hippo_mpi.serving.supervision.host_checks import Host
 from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES, About
 from hippo_mpi.serving.supervision.rank_service import BEAT_S, RankService
-from hippo_mpi.serving.supervision.supervisor import Host, LaunchPlan, Supervisor
+from hippo_mpi.serving.supervision.supervisor import LaunchPlan, Supervisor
 from hippo_mpi.transport.run_key import RunKey
 from hippo_mpi.transport.world import detect_launch
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from hippo_mpi.errors import LaunchError
 
 # Below the ports that systems give to outgoing connections, and below mlx.launch's own 32323.
-_FIRST, _LAST = 10_000, 32_000
+FIRST, LAST = 10_000, 32_000
 THIS_MACHINE = "127.0.0.1"
 """The name, and the address, with which a hostfile says that a rank runs where mlx.launch does."""
 _TRIES, _MAX_COUNT = 1_000, 1_000
@@ -45,14 +45,14 @@ class HeldPorts:
         if count > _MAX_COUNT:
             raise LaunchError(f"{count:,} ranks on this machine are too many: {_MAX_COUNT} at most")
         for _ in range(_TRIES):
-            self.first = _random.randrange(_FIRST, _LAST - count)
+            self.first = _random.randrange(FIRST, LAST - count)
             try:
                 for port in range(self.first, self.first + count):
                     self._hold(port)
                 return
             except OSError:
                 self.close()
-        raise LaunchError(f"no {count} free ports in a row between {_FIRST} and {_LAST}")
+        raise LaunchError(f"no {count} free ports in a row between {FIRST} and {LAST}")
 
     def _hold(self, port: int) -> None:
         holder = socket.socket()

@@ -17,7 +17,7 @@ from hippo_mpi.environment import RUN_KEY, RUN_KEY_FILE
 from hippo_mpi.errors import RankError
 
 _FOLDER = ".cache/hippo-mpi"  # below the home directory
-_SSH = ("ssh", "-o", "BatchMode=yes")
+SSH = ("ssh", "-o", "BatchMode=yes")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RunKey:
         without a password. Files of runs that began more than a day ago are removed."""
         folder, file = shlex.quote(_FOLDER), shlex.quote(self.file)
         script = f"umask 077; mkdir -p {folder}; find {folder} -name 'run-*' -mtime +0 -exec rm -f {{}} + ; cat >{file}"
-        return [*_SSH, "-o", f"ConnectTimeout={connect_s}", host, script]
+        return [*SSH, "-o", f"ConnectTimeout={connect_s}", host, script]
 
 
 def given_key() -> bytes:

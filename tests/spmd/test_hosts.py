@@ -101,7 +101,7 @@ def test_the_key_is_on_no_command_line(tmp_path: Path) -> None:
                     ).stdout.splitlines()
                 )
             assert running.wait() == 0, running.err
-        (file,) = _key_files(seen)
+        (file,) = _key_files({line for line in seen if str(hostfile) in line})  # others may run beside this test
         text = " ".join(seen)
         assert "HIPPO_RUN_KEY=" not in text and file.read_text() not in text
         assert file.stat().st_mode & 0o777 == 0o600
@@ -140,3 +140,36 @@ def test_answers_go_on_without_a_host_that_is_lost(tmp_path: Path) -> None:
             status = running.status()
             assert status["silent_hosts"] == [NAME]
             assert [rank["layers"] for rank in status["ranks"]] == [[0, 12]]
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.skipif(shutil.which("ip") is None, reason="needs ip (iproute2)")
+def test_answers_go_on_without_a_host_whose_cable_is_pulled(tmp_path: Path) -> None:
+    """It still lets us in, by ssh over another network."""
+    address, pulled = ["10.99.77.2/32", "dev", "lo"], ["unreachable", "10.99.77.2/32"]
+    subprocess.run(["ip", "addr", "add", *address], check=True)
+    try:
+        with second_host(tmp_path) as (env, hostfile, _):
+            hosts = json.loads(hostfile.read_text())
+            hosts[1]["ips"] = [address[0].partition("/")[0]]
+            hostfile.write_text(json.dumps(hosts))
+            with server("--hostfile", str(hostfile), "--timeout", str(TIMEOUT_S), env=env) as running:
+                running.await_ready()
+                wanted = answers(running)
+                begun = threading.Barrier(NUM_STREAMS + 1)
+                with ThreadPoolExecutor(1) as pool:
+                    found = pool.submit(answers, running, begun)
+                    begun.wait(60)
+                    subprocess.run(["ip", "addr", "del", *address], check=True)
+                    subprocess.run(["ip", "route", "add", *pulled], check=True)
+                    os.kill(max(pid for pid in running.rank_pids() if _is_rank(pid)), signal.SIGKILL)
+                    assert found.result(150) == wanted
+                assert running.status()["silent_hosts"] == [NAME]
+    finally:
+        for words in (["route", "del", *pulled], ["addr", "del", *address]):
+            subprocess.run(["ip", *words], capture_output=True)
+
+
+def _is_rank(pid: int) -> bool:
+    environment = Path(f"/proc/{pid}/environ").read_bytes()
+    return b"MLX_RANK=" in environment and b"mlx.launch" not in Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -17,8 +17,8 @@ def few_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave room for three starts of two ranks at most, so that they would meet."""
     with HeldPorts(8) as held:
         first = held.first
-    monkeypatch.setattr(ports, "_FIRST", first)
-    monkeypatch.setattr(ports, "_LAST", first + 8)
+    monkeypatch.setattr(ports, "FIRST", first)
+    monkeypatch.setattr(ports, "LAST", first + 8)
 
 
 @pytest.mark.usefixtures("few_ports")

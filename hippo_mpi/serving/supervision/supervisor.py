@@ -24,9 +24,10 @@ from typing import Any
 from hippo_mpi.environment import STATUS_FILE
 from hippo_mpi.errors import ForeignError, HippoError, UserError
 from hippo_mpi.serving.supervision.front import Front
+from hippo_mpi.serving.supervision.host_checks import Host, hand_over, linked
 from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES
 from hippo_mpi.serving.terminal.progress import TERMINAL
-from hippo_mpi.transport.ports import THIS_MACHINE, HeldPorts, new_loopback
+from hippo_mpi.transport.ports import HeldPorts, new_loopback
 from hippo_mpi.transport.run_key import RunKey
 
 _log = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 _END_S = 3.0
 _DIE_S = 2.0  # from SIGKILL: only a process that waits for a device or a network disk takes longer
 _LOOK_S = 0.05
-_KNOCK_S = 5  # for a host to let us in
 
 # Rows that join or leave a batch are copies of its caches. On Linux MLX asks malloc for each, which gets new pages from
 # the system and gives them back at once, unless told to keep them, in huge pages: 1,000 page faults instead of
@@ -51,10 +51,6 @@ _KEEP_MEMORY = ":".join(
 )
 
 _Arrived = asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
-
-
-Host = dict[str, Any]
-"""An entry of a hostfile: {"ssh": name, "ips": [address]}."""
 
 
 @dataclass(frozen=True)
@@ -281,9 +277,11 @@ class Supervisor:
         memory is free by now: else answers could not go on."""
         about, living = self._front.about, None
         if self._hosts:
-            answers = await asyncio.gather(*(_hand_over(key, host) for host in self._hosts))
-            silent = [str(h["ssh"]) for h, answer in zip(self._hosts, answers, strict=True) if not answer]
-            living = [index for index, answer in enumerate(answers) if answer] if silent else None
+            found = await hand_over(key, self._hosts)
+            if self._front.num_starts:
+                found = await linked(self._hosts, found)
+            silent = [str(host["ssh"]) for index, host in enumerate(self._hosts) if index not in found]
+            living = found if silent else None
             self._front.silent_hosts = silent
             if silent:
                 _log.warning("starting without %s: no answer from there", ", ".join(silent))
@@ -305,22 +303,3 @@ class Supervisor:
             if self._front.give_up_model("its ranks refuse it; the server's log says why"):
                 return None
         return f"exit status {code}"
-
-
-async def _hand_over(key: RunKey, host: Host) -> bool:
-    """Give a host the key of the ranks to come; return True if it lets us in."""
-    if host["ssh"] == THIS_MACHINE:
-        return True
-    process = await asyncio.create_subprocess_exec(
-        *key.command(host["ssh"], _KNOCK_S),
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        await asyncio.wait_for(process.communicate(key.key.encode()), _KNOCK_S + _END_S)
-        return process.returncode == 0
-    except (TimeoutError, OSError):
-        return False
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
