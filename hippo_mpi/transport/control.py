@@ -320,8 +320,8 @@ class Control:
         last = threading.Timer(_LAST_WORDS_S, os._exit, [code])  # a full pipe, or a full disk, must not hold us up
         last.daemon = True
         last.start()
-        with contextlib.suppress(Exception):
-            self._kill_silent()
+        killing = threading.Thread(target=self._kill_silent, daemon=True)
+        killing.start()  # beside what is said, of which neither may wait for the other
         if line is not None:
             print_error(
                 line, starts_anew=self._pulse.is_idle
@@ -331,6 +331,7 @@ class Control:
                 self.on_end(code)
             if threading.current_thread() is threading.main_thread():  # elsewhere a full pipe could hold us up
                 sys.stdout.flush()
+        killing.join()
         os._exit(code)
 
     def _kill_silent(self) -> None:
