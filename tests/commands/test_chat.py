@@ -32,6 +32,10 @@ def say(rank: Rank, line: str) -> str:
         assert time.monotonic() < ends, rank.err
         assert rank.process.poll() is None, rank.err
         time.sleep(0.02)
+    length = -1
+    while length != len(rank.out):  # the answer comes through another pipe than the prompt that follows it
+        length = len(rank.out)
+        time.sleep(0.2)
     return rank.out[shown:].rstrip("\n")
 
 
