@@ -191,6 +191,8 @@ def test_a_temperature_that_is_nearly_0_is_greedy(engine: Engine, undisturbed: l
 class Watch:
     """A Control that watches nothing."""
 
+    stalled_s = 0.0
+
     def __getattr__(self, name: str) -> Any:
         return lambda *_: []
 
