@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 from hippo_mpi.errors import HippoError, RankError, UserError, print_error
 from hippo_mpi.transport.frames import FrameReader, framed, read_frame
 from hippo_mpi.transport.handshake import await_callers, dial, introduce
-from hippo_mpi.transport.processes import kill_rank, kill_stopped_ranks
+from hippo_mpi.transport.processes import kill_rank_if_stopped, kill_stopped_ranks
 from hippo_mpi.transport.pulse import Pulse
 from hippo_mpi.transport.world import World, deadline
 
@@ -320,7 +320,7 @@ class Control:
         last = threading.Timer(_LAST_WORDS_S, os._exit, [code])  # a full pipe, or a full disk, must not hold us up
         last.daemon = True
         last.start()
-        killing = threading.Thread(target=self._kill_silent, daemon=True)
+        killing = threading.Thread(target=self._kill_stopped, daemon=True)
         killing.start()  # beside what is said, of which neither may wait for the other
         if line is not None:
             print_error(
@@ -334,13 +334,13 @@ class Control:
         killing.join()
         os._exit(code)
 
-    def _kill_silent(self) -> None:
-        """Kill ranks of this host that have fallen silent: stopped ones, say, for which a launcher would wait for ever."""
+    def _kill_stopped(self) -> None:
+        """Kill ranks of this host that a signal has stopped: a launcher would wait for them for ever."""
         kill_stopped_ranks(os.getppid())
         now = time.monotonic()
         for peer in self._peers.values() if self.world.backend != "mpi" else ():  # mpirun does it, with our exit status
             if peer.pid is not None and now - peer.beat_at > self.timeout_s and not peer.said_bye:
-                kill_rank(peer.pid)
+                kill_rank_if_stopped(peer.pid)
 
 
 def _limit_sends(connection: socket.socket, timeout_s: float) -> None:
