@@ -136,6 +136,7 @@ def test_a_server_does_not_try_our_mistakes_again(tmp_path: Path) -> None:
     assert "starting them again" not in running.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shows_traceback", [False, True])
 def test_a_model_whose_code_fails_is_our_mistake(shows_traceback: bool, tmp_path: Path) -> None:
     """Status 1, and a line that asks for a report; it is none of what was typed or configured."""
@@ -182,11 +183,13 @@ def test_bad_arguments(case: str) -> None:
     assert_refused([[GENERATE, *options]] * 2, *expected)
 
 
+@pytest.mark.slow
 def test_more_ranks_than_layers(tmp_path: Path) -> None:
     draft = BUNDLED_MODEL.parent / "story-draft"
     assert_refused([[GENERATE, "--model", str(draft)]] * 3, "3 ranks, but the model has 2 layers")
 
 
+@pytest.mark.slow
 def test_a_cut_where_the_model_cannot_be_cut(tmp_path: Path) -> None:
     from tests.parity.tiny_models import make_checkpoint
 
@@ -194,6 +197,7 @@ def test_a_cut_where_the_model_cannot_be_cut(tmp_path: Path) -> None:
     assert_refused([[GENERATE, "--model", str(folder), "--layer-split", "3,3"]] * 2, "can't be cut", "reads the cache")
 
 
+@pytest.mark.slow
 def test_ranks_with_different_arguments() -> None:
     commands = [[GENERATE, "--max-tokens", "5"], [GENERATE, "--max-tokens", "6"]]
     assert_refused(commands, "rank 0", "rank 1", "different command-line arguments")
@@ -211,6 +215,7 @@ def retrained(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_same_structure", [False, True])
 def test_ranks_with_different_models(tmp_path: Path, is_same_structure: bool) -> None:
     """The same path, but another model behind it: here, by way of the working folder."""
@@ -223,6 +228,7 @@ def test_ranks_with_different_models(tmp_path: Path, is_same_structure: bool) ->
     assert_refused(commands, "different models")
 
 
+@pytest.mark.slow
 def test_ranks_with_different_versions() -> None:
     fake = (
         "import importlib.metadata as m, sys; v = m.version;"

@@ -113,6 +113,7 @@ def test_under_mpirun(tmp_path: Path) -> None:
     assert [text_of(record) for _, record in sorted(records(tmp_path / "out").items())] == reference(PROMPTS)
 
 
+@pytest.mark.slow
 def test_a_body_s_own_parameters(tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     bodies: list[tuple[str, dict[str, Any]]] = [

@@ -109,7 +109,7 @@ def await_answer(running: Terminal, since: int) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("started", STARTED)
+@pytest.mark.parametrize("started", ["alone", pytest.param("launch/run", marks=pytest.mark.slow)])
 def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(started: str) -> None:
     with terminal([*STARTED[started], *LONG]) as running:
         running.await_text(">> ")

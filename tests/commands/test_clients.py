@@ -17,6 +17,8 @@ from hippo_mpi.config import BUNDLED_MODEL
 from tests.commands.test_tools import TEMPLATE
 from tests.servers import GOES_ON, Server, server
 
+pytestmark = pytest.mark.slow
+
 NAME = "story-tools"
 TIMEOUT_S = 60
 USER = {"role": "user", "content": "Where is the fox?"}

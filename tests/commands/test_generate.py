@@ -41,7 +41,7 @@ LAUNCHERS = {
 }
 
 
-QUICK_LAUNCHERS = ("alone", "mpirun", "launch/run")
+QUICK_LAUNCHERS = ("launch/run",)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,7 @@ def answer(*options: str, num_ranks: int = 2) -> dict[str, object]:
         return dict(json.loads(running[0].out))
 
 
+@pytest.mark.slow
 def test_json_has_a_part_per_rank() -> None:
     found = answer()
     assert found["text"] == reference()

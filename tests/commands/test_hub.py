@@ -177,6 +177,7 @@ def test_each_rank_downloads_only_its_files(hub: tuple[str, list[str]], tmp_path
         assert real == expected
 
 
+@pytest.mark.slow
 def test_a_plan_downloads_config_and_index_only(hub: tuple[str, list[str]], tmp_path: Path) -> None:
     """And is right to the byte; generating later downloads what else is needed, a plan again nothing."""
     endpoint, downloads = hub

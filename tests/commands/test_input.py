@@ -54,7 +54,7 @@ def slow_but(*quick: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("launcher", names)
 
 
-@slow_but("alone", "ring", "launch/run", "mlx.launch")
+@slow_but("alone", "launch/run")
 def test_a_pipe_that_ends_ends_a_chat(launcher: str) -> None:
     """After what was asked in it has been answered."""
     with started(launcher, CHAT, subprocess.PIPE) as running:

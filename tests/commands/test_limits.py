@@ -19,6 +19,8 @@ import pytest
 from hippo_mpi.serving.api.http_protocol import HEADERS_S
 from tests.servers import GOES_ON, JSON, MODEL, Server, server
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Server]:

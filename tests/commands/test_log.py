@@ -25,6 +25,8 @@ from hippo_mpi.serving.api.audit_log import key_id
 from tests import ranks
 from tests.servers import GOES_ON, JSON, SERVE, Server, server
 
+pytestmark = pytest.mark.slow
+
 FIRST, OTHER = "story-3m", "story-draft"
 KEY = "sk-fox-and-hen"
 ASKED: Any = [{"role": "user", "content": DEFAULT_PROMPT}]

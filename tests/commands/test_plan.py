@@ -77,6 +77,7 @@ def test_plan_as_json() -> None:
     assert (stages[0]["layers"][0], stages[0]["layers"][1], stages[1]["layers"][1]) == (0, stages[1]["layers"][0], 12)
 
 
+@pytest.mark.slow
 def test_the_plan_is_shown_where_several_hosts_load(tmp_path: Path) -> None:
     """On stderr, so that stdout has the answer only."""
     as_second_host = ["unshare", "--uts", "sh", "-c", 'hostname second && exec "$@"', "sh"]
@@ -96,6 +97,7 @@ def config_alone(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [[PLAN, "--machine", "a:8", "--machine", "b:8"], [GENERATE, "--show-plan"]])
 def test_plan_from_a_config_alone(command: list[str], tmp_path: Path) -> None:
     """The same as with the weights, and a line that says what was assumed."""
@@ -199,6 +201,7 @@ def test_bad_simulations(options: list[str], line: str) -> None:
     assert running[0].err.count("error:") == 1 and "rank 1" not in running[0].err
 
 
+@pytest.mark.slow
 def test_what_every_rank_finds_is_said_by_rank_0(tmp_path: Path) -> None:
     """Even if it is the last one to find it."""
     slow = tmp_path / "slow.py"

@@ -41,6 +41,7 @@ def test_a_silent_rank_ends_us(sent: bytes) -> None:
     assert "error: rank 1 (there) answered last " in found.stderr
 
 
+@pytest.mark.slow
 def test_nobody_reads_what_went_wrong() -> None:
     """A full pipe doesn't keep a process that must end."""
     reading, writing = os.pipe()
