@@ -335,6 +335,7 @@ def from_pipe(text: str, *arguments: object) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.slow
 def test_standard_input_and_output(tmp_path: Path) -> None:
     """- for both; answers come as they are made, or in order; nothing else is on stdout."""
     texts = "".join(f"{prompt}\n" for prompt in PROMPTS)

@@ -87,6 +87,7 @@ def test_stop_words_end_an_answer_and_are_not_shown() -> None:
     assert found["finish_reason"] == "stop"
 
 
+@pytest.mark.slow
 def test_max_tokens_end_an_answer() -> None:
     found = answer("--max-tokens", "5")
     assert found["finish_reason"] == "length"

@@ -121,7 +121,8 @@ def test_ctrl_d_ends_a_chat(launcher: str) -> None:
         assert not ranks.await_end(below, 5)
 
 
-@pytest.mark.parametrize("launcher", ["launch/run", pytest.param("mlx.launch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["launch/run", "mlx.launch"])
 def test_ctrl_d_ends_a_prompt(launcher: str) -> None:
     with terminal(command_line(launcher, READ), AS_ROOT) as running:
         running.press(f"{QUESTION}\r{CTRL_D}" if launcher == "launch/run" else f"{QUESTION}\r")

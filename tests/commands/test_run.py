@@ -101,6 +101,7 @@ def test_version() -> None:
 BACKENDS = {"ring": [], "MPI": ["--backend", "mpi", "-n", "2"]}  # pytest-mpi skips what is called "mpi"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [pytest.param("ring"), pytest.param("MPI", marks=pytest.mark.slow)])
 def test_an_error_of_ours_is_all_that_is_said(backend: str) -> None:
     """On its exit status; no warning of mlx.launch, no page of mpirun's, and as root without asking."""
