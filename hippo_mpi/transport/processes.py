@@ -27,15 +27,18 @@ def is_mlx_launch(pid: int) -> bool:
     return any(Path(word).name == "mlx.launch" for word in command_line(pid)[:2])  # an interpreter may come first
 
 
+def is_stopped(pid: int) -> bool:
+    """Return True if a signal has stopped a process."""
+    state = subprocess.run(["ps", "-p", str(pid), "-o", "stat="], capture_output=True, text=True).stdout
+    return state.startswith("T")
+
+
 def kill_rank_if_stopped(pid: int) -> None:
     """Kill a rank of this run that has told its id, if a signal has stopped it: others end by themselves, or by SIGTERM.
 
     Ranks share a command line, so that nobody else is hit.
     """
-    if pid == os.getpid() or command_line(pid) != command_line(os.getpid()):
-        return
-    state = subprocess.run(["ps", "-p", str(pid), "-o", "stat="], capture_output=True, text=True).stdout
-    if state.startswith("T"):
+    if pid != os.getpid() and command_line(pid) == command_line(os.getpid()) and is_stopped(pid):
         _kill(pid)
 
 

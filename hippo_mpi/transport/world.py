@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from hippo_mpi.environment import STATUS_FILE
 from hippo_mpi.errors import LaunchError, RankError, print_error
-from hippo_mpi.transport.processes import kill_stopped_ranks
+from hippo_mpi.transport.processes import is_stopped, kill_stopped_ranks
 
 _END_S = 1.0  # from a signal to the next
 
@@ -222,7 +222,8 @@ def _ends_with_status_3() -> Iterator[None]:
 
 def _end(rank_pid: int, launcher: int, complaint: str) -> None:
     """End a rank that waits in vain, and with it those that are waited for, if they are stopped."""
-    print_error(complaint)
+    if not is_stopped(rank_pid):  # else others wait for it, and say so
+        print_error(complaint)
     kill_stopped_ranks(launcher)
     write_status(RankError.exit_code)
     for number in (signal.SIGQUIT, signal.SIGKILL):
