@@ -12,6 +12,8 @@ import pytest
 
 from tests.servers import GOES_ON, MODEL, Server, server
 
+pytestmark = pytest.mark.slow
+
 COMPLETION, JSON = "/v1/completions", "application/json"
 WORDS = [
     "fox",

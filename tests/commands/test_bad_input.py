@@ -102,6 +102,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @quick_are("no config", "truncated weights", "tensor missing", "no tokenizer", of=CHECKPOINTS)
 def test_bad_checkpoint(case: str, tmp_path: Path) -> None:
     damage, expected = CHECKPOINTS[case]
@@ -177,6 +178,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @quick_are("no such folder", "empty prompt", "split too short", "unknown option", "context too large", of=ARGUMENTS)
 def test_bad_arguments(case: str) -> None:
     options, expected = ARGUMENTS[case]

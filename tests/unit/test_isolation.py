@@ -29,6 +29,8 @@ from hippo_mpi.serving.supervision.rank_link import About, line_of, read_refusal
 from hippo_mpi.serving.supervision.rank_service import RankService
 from tests.local_ring import LocalRing, make_stages, open_folder
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [9, 10, 11, 12]
 PLAIN = SamplingParams(max_tokens=12)
 SCHEMA = {"type": "object", "properties": {"fox": {"type": "boolean"}}, "required": ["fox"]}
