@@ -201,6 +201,7 @@ def test_models_tokens_and_metrics(running: Server) -> None:
     assert found["count"] == len(found["tokens"]) > 0
     assert running.get("/health") == {"status": "ok"}
     assert [rank["layers"] for rank in running.status()["ranks"]] == [[0, 6], [6, 12]]
+    client.completions.create(model=MODEL, prompt="A fox", max_tokens=2)
     lines = running.get("/metrics").splitlines()
     assert any(line.startswith("hippo_generated_tokens_total ") and not line.endswith(" 0.0") for line in lines)
 
