@@ -113,7 +113,7 @@ def await_callers(
                         del callers[oldest]
                         oldest.close()
                     callers[connection] = FrameReader(connection, _MAX_HELLO_BYTES), time.monotonic() + _HELLO_S
-                elif (who := _who(callers[ready][0], key)) is not None:
+                elif ready in callers and (who := _who(callers[ready][0], key)) is not None:
                     del callers[ready]
                     if who in missing and who not in found:
                         ready.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -203,7 +203,7 @@ class Supervisor:
                     raise (
                         error if isinstance(error, HippoError) else UserError(f"the ranks can't be started: {error}")
                     ) from None
-                why = str(error).splitlines()[0]
+                why = str(error).partition("\n")[0]
             if why is None:
                 failures = 0
                 continue
