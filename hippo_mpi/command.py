@@ -25,6 +25,8 @@ from hippo_mpi.transport.processes import kill_stopped_ranks
 from hippo_mpi.transport.terminal import open_standard_streams, put_back_terminal
 from hippo_mpi.transport.world import World, connect, detect_launch, end_within, write_status
 
+_LEAST_END_S = 10.0  # for the other ranks to end, on a busy machine
+
 
 @dataclass
 class Session:
@@ -113,9 +115,10 @@ def _run(parser: Parser, body: Callable[[_Joined], int], argv: list[str] | None 
     except Exception as error:  # a worker's top frame: whatever went wrong, all ranks must end
         control.fail(ForeignError.caused_by(error))
     if world.size > 1:
-        end_within(arguments.timeout, f"{world.name} waited {arguments.timeout:.0f} s for the other ranks to end")
-    if world.rank == 0 and world.backend != "mpi":  # which waits itself
-        control.await_ends()
+        end_s = max(arguments.timeout, _LEAST_END_S)
+        end_within(end_s, f"{world.name} waited {end_s:.0f} s for the other ranks to end")
+    if world.backend != "mpi":  # which waits itself
+        control.part()
     world.group = None  # MPI is finalised when the last reference goes
     _exit(code, world.rank, is_orderly=world.backend == "mpi")
 

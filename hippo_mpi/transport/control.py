@@ -183,8 +183,17 @@ class Control:
         for rank in list(self._star):
             self._send(rank, {"kind": "bye"})
 
-    def await_ends(self) -> None:
-        """Wait until all other ranks have ended; their end of the connection closes then."""
+    def part(self) -> None:
+        """Hang up; rank 0 waits until all others have, or have ended: it leaves no stopped one behind.
+
+        They don't wait for the system to take their memory back, which takes seconds for a big model. The caller keeps
+        the deadline.
+        """
+        if self.world.rank > 0:
+            for connection in list(self._star.values()):
+                with contextlib.suppress(OSError):  # rank 0 has hung up
+                    connection.shutdown(socket.SHUT_RDWR)
+            return
         while self._star:
             time.sleep(_LOOK_S)
 

@@ -182,7 +182,8 @@ def deadline(timeout_s: float, complaint: str) -> Iterator[None]:
 
 
 def end_within(timeout_s: float, complaint: str) -> None:
-    """End this process with a line if it lives longer: it is about to end, and may have to wait for others in MPI."""
+    """End this process with a line and status 3 if it lives longer: it is about to end, and may wait for others."""
+    _exit_on_sigquit()
     _keep_time(timeout_s, complaint)
 
 
@@ -206,18 +207,22 @@ def _keep_time(timeout_s: float, complaint: str) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _ends_with_status_3() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGQUIT)
+    _exit_on_sigquit()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGQUIT, before)
+
+
+def _exit_on_sigquit() -> None:
     """Let a SIGQUIT end this process with its own number as the status, which happens to be RankError's.
 
     No handler of Python's runs while MLX holds the interpreter's lock, and a signal's default would give another status.
     """
     assert RankError.exit_code == signal.SIGQUIT
-    before = signal.getsignal(signal.SIGQUIT)
     libc = ctypes.CDLL(None)
     libc.signal(signal.SIGQUIT, ctypes.cast(libc._exit, ctypes.c_void_p))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGQUIT, before)
 
 
 def _end(rank_pid: int, launcher: int, complaint: str) -> None:

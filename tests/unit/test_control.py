@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from hippo_mpi.errors import RankError
 from hippo_mpi.transport.frames import FrameReader, framed
 from hippo_mpi.transport.handshake import await_callers, dial
 from hippo_mpi.transport.world import World
@@ -142,3 +144,35 @@ def test_who_does_not_come_is_named_in_time() -> None:
         ):
             await_callers(listener, EXPECTED, b"key", WORLD, NAMES, 0.6)
         assert time.monotonic() - began_s < 5
+
+
+def test_an_end_that_waits_in_vain_has_a_deadline() -> None:
+    """Even while the interpreter's lock is held, as MLX and MPI do: no thread could end it."""
+    code = (
+        "import ctypes\nfrom hippo_mpi.transport.world import end_within\nend_within(0.3, 'in vain')\n"
+        "ctypes.PyDLL(None).sleep(20)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=15)
+    assert (found.returncode, found.stderr) == (3, "error: in vain\n")
+
+
+def test_an_older_stranger_gives_way_in_the_same_moment() -> None:
+    """It has just said something when its place is taken."""
+    with socket.create_server(("127.0.0.1", 0), backlog=300) as listener, contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(250)]
+        ended = threading.Event()
+
+        def dribble() -> None:
+            while not ended.wait(0.001):
+                for stranger in strangers:
+                    with contextlib.suppress(OSError):
+                        stranger.send(b"\0")
+
+        thread = threading.Thread(target=dribble)
+        thread.start()
+        try:
+            with pytest.raises(RankError, match="waited in vain"):
+                await_callers(listener, EXPECTED, b"key", WORLD, NAMES, 1.0)
+        finally:
+            ended.set()
+            thread.join()
