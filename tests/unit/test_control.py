@@ -161,12 +161,14 @@ def test_an_older_stranger_gives_way_in_the_same_moment() -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=300) as listener, contextlib.ExitStack() as stack:
         strangers = [stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(250)]
         ended = threading.Event()
+        for stranger in strangers:
+            stranger.sendall(struct.pack("<I", 4000))
 
         def dribble() -> None:
             while not ended.wait(0.001):
                 for stranger in strangers:
                     with contextlib.suppress(OSError):
-                        stranger.send(b"\0")
+                        stranger.send(b"x")
 
         thread = threading.Thread(target=dribble)
         thread.start()
