@@ -25,7 +25,7 @@ from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import AnswerText, open_tokenizer
 from hippo_mpi.errors import FieldError, ForeignError, HippoError, UserError
 from hippo_mpi.parallel.timeline import Timeline
-from hippo_mpi.serving.supervision.rank_link import About, line_of, read_refusal, request_object
+from hippo_mpi.serving.supervision.rank_link import About, line_of, read_error, request_object
 from hippo_mpi.serving.supervision.rank_service import RankService
 from tests.local_ring import LocalRing, make_stages, open_folder
 
@@ -229,7 +229,7 @@ def test_rank_0_says_what_a_request_has_met(engine: Engine, monkeypatch: Any) ->
     reading.start()
     service.run(engine, About(500, 1536), Timeline(lambda doing: None))
     reading.join(30)
-    errors = {message["refused"]: read_refusal(message) for message in said if "refused" in message}
+    errors = {message["refused"]: read_error(message) for message in said if "refused" in message}
     assert [type(errors[number]) for number in (0, 1, 3)] == [ForeignError, ForeignError, UserError]
     assert [message["taking"] for message in said if "taking" in message] == [0, None, 1, None, 2, None, 3, None]
     assert sorted(number for message in said for number in message.get("begun", [])) == [1, 2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings
 from hippo_mpi.errors import ForeignError, HippoError, RankError
 from hippo_mpi.serving.supervision.answer import Answer, Told
 from hippo_mpi.serving.supervision.front import Front
-from hippo_mpi.serving.supervision.rank_link import About, line_of, output_object, refusal_object
+from hippo_mpi.serving.supervision.rank_link import About, error_object, line_of, output_object
 from hippo_mpi.serving.supervision.suspects import may_begin
 
 MOST_FAILURES = 5
@@ -162,9 +162,14 @@ def test_who_waits_loses_a_try_only_if_ranks_dont_start(was_ready: bool) -> None
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: ForeignError("a mistake of the server's"), lambda: RankError("no"), lambda: HippoError("x")]
+    ("sent", "expected"),
+    [
+        (ForeignError("a mistake of the server's"), ForeignError),
+        (RankError("no room for a process"), RankError),
+        (HippoError("x"), ForeignError),
+    ],
 )
-def test_an_error_of_ours_ends_one_answer(make: Callable[[], HippoError]) -> None:
+def test_an_error_of_ours_ends_one_answer(sent: HippoError, expected: type[HippoError]) -> None:
     front, ends, told = Front(10, "m"), list[str](), list[Told]()
     front.on_early_end = ends.append
     first, second = (front.submit([1], SamplingParams(), "m", told.append) for _ in range(2))
@@ -173,9 +178,9 @@ def test_an_error_of_ours_ends_one_answer(make: Callable[[], HippoError]) -> Non
         life = Life(front, 4)
         serving = asyncio.ensure_future(front.serve_ranks(life.reader, cast(Any, life), 60.0))
         await life.say(ready=asdict(About(1000, 1000)))
-        await life.say(**refusal_object(first.request.id, make()))
+        await life.say(refused=first.request.id, **error_object(sent))
         (error,) = told
-        assert isinstance(error, ForeignError) and str(make()) in str(error)
+        assert type(error) is expected and str(error) == str(sent)
         life.reader.feed_eof()
         await serving
 

@@ -111,10 +111,12 @@ class Exchanges:
         for index in exchange.running:
             exchange.tell(index, ToldOutput(index, "", None, 0, 0, 0, None, "abort", None))
 
-    def delete(self, exchange: Exchange) -> None:
-        """Forget an exchange."""
+    async def delete(self, exchange: Exchange) -> None:
+        """Forget an exchange; returns when nobody finds it any more."""
         self.abort(exchange)
-        self._forget(exchange)
+        is_gone = asyncio.Event()
+        self._forget(exchange, is_gone.set)
+        await is_gone.wait()  # the journal keeps the deadline
 
     def _leave(self, exchange: Exchange) -> None:
         """A reader has gone: perhaps nobody waits for the rest any more."""
@@ -148,9 +150,13 @@ class Exchanges:
         exchange.count_tokens(exchange.num_tokens)
         self._on_over(exchange)
 
-    def _forget(self, exchange: Exchange) -> None:
+    def _forget(self, exchange: Exchange, then: Callable[[], None] = lambda: None) -> None:
+        def note() -> None:
+            self._drop(exchange.record.id)
+            then()
+
         if self._journal is not None:
-            self._journal.delete(exchange.record.id, lambda: self._drop(exchange.record.id))
+            self._journal.delete(exchange.record.id, note)
 
     def _drop(self, name: str) -> None:
         self._live.pop(name, None)

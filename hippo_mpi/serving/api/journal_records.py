@@ -7,13 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hippo_mpi.engine.request import Request
-from hippo_mpi.errors import ContextError, ForeignError, HippoError, RankError, UserError
 from hippo_mpi.serving.supervision.answer import Told
-from hippo_mpi.serving.supervision.rank_link import ToldOutput, read_output, read_request, request_object
+from hippo_mpi.serving.supervision.rank_link import (
+    ToldOutput,
+    error_object,
+    read_error,
+    read_output,
+    read_request,
+    request_object,
+)
 
 Line = tuple[int, Told]
 """Which answer of a request, and what came for it."""
-_ERRORS = (UserError, RankError, ForeignError, HippoError)  # what statuses and words depend on
 
 
 @dataclass(frozen=True)
@@ -66,21 +71,13 @@ def read_record(text: str) -> Record:
 
 def line_text(line: Line) -> str:
     index, told = line
-    if isinstance(told, ToldOutput):
-        return json.dumps([index, _output_object(told)], separators=(",", ":"))
-    if isinstance(told, ContextError):
-        return json.dumps([index, {"context": [told.prompt_tokens, told.max_context]}])
-    kind = next(kind for kind in _ERRORS if isinstance(told, kind))
-    return json.dumps([index, {"error": str(told), "kind": kind.__name__}])
+    found = _output_object(told) if isinstance(told, ToldOutput) else error_object(told)
+    return json.dumps([index, found], separators=(",", ":"))
 
 
 def read_line(text: str) -> Line:
     index, found = json.loads(text)
-    if "context" in found:
-        return index, ContextError(*found["context"])
-    if "error" in found:
-        return index, {kind.__name__: kind for kind in _ERRORS}[found["kind"]](found["error"])
-    return index, read_output({"id": index, **found})
+    return index, read_output({"id": index, **found}) if "text" in found else read_error(found)
 
 
 def _output_object(told: ToldOutput) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class KeptEndpoints:
         return JSONResponse(question.writer(exchange.record, model.tokenizer).whole(outputs))
 
     async def _delete(self, _: Request, exchange: Exchange) -> Response:
-        self._exchanges.delete(exchange)
+        await self._exchanges.delete(exchange)
         name, url = exchange.record.id, exchange.record.url
         kind = "chat.completion.deleted" if url == CHAT else "response" if url == RESPONSES else "deleted"
         return JSONResponse({"id": name, "object": kind, "deleted": True})

@@ -27,8 +27,8 @@ from hippo_mpi.serving.supervision.rank_link import (
     ToldOutput,
     line_of,
     read_about,
+    read_error,
     read_output,
-    read_refusal,
     request_object,
 )
 from hippo_mpi.serving.supervision.suspects import is_suspect, may_begin
@@ -351,7 +351,7 @@ class Front:
         elif "refused" in message:
             answer = self._answers.get(message["refused"])
             if answer is not None:
-                self._fail(answer, read_refusal(message))
+                self._fail(answer, read_error(message))
                 self._forget(answer.request.id)
         elif "beat" in message:
             self.beat = {**message["beat"], "at_s": round(time.monotonic() - self._made_s, 3)}

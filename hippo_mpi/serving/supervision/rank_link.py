@@ -2,7 +2,7 @@
 
     front -> rank 0   {"add": Request}  {"abort": id}
     rank 0 -> front   {"ready": About}  {"output": RequestOutput}
-                      {"refused": id, "why": text, "kind": "user", "field" or "fault"}, of which a field has its name, or
+                      {"refused": id, "why": text, "kind": "user", "field", "rank" or "fault"}, of which a field has its name, or
                       {"refused": id, "context": [prompt's tokens, most tokens]}
                       {"taking": id or null}: the request that is being read, so that it is known what ended a rank
                       {"begun": [id]}: the next step is the first of theirs
@@ -26,7 +26,7 @@ from hippo_mpi.engine.request import (
     SamplingParams,
     TokenLogprobs,
 )
-from hippo_mpi.errors import ContextError, FieldError, ForeignError, HippoError, UserError
+from hippo_mpi.errors import ContextError, FieldError, ForeignError, HippoError, RankError, UserError
 from hippo_mpi.shard.layer_split import Machine
 
 MAX_LINE_BYTES = 64 << 20  # a prompt of some million tokens
@@ -64,21 +64,31 @@ def read_request(found: dict[str, Any]) -> Request:
     return Request(found["id"], found["prompt"], SamplingParams(**sampling), resumed, found["cache_salt"])
 
 
-def refusal_object(request_id: int, error: HippoError) -> dict[str, Any]:
-    """What ends one request, and no other."""
+_KINDS: tuple[tuple[str, type[HippoError]], ...] = (
+    ("user", UserError),
+    ("rank", RankError),
+    ("fault", HippoError),
+)
+"""Errors by what statuses and words depend on; the first that fits."""
+
+
+def error_object(error: HippoError) -> dict[str, Any]:
+    """Return what `read_error` makes an error of again, of its kind."""
     if isinstance(error, ContextError):
-        return {"refused": request_id, "context": [error.prompt_tokens, error.max_context]}
-    kind = "field" if isinstance(error, FieldError) else "user" if isinstance(error, UserError) else "fault"
-    field = {"field": error.field} if isinstance(error, FieldError) else {}
-    return {"refused": request_id, "why": str(error), "kind": kind, **field}
+        return {"context": [error.prompt_tokens, error.max_context]}
+    if isinstance(error, FieldError):
+        return {"why": str(error), "kind": "field", "field": error.field}
+    return {"why": str(error), "kind": next(name for name, kind in _KINDS if isinstance(error, kind))}
 
 
-def read_refusal(found: dict[str, Any]) -> HippoError:
+def read_error(found: dict[str, Any]) -> HippoError:
+    """Return the error of an object that `error_object` has made; a fault is a ForeignError."""
     if "context" in found:
         return ContextError(*found["context"])
     if found["kind"] == "field":
         return FieldError(found["field"], found["why"])
-    return UserError(found["why"]) if found["kind"] == "user" else ForeignError(found["why"])
+    kinds: dict[str, type[HippoError]] = {**dict(_KINDS), "fault": ForeignError}
+    return kinds[found["kind"]](found["why"])
 
 
 def output_object(output: RequestOutput) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hippo_mpi.engine.engine import Engine, unexpected
 from hippo_mpi.engine.request import RequestOutput
 from hippo_mpi.errors import HippoError, RankError
 from hippo_mpi.parallel.timeline import Timeline
-from hippo_mpi.serving.supervision.rank_link import About, line_of, output_object, read_request, refusal_object
+from hippo_mpi.serving.supervision.rank_link import About, error_object, line_of, output_object, read_request
 from hippo_mpi.transport.control import Control
 
 BEAT_S = 0.5
@@ -62,9 +62,9 @@ class RankService:
         try:
             engine.add(request)
         except HippoError as error:
-            self._tell(line_of(**refusal_object(request.id, error)))
+            self._tell(line_of(refused=request.id, **error_object(error)))
         except Exception as error:  # this request's: others go on
-            self._tell(line_of(**refusal_object(request.id, unexpected(request.id, error))))
+            self._tell(line_of(refused=request.id, **error_object(unexpected(request.id, error))))
         self._tell(line_of(taking=None))
         self._control.progress("taking requests")
         return True
@@ -100,5 +100,5 @@ class RankService:
 
 def _line(output: RequestOutput) -> bytes:
     if output.error is not None:
-        return line_of(**refusal_object(output.request_id, output.error))
+        return line_of(refused=output.request_id, **error_object(output.error))
     return line_of(output=output_object(output))
