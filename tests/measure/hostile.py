@@ -77,7 +77,10 @@ def measure_hostile(count: int, seed: int = 1) -> bool:
     began = time.monotonic()
     attacks = draw_attacks(seed, count)
     print(f"  seed {seed}: {len(attacks)} requests drawn in {time.monotonic() - began:.0f} s", flush=True)
-    with stage("--max-tokens", "4", "--timeout", "30") as found, tempfile.NamedTemporaryFile() as file:
+    with (
+        stage("--max-tokens", "4", "--timeout", "30", "--prefill-step-size", "32") as found,
+        tempfile.NamedTemporaryFile() as file,
+    ):
         pickle.dump(attacks, file)
         file.flush()
         before = found.count()

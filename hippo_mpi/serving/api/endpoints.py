@@ -37,7 +37,7 @@ from hippo_mpi.serving.api.journal_records import Record
 from hippo_mpi.serving.api.kept_endpoints import KeptEndpoints
 from hippo_mpi.serving.api.metrics import Metrics
 from hippo_mpi.serving.api.questions import ID_PREFIXES, AnswerWriter, Question, read_question, response_of
-from hippo_mpi.serving.api.request_bodies import ApiSettings, model_of, read_json, unless_gone
+from hippo_mpi.serving.api.request_bodies import ApiSettings, LongBodies, model_of, read_json, unless_gone
 from hippo_mpi.serving.api.request_ids import REQUEST_ID_HEADERS, RequestIds, request_id
 from hippo_mpi.serving.api.request_log import Answered, RequestLog
 from hippo_mpi.serving.protocols.anthropic_messages import COUNT_TOKENS, count_body
@@ -66,6 +66,7 @@ class Api:
         self._front, self._catalogue, self._access = front, catalogue, access
         self._settings, self._audit = settings, audit
         self._grammars = GrammarCheck(settings.max_schema_bytes)
+        self._long_bodies = LongBodies()
         self._about = AboutEndpoints(front, catalogue, access, metrics)
         keeping = Keeping(settings.keep_answers_s, settings.reconnect_s)
         self.exchanges = Exchanges(front, journal, keeping, self._write_audit)
@@ -189,7 +190,10 @@ class Api:
         if model.arguments.modes:
             asked = asked.within(await asyncio.to_thread(lambda: model.modes))
         system = [{"role": "system", "content": model.system_prompt}] if model.system_prompt else []
-        prompt, sampling = await asyncio.to_thread(lambda: asked.prepare(model.tokenizer, model.chat_format, system))
+        async with self._long_bodies.turn(request):
+            prompt, sampling = await asyncio.to_thread(
+                lambda: asked.prepare(model.tokenizer, model.chat_format, system)
+            )
         for field, grammar in asked.grammars(sampling):
             await unless_gone(request, asyncio.ensure_future(self._grammars.check_beside(field, grammar)))
         return prompt, sampling

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from hippo_mpi.errors import UserError
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
 
 _T = TypeVar("_T")
+_LONG_BODY_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -102,3 +104,29 @@ async def unless_gone(request: Request, wanted: asyncio.Future[_T]) -> _T:
         wanted.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):  # it is looked at, or asyncio complains
             await wanted
+
+
+class LongBodies:
+    """Lets the prompts of long bodies be tokenized one after another.
+
+    Each takes a core for seconds and hundreds of bytes of memory a token, and ranks on this machine compute meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._is_free = asyncio.Semaphore(1)
+
+    @contextlib.asynccontextmanager
+    async def turn(self, request: Request) -> AsyncIterator[None]:
+        """Wait until no other long body is at work; a short one needn't.
+
+        Raises:
+            ClientDisconnect: the client has gone away meanwhile.
+        """
+        if int(request.headers.get("content-length", _LONG_BODY_BYTES)) < _LONG_BODY_BYTES:
+            yield
+            return
+        await unless_gone(request, asyncio.ensure_future(self._is_free.acquire()))
+        try:
+            yield
+        finally:
+            self._is_free.release()
