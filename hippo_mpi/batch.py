@@ -15,22 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-from hippo_mpi import command, config
-from hippo_mpi.command import Session
-from hippo_mpi.engine.engine import Engine
-from hippo_mpi.engine.prefix_cache import PrefixBudget
+from hippo_mpi import config
+from hippo_mpi.checkpoint.hub import commit_of
 from hippo_mpi.engine.request import SamplingParams
-from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.errors import UserError
-from hippo_mpi.generate import load_drafter, open_text
-from hippo_mpi.parallel.pipeline import Pipeline
-from hippo_mpi.serving.batch.answer_file import AnswerFile, Answers, StandardOutput
-from hippo_mpi.serving.batch.batch_file import Prompts, job_options, kept_prompts, open_prompts, read_tasks
-from hippo_mpi.serving.batch.batch_run import BatchRun
-from hippo_mpi.serving.terminal.progress import BatchProgress
-from hippo_mpi.shard.hub import commit_of
+from hippo_mpi.offline.answer_file import AnswerFile, Answers, StandardOutput
+from hippo_mpi.offline.batch_file import Prompts, job_options, kept_prompts, open_prompts, read_tasks
+from hippo_mpi.offline.batch_run import BatchRun
+from hippo_mpi.offline.progress import BatchProgress
+from hippo_mpi.runtime.assembly import build_engine, open_text
+from hippo_mpi.runtime.entry import run
+from hippo_mpi.runtime.session import Session
 from hippo_mpi.units import count_of
 
 SOME_FAILED = 4
@@ -118,7 +113,7 @@ def make_parser() -> config.Parser:
 
 def answer_all(session: Session) -> int:
     if session.world.rank > 0:
-        command.follow(session)
+        session.follow()
         return 0
     arguments = session.arguments
     # Each line draws numbers of its own, whatever runs beside it or has run before.
@@ -135,11 +130,11 @@ def _answer(session: Session, prompts: Prompts, defaults: SamplingParams, answer
     total = answers.check(read_tasks(prompts, defaults))
     tokenizer, chat_format = open_text(session)
     pipeline = session.load()
-    engine = make_engine(session, pipeline, tokenizer)
+    engine = build_engine(session, pipeline, tokenizer)
     if engine.limits.can_batch is False:
         sys.stderr.write("note: rows of this model can't share a step, so requests take turns\n")
     progress = BatchProgress(total, len(answers.done))
-    run = BatchRun(
+    batch = BatchRun(
         engine,
         tokenizer,
         chat_format,
@@ -149,13 +144,13 @@ def _answer(session: Session, prompts: Prompts, defaults: SamplingParams, answer
         arguments.system_prompt,
         session.control.pausing,
     )
-    run.run(read_tasks(prompts, defaults), lambda: session.control.progress("reading prompts"))
+    batch.run(read_tasks(prompts, defaults), lambda: session.control.progress("reading prompts"))
     if arguments.keep_order:
         session.control.idle()
         answers.sort(read_tasks(prompts, defaults))
     pipeline.end()
     if progress.failed:
-        sys.stderr.write(_failures(progress.failed, run.reasons, answers))
+        sys.stderr.write(_failures(progress.failed, batch.reasons, answers))
     return SOME_FAILED if progress.failed else 0
 
 
@@ -208,28 +203,8 @@ def _failures(count: int, reasons: list[str], answers: Answers) -> str:
     return "\n  ".join([f"{count_of(count, 'request')} failed; {answers} says why:", *reasons, *more]) + "\n"
 
 
-def make_engine(session: Session, pipeline: Pipeline, tokenizer: TokenizerWrapper) -> Engine:
-    """An engine for many requests, within what the memory guard leaves for caches."""
-    arguments, split = session.arguments, session.agreement.split
-    assert split is not None  # rank 0 has planned
-    size, cache_tokens = split.cache_room(arguments.max_batch_size)
-    limits = Limits(
-        size,
-        arguments.max_batch_tokens,
-        cache_tokens,
-        arguments.prefill_step_size,
-        session.agreement.can_batch,
-        deadline_s=arguments.timeout,
-    )
-    num_bytes = arguments.prompt_cache_bytes
-    num_bytes = split.prefix_room_bytes() if num_bytes is None else num_bytes
-    budget = PrefixBudget(num_bytes, split.sequence_bytes) if num_bytes else None
-    agreement, propose = session.agreement, load_drafter(session)
-    return Engine(pipeline.leader(), tokenizer, limits, agreement.max_context, agreement.vocab_size, budget, propose)
-
-
 def main() -> None:
-    command.run(make_parser(), answer_all)
+    run(make_parser(), answer_all)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,15 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi import config
-from hippo_mpi.command import Session, run
-from hippo_mpi.engine.measuring import Load, Measured
 from hippo_mpi.errors import UserError
-from hippo_mpi.generate import open_model_tokenizer
-from hippo_mpi.parallel.pipeline import Pipeline
+from hippo_mpi.measure.benchmark_report import check_plot, plot, report
+from hippo_mpi.measure.benchmark_run import Bench
+from hippo_mpi.measure.load_test import Load, Measured
 from hippo_mpi.parallel.timeline import busy_shares, trace_events
-from hippo_mpi.serving.benchmark.benchmark_report import check_plot, plot, report
-from hippo_mpi.serving.benchmark.benchmark_run import Bench
+from hippo_mpi.runtime.assembly import open_model_tokenizer
+from hippo_mpi.runtime.entry import run
+from hippo_mpi.runtime.pipeline import Pipeline
+from hippo_mpi.runtime.session import Session
 
 
 def make_parser() -> config.Parser:

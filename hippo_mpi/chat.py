@@ -12,14 +12,15 @@ import os
 import sys
 from typing import NoReturn
 
-from hippo_mpi import command, config
-from hippo_mpi.command import Session
+from hippo_mpi import config
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.errors import INTERRUPTED, UserError, interrupted
-from hippo_mpi.generate import lead
-from hippo_mpi.parallel.pipeline import Pipeline
-from hippo_mpi.serving.terminal.console import Conversation, ask, statistics_line, write
-from hippo_mpi.serving.terminal.interrupts import Interrupts
+from hippo_mpi.offline.conversation import Conversation, ask, statistics_line, write
+from hippo_mpi.offline.interrupts import Interrupts
+from hippo_mpi.runtime.assembly import build_conversation
+from hippo_mpi.runtime.entry import run
+from hippo_mpi.runtime.pipeline import Pipeline
+from hippo_mpi.runtime.session import Session
 
 _HELP = (
     "/bye, q or Ctrl-D: leave; /reset, r: begin anew; /help, h: this help; Ctrl-C: stop the answer.\n"
@@ -40,9 +41,9 @@ def make_parser() -> config.Parser:
 
 def chat(session: Session) -> int:
     if session.world.rank > 0:
-        command.follow(session)
+        session.follow()
         return 0
-    pipeline, conversation = lead(session)
+    pipeline, conversation = build_conversation(session)
     interrupts = Interrupts(lambda: _leave(session))
     session.launcher.take_interrupts()
     sys.stderr.write(f"{_HELP}\n")
@@ -100,7 +101,7 @@ def _turn(session: Session, pipeline: Pipeline, conversation: Conversation, inte
 
 
 def main() -> None:
-    command.run(make_parser(), chat)
+    run(make_parser(), chat)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,15 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from hippo_mpi import command, config
+from hippo_mpi import config
+from hippo_mpi.checkpoint.hub import downloaded_share
 from hippo_mpi.errors import HippoError
-from hippo_mpi.plan import machine
+from hippo_mpi.planning.layer_split import Machine
+from hippo_mpi.runtime.entry import run_without_model
 from hippo_mpi.serving.config_file import card_parser, read_config
 from hippo_mpi.serving.supervision.catalogue import ServedModel, read_catalogue
-from hippo_mpi.shard.hub import downloaded_share
-from hippo_mpi.shard.layer_split import Machine, show_bytes
 from hippo_mpi.transport.control import Control
+from hippo_mpi.units import show_bytes
 
 _ROW = "{:<24} {:>9} {:>5}  {:<9} {:>6} {:>9}  {:<34} {}"
 
@@ -29,7 +30,7 @@ def make_parser() -> config.Parser:
     parser.add_argument("--catalogue", type=Path, default=config.BUNDLED_MODELS, help="folder of cards")
     parser.add_argument("--config", type=Path, help="the models of a server's YAML file instead")
     parser.add_argument(
-        "--machine", type=machine, action="append", dest="machines",
+        "--machine", type=Machine.from_option, action="append", dest="machines",
         help="machines that aren't here: NAME:GIBIBYTES[:SPEED], once per rank",
     )  # fmt: skip
     parser.add_argument("--paths", action="store_true", help="also print each model's folder")
@@ -69,7 +70,7 @@ def _row(model: ServedModel, machines: Sequence[Machine]) -> str:
 
 
 def main() -> None:
-    command.run_without_model(make_parser(), list_models)
+    run_without_model(make_parser(), list_models)
 
 
 if __name__ == "__main__":

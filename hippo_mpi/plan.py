@@ -8,25 +8,25 @@ hippo_mpi.plan --model M --machine mini1:16 --machine mini2:16 --simulate --link
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi import command, config
-from hippo_mpi.command import Session
-from hippo_mpi.engine.predicting import LINKS, Link, MeasuredStage, Workload, check_can_time, measure_stage
+from hippo_mpi import config
+from hippo_mpi.checkpoint.blueprint import has_weights
 from hippo_mpi.engine.scheduler import chunk_tokens
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.benchmark.simulation_report import (
+from hippo_mpi.measure.prediction import LINKS, Link, MeasuredStage, Workload, check_can_time, measure_stage
+from hippo_mpi.measure.simulation_report import (
     prediction_object,
     prediction_table,
     read_machines,
     read_times,
 )
-from hippo_mpi.shard import pipeline
-from hippo_mpi.shard.blueprint import has_weights
-from hippo_mpi.shard.layer_split import Machine
-from hippo_mpi.transport.memory import longest_chunk
+from hippo_mpi.planning.layer_split import Machine
+from hippo_mpi.planning.machine import longest_chunk
+from hippo_mpi.runtime.entry import run
+from hippo_mpi.runtime.session import Session
+from hippo_mpi.shard.stage import load_stage
 
 
 class _Parser(config.Parser):
@@ -46,7 +46,7 @@ def make_parser() -> config.Parser:
     parser.set_defaults(show_plan=True)  # a config alone will do, as for hippo_mpi.generate --show-plan
     parser.add_argument(
         "--machine",
-        type=machine,
+        type=Machine.from_option,
         action="append",
         dest="machines",
         metavar="MACHINE",
@@ -82,14 +82,6 @@ def make_parser() -> config.Parser:
     return parser
 
 
-def machine(text: str) -> Machine:
-    parts = text.split(":")
-    if len(parts) not in (2, 3):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME:GIBIBYTES[:SPEED]")
-    speed = config.above_0(parts[2]) if len(parts) == 3 else 1.0
-    return Machine(parts[0], int(config.above_0(parts[1]) * 2**30), speed)
-
-
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _BYTES_PER_S = {"Gbit/s": 1e9 / 8, "Mbit/s": 1e6 / 8, "GB/s": 1e9, "MB/s": 1e6}
 
@@ -117,28 +109,17 @@ def _with_unit(text: str, units: dict[str, float]) -> float:
     return value
 
 
-def show_plan(session: Session, simulation: dict[str, Any] | None = None) -> None:
-    """Print which rank would hold what; rank 0 knows. As JSON with --json, and then with what a simulation found."""
-    arguments, split = session.arguments, session.agreement.split
-    if split is None:
-        return
-    if arguments.json:
-        print(json.dumps({"model": arguments.model, "plan": split.as_object(), **(simulation or {})}), flush=True)
-    else:
-        print(split.table(), flush=True)
-
-
 def plan(session: Session) -> int:
     arguments = session.arguments
     _check(session)
     if not (arguments.json and arguments.simulate):
-        show_plan(session)
+        session.show_plan()
     if arguments.simulate:
         simulation = _simulate(session)
         session.progress.clear()
         if session.world.rank == 0:
             if arguments.json:
-                show_plan(session, prediction_object(*simulation))
+                session.show_plan(prediction_object(*simulation))
             else:
                 print(f"\n{prediction_table(*simulation)}")
     session.control.close()
@@ -176,7 +157,7 @@ def _measure(session: Session, workload: Workload) -> list[MeasuredStage]:
 
     def measure(rank: int) -> MeasuredStage:
         checkpoint, loading = session.agreement.checkpoint, f"loading stage {rank}"
-        stage = pipeline(checkpoint, counts, rank, lambda done_bytes: control.progress(loading))
+        stage = load_stage(checkpoint, counts, rank, lambda done_bytes: control.progress(loading))
         session.progress.clear()
         return measure_stage(stage, session.settings, workload, len(counts), control.progress)
 
@@ -193,7 +174,7 @@ def _measure(session: Session, workload: Workload) -> list[MeasuredStage]:
 
 
 def main() -> None:
-    command.run(make_parser(), plan)
+    run(make_parser(), plan)
 
 
 if __name__ == "__main__":

@@ -9,27 +9,24 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import contextlib
-import ipaddress
 import json
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from hippo_mpi.cluster.hosts import check_addresses, installed, knock, read_hostfile, read_json
+from hippo_mpi.cluster.launch import Launch
 from hippo_mpi.config import Parser, port, positive
 from hippo_mpi.errors import HippoError, LaunchError, print_error
-from hippo_mpi.serving.terminal.launch import Launch
 from hippo_mpi.transport.ports import THIS_MACHINE, HeldPorts, new_loopback
 from hippo_mpi.transport.run_key import RunKey
 from hippo_mpi.transport.terminal import open_standard_streams
 
 HOSTFILE = Path(__file__).parent.parent / "hostfile"
 COMMANDS = [f"hippo_mpi.{name}" for name in ("generate", "chat", "batch", "benchmark", "models", "plan", "serve")]
-_KNOCK_S = 5
 
 
 def make_parser() -> Parser:
@@ -54,62 +51,6 @@ def make_parser() -> Parser:
     return parser
 
 
-def read_hostfile(path: Path) -> list[dict[str, Any]]:
-    """The hosts of a hostfile.
-
-    Raises:
-        LaunchError: it can't be read, names no host, or a host that can't be found.
-    """
-    content = _read_json(path)
-    hosts = content.get("hosts") if isinstance(content, dict) else content
-    if not isinstance(hosts, list) or not hosts:
-        raise LaunchError(f'hostfile {path} lists no host; it needs one {{"ssh": ..., "ips": [...]}} per rank')
-    check_hosts(hosts, f"hostfile {path}")
-    return hosts
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise LaunchError(f"hostfile {path} can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise LaunchError(f"hostfile {path} is not JSON: {error}") from None
-
-
-def check_hosts(hosts: list[Any], where: str) -> None:
-    """Raise a LaunchError if an entry isn't {"ssh": name, "ips": [...]}, or there is no such host."""
-    for rank, host in enumerate(hosts):
-        if not isinstance(host, dict) or not isinstance(host.get("ssh"), str):
-            raise LaunchError(f'{where}: the entry of rank {rank} has no "ssh"')
-        for ip in host.get("ips", []):
-            try:
-                ipaddress.ip_address(ip)
-            except ValueError:
-                raise LaunchError(f"{where}: {ip!r} of rank {rank} is not an IP address") from None
-        _check_host(where, rank, host["ssh"])
-
-
-def _check_host(where: str, rank: int, name: str) -> None:
-    if name == THIS_MACHINE:
-        return
-    try:
-        # ssh knows aliases that name servers don't.
-        settings = subprocess.run(["ssh", "-G", name], capture_output=True, text=True, timeout=10, check=True).stdout
-        real = next(line.split()[1] for line in settings.splitlines() if line.startswith("hostname "))
-        socket.getaddrinfo(real, 22)
-    except FileNotFoundError:
-        raise LaunchError(f"{where}: host {name} of rank {rank} needs ssh, which isn't installed") from None
-    except (OSError, subprocess.SubprocessError, StopIteration):
-        raise LaunchError(f"{where}: there is no host {name} (rank {rank})") from None
-
-
-def installed(command: str) -> str:
-    """A command's full path, if it is installed beside us: through ssh, no PATH leads to a virtual environment."""
-    path = Path(sys.executable).parent / command
-    return str(path) if path.exists() else command
-
-
 def launch_arguments(
     arguments: argparse.Namespace, rest: list[str], held: contextlib.ExitStack, key: RunKey
 ) -> list[str]:
@@ -124,9 +65,9 @@ def launch_arguments(
         hosts: list[dict[str, Any]] = [{"ssh": THIS_MACHINE, "ips": [THIS_MACHINE]}] * arguments.n
         launch += ["-n", str(arguments.n)]
     else:
-        hosts, content = read_hostfile(arguments.hostfile), _read_json(arguments.hostfile)
+        hosts, content = read_hostfile(arguments.hostfile), read_json(arguments.hostfile)
         backend = arguments.backend or (isinstance(content, dict) and content.get("backend")) or "ring"
-        _check_addresses(hosts, backend, f"hostfile {arguments.hostfile}")
+        check_addresses(hosts, backend, f"hostfile {arguments.hostfile}")
         knock(hosts, f"hostfile {arguments.hostfile}", key)
         launch += ["--hostfile", str(arguments.hostfile)]
     launch += ["--backend", backend]
@@ -148,47 +89,6 @@ def _hosts_here(count: int) -> Iterator[str]:
         json.dump([{"ssh": THIS_MACHINE, "ips": [new_loopback()]}] * count, file)
         file.flush()
         yield file.name
-
-
-def _check_addresses(hosts: list[dict[str, Any]], backend: str, where: str) -> None:
-    """Raise a LaunchError if the ring's ranks wouldn't know where to listen."""
-    for rank, host in enumerate(hosts):
-        if backend == "ring" and not host.get("ips"):
-            raise LaunchError(
-                f'{where}: rank {rank} ({host["ssh"]}) has no "ips", where the ring listens; such as'
-                f' {{"ssh": "{host["ssh"]}", "ips": ["192.168.5.{rank + 1}"]}}'
-            )
-
-
-def knock(hosts: list[dict[str, Any]], where: str, key: RunKey) -> None:
-    """Hand the run's key to all other machines at once, which let us in without a password.
-
-    Raises:
-        LaunchError: some don't, within seconds; it names each, with ssh's last line.
-    """
-    names: dict[str, int] = {}
-    for rank, host in enumerate(hosts):
-        if host["ssh"] != THIS_MACHINE:
-            names.setdefault(host["ssh"], rank)
-    with ThreadPoolExecutor(max(1, len(names))) as pool:
-        answers = dict(zip(names, pool.map(lambda name: _hand_over(key, name), names), strict=True))
-    silent = [f"{name} (rank {names[name]}): {why}" for name, why in answers.items() if why]
-    if silent:
-        raise LaunchError(f"{where}: no way in by `ssh NAME true` to {'; '.join(silent)}")
-
-
-def _hand_over(key: RunKey, name: str) -> str:
-    """ "" if ssh lets us in and the key is there, else its last line."""
-    try:
-        found = subprocess.run(
-            key.command(name, _KNOCK_S), input=key.key.encode(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            timeout=2 * _KNOCK_S,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return f"no answer within {2 * _KNOCK_S} s"
-    lines = found.stderr.decode(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), f"exit status {found.returncode}")
-    return last if found.returncode else ""
 
 
 def main() -> None:

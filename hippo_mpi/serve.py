@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from hippo_mpi import command
-from hippo_mpi.batch import make_engine
-from hippo_mpi.command import Session
+from hippo_mpi.cluster.host_checks import Host
+from hippo_mpi.cluster.hosts import check_hosts, installed, knock, read_hostfile
 from hippo_mpi.config import API_KEYS, Parser
 from hippo_mpi.errors import HippoError, RankError, UserError, install_hint, print_error
-from hippo_mpi.generate import open_text
-from hippo_mpi.run import check_hosts, installed, knock, read_hostfile
+from hippo_mpi.runtime.assembly import build_engine, open_text
+from hippo_mpi.runtime.entry import run
+from hippo_mpi.runtime.session import Session
 from hippo_mpi.serving.addresses import is_loopback
 from hippo_mpi.serving.api.audit_log import AuditLog
 from hippo_mpi.serving.config_file import ConfigFile, make_parser, read_config
@@ -34,7 +34,6 @@ from hippo_mpi.serving.key_files import keys_of_environment, read_key_file
 from hippo_mpi.serving.logs import set_up_logging
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel, read_catalogue
 from hippo_mpi.serving.supervision.front import Front
-from hippo_mpi.serving.supervision.host_checks import Host
 from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES, About
 from hippo_mpi.serving.supervision.rank_service import BEAT_S, RankService
 from hippo_mpi.serving.supervision.supervisor import LaunchPlan, Supervisor
@@ -62,7 +61,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def serve_rank(session: Session) -> int:
     """What a launched rank does: rank 0 answers the front, or is one itself if no supervisor has started it."""
     if session.world.rank > 0:
-        command.follow(session)
+        session.follow()
         return 0
     path = os.environ.get(FRONT)
     if path:
@@ -76,7 +75,7 @@ def serve_rank(session: Session) -> int:
     service = RankService(connection, session.control)  # beats from here on: what follows may have to be downloaded
     tokenizer, _ = open_text(session)
     pipeline = session.load()
-    engine = make_engine(session, pipeline, tokenizer)
+    engine = build_engine(session, pipeline, tokenizer)
     split, vocab_size = session.agreement.split, session.agreement.vocab_size
     assert split is not None  # rank 0 has planned
     layers = [
@@ -309,7 +308,7 @@ def main() -> NoReturn:
             file, argv = read_command_line(argv)
             if file.cards or file.hosts:
                 raise UserError("a launcher has chosen the hosts and starts one model: leave hosts and models out")
-            command.run(make_parser(), serve_rank, argv)
+            run(make_parser(), serve_rank, argv)
         sys.exit(serve(argv))
     except HippoError as error:
         print_error(str(error))

@@ -6,3 +6,13 @@ from __future__ import annotations
 def count_of(number: int, noun: str) -> str:
     """Return a number with its noun: 1 rank, 2 ranks, 1,024 ranks."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def show_bytes(count: int) -> str:
+    """Return a number of bytes in the unit that suits it: 12.5 MiB."""
+    sign, size = ("-" if count < 0 else ""), float(abs(count))
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{sign}{size:.0f} {unit}" if unit == "B" else f"{sign}{size:.1f} {unit}"
+        size /= 1024
+    return f"{sign}{size:.2f} GiB"

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.parallel.worker import Follower, Leader
-from hippo_mpi.shard import Checkpoint, ModelSource, Stage, open_checkpoint, pipeline
-from hippo_mpi.shard.kv_cache import KVSettings
+from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.shard.stage import Stage, load_stage
 from hippo_mpi.transport.channel import Channel, LocalChannel, Queue
 
 
@@ -22,7 +23,7 @@ def open_folder(folder: Path) -> Checkpoint:
 
 def make_stages(checkpoint: Checkpoint, counts: Sequence[int]) -> list[Stage]:
     """Stages with their own weights and NaN in every other."""
-    return [pipeline(checkpoint, counts, rank) for rank in range(len(counts))]
+    return [load_stage(checkpoint, counts, rank) for rank in range(len(counts))]
 
 
 class LocalRing:

@@ -26,20 +26,20 @@ from hippo_mpi.engine.request import (
     Request,
     RequestOutput,
     Resume,
-    SamplingParams,
     Sequence,
     Timings,
     TokenLogprobs,
+    check_request,
 )
 from hippo_mpi.engine.row_check import check_drafting, check_rows
 from hippo_mpi.engine.sampling import Chooser, Drawn, draw
 from hippo_mpi.engine.scheduler import Limits, Scheduler
 from hippo_mpi.engine.text import AnswerText, find_stop
 from hippo_mpi.engine.thinking import Thinking
-from hippo_mpi.errors import ContextError, ForeignError, HippoError, UserError
+from hippo_mpi.errors import ForeignError, HippoError
 from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.parallel.worker import Leader
-from hippo_mpi.transport.memory import longest_chunk
+from hippo_mpi.planning.machine import longest_chunk
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.05  # at requests, while there is nothing to do but to wait for a grammar
@@ -304,19 +304,3 @@ def _resume(sequence: Sequence, resume: Resume) -> None:
             sequence.loops.take(token, text)
         sequence.timings.note(token)
         sequence.chooser.accept(token)
-
-
-def check_request(prompt: list[int], sampling: SamplingParams, max_context: int, vocab_size: int) -> None:
-    """Raise a UserError for what can never be answered."""
-    if not prompt:
-        raise UserError("the prompt has no tokens: nothing can follow it")
-    check_context(len(prompt) + len(sampling.forced), max_context)
-    for token in (*prompt, *sampling.forced, *(token for token, _ in sampling.logit_bias)):
-        if not 0 <= token < vocab_size:
-            raise UserError(f"token {token} is not in the vocabulary of {vocab_size:,} tokens")
-
-
-def check_context(prompt_tokens: int, max_context: int) -> None:
-    """Raise a ContextError if a prompt leaves no room for an answer."""
-    if prompt_tokens >= max_context:
-        raise ContextError(prompt_tokens, max_context)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hippo_mpi.engine.loops import LoopWatch
-from hippo_mpi.errors import HippoError
+from hippo_mpi.errors import ContextError, HippoError, UserError
 
 FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
 
@@ -150,3 +150,19 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     error: HippoError | None = None  # that has ended this request, and no other
     random_state: list[int] | None = None  # after this token, of a request that draws numbers of its own
+
+
+def check_request(prompt: list[int], sampling: SamplingParams, max_context: int, vocab_size: int) -> None:
+    """Raise a UserError for what can never be answered."""
+    if not prompt:
+        raise UserError("the prompt has no tokens: nothing can follow it")
+    check_context(len(prompt) + len(sampling.forced), max_context)
+    for token in (*prompt, *sampling.forced, *(token for token, _ in sampling.logit_bias)):
+        if not 0 <= token < vocab_size:
+            raise UserError(f"token {token} is not in the vocabulary of {vocab_size:,} tokens")
+
+
+def check_context(prompt_tokens: int, max_context: int) -> None:
+    """Raise a ContextError if a prompt leaves no room for an answer."""
+    if prompt_tokens >= max_context:
+        raise ContextError(prompt_tokens, max_context)

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.parallel.step_plan import StepPlan, decode, encode
-from hippo_mpi.shard.kv_cache import KVSettings, SlotCaches
+from hippo_mpi.shard.slot_caches import KVSettings, SlotCaches
 from hippo_mpi.shard.stage import Forward, Stage
 from hippo_mpi.transport.channel import Channel, Message
 

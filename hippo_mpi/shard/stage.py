@@ -12,17 +12,17 @@ Legend: B rows, L tokens per row, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from greenlet import getcurrent, greenlet
 
+from hippo_mpi.checkpoint.checkpoint import Checkpoint, load_stage_weights
 from hippo_mpi.errors import DesyncError
-from hippo_mpi.shard import arrays_in
-from hippo_mpi.shard.arrays_in import Opaque, Path
-from hippo_mpi.shard.dataflow import (
+from hippo_mpi.tracing import nested_arrays
+from hippo_mpi.tracing.dataflow import (
     ArgumentRef,
     CacheEffect,
     Dataflow,
@@ -33,7 +33,8 @@ from hippo_mpi.shard.dataflow import (
     ReturnedSequence,
     Shape,
 )
-from hippo_mpi.shard.observing import all_caches
+from hippo_mpi.tracing.nested_arrays import Opaque, Path
+from hippo_mpi.tracing.observer import all_caches
 
 Place = tuple[int, Path]
 """Where an array that crosses a cut belongs: (call, path of an output or of a prepared input)."""
@@ -252,7 +253,7 @@ def _put(inputs: dict[str, Any], path: Path, value: Any) -> None:
         values[int(path[1])] = value
         inputs["args"] = tuple(values)
     else:
-        arrays_in.assign(_get(inputs, path[:-1]), path[-1], value)
+        nested_arrays.assign(_get(inputs, path[:-1]), path[-1], value)
 
 
 def _apply(effect: CacheEffect, inputs: dict[str, Any], rows_tokens: tuple[int, int]) -> None:
@@ -267,3 +268,26 @@ def _apply(effect: CacheEffect, inputs: dict[str, Any], rows_tokens: tuple[int, 
         return value(*rows_tokens) if isinstance(value, Dim) else value
 
     getattr(cache, effect.method)(*(argument(value) for value in effect.arguments))
+
+
+def load_stage(
+    checkpoint: Checkpoint,
+    layer_split: Sequence[int],
+    rank: int,
+    on_progress: Callable[[int], None] = lambda done_bytes: None,
+) -> Stage:
+    """Load one rank's layers of a model, whatever its type.
+
+    Args:
+        checkpoint: the model's structure, from `open_checkpoint`.
+        layer_split: layers per rank; it must not cut where `checkpoint.flow.forbidden_cuts()` says.
+        rank: whose layers to load. Rank 0 also gets embedding, norm and head.
+        on_progress: told the bytes read so far.
+
+    Raises:
+        ModelError: a file can't be read or downloaded.
+    """
+    start = sum(layer_split[:rank])
+    stop = start + layer_split[rank]
+    model = load_stage_weights(checkpoint, start, stop, on_progress)
+    return Stage(model, checkpoint.flow, start, stop)

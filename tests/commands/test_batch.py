@@ -16,7 +16,7 @@ from mlx_lm import load, stream_generate
 
 from hippo_mpi import batch
 from hippo_mpi.config import BUNDLED_MODEL
-from hippo_mpi.serving.durable_files import FileLock
+from hippo_mpi.durable_files import FileLock
 from tests import ranks
 
 BATCH = str(ranks.BIN / "hippo_mpi.batch")

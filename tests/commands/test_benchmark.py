@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hippo_mpi.serving.benchmark.benchmark_report import headline
+from hippo_mpi.measure.benchmark_report import headline
 from tests import ranks
 from tests.parity.tiny_models import make_checkpoint
 from tests.tiny_tokenizer import save_tokenizer

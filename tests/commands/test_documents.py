@@ -14,6 +14,7 @@ from hippo_mpi.serving.config_file import read_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "hippo_mpi" / "README.md").read_text()
 PARSERS = {
     m.__name__.split(".")[-1]: m.make_parser()
     for m in (audit, batch, benchmark, chat, generate, models, page, plan, serve)
@@ -28,8 +29,8 @@ LAUNCH_OPTIONS = set(
 
 
 def tree_entries() -> set[str]:
-    """Paths in the README's file tree."""
-    block = README.split("## File tree")[1].split("```")[1]
+    """Paths in the file tree."""
+    block = ARCHITECTURE.split("## File tree")[1].split("```")[1]
     found, folders = set(), []
     for line in block.strip("\n").splitlines():
         indent = (len(line) - len(line.lstrip())) // 2

@@ -162,9 +162,9 @@ def test_steps_of_any_bytes(wire: bytes) -> None:
 @given(st.dictionaries(st.sampled_from(FIELDS), ANYTHING))
 def test_bodies_are_read_or_refused(body: dict[str, Any]) -> None:
     from hippo_mpi.engine.request import SamplingParams
-    from hippo_mpi.serving.protocols.anthropic_messages import read_messages_body
-    from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, read_body
-    from hippo_mpi.serving.protocols.openai_responses import read_responses_body
+    from hippo_mpi.protocols.anthropic_messages import read_messages_body
+    from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, read_body
+    from hippo_mpi.protocols.openai_responses import read_responses_body
 
     for read in (
         lambda: read_body(CHAT, body, SamplingParams()),

@@ -50,7 +50,7 @@ def _count(*_: object) -> None:
             used = one._num_slots - len(one._free_slots) - dropped
             found |= {"slots": used, "dropped": dropped, "kept": len(one._prefixes._kept)}
             found["at work"] = len(one.running) + one.num_waiting
-        elif kind == "hippo_mpi.shard.kv_cache.SlotCaches":
+        elif kind == "hippo_mpi.shard.slot_caches.SlotCaches":
             found["caches"] = found.get("caches", 0) + len(one._blocks)
     path = os.path.join(os.environ["HIPPO_COUNTS"], f"{os.getpid()}.json")
     with open(f"{path}.new", "w") as file:

@@ -129,7 +129,7 @@ def measure_draft(_: str, preload: str, trials: int) -> None:
 
 
 _HOP = """
-from hippo_mpi.parallel.hop_times import echo, time_ring
+from hippo_mpi.measure.hop_times import echo, time_ring
 from hippo_mpi.transport.channel import RingChannel
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.world import connect, detect_launch
@@ -161,7 +161,7 @@ def measure_memory(*_: Any) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parameters = make_llama(folder, 24, 1536, 32000, mx.float16)
-        empty = "import hippo_mpi.generate, hippo_mpi.transport.memory as m; print(m.peak_resident_bytes())"
+        empty = "import hippo_mpi.generate, hippo_mpi.planning.machine as m; print(m.peak_resident_bytes())"
         empty_bytes = int(subprocess.run([sys.executable, "-c", empty], capture_output=True, text=True).stdout)
         size = (folder / "model.safetensors").stat().st_size
         print(
@@ -195,11 +195,11 @@ def measure_memory(*_: Any) -> None:
 _SHAPE = """
 import sys, time
 from pathlib import Path
-from hippo_mpi.shard.checkpoint import ModelSource, open_checkpoint
-from hippo_mpi.shard.kv_cache import KVSettings
-from hippo_mpi.shard.layer_split import Machine, plan_split
-from hippo_mpi.shard.model_info import model_info
-from hippo_mpi.transport.memory import peak_resident_bytes
+from hippo_mpi.checkpoint.checkpoint import ModelSource, open_checkpoint
+from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.planning.layer_split import Machine, plan_split
+from hippo_mpi.planning.model_costs import model_info
+from hippo_mpi.planning.machine import peak_resident_bytes
 began = time.perf_counter()
 checkpoint = open_checkpoint(ModelSource(Path(sys.argv[1])))
 traced = time.perf_counter()

@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
-from hippo_mpi.shard.blueprint import build_from_config
+from hippo_mpi.checkpoint.blueprint import build_from_config
 from tests.parity import tiny_models
 
 UNQUANTIZABLE = {"afm7"}  # mlx-lm itself can't

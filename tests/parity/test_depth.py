@@ -16,8 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 
-from hippo_mpi.shard import ModelSource, open_checkpoint
-from hippo_mpi.shard.checkpoint import Checkpoint
+from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint
 from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity import tiny_models
 from tests.parity.test_every_model import (

@@ -19,6 +19,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model
 
+from hippo_mpi.checkpoint.checkpoint import Checkpoint
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.request import Propose, Request, SamplingParams, Sequence
 from hippo_mpi.engine.row_check import RowCheck, check_rows
@@ -26,9 +27,8 @@ from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.errors import ForeignError, UserError
 from hippo_mpi.parallel.step_plan import StepPlan
-from hippo_mpi.shard.checkpoint import Checkpoint
-from hippo_mpi.shard.kv_cache import KVSettings
-from hippo_mpi.shard.model_info import model_info
+from hippo_mpi.planning.model_costs import model_info
+from hippo_mpi.shard.slot_caches import KVSettings
 from hippo_mpi.shard.stage import Forward, Stage
 from hippo_mpi.transport.channel import Message
 from tests.local_ring import LocalRing, make_stages, open_folder

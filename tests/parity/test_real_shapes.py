@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hippo_mpi.shard.kv_cache import KVSettings
-from hippo_mpi.shard.layer_split import Machine, plan_split
-from hippo_mpi.shard.model_info import model_info
+from hippo_mpi.planning.layer_split import Machine, plan_split
+from hippo_mpi.planning.model_costs import model_info
+from hippo_mpi.shard.slot_caches import KVSettings
 from tests import real_shapes
 from tests.local_ring import open_folder
 

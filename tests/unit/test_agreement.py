@@ -12,9 +12,9 @@ import mlx.core as mx
 import pytest
 
 import hippo_mpi
+from hippo_mpi.checkpoint import checkpoint as checkpoints
+from hippo_mpi.checkpoint.checkpoint import Checkpoint
 from hippo_mpi.config import BUNDLED_MODEL
-from hippo_mpi.shard import Checkpoint
-from hippo_mpi.shard import checkpoint as checkpoints
 from tests import ranks
 from tests.local_ring import open_folder
 from tests.parity.tiny_models import make_checkpoint

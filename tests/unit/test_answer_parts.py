@@ -22,9 +22,9 @@ from hippo_mpi.engine.request import Request, Resume, SamplingParams
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.protocols.answer_parts import AnswerReader, Blocks, Call, Part, PartSplitter
-from hippo_mpi.serving.protocols.openai_answers import AnswerHead, Choice, answer_object
-from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body
+from hippo_mpi.protocols.answer_parts import AnswerReader, Blocks, Call, Part, PartSplitter
+from hippo_mpi.protocols.openai_answers import AnswerHead, Choice, answer_object
+from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body
 from tests.local_ring import LocalRing, make_stages, open_folder
 
 TOOLS = [{"type": "function", "function": {"name": "find_fox", "parameters": {

@@ -19,16 +19,16 @@ import pytest
 from hippo_mpi import batch
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.batch import batch_file
-from hippo_mpi.serving.batch.answer_file import AnswerFile
-from hippo_mpi.serving.batch.batch_file import Task, open_prompts, read_tasks
+from hippo_mpi.offline import batch_file
+from hippo_mpi.offline.answer_file import AnswerFile
+from hippo_mpi.offline.batch_file import Task, open_prompts, read_tasks
 from tests import ranks
 
 BODY = {"id": "x", "text": ""}
 WRITER = """
 import sys, time
 from pathlib import Path
-from hippo_mpi.serving.batch.answer_file import AnswerFile
+from hippo_mpi.offline.answer_file import AnswerFile
 answers = AnswerFile(Path(sys.argv[1]), {})
 print("open", flush=True)
 time.sleep(60)
@@ -36,8 +36,8 @@ time.sleep(60)
 PRINTER = """
 import os, sys
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.batch.answer_file import StandardOutput
-from hippo_mpi.serving.batch.batch_file import Task
+from hippo_mpi.offline.answer_file import StandardOutput
+from hippo_mpi.offline.batch_file import Task
 try:
     StandardOutput(keeps_order=False).write(Task(1, "line-1", "digest", None), None)
 except UserError as error:

@@ -12,9 +12,9 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from hippo_mpi.checkpoint.blueprint import assumptions, build_from_config
+from hippo_mpi.checkpoint.checkpoint import ModelSource, open_checkpoint
 from hippo_mpi.errors import ModelError
-from hippo_mpi.shard.blueprint import assumptions, build_from_config
-from hippo_mpi.shard.checkpoint import ModelSource, open_checkpoint
 
 DEEPSEEK_V3: dict[str, Any] = {
     "model_type": "deepseek_v3", "torch_dtype": "bfloat16", "vocab_size": 129280, "hidden_size": 7168,
@@ -84,7 +84,7 @@ def test_a_giant_takes_little_memory(tmp_path: Path) -> None:
     }
     folder_of(kimi, tmp_path)
     script = (
-        "import sys, resource\nfrom pathlib import Path\nfrom hippo_mpi.shard.blueprint import build_from_config\n"
+        "import sys, resource\nfrom pathlib import Path\nfrom hippo_mpi.checkpoint.blueprint import build_from_config\n"
         "build_from_config(Path(sys.argv[1]))\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     found = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=100)

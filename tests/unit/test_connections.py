@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from hippo_mpi.errors import UserError
+from hippo_mpi.serving import server_status
 from hippo_mpi.serving.addresses import is_loopback, is_untrusted, network_of, url_of, url_to_ask
 from hippo_mpi.serving.api import connections
 from hippo_mpi.serving.api.http_server import HttpSettings, listen, serve_http
@@ -28,7 +29,6 @@ from hippo_mpi.serving.config_file import make_parser
 from hippo_mpi.serving.logs import ANNOUNCEMENTS
 from hippo_mpi.serving.page.cluster_view import fetch_status
 from hippo_mpi.serving.supervision.front import Front
-from hippo_mpi.serving.terminal import server_status
 
 HEAD = b"Host: localhost\r\n\r\n"
 

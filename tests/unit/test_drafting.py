@@ -12,6 +12,8 @@ from mlx_lm import stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
+from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint
+from hippo_mpi.checkpoint.precision import convert
 from hippo_mpi.config import BUNDLED_MODEL
 from hippo_mpi.engine import drafting
 from hippo_mpi.engine.drafting import Drafter
@@ -21,8 +23,7 @@ from hippo_mpi.engine.request import Propose, Request, RequestOutput, SamplingPa
 from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import encode, open_tokenizer
 from hippo_mpi.errors import UserError
-from hippo_mpi.shard import Checkpoint, ModelSource, open_checkpoint, pipeline
-from hippo_mpi.shard.precision import convert
+from hippo_mpi.shard.stage import load_stage
 from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity.tiny_models import make_checkpoint
 from tests.tiny_tokenizer import save_tokenizer
@@ -44,7 +45,7 @@ def tokenizer() -> TokenizerWrapper:
 
 def make_drafter(num_draft_tokens: int = 4, most_tokens: int | None = None) -> Drafter:
     checkpoint = open_folder(DRAFT_MODEL)
-    model = pipeline(checkpoint, [checkpoint.flow.num_layers], 0).model
+    model = load_stage(checkpoint, [checkpoint.flow.num_layers], 0).model
     return Drafter(model, checkpoint.config["vocab_size"], most_tokens, num_draft_tokens)
 
 

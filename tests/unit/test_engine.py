@@ -18,6 +18,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
+from hippo_mpi.checkpoint.checkpoint import Checkpoint
 from hippo_mpi.config import BUNDLED_MODEL
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.grammar import json_grammar
@@ -27,8 +28,7 @@ from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.errors import DesyncError, UserError
 from hippo_mpi.parallel.step_plan import StepPlan
-from hippo_mpi.shard import Checkpoint
-from hippo_mpi.transport.memory import longest_chunk
+from hippo_mpi.planning.machine import longest_chunk
 from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity.tiny_models import make_checkpoint
 from tests.tiny_tokenizer import save_tokenizer

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 from hippo_mpi.engine.request import SamplingParams
-from hippo_mpi.serving.protocols.anthropic_messages import read_messages_body
-from hippo_mpi.serving.protocols.openai_requests import read_prompts
-from hippo_mpi.serving.protocols.openai_responses import read_responses_body
+from hippo_mpi.protocols.anthropic_messages import read_messages_body
+from hippo_mpi.protocols.openai_requests import read_prompts
+from hippo_mpi.protocols.openai_responses import read_responses_body
 from tests.histories.answers import Said
 from tests.histories.history import FAULT_KINDS, draw_history
 from tests.histories.kinds import KINDS, MESSAGES, NUM_VARIANTS, RESPONSES, ask_of

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hippo_mpi.errors import PlanError
-from hippo_mpi.shard.kv_cache import KVSettings
-from hippo_mpi.shard.layer_split import Machine, plan_split
-from hippo_mpi.shard.model_info import CacheCost, ModelInfo, model_info
+from hippo_mpi.planning.costs import CacheCost, ModelInfo
+from hippo_mpi.planning.layer_split import Machine, plan_split
+from hippo_mpi.planning.model_costs import model_info
+from hippo_mpi.shard.slot_caches import KVSettings
 from tests.local_ring import open_folder
 from tests.parity import tiny_models
 from tests.parity.tiny_models import make_checkpoint

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hippo_mpi.checkpoint.model_errors import loading_errors, running_errors
 from hippo_mpi.errors import ForeignError, HippoError, ModelError
-from hippo_mpi.shard.model_errors import loading_errors, running_errors
 
 PATH = Path("somewhere")
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from hippo_mpi.engine.predicting import Link, MeasuredStage, StageTimes, StepTime, Workload, one_machine, predict
-from hippo_mpi.serving.benchmark.simulation_report import prediction_table
+from hippo_mpi.measure.prediction import Link, MeasuredStage, StageTimes, StepTime, Workload, one_machine, predict
+from hippo_mpi.measure.simulation_report import prediction_table
 
 NO_LINK = Link(0.0, float("inf"))
 STEPS = {1: StepTime(0.01, 1000, 0.0), 2: StepTime(0.01, 2000, 0.0), 4: StepTime(0.01, 4000, 0.0)}

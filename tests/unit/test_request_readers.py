@@ -11,9 +11,9 @@ import pytest
 from hippo_mpi.engine.grammar import json_grammar
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.errors import FieldError
-from hippo_mpi.serving.protocols.anthropic_messages import count_body, read_messages_body
-from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body, read_prompts
-from hippo_mpi.serving.protocols.openai_responses import read_responses_body
+from hippo_mpi.protocols.anthropic_messages import count_body, read_messages_body
+from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body, read_prompts
+from hippo_mpi.protocols.openai_responses import read_responses_body
 
 DEFAULTS = SamplingParams()
 USER = {"role": "user", "content": "Where is the fox?"}

@@ -21,8 +21,8 @@ from hippo_mpi.config import BUNDLED_MODEL
 from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings, TokenLogprobs
 from hippo_mpi.engine.text import AnswerText, ChatFormat, find_stop, open_tokenizer, token_bytes
 from hippo_mpi.errors import FieldError, UserError
-from hippo_mpi.serving.protocols.openai_answers import Choice
-from hippo_mpi.serving.protocols.openai_requests import COMPLETION, read_body
+from hippo_mpi.protocols.openai_answers import Choice
+from hippo_mpi.protocols.openai_requests import COMPLETION, read_body
 
 ALPHABET = st.text("ab<|>", max_size=12)
 

@@ -13,7 +13,7 @@ from mlx_lm.utils import load_model
 from hippo_mpi.errors import DesyncError, UserError
 from hippo_mpi.parallel.schedule import actions
 from hippo_mpi.parallel.step_plan import StepPlan, decode
-from hippo_mpi.shard.kv_cache import KVSettings
+from hippo_mpi.shard.slot_caches import KVSettings
 from hippo_mpi.transport.channel import LocalChannel, Message
 from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity import tiny_models

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hippo_mpi.durable_files import sync_folder
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.durable_files import sync_folder
 
 FIRST = "0" * 64
 """What the first line of all has instead of a hash."""

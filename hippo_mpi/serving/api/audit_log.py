@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hippo_mpi.durable_files import FileLock, sync_folder
 from hippo_mpi.errors import UserError
 from hippo_mpi.serving.api.audit_chain import Anchor, anchor_path_of, key_path_of, numbers_of
 from hippo_mpi.serving.api.audit_start import find_end
-from hippo_mpi.serving.durable_files import FileLock, sync_folder
 from hippo_mpi.units import count_of
 
 _log = logging.getLogger(__name__)

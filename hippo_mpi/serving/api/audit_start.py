@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from hippo_mpi.durable_files import sync_folder
 from hippo_mpi.errors import UserError
 from hippo_mpi.serving.api.audit_chain import (
     Anchor,
@@ -24,7 +25,6 @@ from hippo_mpi.serving.api.audit_chain import (
     read_chain,
     read_key,
 )
-from hippo_mpi.serving.durable_files import sync_folder
 
 _log = logging.getLogger(__name__)
 _NO_ANCHOR = "no anchor was found: if lines before this one were dropped at a start, it can't be seen"

@@ -9,8 +9,7 @@ from typing import Any
 
 from hippo_mpi.engine.request import RequestOutput
 from hippo_mpi.errors import FieldError, HippoError
-from hippo_mpi.serving.api.http_errors import error_of
-from hippo_mpi.serving.protocols.openai_answers import (
+from hippo_mpi.protocols.openai_answers import (
     AnswerHead,
     Choice,
     answer_object,
@@ -20,7 +19,8 @@ from hippo_mpi.serving.protocols.openai_answers import (
     usage_chunk,
     usage_so_far,
 )
-from hippo_mpi.serving.protocols.openai_sampling import boolean
+from hippo_mpi.protocols.openai_sampling import boolean
+from hippo_mpi.serving.api.http_errors import error_of
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from hippo_mpi.engine.grammar_check import GrammarCheck
 from hippo_mpi.engine.request import Request as EngineRequest
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.errors import FieldError
+from hippo_mpi.protocols.anthropic_messages import COUNT_TOKENS, count_body
+from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body
 from hippo_mpi.serving.api.about_endpoints import AboutEndpoints
 from hippo_mpi.serving.api.access import Access
 from hippo_mpi.serving.api.audit_log import AuditLog, key_id
@@ -40,8 +42,6 @@ from hippo_mpi.serving.api.questions import ID_PREFIXES, AnswerWriter, Question,
 from hippo_mpi.serving.api.request_bodies import ApiSettings, LongBodies, model_of, read_json, unless_gone
 from hippo_mpi.serving.api.request_ids import REQUEST_ID_HEADERS, RequestIds, request_id
 from hippo_mpi.serving.api.request_log import Answered, RequestLog
-from hippo_mpi.serving.protocols.anthropic_messages import COUNT_TOKENS, count_body
-from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
 from hippo_mpi.serving.supervision.front import Front
 

@@ -10,11 +10,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from hippo_mpi.errors import ContextError, FieldError, ForeignError, HippoError, UserError
+from hippo_mpi.protocols.anthropic_messages import MESSAGES, messages_error
+from hippo_mpi.protocols.openai_answers import error_object
+from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION
+from hippo_mpi.protocols.openai_responses import RESPONSES
 from hippo_mpi.serving.api.request_ids import id_headers, request_id
-from hippo_mpi.serving.protocols.anthropic_messages import MESSAGES, messages_error
-from hippo_mpi.serving.protocols.openai_answers import error_object
-from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION
-from hippo_mpi.serving.protocols.openai_responses import RESPONSES
 from hippo_mpi.serving.supervision.front import Overloaded
 
 _RETRY_AFTER_S = 2

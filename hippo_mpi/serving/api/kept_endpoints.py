@@ -11,14 +11,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from hippo_mpi.errors import FieldError, HippoError, UserError
+from hippo_mpi.protocols.anthropic_messages import MESSAGES, messages_error
+from hippo_mpi.protocols.openai_answers import error_object
+from hippo_mpi.protocols.openai_requests import CHAT
+from hippo_mpi.protocols.openai_responses import RESPONSES
 from hippo_mpi.serving.api.exchange import Exchange, Reader
 from hippo_mpi.serving.api.exchanges import Exchanges
 from hippo_mpi.serving.api.questions import ID_PREFIXES, AnswerWriter, Question, read_question, response_of
 from hippo_mpi.serving.api.request_bodies import unless_gone
-from hippo_mpi.serving.protocols.anthropic_messages import MESSAGES, messages_error
-from hippo_mpi.serving.protocols.openai_answers import error_object
-from hippo_mpi.serving.protocols.openai_requests import CHAT
-from hippo_mpi.serving.protocols.openai_responses import RESPONSES
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
 
 _Endpoint = Callable[[Request], Awaitable[Response]]

@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from hippo_mpi.serving.protocols.anthropic_messages import COUNT_TOKENS, MESSAGES
-from hippo_mpi.serving.protocols.ignored_fields import (
+from hippo_mpi.protocols.anthropic_messages import COUNT_TOKENS, MESSAGES
+from hippo_mpi.protocols.ignored_fields import (
     CHAT_IGNORED,
     COMPLETION_IGNORED,
     MESSAGES_IGNORED,
     RESPONSES_IGNORED,
     Ignored,
 )
-from hippo_mpi.serving.protocols.openai_messages import ROLES
-from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, EFFORTS
-from hippo_mpi.serving.protocols.openai_responses import RESPONSES
-from hippo_mpi.serving.protocols.openai_sampling import field_schemas
+from hippo_mpi.protocols.openai_messages import ROLES
+from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, EFFORTS
+from hippo_mpi.protocols.openai_responses import RESPONSES
+from hippo_mpi.protocols.openai_sampling import field_schemas
 
 _Schema = dict[str, Any]
 _TEXT: _Schema = {"type": "string", "minLength": 1}

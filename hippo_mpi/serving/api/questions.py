@@ -14,13 +14,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.errors import FieldError
+from hippo_mpi.protocols.anthropic_messages import MESSAGES, MessageAnswer, read_messages_body
+from hippo_mpi.protocols.openai_answers import AnswerHead, Choice
+from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, Asked, read_prompts
+from hippo_mpi.protocols.openai_responses import RESPONSES, ResponseAnswer, read_responses_body
+from hippo_mpi.protocols.openai_sampling import boolean
 from hippo_mpi.serving.api.completion_stream import CompletionAnswer, StreamOptions
 from hippo_mpi.serving.api.journal_records import Record
-from hippo_mpi.serving.protocols.anthropic_messages import MESSAGES, MessageAnswer, read_messages_body
-from hippo_mpi.serving.protocols.openai_answers import AnswerHead, Choice
-from hippo_mpi.serving.protocols.openai_requests import CHAT, COMPLETION, Asked, read_prompts
-from hippo_mpi.serving.protocols.openai_responses import RESPONSES, ResponseAnswer, read_responses_body
-from hippo_mpi.serving.protocols.openai_sampling import boolean
 
 ID_PREFIXES = {CHAT: "chatcmpl-", COMPLETION: "cmpl-", RESPONSES: "resp_", MESSAGES: "msg_"}
 """How the ids of an endpoint's answers begin."""

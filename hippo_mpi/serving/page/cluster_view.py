@@ -14,7 +14,7 @@ from html import escape
 from typing import Any
 
 from hippo_mpi.config import API_KEYS
-from hippo_mpi.shard.layer_split import show_bytes
+from hippo_mpi.units import show_bytes
 
 COLUMNS = ("rank", "host", "layers", "weights", "resident", "KV caches", "busy", "hop")
 _LOOK_S = 1.0

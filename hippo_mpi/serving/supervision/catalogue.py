@@ -18,16 +18,17 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_config
 
+from hippo_mpi.checkpoint.checkpoint import ModelSource, open_checkpoint
+from hippo_mpi.checkpoint.precision import stored_precision
 from hippo_mpi.config import MODES
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.errors import UserError
+from hippo_mpi.planning.costs import ModelInfo
+from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
+from hippo_mpi.planning.model_costs import model_info
 from hippo_mpi.serving.config_file import read_card
-from hippo_mpi.shard import ModelSource, open_checkpoint
-from hippo_mpi.shard.kv_cache import KVSettings
-from hippo_mpi.shard.layer_split import LayerSplit, Machine, plan_split
-from hippo_mpi.shard.model_info import ModelInfo, model_info
-from hippo_mpi.shard.precision import stored_precision
+from hippo_mpi.shard.slot_caches import KVSettings
 
 _log = logging.getLogger(__name__)
 

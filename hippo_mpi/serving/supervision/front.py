@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hippo_mpi.engine.engine import check_request
-from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams, Timings
+from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams, Timings, check_request
 from hippo_mpi.errors import HippoError, RankError, UserError
+from hippo_mpi.planning.layer_split import Machine
 from hippo_mpi.serving.supervision.answer import Answer, Told
 from hippo_mpi.serving.supervision.rank_link import (
     About,
@@ -32,7 +32,6 @@ from hippo_mpi.serving.supervision.rank_link import (
     request_object,
 )
 from hippo_mpi.serving.supervision.suspects import is_suspect, may_begin
-from hippo_mpi.shard.layer_split import Machine
 
 _log = logging.getLogger(__name__)
 _MOST_SILENT_S = 5.0  # of rank 0, which says something every second

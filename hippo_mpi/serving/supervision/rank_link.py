@@ -27,7 +27,7 @@ from hippo_mpi.engine.request import (
     TokenLogprobs,
 )
 from hippo_mpi.errors import ContextError, FieldError, ForeignError, HippoError, RankError, UserError
-from hippo_mpi.shard.layer_split import Machine
+from hippo_mpi.planning.layer_split import Machine
 
 MAX_LINE_BYTES = 64 << 20  # a prompt of some million tokens
 FRONT = "HIPPO_FRONT"

@@ -1,0 +1,288 @@
+"""A checkpoint on disk (or on the hub), checked and opened without reading a single weight.
+
+mlx-lm does the loading: its arrays are lazy, so a model can be opened whole on every rank, asked for its
+structure, and only the weights that a rank holds are ever evaluated, that is, read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import load_adapters, load_config, load_model
+
+from hippo_mpi.checkpoint.adapters import adapt
+from hippo_mpi.checkpoint.blueprint import assumptions, build_from_config, has_weights
+from hippo_mpi.checkpoint.hub import commit_of, fetch, find_model, is_view
+from hippo_mpi.checkpoint.model_errors import loading_errors, running_errors
+from hippo_mpi.checkpoint.precision import convert
+from hippo_mpi.errors import ModelError
+from hippo_mpi.tracing.dataflow import Dataflow
+from hippo_mpi.tracing.graph import ancestors
+from hippo_mpi.tracing.trace import trace
+
+_SAMPLES_PER_FILE, _SAMPLE_BYTES = 64, 1024
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from; names of mlx_lm.generate's options, and the precision of its weights (None: as stored).
+
+    Where only a plan is made (`needs_weights` is False), a folder with a config and no weights will do.
+    """
+
+    path: Path
+    adapter_path: str | None = None
+    trust_remote_code: bool = False
+    precision: str | None = None
+    needs_weights: bool = True
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace, on_progress: Callable[[], None] = lambda: None) -> ModelSource:
+        """What --model and its like say.
+
+        Raises:
+            ModelError: there is no such model.
+        """
+        needs_weights = not _ends_with_the_plan(options)
+        path = find_model(options.model, options.revision, on_progress, not needs_weights)
+        return cls(path, options.adapter_path, options.trust_remote_code, options.precision, needs_weights)
+
+    @classmethod
+    def of_draft(
+        cls, options: argparse.Namespace, on_progress: Callable[[], None] = lambda: None
+    ) -> ModelSource | None:
+        """What --draft-model says, if it says anything.
+
+        Raises:
+            ModelError: there is no such model.
+        """
+        name = getattr(options, "draft_model", None)
+        if not name:
+            return None
+        needs_weights = not _ends_with_the_plan(options)
+        path = find_model(name, None, on_progress, not needs_weights)
+        return cls(path, trust_remote_code=options.trust_remote_code, needs_weights=needs_weights)
+
+
+def _ends_with_the_plan(options: argparse.Namespace) -> bool:
+    return bool(getattr(options, "show_plan", False))
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint's structure: what `trace` found, and the bytes of every weight."""
+
+    source: ModelSource
+    config: dict[str, Any]
+    flow: Dataflow
+    weight_bytes: dict[str, int]
+    expert_share: dict[str, float]  # of weights stacked over experts: the share that one token reads
+    assumptions: tuple[str, ...] = ()  # what isn't known of a model without weights
+
+    def digest(self) -> str:
+        """A short hash of structure and weights (samples of them), equal on ranks that hold the same model."""
+        config = {k: v for k, v in self.config.items() if not k.startswith("_")}
+        content = commit_of(self.source.path) or _sample_of_files(self.source.path)
+        adapter = _sample_of_files(Path(self.source.adapter_path)) if self.source.adapter_path else ""
+        found = [config, sorted(self.weight_bytes.items()), self.flow.digest(), content, adapter]
+        return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def stage_files(self, start: int, stop: int) -> set[str]:
+        """Names of the weight files that layers [start, stop) are made from (with start 0, embedding and head too)."""
+        return _files_of(self.source, self.stage_weights(start, stop))
+
+    def stage_weights(self, start: int, stop: int) -> set[str]:
+        """Names of the weights that layers [start, stop) need; with start 0, those of embedding and head too."""
+        names = set(self.flow.head_weights) if start == 0 else set()
+        for call in self.flow.calls:
+            if start <= call.layer < stop:
+                names |= call.weights
+        return names
+
+
+def open_checkpoint(source: ModelSource) -> Checkpoint:
+    """Check a checkpoint and find its structure.
+
+    Raises:
+        ModelError: something is missing, damaged or unknown; the message says what.
+        ForeignError: its own code raises something when it is run.
+    """
+    with loading_errors(source.path):
+        _check_files(source.path, source.needs_weights)
+    model, config = open_lazily(source)
+    weights = tree_flatten(model.parameters())
+    sizes = {name: array.nbytes for name, array in weights}
+    shares = _expert_shares(config, {name: array.shape for name, array in weights})
+    with running_errors(source.path):
+        flow = trace(model)
+    assumed = () if has_weights(source.path) else assumptions(source.path, config, source.precision)
+    return Checkpoint(source, config, flow, sizes, shares, assumed)
+
+
+def _sample_of_files(folder: Path) -> str:
+    """A hash over an adapter's configuration and pieces of every weight file: fine-tunes of one model have the same
+    structure."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("adapter_config.json")):
+        found.update(path.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            for piece in range(_SAMPLES_PER_FILE):
+                stream.seek(size * piece // _SAMPLES_PER_FILE)
+                found.update(stream.read(_SAMPLE_BYTES))
+    return found.hexdigest()
+
+
+def load_stage_weights(
+    checkpoint: Checkpoint, start: int, stop: int, on_progress: Callable[[int], None] = lambda done_bytes: None
+) -> nn.Module:
+    """The model with the weights of layers [start, stop) read and every other one absent.
+
+    From the hub, only the files that hold those are downloaded.
+
+    Absent weights are NaN that takes no memory: if one were ever used by mistake, the answer would show it.
+
+    Raises:
+        ModelError: a file can't be read.
+    """
+    folder = checkpoint.source.path
+    if not has_weights(folder):
+        raise ModelError(f"{folder} has no model*.safetensors: only a plan can be made of it")
+    if is_view(folder):
+        fetch(folder, checkpoint.stage_files(start, stop), lambda: on_progress(0))
+    model, _ = open_lazily(checkpoint.source)
+    wanted = checkpoint.stage_weights(start, stop)
+    weights = dict(tree_flatten(model.parameters()))
+    absent = {name: _absent(weight) for name, weight in weights.items() if name not in wanted}
+    model.update(tree_unflatten(list(absent.items())))
+    del weights
+    here = [(name, array) for name, array in tree_flatten(model.parameters()) if name in wanted]
+    with loading_errors(folder, "can't be read"):
+        done_bytes, step = 0, []
+        for name, array in here:
+            step.append(array)
+            done_bytes += array.nbytes
+            if sum(a.nbytes for a in step) > 64 << 20 or name == here[-1][0]:
+                mx.eval(step)
+                step = []
+                on_progress(done_bytes)
+    return model
+
+
+def _absent(weight: mx.array) -> mx.array:
+    value = (
+        mx.array(float("nan"), weight.dtype) if mx.issubdtype(weight.dtype, mx.floating) else mx.array(0, weight.dtype)
+    )
+    absent = mx.broadcast_to(value, weight.shape)
+    mx.eval(absent)
+    return absent
+
+
+def _files_of(source: ModelSource, wanted: set[str]) -> set[str]:
+    """The files from which the weights `wanted` come; mlx-lm renames, stacks and splits what it loads."""
+    files: list[str] = []
+    arrays: list[mx.array] = []
+    load = mx.load
+
+    def noting_load(file: Any, *args: Any, **kwargs: Any) -> Any:
+        found: Any = load(file, *args, **kwargs)
+        files.extend([Path(file).name] * len(found))
+        arrays.extend(found.values())
+        return found
+
+    mx.load = noting_load
+    try:
+        model, _ = open_lazily(source)
+    finally:
+        mx.load = load
+    targets = [mx.stop_gradient(weight) for name, weight in tree_flatten(model.parameters()) if name in wanted]
+    return {files[index] for indices in ancestors(targets, arrays) for index in indices}
+
+
+def open_lazily(source: ModelSource) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with weights that are read only when they are evaluated, and its config."""
+    with loading_errors(source.path), contextlib.redirect_stdout(io.StringIO()):
+        if has_weights(source.path):
+            model, config = load_model(source.path, lazy=True, trust_remote_code=source.trust_remote_code)
+        else:
+            model, config = build_from_config(source.path, source.trust_remote_code)
+        if source.precision is not None:
+            model, config = convert(model, config, source.precision)
+        if source.adapter_path is not None:
+            if not (Path(source.adapter_path) / "adapters.safetensors").exists():
+                raise ModelError(f"--adapter-path {source.adapter_path} has no adapters.safetensors")
+            model = load_adapters(model, source.adapter_path)
+            model.eval()
+        adapt(model, str(config["model_type"]))
+    return model, config
+
+
+def _check_files(path: Path, needs_weights: bool = True) -> None:
+    if not path.is_dir():
+        raise ModelError(f"{path} is not a directory")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json: is it a model's folder?")
+    try:
+        config = load_config(path)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path / 'config.json'} is not JSON: {error}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ModelError(f"{path / 'config.json'} names no model_type")
+    files = sorted(path.glob("model*.safetensors"))
+    if not files and needs_weights:
+        raise ModelError(f"{path} has no model*.safetensors")
+    index = path / "model.safetensors.index.json"
+    if index.is_file() and files:
+        named = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        missing = sorted(named - {file.name for file in files})
+        if missing:
+            raise ModelError(f"{path} lacks {len(missing)} of {len(named)} weight files: {', '.join(missing[:3])}")
+    for file in files:
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    """Compare a file's size with what its header promises: mlx reads a truncated file only when it is too late."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size:
+            raise ModelError(f"{file} is damaged or truncated ({size:,} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError):
+            raise ModelError(f"{file} is not a safetensors file") from None
+    promised = 8 + length + max(ends, default=0)
+    if size < promised:
+        raise ModelError(f"{file} is truncated: {size:,} bytes of {promised:,}; download it again")
+
+
+_TOP_K_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "top_k_experts",
+    "experts_per_token",
+)
+
+
+def _expert_shares(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, float]:
+    text = {**config, **config.get("text_config", {})}
+    top_k = next((int(text[key]) for key in _TOP_K_KEYS if isinstance(text.get(key), int)), None)
+    if top_k is None:
+        return {}
+    return {name: min(1.0, top_k / shape[0]) for name, shape in shapes.items() if len(shape) == 3 and shape[0] > top_k}

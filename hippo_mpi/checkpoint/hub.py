@@ -1,0 +1,209 @@
+"""Models from the Hugging Face hub: everything small at once, of the weights only the files that a rank needs.
+
+To plan, a model's structure must be known before it is decided who needs what. So a repo becomes a folder, a
+*view*, in which weight files that aren't here are stand-ins: the real header, fetched alone, and a hole where
+the data would be. mlx-lm opens such a folder like any other, because it reads weights only when they are used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from tqdm import tqdm
+
+from hippo_mpi.checkpoint.hub_errors import explain
+from hippo_mpi.config import BUNDLED_MODELS
+from hippo_mpi.errors import ModelError
+
+_SMALL_FILES = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
+_FILES_OF_A_PLAN = [
+    "config.json",
+    "generation_config.json",
+    "hf_quant_config.json",
+    "model.safetensors.index.json",
+    "*.py",
+]
+_HEADERS_AT_ONCE = 16
+_NOTE = ".hippo-hub.json"
+
+
+def find_model(
+    model: str, revision: str | None, on_progress: Callable[[], None] = lambda: None, is_for_plan: bool = False
+) -> Path:
+    """The folder of a model: a local one, a bundled one by its name, or the hub's.
+
+    Args:
+        model: its path or repo, or the name of a bundled one, as hippo_mpi.models lists them.
+        revision: of the repo.
+        on_progress: told of every piece that arrives.
+        is_for_plan: of a repo, only what a plan needs is downloaded.
+
+    Raises:
+        ModelError: there is neither.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if "/" not in model:
+        bundled = sorted(card.stem for card in BUNDLED_MODELS.glob("*.yaml"))
+        if model in bundled:
+            return BUNDLED_MODELS / model
+        raise ModelError(f"no such model folder: {model}; bundled are {', '.join(bundled) or 'none'}")
+    if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
+        raise ModelError(f"no such model folder: {model}")
+    return open_repo(model, revision, on_progress, is_for_plan)
+
+
+def open_repo(repo: str, revision: str | None, on_progress: Callable[[], None], is_for_plan: bool = False) -> Path:
+    """The view of a repo: its small files, and its weight files, real ones or stand-ins.
+
+    Raises:
+        ModelError: the hub has no such repo or can't be reached, and the cache doesn't have it either.
+    """
+    try:
+        ticker = _ticker(on_progress)
+        small: Any = {"allow_patterns": _FILES_OF_A_PLAN if is_for_plan else _SMALL_FILES, "tqdm_class": ticker}
+        snapshot = Path(snapshot_download(repo, revision=revision, **small))
+        view = Path(constants.HF_HOME) / "hippo_mpi" / f"{repo.replace('/', '--')}--{snapshot.name}"
+        if is_view(view) and any(path.is_symlink() and not path.exists() for path in view.iterdir()):
+            shutil.rmtree(view, ignore_errors=True)  # the cache was cleaned behind its back
+        if not is_view(view):
+            _make_view(view, repo, snapshot, on_progress)
+        _link_small_files(view, snapshot)
+    except ModelError:
+        raise
+    except Exception as error:  # the hub's client raises its own errors and those of two HTTP libraries
+        raise explain(error, repo, revision) from error
+    return view
+
+
+def is_view(folder: Path) -> bool:
+    return (folder / _NOTE).exists()
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a view shows; None for an ordinary folder."""
+    return str(json.loads((folder / _NOTE).read_text())["commit"]) if is_view(folder) else None
+
+
+def downloaded_share(folder: Path) -> float:
+    """Return the share of a model's weight bytes that is on this machine: 1.0 for an ordinary folder."""
+    files = list(folder.glob("*.safetensors"))
+    total = sum(file.stat().st_size for file in files)
+    here = sum(file.stat().st_size for file in files if not is_view(folder) or file.is_symlink())
+    return here / total if total else 0.0
+
+
+def fetch(folder: Path, files: Iterable[str], on_progress: Callable[[], None]) -> None:
+    """Replace stand-ins in a view by the real files.
+
+    Raises:
+        ModelError: a download fails.
+    """
+    note = json.loads((folder / _NOTE).read_text())
+
+    for name in sorted(files):
+        if (folder / name).is_symlink():
+            continue
+        try:
+            path = hf_hub_download(note["repo"], name, revision=note["commit"], tqdm_class=_ticker(on_progress))
+        except Exception as error:
+            raise explain(error, note["repo"], note["commit"]) from error
+        on_progress()
+        _link(folder / name, Path(path))
+
+
+def _ticker(on_progress: Callable[[], None]) -> type[tqdm]:  # type: ignore[type-arg]
+    """A silent progress bar that tells the watchdog of every piece that arrives."""
+
+    class Ticker(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            on_progress()
+            return super().update(n)
+
+    return Ticker
+
+
+def _make_view(view: Path, repo: str, snapshot: Path, on_progress: Callable[[], None]) -> None:
+    view.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=view.parent))  # ranks of one host may do this at the same time
+    try:
+        with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+            made = [
+                pool.submit(_make_weight_file, folder / name, repo, snapshot) for name in _weight_files(repo, snapshot)
+            ]
+            for one in as_completed(made):
+                one.result()
+                on_progress()
+        (folder / _NOTE).write_text(json.dumps({"repo": repo, "commit": snapshot.name}))
+        os.rename(folder, view)
+    except OSError:
+        if not is_view(view):  # else another rank was faster
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _link_small_files(view: Path, snapshot: Path) -> None:
+    """Show in a view what has been downloaded since it was made: a plan needs fewer files."""
+    for path in snapshot.iterdir():
+        if path.suffix != ".safetensors" and not (view / path.name).exists():
+            with contextlib.suppress(FileExistsError):  # another rank was faster
+                (view / path.name).symlink_to(path.resolve())
+
+
+def _weight_files(repo: str, snapshot: Path) -> list[str]:
+    index = snapshot / "model.safetensors.index.json"
+    if index.exists():
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        for name in named:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ModelError(f"the index of {repo} names a weight file {name!r}, which is no file's name")
+        return sorted(named)
+    if isinstance(try_to_load_from_cache(repo, "model.safetensors", revision=snapshot.name), str):
+        return ["model.safetensors"]
+    names = HfApi().list_repo_files(repo, revision=snapshot.name)
+    return [name for name in names if name.startswith("model") and name.endswith(".safetensors")]
+
+
+def _make_weight_file(path: Path, repo: str, snapshot: Path) -> None:
+    """Link the real file, if it is in the cache, or make a stand-in."""
+    cached = try_to_load_from_cache(repo, path.name, revision=snapshot.name)
+    if isinstance(cached, str):
+        path.symlink_to(Path(cached).resolve())
+    else:
+        _make_stand_in(path, repo, snapshot.name)
+
+
+def _make_stand_in(path: Path, repo: str, commit: str) -> None:
+    """A sparse file of the real one's tensors, without their data."""
+    found = HfApi().parse_safetensors_file_metadata(repo, path.name, revision=commit)
+    header: dict[str, Any] = {
+        name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
+        for name, tensor in found.tensors.items()
+    }
+    if found.metadata:
+        header["__metadata__"] = found.metadata
+    text = json.dumps(header).encode()
+    data_bytes = max((tensor.data_offsets[1] for tensor in found.tensors.values()), default=0)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + data_bytes)
+
+
+def _link(place: Path, target: Path) -> None:
+    temporary = place.with_suffix(f".{os.getpid()}")
+    temporary.symlink_to(target.resolve())
+    os.replace(temporary, place)

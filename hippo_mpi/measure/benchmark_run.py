@@ -1,0 +1,152 @@
+"""The ranks of a benchmark: rank 0 says what is measured next, and the others do their part of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.scheduler import Limits
+from hippo_mpi.measure.hop_times import Hop, echo, time_ring
+from hippo_mpi.measure.load_test import Load, Measured, has_mlx_lm_pipeline, load_mlx_lm_part, measure, measure_mlx_lm
+from hippo_mpi.parallel.timeline import Mark
+from hippo_mpi.parallel.worker import Leader
+from hippo_mpi.planning.machine import available_bytes
+from hippo_mpi.runtime.pipeline import Pipeline
+from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.shard.stage import Stage, load_stage
+
+_MARGIN = 1.2  # memory for a whole model beside a rank's part: its weights and this much more
+
+
+class Bench:
+    """One rank's part in the measurements; every rank makes one, then rank 0 calls the modes and the others `follow`.
+
+    Args:
+        part: this rank's part of the pipeline.
+        prefill_chunk: prompt tokens per step; None: as suits the number of stages.
+        has_whole: also load the whole model on every rank, if there is room for it.
+        has_mlx_lm: also measure mlx-lm itself: on rank 0, and its own pipeline if the model type has one.
+    """
+
+    def __init__(
+        self,
+        part: Pipeline,
+        settings: KVSettings,
+        tokenizer: TokenizerWrapper,
+        prefill_chunk: int | None,
+        has_whole: bool,
+        has_mlx_lm: bool,
+    ) -> None:
+        self._part, self._settings, self._tokenizer, self._has_mlx_lm = part, settings, tokenizer, has_mlx_lm
+        self._control, self._world, self._agreement = part.control, part.world, part.agreement
+        self._limits = Limits(prefill_chunk=prefill_chunk, can_batch=part.agreement.can_batch)
+        self.marks: list[list[Mark]] = []
+        self.whole: Stage | None = None
+        self._mlx_lm_part: Any = None
+        checkpoint = part.agreement.checkpoint
+        if has_mlx_lm and part.world.size > 1 and has_mlx_lm_pipeline(checkpoint):
+            self._mlx_lm_part = load_mlx_lm_part(checkpoint, part.world.group, self._loading)
+        if self._has_room(has_whole):
+            self.whole = load_stage(checkpoint, [checkpoint.flow.num_layers], 0, lambda done_bytes: self._loading())
+
+    def _loading(self) -> None:
+        self._control.progress("loading models to compare with")
+
+    def _has_room(self, is_wanted: bool) -> bool:
+        """Whether a whole model fits beside its part on every rank: all must decide alike."""
+        needed = sum(self._agreement.checkpoint.weight_bytes.values()) * _MARGIN
+        gathered = self._control.gather({"host": self._world.host, "bytes": available_bytes()})
+        verdict = None
+        if gathered is not None:
+            hosts = [found["host"] for found in gathered]
+            fits = all(found["bytes"] > needed * hosts.count(found["host"]) for found in gathered)
+            verdict = {"room": fits and is_wanted}
+        return bool(self._control.share(verdict)["room"])
+
+    def follow(self) -> None:
+        """What ranks other than 0 do."""
+        while (order := self._control.share(None))["do"] != "end":
+            if order["do"] == "ring":
+                echo(self._part.channel)
+            elif order["do"] == "pipeline":
+                self._part.timeline.start()
+                self._part.follow()
+                self._control.gather({"marks": self._part.timeline.stop()})
+            elif order["do"] == "mlx-lm pipeline":
+                self._run_mlx_lm_part(Load(**order["load"]))
+            else:
+                self._control.gather(asdict(self._alone(Load(**order["loads"][self._world.rank]))))
+        self._part.end()
+
+    # ---- what rank 0 does
+
+    def modes(self) -> dict[str, Callable[[Load], Measured]]:
+        """What can be measured, by name."""
+        found: dict[str, Callable[[Load], Measured]] = {"pipeline": self._pipelined}
+        if self.whole is not None:
+            found = {"standalone": self._alone, **found}
+            found |= {"replicas": self._replicas} if self._world.size > 1 else {}
+            found |= {"mlx-lm": self._mlx_lm} if self._has_mlx_lm else {}
+        return found | ({"mlx-lm pipeline": self._mlx_lm_pipeline} if self._mlx_lm_part is not None else {})
+
+    def ring(self) -> list[Hop]:
+        self._control.share({"do": "ring"})
+        return time_ring(self._part.channel, self._world.size, self._control.progress)
+
+    def end(self) -> list[dict[str, Any]] | None:
+        """Release the others; statistics of every rank."""
+        self._control.share({"do": "end"})
+        return self._part.end()
+
+    def _alone(self, load: Load) -> Measured:
+        assert self.whole is not None
+        leader = Leader(self.whole, self._part.channel, self._settings, 1, self._control.progress)
+        return self._measure(leader, load)
+
+    def _replicas(self, load: Load) -> Measured:
+        size = self._world.size
+        shares = [load.num_requests // size + (rank < load.num_requests % size) for rank in range(size)]
+        loads = [{**asdict(load), "num_requests": share} for share in shares]
+        self._control.share({"do": "replicas", "loads": loads})
+        gathered = self._control.gather(asdict(self._alone(Load(**loads[0]))))
+        assert gathered is not None
+        found = [Measured(**one) for one in gathered if one["first_token_s"]]
+        first_s = statistics.median(one.first_token_s for one in found)
+        return Measured(sum(one.prompt_tps for one in found), sum(one.decode_tps for one in found), first_s)
+
+    def _pipelined(self, load: Load) -> Measured:
+        self._control.share({"do": "pipeline"})
+        self._part.timeline.start()
+        found = self._measure(self._part.leader(), load)
+        self._part.release()
+        gathered = self._control.gather({"marks": self._part.timeline.stop()})
+        assert gathered is not None
+        self.marks = [one["marks"] for one in gathered]
+        return found
+
+    def _mlx_lm(self, load: Load) -> Measured:
+        """mlx-lm's own continuous batching over the same weights."""
+        assert self.whole is not None
+        return measure_mlx_lm(self.whole.model, load, self._measuring_mlx_lm)
+
+    def _mlx_lm_pipeline(self, load: Load) -> Measured:
+        """The same over all ranks, with mlx-lm's own pipeline."""
+        self._control.share({"do": "mlx-lm pipeline", "load": asdict(load)})
+        return self._run_mlx_lm_part(load)
+
+    def _run_mlx_lm_part(self, load: Load) -> Measured:
+        return measure_mlx_lm(self._mlx_lm_part, load, self._measuring_mlx_lm)
+
+    def _measuring_mlx_lm(self) -> None:
+        self._control.progress("measuring mlx-lm")
+
+    def _measure(self, leader: Leader, load: Load) -> Measured:
+        limits = replace(self._limits, max_batch_size=max(load.num_requests, 1))
+        engine = Engine(leader, self._tokenizer, limits, self._agreement.max_context, self._agreement.vocab_size)
+        self._limits = engine.limits  # which rows may share a step is asked once
+        return measure(engine, load)

@@ -1,0 +1,258 @@
+"""What a pipeline would give over a link that isn't there yet: stages timed one by one, then the schedule simulated.
+
+measured = [measure_stage(stage, ...) for each rank]    # on the machines themselves, or on one of them in turn
+predict([stage.typical for stage in measured], link, workload)     # no MLX any more: arithmetic
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from hippo_mpi.errors import UserError
+from hippo_mpi.parallel.schedule import Action, actions, simulate
+from hippo_mpi.shard.slot_caches import KVSettings, SlotCaches
+from hippo_mpi.shard.stage import Stage
+from hippo_mpi.tracing.dataflow import Dataflow
+
+_TRIALS, _PROMPT_TRIALS = 5, 3
+_ROUNDS = 20  # of micro-batches: enough that filling the pipeline doesn't count
+
+
+@dataclass(frozen=True)
+class Link:
+    """From one machine to the next: seconds of latency, with the receiver's waking up, and bytes per second."""
+
+    latency_s: float
+    bytes_per_s: float
+    name: str = ""
+
+
+# TCP through MLX's ring as people report it, not the cable's own rate. Measure yours: hippo_mpi.benchmark.
+LINKS = [
+    Link(300e-6, 16e9 / 8, "thunderbolt4"),
+    Link(300e-6, 40e9 / 8, "thunderbolt5"),
+    Link(300e-6, 9.4e9 / 8, "10gbe"),
+    Link(3e-3, 0.5e9 / 8, "wifi"),
+]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of the pipeline: a prompt of so many tokens, read in chunks, and so many requests at once."""
+
+    prompt_tokens: int
+    chunk_tokens: int
+    concurrent: tuple[int, ...]
+    can_batch: bool
+
+    def micro_batches(self, num_requests: int, num_stages: int) -> list[int]:
+        """Rows of each micro-batch."""
+        if not self.can_batch:
+            return [1] * num_requests
+        count = min(num_requests, num_stages)
+        return [num_requests // count + (index < num_requests % count) for index in range(count)]
+
+    def batch_sizes(self, num_stages: int) -> list[int]:
+        """Every number of rows that is timed: in micro-batches, and of one machine that takes all rows at once."""
+        sizes = {rows for n in self.concurrent for rows in self.micro_batches(n, num_stages)}
+        return sorted(sizes | ({*self.concurrent} if self.can_batch else {1}))
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step on one stage: seconds until its result can leave, the bytes of that, and seconds of rank 0's head."""
+
+    forward_s: float
+    num_bytes: int
+    head_s: float = 0.0
+
+    def at_speed(self, speed: float) -> StepTime:
+        return StepTime(self.forward_s / speed, self.num_bytes, self.head_s / speed)
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """One stage, timed: the chunks of the prompt in turn, and steps of one token behind it by number of rows."""
+
+    chunks: list[StepTime]
+    steps: dict[int, StepTime]
+
+    def at_speed(self, speed: float) -> StageTimes:
+        """The same on a machine that is so many times as fast."""
+        steps = {rows: step.at_speed(speed) for rows, step in self.steps.items()}
+        return StageTimes([chunk.at_speed(speed) for chunk in self.chunks], steps)
+
+    @classmethod
+    def from_object(cls, found: dict[str, Any]) -> StageTimes:
+        """The inverse of dataclasses.asdict; JSON makes the numbers of rows text."""
+        steps = {int(rows): StepTime(**step) for rows, step in found["steps"].items()}
+        return cls([StepTime(**chunk) for chunk in found["chunks"]], steps)
+
+
+@dataclass(frozen=True)
+class MeasuredStage:
+    """A stage that was timed several times over: the medians of all repetitions, the shortest times, the longest."""
+
+    typical: StageTimes
+    fastest: StageTimes
+    slowest: StageTimes
+
+    def at_speed(self, speed: float) -> MeasuredStage:
+        """Scale all times to a machine that is so many times as fast."""
+        return MeasuredStage(*(times.at_speed(speed) for times in (self.typical, self.fastest, self.slowest)))
+
+    def as_object(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_object(cls, found: dict[str, Any]) -> MeasuredStage:
+        """The inverse of `as_object`."""
+        return cls(*(StageTimes.from_object(found[name]) for name in ("typical", "fastest", "slowest")))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds until the prompt's first token, and tokens per second of all requests by how many run at once."""
+
+    first_token_s: float
+    decode_tps: dict[int, float]
+
+
+def measure_stage(
+    stage: Stage, settings: KVSettings, workload: Workload, num_stages: int, progress: Callable[[str], None]
+) -> MeasuredStage:
+    """Time a stage by itself; what other stages would send is made up."""
+    caches = SlotCaches(stage.model, settings)
+    prompts = []
+    for _ in range(_PROMPT_TRIALS + 1):
+        prompts.append(_time_prompt(stage, caches, workload, progress))
+    chunks = list(zip(*prompts[1:], strict=True))  # the first was to warm up
+    steps = {}
+    for rows in workload.batch_sizes(num_stages):
+        slots = list(range(1, rows + 1))
+        for slot in slots:
+            caches.fork(0, slot)
+        trials = []
+        for trial in range(_TRIALS + 1):
+            progress(f"timing steps of {rows} rows")
+            trials.append(_time_step(stage, caches, slots, workload.prompt_tokens + trial, 1, wants_logits=True))
+        steps[rows] = trials[1:]
+        for slot in slots:
+            caches.drop([slot])
+
+    def reduced(of: Callable[[list[float]], float]) -> StageTimes:
+        return StageTimes(
+            [_reduced(trials, of) for trials in chunks], {rows: _reduced(trials, of) for rows, trials in steps.items()}
+        )
+
+    return MeasuredStage(reduced(statistics.median), reduced(min), reduced(max))
+
+
+def _time_prompt(
+    stage: Stage, caches: SlotCaches, workload: Workload, progress: Callable[[str], None]
+) -> list[StepTime]:
+    """Read a prompt into slot 0; return the time of each chunk."""
+    times = []
+    for start in range(0, workload.prompt_tokens, workload.chunk_tokens):
+        progress(f"timing the prompt at {start:,}")
+        count = min(workload.chunk_tokens, workload.prompt_tokens - start)
+        times.append(_time_step(stage, caches, [0], start, count, wants_logits=False))
+    return times
+
+
+def _reduced(trials: Sequence[StepTime], of: Callable[[list[float]], float]) -> StepTime:
+    return StepTime(
+        of([trial.forward_s for trial in trials]), trials[0].num_bytes, of([trial.head_s for trial in trials])
+    )
+
+
+def _time_step(
+    stage: Stage, caches: SlotCaches, slots: Sequence[int], position: int, count: int, wants_logits: bool
+) -> StepTime:
+    shape = len(slots), count
+    tokens, flow = mx.ones(shape, mx.int32), stage.flow
+    arriving = [] if stage.is_first else _made_up(stage, stage.start, shape)
+    coming_back = _made_up(stage, len(flow.calls), shape) if stage.is_first and not stage.is_whole else []
+    mx.eval(tokens, arriving, coming_back)
+    began = time.perf_counter()
+    cache = caches.at(slots, [position] * len(slots), [count] * len(slots))
+    forward = stage.forward(tokens, cache, wants_logits)
+    forward.run(None if stage.is_first else arriving)
+    sent = forward.outgoing or []
+    mx.async_eval(sent)  # type: ignore[no-untyped-call]
+    if not stage.is_first:
+        forward.run(None)
+    mx.eval(sent)
+    mx.eval(caches.advance(slots, [position + count] * len(slots)))
+    forwarded = time.perf_counter()
+    if stage.is_first and wants_logits:
+        if not forward.is_done:
+            forward.run(coming_back)
+        assert forward.logits is not None
+        mx.eval(mx.argmax(forward.logits[:, -1, :], axis=-1))
+    ended = time.perf_counter()
+    return StepTime(forwarded - began, sum(array.nbytes for array in sent), ended - forwarded)
+
+
+def _made_up(stage: Stage, cut: int, rows_tokens: tuple[int, int]) -> list[mx.array]:
+    """Arrays of the shapes that cross a cut."""
+    shapes = [stage.flow.calls[call].outputs[path] for call, path in stage.crossing[cut]]
+    return [mx.random.normal(shape(*rows_tokens)).astype(shape.dtype) for shape in shapes]
+
+
+def check_can_time(flow: Dataflow) -> None:
+    """Raise a UserError if a model's stages can't be run one by one."""
+    if flow.num_rounds > 1 or any(call.prepared for call in flow.calls[1:]):
+        raise UserError(
+            "--simulate can't time the stages of this model one by one: its layers also need what rank 0 makes"
+        )
+
+
+def one_machine(times: Sequence[StageTimes]) -> StageTimes:
+    """All stages on one machine."""
+
+    def together(steps: Sequence[StepTime]) -> StepTime:
+        return StepTime(sum(step.forward_s for step in steps), 0, sum(step.head_s for step in steps))
+
+    chunks = [together(steps) for steps in zip(*(stage.chunks for stage in times), strict=True)]
+    return StageTimes(chunks, {rows: together([stage.steps[rows] for stage in times]) for rows in times[0].steps})
+
+
+def predict(times: Sequence[StageTimes], link: Link, workload: Workload) -> Prediction:
+    """Simulate the pipeline whose stages take `times`."""
+    num_stages, num_chunks = len(times), len(times[0].chunks)
+
+    def took_s(num_steps: int, most: int, num_silent: int, step_of: Callable[[int, int], StepTime]) -> float:
+        def compute_s(rank: int, action: Action) -> float:
+            step = step_of(rank, action.step)
+            return step.forward_s if action.kind == "forward" else step.head_s
+
+        return simulate(
+            [actions(rank, num_stages, num_steps, most, num_silent) for rank in range(num_stages)],
+            compute_s,
+            link.latency_s,
+            lambda rank, step: step_of(rank, step).num_bytes / link.bytes_per_s,
+            blocking_sends=False,
+        ).total_s
+
+    def reading(rank: int, step: int) -> StepTime:
+        return times[rank].chunks[step] if step < num_chunks else times[rank].steps[1]
+
+    decode_tps = {}
+    for count in workload.concurrent:
+        sizes = workload.micro_batches(count, num_stages)
+
+        def decoding(rank: int, step: int, sizes: list[int] = sizes) -> StepTime:
+            return times[rank].steps[sizes[step % len(sizes)]]
+
+        num_steps = _ROUNDS * max(len(sizes), num_stages)
+        num_tokens = sum(sizes[step % len(sizes)] for step in range(num_steps))
+        decode_tps[count] = num_tokens / took_s(num_steps, len(sizes), 0, decoding)
+    return Prediction(took_s(num_chunks + 1, 1, num_chunks, reading), decode_tps)

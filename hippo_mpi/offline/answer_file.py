@@ -1,0 +1,297 @@
+"""The answers to a batch, in OpenAI's lines: in a file from which the same command goes on, or on standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from abc import ABC, abstractmethod
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hippo_mpi.durable_files import FileLock, replacing, sync_folder
+from hippo_mpi.errors import UserError
+from hippo_mpi.offline.batch_file import Task
+from hippo_mpi.units import count_of
+
+
+class Answers(ABC):
+    """Where answers go, a line each."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, str] = {}  # custom_id -> id of the record, which holds the task's digest
+
+    def write(self, task: Task, response: dict[str, Any] | None, mistake: str = "") -> None:
+        """Append a task's answer, or the mistake that prevents one.
+
+        Raises:
+            UserError: the disk is full, say; everything before is kept.
+        """
+        error = None if response else {"code": "invalid_request", "message": mistake, "param": None, "line": task.line}
+        body = response and {"status_code": 200, "request_id": response["id"], "body": response}
+        record = {"id": _record_id(task), "custom_id": task.custom_id, "response": body, "error": error}
+        self._append(task, json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        if response:
+            self.done[task.custom_id] = _record_id(task)
+
+    @abstractmethod
+    def check(self, tasks: Iterable[Task]) -> int:
+        """Return the number of tasks, if what is there already answers no other ones."""
+
+    @abstractmethod
+    def sort(self, order: Iterable[Task]) -> None:
+        """Put the lines into the order of the input, when all are there."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let others write."""
+
+    @abstractmethod
+    def _append(self, task: Task, line: bytes) -> None: ...
+
+
+class StandardOutput(Answers):
+    """Answers for whoever reads our output; with `keeps_order`, none before the last has been made."""
+
+    def __init__(self, keeps_order: bool) -> None:
+        super().__init__()
+        self._held: dict[str, bytes] | None = {} if keeps_order else None
+
+    def __str__(self) -> str:
+        return "standard output"
+
+    def check(self, tasks: Iterable[Task]) -> int:
+        return sum(1 for _ in tasks)
+
+    def sort(self, order: Iterable[Task]) -> None:
+        held, self._held = self._held or {}, None
+        for task in order:
+            self._append(task, held.pop(task.custom_id, b""))
+
+    def close(self) -> None:
+        pass
+
+    def _append(self, task: Task, line: bytes) -> None:
+        if self._held is not None:
+            self._held[task.custom_id] = line
+            return
+        try:
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            raise  # its reader has had enough, which is no mistake
+        except OSError as error:
+            raise UserError(f"{self} can't be written: {error.strerror}") from None
+
+
+class AnswerFile(Answers):
+    """A file of answers, each flushed to disk as it is written, which nobody else may write until it is closed.
+
+    What is there already counts as done, but for lines with errors, which are tried again; a torn last line is
+    cut off. The options that answers were made with are in a second file beside it, so that lines stay OpenAI's.
+
+    Args:
+        options: those that change what an answer is, with their values.
+        restart: forget what is there.
+
+    Raises:
+        UserError: it can't be read or written, is being written by another process, or holds something else, or answers
+            that were made with other options.
+    """
+
+    def __init__(self, path: Path, options: Mapping[str, Any], restart: bool = False) -> None:
+        super().__init__()
+        self._name, path = str(path), path.resolve()  # a link stays one
+        self._path, self._options_path = path, path.with_name(f"{path.name}.options.json")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{self} can't be written: it isn't a file")
+        try:
+            self._lock = FileLock(path)
+            try:
+                self._open(json.loads(json.dumps(options, default=str)), restart)
+            except BaseException:
+                self._lock.release()
+                raise
+        except OSError as error:
+            raise UserError(f"{self} can't be written: {error.strerror}") from None
+
+    def __str__(self) -> str:
+        return self._name
+
+    def _open(self, options: dict[str, Any], restart: bool) -> None:
+        if restart:  # before its options are: a kill between must not leave old answers with new ones
+            self._path.write_bytes(b"")
+        elif self._path.exists():
+            self._take_over()
+        self._keep_options(options)
+        self._stream = self._path.open("ab", buffering=0)
+        sync_folder(self._path.parent)
+
+    def close(self) -> None:
+        self._stream.close()
+        self._lock.release()
+
+    def check(self, tasks: Iterable[Task]) -> int:
+        """Return the number of tasks. Answers to lines that have moved take the names of where these are now.
+
+        Raises:
+            UserError: what is there answers another task under the same custom_id, or can't be written anew.
+        """
+        count, at_home, kept = 0, set(), set(self.done.values())
+        moved: list[tuple[str, str]] = []  # (record, custom_id) of tasks that may have had another name
+        taken: dict[str, int] = {}  # custom_id of another answer -> line
+        for task in tasks:
+            count += 1
+            if self.done.get(task.custom_id) == _record_id(task):
+                at_home.add(task.custom_id)
+                continue
+            if task.asked and _record_id(task) in kept:
+                moved.append((_record_id(task), task.custom_id))
+            if task.custom_id in self.done:
+                taken[task.custom_id] = task.line
+        names = self._new_names(moved, at_home)
+        for custom_id, line in taken.items():
+            if custom_id not in names:
+                raise UserError(
+                    f"{self} answers another request as {custom_id!r} than line {line} asks:"
+                    " give another --output, or --restart"
+                )
+        if names:
+            self._rename(names)
+        return count
+
+    def _new_names(self, moved: list[tuple[str, str]], at_home: set[str]) -> dict[str, str]:
+        """Match answers whose tasks aren't under their names any more with where these are now: old name -> new name."""
+        homeless: defaultdict[str, deque[str]] = defaultdict(deque)
+        for custom_id, record in self.done.items():
+            if custom_id not in at_home:
+                homeless[record].append(custom_id)
+        return {homeless[record].popleft(): custom_id for record, custom_id in moved if homeless[record]}
+
+    def _rename(self, names: dict[str, str]) -> None:
+        def renamed(line: bytes) -> bytes:
+            record = json.loads(line)
+            name = names.get(record["custom_id"])
+            if name is None:
+                return line
+            return json.dumps({**record, "custom_id": name}, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+        try:
+            self._stream.close()
+            self._rewrite(renamed)
+            self._stream = self._path.open("ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"{self} can't be written: {error.strerror}") from None
+        self.done = {names.get(custom_id, custom_id): record for custom_id, record in self.done.items()}
+
+    def _rewrite(self, changed: Callable[[bytes], bytes]) -> None:
+        with self._path.open("rb") as old, replacing(self._path) as new:
+            new.writelines(map(changed, old))
+
+    def _append(self, task: Task, line: bytes) -> None:
+        end = self._stream.tell()
+        try:
+            while line:
+                line = line[self._stream.write(line) :]
+            os.fsync(self._stream.fileno())
+        except OSError as problem:
+            with contextlib.suppress(OSError):
+                self._stream.truncate(end)
+            raise UserError(
+                f"{self} can't be written: {problem.strerror}; {count_of(len(self.done), 'answer')} in it stay, and"
+                " the same command goes on from there"
+            ) from None
+
+    def sort(self, order: Iterable[Task]) -> None:
+        """Put the lines into the order of the input; lines of other tasks come last.
+
+        Raises:
+            UserError: the disk is full, say; everything stays as it was.
+        """
+        places: dict[str, tuple[int, int]] = {}
+        try:
+            with self._path.open("rb") as old, replacing(self._path) as new:
+                start = 0
+                for line in old:
+                    places[json.loads(line)["custom_id"]] = start, len(line)
+                    start += len(line)
+                for name in (*(task.custom_id for task in order), *places):
+                    start, length = places.pop(name, (0, 0))
+                    old.seek(start)
+                    new.write(old.read(length))
+        except OSError as error:
+            raise UserError(
+                f"{self} can't be put into the order of the prompts: {error.strerror}; its"
+                f" {count_of(len(self.done), 'answer')} stay as they are, and the same command sorts them when there is room"
+            ) from None
+
+    def _keep_options(self, options: dict[str, Any]) -> None:
+        """Write down the options of answers to come, which must be those of the answers that are there."""
+        before = _read_options(self._options_path) if self.done else options
+        if before is None:
+            sys.stderr.write(
+                f"note: {self} has {count_of(len(self.done), 'answer')}, and nothing says with which options"
+                f" {'it was' if len(self.done) == 1 else 'they were'} made: {self._options_path.name} is missing\n"
+            )
+        elif names := [name for name in {**before, **options} if before.get(name) != options.get(name)]:
+            old, new = (", ".join(_shown(name, of.get(name)) for name in names) for of in (before, options))
+            raise UserError(
+                f"{self} has {count_of(len(self.done), 'answer')} that were made {old}, and not {new}:"
+                f" ask {old} again, or give another --output, or --restart"
+            )
+        with replacing(self._options_path) as stream:
+            stream.write(json.dumps(options, indent=1).encode())
+
+    def _take_over(self) -> None:
+        """Count what is there as done, and drop what isn't an answer."""
+        is_whole = True
+        with self._path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                record = _read_record(line)
+                if record is None and line.endswith(b"\n"):
+                    raise UserError(
+                        f"{self}, line {number}, is no answer of a batch: give another --output, or --restart"
+                    )
+                if record is not None and record["error"] is None:
+                    self.done[record["custom_id"]] = record["id"]
+                else:
+                    is_whole = False
+        if not is_whole:
+            self._rewrite(lambda line: line if (record := _read_record(line)) and record["error"] is None else b"")
+
+
+def _record_id(task: Task) -> str:
+    return f"batch_req_{task.digest}"
+
+
+def _read_record(line: bytes) -> dict[str, Any] | None:
+    """A line of the output; None for one that is torn, or something else."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not {"id", "custom_id", "response", "error"} <= set(record):
+        return None
+    return record if isinstance(record["custom_id"], str) else None
+
+
+def _read_options(path: Path) -> dict[str, Any] | None:
+    """Read a file of options; None for one that isn't there, or was torn."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _shown(option: str, value: Any) -> str:
+    """Say in a command line's words how an option was given."""
+    if value in (None, False, []):
+        return f"without {option}"
+    if value is True:
+        return f"with {option}"
+    return f"with {option} {shlex.join(map(str, value)) if isinstance(value, list) else shlex.quote(str(value))}"

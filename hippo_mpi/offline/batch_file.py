@@ -1,0 +1,222 @@
+"""Batch prompt files: what is asked, line by line.
+
+Input is recognised by its content: OpenAI batch lines, short JSON lines ({"prompt": ...} or {"messages": [...]}),
+or plain text, a prompt a line; a job script (#!) carries options in #HIPPO lines in front of any of them. Files are
+read as needed, in several passes.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hippo_mpi.engine.request import SamplingParams
+from hippo_mpi.errors import UserError
+from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body
+
+_MAX_LINE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line of the input: what it asks, or why it can't be answered."""
+
+    line: int  # counted from 1
+    custom_id: str
+    digest: str  # of the line: tells another request with the same custom_id
+    asked: Asked | None
+    mistake: str = ""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts that can be read again and again: a file, or what came from a pipe.
+
+    Args:
+        name: of where they come from, for messages.
+    """
+
+    name: str
+    stream: BinaryIO
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __enter__(self) -> Prompts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Yield (number from 1, line) without a byte order mark. Of a line over _MAX_LINE_BYTES so many and one come.
+
+        Raises:
+            UserError: the file can't be read.
+        """
+        number, most = 0, _MAX_LINE_BYTES + 1
+        try:
+            self.stream.seek(0)
+            while line := self.stream.readline(most):
+                number += 1
+                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                while len(line) == most and not line.endswith(b"\n"):  # the rest of it
+                    line = self.stream.readline(most)
+        except OSError as error:
+            raise UserError(f"{self} can't be read: {error.strerror}") from None
+
+    @cached_property
+    def given_names(self) -> set[str]:
+        """The custom_ids that look like names of lines."""
+        found: set[str] = set()
+        for _, line in self.lines():
+            if b"line-" in line and line.lstrip().startswith(b"{"):
+                with contextlib.suppress(ValueError, RecursionError):
+                    name = json.loads(line).get("custom_id")
+                    found |= {name} if isinstance(name, str) and name.startswith("line-") else set()
+        return found
+
+
+def open_prompts(path: Path) -> Prompts:
+    """Open a file of prompts. What can be read only once, such as a pipe, goes into a temporary file.
+
+    Raises:
+        UserError: it can't be read, or kept, or has options, for which it is too late.
+    """
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    if path.is_file():
+        return Prompts(str(path), stream)
+    with stream:
+        return _spooled(str(path), stream)
+
+
+def kept_prompts(name: str, text: bytes) -> Prompts:
+    """Prompts that have been read from somewhere; raises as `open_prompts`."""
+    return _spooled(name, io.BytesIO(text))
+
+
+def _spooled(name: str, source: BinaryIO) -> Prompts:
+    try:
+        spool = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
+        shutil.copyfileobj(source, spool)
+        spool.flush()
+    except OSError as error:
+        raise UserError(
+            f"what comes from {name} can't be kept in {tempfile.gettempdir()}: {error.strerror}; put it into a file"
+        ) from None
+    prompts = Prompts(name, spool)
+    if job_options(prompts):
+        raise UserError(f"#HIPPO lines from {name} come too late: give their options on the command line")
+    return prompts
+
+
+def job_options(prompts: Prompts) -> list[str]:
+    """The options of a job script's #HIPPO lines; none for other files.
+
+    Raises:
+        UserError: the file can't be read, or a quote isn't closed.
+    """
+    found: list[str] = []
+    for number, line in prompts.lines():
+        if number == 1 and not line.startswith(b"#!"):
+            return []
+        if line.strip() and not line.startswith(b"#"):
+            break
+        if line.startswith(b"#HIPPO"):
+            try:
+                found += shlex.split(line.removeprefix(b"#HIPPO").decode())
+            except ValueError as error:
+                raise UserError(f"{prompts}, line {number}: {error}") from None
+    return found
+
+
+def read_tasks(prompts: Prompts, defaults: SamplingParams) -> Iterator[Task]:
+    """The tasks, in order. A line that can't be understood is a task with a mistake.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    seen: set[str] = set()
+    given = prompts.given_names  # a pass of its own: there is one position to read from
+    is_job = is_json = None
+    for number, line in prompts.lines():
+        is_job = line.startswith(b"#!") if number == 1 else is_job
+        if not line.strip() or (is_job and line.startswith(b"#")):
+            continue
+        is_json = line.lstrip().startswith(b"{") if is_json is None else is_json
+        seeded = defaults if defaults.seed is None else replace(defaults, seed=defaults.seed + number)
+        task = _read_line(number, line, is_json, seeded, _name_of(number, given))
+        if task.custom_id in seen:
+            mistake = f"line {number}: custom_id {task.custom_id!r} was there before"
+            task = Task(number, f"{task.custom_id} (line {number})", task.digest, None, mistake)
+        seen.add(task.custom_id)
+        yield task
+
+
+def _name_of(number: int, given: set[str]) -> str:
+    """Name a line that has no custom_id like no other."""
+    name = f"line-{number}"
+    tried = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
+    return next(one for one in tried if one not in given)
+
+
+def _read_line(number: int, line: bytes, is_json: bool, defaults: SamplingParams, custom_id: str) -> Task:
+    digest = hashlib.sha256(line.strip()).hexdigest()[:16]
+    try:
+        if len(line.removesuffix(b"\n")) > _MAX_LINE_BYTES:
+            raise UserError(f"longer than {_MAX_LINE_BYTES:,} bytes")
+        text = line.decode().strip()
+        if not is_json:
+            return Task(number, custom_id, digest, Asked(CHAT, defaults, [{"role": "user", "content": text}]))
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise UserError("not a JSON object")
+        given = fields.pop("custom_id", custom_id)
+        if not isinstance(given, str) or not given:
+            raise UserError("custom_id must be a text")
+        json.dumps([given, fields], ensure_ascii=False).encode()
+        custom_id = given
+        return Task(number, custom_id, digest, _read_fields(fields, defaults))
+    except UnicodeDecodeError as error:
+        mistake = f"not UTF-8 (byte {error.start + 1})"
+    except UnicodeEncodeError:
+        mistake = "half of a surrogate pair in a text"
+    except json.JSONDecodeError as error:
+        mistake = f"not JSON: {error.msg} at column {error.colno}"
+    except (ValueError, OverflowError, RecursionError) as error:
+        mistake = f"not JSON: {error}"
+    except UserError as error:
+        mistake = str(error)
+    return Task(number, custom_id, digest, None, f"line {number}: {mistake}")
+
+
+def _read_fields(fields: dict[str, Any], defaults: SamplingParams) -> Asked:
+    if "body" in fields or "url" in fields:
+        if (method := fields.get("method", "POST")) != "POST":
+            raise UserError(f"method must be POST, not {method!r}")
+        if extra := set(fields) - {"method", "url", "body"}:
+            raise UserError(f"unknown field {min(extra)!r} beside custom_id, method, url and body")
+        return read_body(str(fields.get("url")), fields.get("body"), defaults)
+    if "messages" in fields:
+        return read_body(CHAT, fields, defaults)
+    if isinstance(fields.get("prompt"), str):  # asked, as on a line of plain text
+        prompt = fields.pop("prompt")
+        return read_body(CHAT, {**fields, "messages": [{"role": "user", "content": prompt}]}, defaults)
+    if "prompt" in fields:
+        return read_body(COMPLETION, fields, defaults)
+    raise UserError("neither prompt, nor messages, nor url and body")

@@ -1,0 +1,140 @@
+"""Text in, text out: one conversation on rank 0. Knows the Engine, never MLX or ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.request import Request, SamplingParams, Timings
+from hippo_mpi.engine.text import ChatFormat
+from hippo_mpi.offline.progress import Progress
+from hippo_mpi.transport.launcher import Launcher
+from hippo_mpi.transport.terminal import changed_terminal
+
+
+@dataclass
+class Answer:
+    """What a request gave."""
+
+    text: str
+    finish_reason: str
+    timings: Timings
+
+
+class Conversation:
+    """A chat. The engine keeps its cache between turns, so that only what a turn adds is prefilled."""
+
+    engine: Engine  # set once the model is loaded
+
+    def __init__(self, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system_prompt: str | None) -> None:
+        self._tokenizer, self._format = tokenizer, chat_format
+        self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self.messages = list(self._system)
+        self._turns = 0
+
+    def reset(self) -> None:
+        """Forget everything said so far, on every rank."""
+        self.messages = list(self._system)
+        self.engine.forget_prefixes()
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of the conversation with `text` as the user's next turn.
+
+        Raises:
+            UserError: it is empty.
+        """
+        return self._format.encode(self._tokenizer, [*self.messages, {"role": "user", "content": text}])
+
+    def say(
+        self,
+        text: str,
+        sampling: SamplingParams,
+        show: Callable[[str], None],
+        progress: Progress,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> Answer:
+        """Answer the user's next turn; `show` gets each piece of text as it is made.
+
+        An answer that `is_stopped` ends where it is, and stays in the conversation as far as it goes.
+
+        Raises:
+            UserError: the turn is empty or too long.
+        """
+        request = Request(self._turns, self.encode(text), sampling)
+        self._turns += 1
+        self.engine.on_prefill = progress.prefill
+        self.engine.add(request)
+        pieces = []
+        while not self.engine.is_idle:
+            if is_stopped():
+                self.engine.abort(request.id)
+            for output in self.engine.step():
+                if output.error is not None:
+                    raise output.error
+                progress.clear()
+                pieces.append(output.text)
+                show(output.text)
+        answer = Answer("".join(pieces), output.finish_reason or "length", output.timings)
+        if answer.text or output.finish_reason != "abort":
+            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
+        return answer
+
+
+def ask(launcher: Launcher, prompt: str) -> str | None:
+    """The next line that a person types, on a terminal with the keys of readline; None at the end of the input."""
+    if not launcher.is_terminal:
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+        return launcher.read_line()
+    with contextlib.suppress(ImportError):  # a Python without it: then there is no history
+        import readline  # noqa: F401
+    with launcher.foreground(), changed_terminal(0, {}):
+        try:
+            return input(prompt)
+        except EOFError:
+            return None
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def statistics_line(timings: Timings, ranks: list[dict[str, Any]]) -> str:
+    """What mlx_lm.generate tells after an answer, in one line, with every rank's memory."""
+    draft = f"; {timings.num_accepted} of {timings.num_draft_tokens} draft tokens accepted"
+    memory = ", ".join(f"{rank['peak_memory_bytes'] / 1e9:.3f}" for rank in ranks)
+    return (
+        f"prompt {timings.prompt_tokens} tokens, {timings.prompt_tps:.1f} tok/s; generation"
+        f" {len(timings.token_ids)} tokens, {timings.generation_tps:.1f} tok/s; first token after"
+        f" {timings.first_token_s - timings.started_s:.3f} s{draft if timings.num_draft_tokens else ''}; peak memory {memory} GB"
+    )
+
+
+def json_answer(answer: Answer, ranks: list[dict[str, Any]]) -> str:
+    timings = answer.timings
+    stats = {
+        "prompt_tokens": timings.prompt_tokens,
+        "prompt_tps": timings.prompt_tps,
+        "generation_tokens": len(timings.token_ids),
+        "generation_tps": timings.generation_tps,
+        "time_to_first_token_s": timings.first_token_s - timings.started_s,
+        "draft_tokens": timings.num_draft_tokens,
+        "accepted_draft_tokens": timings.num_accepted,
+        "ranks": ranks,
+    }
+    return json.dumps(
+        {
+            "text": answer.text,
+            "token_ids": timings.token_ids,
+            "finish_reason": answer.finish_reason,
+            "stats": stats,
+        }
+    )

@@ -1,0 +1,52 @@
+"""What each layer of a model costs: bytes of weights, bytes of cache, work per token. Plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """Bytes of one layer's cache: `fixed` plus `per_token` for each token, up to `max_tokens` of them."""
+
+    fixed: int = 0
+    per_token: int = 0
+    max_tokens: int | None = None
+
+    def bytes_at(self, context: int) -> int:
+        tokens = context if self.max_tokens is None else min(context, self.max_tokens)
+        return self.fixed + self.per_token * tokens
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the planner knows of a model."""
+
+    num_layers: int
+    layer_bytes: list[int]
+    layer_work: list[float]  # bytes of weights that one token reads
+    head_bytes: int  # embedding, norm and head
+    head_work: float
+    caches: list[CacheCost]
+    forbidden_cuts: dict[int, str]
+    max_positions: int | None  # what the model was trained for
+    can_batch: bool  # whether mlx-lm can run rows of different lengths together
+    vocab_size: int  # width of the logits
+    assumptions: tuple[str, ...] = ()  # sentences: what isn't known of a model without weights
+
+    def with_draft(self, draft: ModelInfo) -> ModelInfo:
+        """The same with a whole draft model on rank 0, beside layer 0."""
+        first = total_cost([self.caches[0], *draft.caches])
+        head_bytes = self.head_bytes + draft.head_bytes + sum(draft.layer_bytes)
+        assumptions = tuple(dict.fromkeys((*self.assumptions, *draft.assumptions)))
+        return replace(self, head_bytes=head_bytes, caches=[first, *self.caches[1:]], assumptions=assumptions)
+
+
+def total_cost(costs: list[CacheCost]) -> CacheCost:
+    """Return what several caches cost as one."""
+    limits = [cost.max_tokens for cost in costs if cost.per_token]
+    return CacheCost(
+        sum(cost.fixed for cost in costs),
+        sum(cost.per_token for cost in costs),
+        None if None in limits else max((limit for limit in limits if limit is not None), default=None),
+    )

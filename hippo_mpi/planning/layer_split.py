@@ -1,0 +1,269 @@
+"""Which rank holds which layers: budgets and costs in, a LayerSplit and its explanation out. Pure arithmetic."""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hippo_mpi.config import above_0
+from hippo_mpi.errors import PlanError
+from hippo_mpi.planning.costs import CacheCost, ModelInfo
+from hippo_mpi.units import count_of, show_bytes
+
+# What a rank needs beside weights and cache: activations, the interpreter, the libraries.
+_WORKING_BYTES = 256 << 20
+_CACHE_STEP_TOKENS = 256  # mlx-lm's caches grow by so much
+_PREFIX_SHARE = 8  # of what is left for caches, kept prefixes may take this part
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A rank's budget: bytes it may fill, and its speed relative to the others."""
+
+    name: str
+    memory_bytes: int
+    speed: float = 1.0
+
+    @classmethod
+    def from_option(cls, text: str) -> Machine:
+        """Parse NAME:GIBIBYTES[:SPEED].
+
+        Raises:
+            argparse.ArgumentTypeError: it is something else.
+        """
+        parts = text.split(":")
+        if len(parts) not in (2, 3):
+            raise ArgumentTypeError(f"{text!r} is not NAME:GIBIBYTES[:SPEED]")
+        speed = above_0(parts[2]) if len(parts) == 3 else 1.0
+        return cls(parts[0], int(above_0(parts[1]) * 2**30), speed)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one rank would hold."""
+
+    machine: Machine
+    start: int
+    stop: int
+    weight_bytes: int  # embedding and head included on rank 0
+    cache_bytes: int
+    work: float  # bytes read per token, divided by the machine's speed
+    share: float  # of all work
+
+    @property
+    def margin_bytes(self) -> int:
+        return self.machine.memory_bytes - self.weight_bytes - self.cache_bytes - _WORKING_BYTES
+
+
+@dataclass(frozen=True)
+class LayerSplit:
+    """Layers [start, stop) per rank, for a context of `max_context` tokens."""
+
+    stages: list[StagePlan]
+    max_context: int
+    info: ModelInfo
+
+    @property
+    def counts(self) -> list[int]:
+        return [stage.stop - stage.start for stage in self.stages]
+
+    @property
+    def fits(self) -> bool:
+        return all(stage.margin_bytes >= 0 for stage in self.stages)
+
+    def cache_room(self, most_rows: int) -> tuple[int, int | None]:
+        """(how many sequences may run at once, how many tokens they may have together; None: any number).
+
+        Half of the memory is left over: regrouping copies caches.
+        """
+        rows, tokens = most_rows, []
+        for stage in self.stages:
+            room = (stage.margin_bytes + stage.cache_bytes) // 2
+            fixed = sum(cache.fixed for cache in self._caches_of(stage))
+            rows = max(1, min(rows, room // fixed if fixed else rows))
+        for stage in self.stages:
+            caches = self._caches_of(stage)
+            room = (stage.margin_bytes + stage.cache_bytes) // 2 - rows * sum(cache.fixed for cache in caches)
+            if per_token := sum(cache.per_token for cache in caches):
+                tokens.append(max(0, room // per_token))
+        return rows, min(tokens, default=None)
+
+    def prefix_room_bytes(self) -> int:
+        """Bytes that each rank can spare for caches that are kept."""
+        return max(0, min((stage.margin_bytes + stage.cache_bytes) // _PREFIX_SHARE for stage in self.stages))
+
+    def sequence_bytes(self, num_tokens: int) -> int:
+        """What a sequence's caches take on the rank where they take most; they grow in steps."""
+        held = -(-num_tokens // _CACHE_STEP_TOKENS) * _CACHE_STEP_TOKENS
+        return max(sum(cache.bytes_at(held) for cache in self._caches_of(stage)) for stage in self.stages)
+
+    def _caches_of(self, stage: StagePlan) -> list[CacheCost]:
+        return self.info.caches[stage.start : stage.stop]
+
+    def table(self) -> str:
+        """The plan for people: a line per rank."""
+        head = f"{'rank':>4}  {'host':<16} {'layers':<9} {'weights':>9} {'KV cache':>9} {'memory':>9} {'margin':>9} {'work':>5}"
+        lines = [f"{count_of(self.info.num_layers, 'layer')}, context of {self.max_context:,} tokens", head]
+        for rank, stage in enumerate(self.stages):
+            layers = f"{stage.start}-{stage.stop - 1}" + ("+head" if rank == 0 and len(self.stages) > 1 else "")
+            lines.append(
+                f"{rank:>4}  {stage.machine.name:<16.16} {layers:<9} {show_bytes(stage.weight_bytes):>9}"
+                f" {show_bytes(stage.cache_bytes):>9} {show_bytes(stage.machine.memory_bytes):>9}"
+                f" {show_bytes(stage.margin_bytes):>9} {stage.share:>4.0%}"
+            )
+        if self.info.forbidden_cuts:
+            cuts = ", ".join(map(str, sorted(self.info.forbidden_cuts)))
+            lines.append(f"this model can't be cut before layers {cuts}")
+        return "\n".join([*lines, *(f"assumed: {assumption}" for assumption in self.info.assumptions)])
+
+    def as_object(self) -> dict[str, Any]:
+        """Return the plan for JSON, sizes in bytes."""
+        return {
+            "num_layers": self.info.num_layers,
+            "max_context": self.max_context,
+            "forbidden_cuts": sorted(self.info.forbidden_cuts),
+            "assumptions": list(self.info.assumptions),
+            "ranks": [
+                {
+                    "machine": asdict(stage.machine),
+                    "layers": [stage.start, stage.stop],
+                    "layer_bytes": sum(self.info.layer_bytes[stage.start : stage.stop]),
+                    "head_bytes": self.info.head_bytes if rank == 0 else 0,
+                    "cache_bytes": stage.cache_bytes,
+                    "working_bytes": _WORKING_BYTES,
+                    "margin_bytes": stage.margin_bytes,
+                    "work_share": stage.share,
+                }
+                for rank, stage in enumerate(self.stages)
+            ],
+        }
+
+
+def plan_split(
+    info: ModelInfo,
+    machines: Sequence[Machine],
+    max_context: int | None = None,
+    layer_split: Sequence[int] | None = None,
+) -> LayerSplit:
+    """The split that minimises the slowest stage's time per token within every machine's memory.
+
+    Without `max_context` it is the model's own limit, or, where that doesn't fit, the largest half, quarter ...
+    of it that does.
+
+    Raises:
+        PlanError: no allowed split fits, or `layer_split` is impossible.
+    """
+    context = max_context or info.max_positions or 4096
+    if layer_split is not None:
+        _check_layer_split(info, len(machines), layer_split)
+    elif len(machines) > 1 + sum(1 for cut in range(1, info.num_layers) if cut not in info.forbidden_cuts):
+        raise PlanError(_too_many_ranks(info, len(machines)))
+    while True:
+        bounds = _bounds(layer_split) if layer_split is not None else _best_bounds(info, machines, context)
+        split = _explain(info, machines, bounds or _even_bounds(info, len(machines)), context)
+        if bounds is not None and split.fits:
+            return split
+        if max_context is not None or context <= 2048:
+            raise PlanError(_does_not_fit(split))
+        context = max(2048, context // 2)
+
+
+def _bounds(counts: Sequence[int]) -> list[int]:
+    bounds = [0]
+    for count in counts:
+        bounds.append(bounds[-1] + count)
+    return bounds
+
+
+def _best_bounds(info: ModelInfo, machines: Sequence[Machine], context: int) -> list[int] | None:
+    """Dynamic programme over (ranks, layers): the smallest possible slowest stage; None if nothing fits."""
+    num = info.num_layers
+    allowed = [cut == num or cut not in info.forbidden_cuts for cut in range(num + 1)]
+    best: list[tuple[float, float, list[int]] | None] = [None] * (num + 1)
+    best[0] = (0.0, 0.0, [0])
+    for rank, machine in enumerate(machines):
+        first = rank == 0
+        nxt: list[tuple[float, float, list[int]] | None] = [None] * (num + 1)
+        for start, before in enumerate(best):
+            if before is None or (first and start > 0):
+                continue
+            for stop in range(start + 1, num + 1):
+                if not allowed[stop]:
+                    continue
+                stage = _stage(info, machine, start, stop, context, first)
+                if stage.margin_bytes < 0:
+                    break  # more layers only need more
+                slowest = max(before[0], stage.work)
+                # Among equals the one with the smaller sum of squares, so that no rank is left almost empty.
+                candidate = (slowest, before[1] + stage.work**2, [*before[2], stop])
+                held = nxt[stop]
+                if held is None or candidate[:2] < held[:2]:
+                    nxt[stop] = candidate
+        best = nxt
+    found = best[num]
+    return found[2] if found else None
+
+
+def _stage(info: ModelInfo, machine: Machine, start: int, stop: int, context: int, first: bool) -> StagePlan:
+    weights = sum(info.layer_bytes[start:stop]) + (info.head_bytes if first else 0)
+    caches = sum(cache.bytes_at(context) for cache in info.caches[start:stop])
+    work = (sum(info.layer_work[start:stop]) + (info.head_work if first else 0.0)) / machine.speed
+    return StagePlan(machine, start, stop, weights, caches, work, 0.0)
+
+
+def _explain(info: ModelInfo, machines: Sequence[Machine], bounds: list[int], context: int) -> LayerSplit:
+    stages = [_stage(info, machine, bounds[i], bounds[i + 1], context, i == 0) for i, machine in enumerate(machines)]
+    total = sum(stage.work for stage in stages) or 1.0
+    shared = [StagePlan(**{**vars(stage), "share": stage.work / total}) for stage in stages]
+    return LayerSplit(shared, context, info)
+
+
+def _even_bounds(info: ModelInfo, num_ranks: int) -> list[int]:
+    """Some allowed split, to show how far from fitting the model is."""
+    cuts = [cut for cut in range(1, info.num_layers) if cut not in info.forbidden_cuts]
+    step = (len(cuts) + 1) / num_ranks
+    return [0, *(cuts[min(len(cuts) - 1, round(step * i) - 1)] for i in range(1, num_ranks)), info.num_layers]
+
+
+def _check_layer_split(info: ModelInfo, num_ranks: int, counts: Sequence[int]) -> None:
+    text = ",".join(map(str, counts))
+    even = ",".join(str(info.num_layers // num_ranks + (i < info.num_layers % num_ranks)) for i in range(num_ranks))
+    if len(counts) != num_ranks:
+        raise PlanError(
+            f"layer split {text} is for {count_of(len(counts), 'rank')}, but there {'is' if num_ranks == 1 else 'are'} {num_ranks}; try --layer-split {even}"
+        )
+    if min(counts) < 1:
+        raise PlanError(f"layer split {text} leaves a rank without layers; try --layer-split {even}")
+    if sum(counts) != info.num_layers:
+        raise PlanError(
+            f"layer split {text} covers {count_of(sum(counts), 'layer')} but the model has {info.num_layers};"
+            f" try --layer-split {even}"
+        )
+    for cut in _bounds(counts)[1:-1]:
+        if cut in info.forbidden_cuts:
+            allowed = [c for c in range(1, info.num_layers) if c not in info.forbidden_cuts]
+            raise PlanError(
+                f"layer split {text} cuts before layer {cut}, where this model can't be cut ({info.forbidden_cuts[cut]});"
+                f" it can before {', '.join(map(str, allowed)) or 'none'}"
+            )
+
+
+def _too_many_ranks(info: ModelInfo, num_ranks: int) -> str:
+    most = 1 + sum(1 for cut in range(1, info.num_layers) if cut not in info.forbidden_cuts)
+    if info.forbidden_cuts:
+        why = next(iter(info.forbidden_cuts.values()))
+        stages = count_of(most, "stage")
+        return f"{num_ranks} ranks, but this model can be cut into {stages} at most ({why}); use -n {most}"
+    return (
+        f"{num_ranks} ranks, but the model has {count_of(info.num_layers, 'layer')}; use at most -n {info.num_layers}"
+    )
+
+
+def _does_not_fit(split: LayerSplit) -> str:
+    missing = sum(max(0, -stage.margin_bytes) for stage in split.stages)
+    return (
+        f"the model doesn't fit: {show_bytes(missing)} are missing; more ranks, a quantised model or a shorter"
+        f" --max-context (now {split.max_context:,} tokens) would help\n{split.table()}"
+    )

@@ -1,0 +1,166 @@
+"""What all ranks agree on before a weight is loaded: versions, arguments, the model, and who holds which layers.
+
+Every rank takes part in every exchange, also one that has found an error: so all of them learn of it, rank 0
+says it in one line, and all end with the same status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint
+from hippo_mpi.config import RunOptions
+from hippo_mpi.errors import HippoError, LaunchError, UserError
+from hippo_mpi.planning.costs import ModelInfo
+from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
+from hippo_mpi.planning.machine import available_bytes, measured_speed
+from hippo_mpi.planning.model_costs import model_info
+from hippo_mpi.runtime.source_digest import source_digest
+from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.world import World
+
+_EQUAL_SPEED = 1.2  # speeds closer than this are taken for the same: a short measurement isn't better
+
+
+@dataclass
+class DraftModel:
+    """A small model that lies whole on rank 0."""
+
+    checkpoint: Checkpoint
+    info: ModelInfo
+
+
+@dataclass
+class Agreement:
+    """What all ranks have agreed on before a weight is loaded. `split` and `draft` are on rank 0 only."""
+
+    checkpoint: Checkpoint
+    counts: list[int]
+    max_context: int
+    can_batch: bool | None  # False: mlx-lm can't run rows together; None: the model must be asked
+    vocab_size: int
+    split: LayerSplit | None
+    draft: DraftModel | None = None
+
+
+def compare_ranks(world: World, control: Control, arguments: dict[str, str]) -> list[Machine]:
+    """Compare the ranks' versions and arguments; their budgets, on rank 0 (elsewhere none).
+
+    Raises:
+        HippoError: they differ; for ranks other than 0 the process ends instead.
+    """
+    introductions = control.gather(_introduction(world, arguments) | {"digest": ""})
+    if introductions is None:
+        return []
+    try:
+        _compare(introductions)
+    except HippoError as error:
+        control.fail(error)
+    return _machines(introductions)
+
+
+def negotiate(
+    world: World,
+    control: Control,
+    find_source: Callable[[], ModelSource],
+    options: RunOptions,
+    settings: KVSettings,
+    arguments: dict[str, str],
+    machines: list[Machine] | None = None,
+    find_draft: Callable[[], ModelSource | None] = lambda: None,
+) -> Agreement:
+    """Open the checkpoint on every rank, compare, and plan the split on rank 0: for the ranks, or for `machines` instead.
+
+    Raises:
+        HippoError: on every rank, if any rank found one; for ranks other than 0 the process ends instead.
+    """
+    control.progress("opening the checkpoint")
+    checkpoint, introduction = None, _introduction(world, arguments)
+    try:
+        checkpoint = open_checkpoint(find_source())
+        introduction["digest"] = checkpoint.digest()
+    except HippoError as error:
+        introduction |= {"error": str(error), "code": error.exit_code}
+    introductions = control.gather(introduction)
+    split = draft = None
+    if introductions is not None:
+        try:
+            _compare(introductions)
+            assert checkpoint is not None
+            info, draft = model_info(checkpoint, settings), _open_draft(find_draft())
+            info = info.with_draft(draft.info) if draft else info
+            split = plan_split(info, machines or _machines(introductions), options.max_context, options.layer_split)
+        except HippoError as error:
+            control.fail(error)
+    plan = None
+    if split is not None:
+        plan = {
+            "counts": split.counts,
+            "max_context": split.max_context,
+            "can_batch": None if split.info.can_batch else False,
+            "vocab_size": split.info.vocab_size,
+        }
+    verdict = control.share(plan)
+    assert checkpoint is not None
+    return Agreement(checkpoint, split=split, draft=draft, **verdict)
+
+
+def _open_draft(source: ModelSource | None) -> DraftModel | None:
+    if source is None:
+        return None
+    checkpoint = open_checkpoint(source)
+    return DraftModel(checkpoint, model_info(checkpoint, KVSettings()))
+
+
+def _introduction(world: World, arguments: dict[str, str]) -> dict[str, Any]:
+    return {
+        "host": world.host,
+        "versions": {
+            **{name: version(name) for name in ("mlx", "mlx-lm", "hippo-mpi")},
+            "hippo-mpi's files": source_digest(),
+        },
+        "arguments": arguments,
+        "memory": available_bytes(),
+        "speed": measured_speed(),
+    }
+
+
+def _compare(introductions: list[dict[str, Any]]) -> None:
+    """Raise what the ranks found, or what they differ in."""
+    for rank, introduction in enumerate(introductions):
+        if "error" in introduction:
+            everywhere = all(other.get("error") == introduction["error"] for other in introductions)
+            where = "" if everywhere else f"rank {rank} ({introduction['host']}): "
+            error = UserError(f"{where}{introduction['error']}")
+            error.exit_code = introduction["code"]
+            raise error
+    for key, what in (("versions", "versions"), ("arguments", "command-line arguments"), ("digest", "models")):
+        for rank, introduction in enumerate(introductions):
+            if introduction[key] != introductions[0][key]:
+                raise LaunchError(
+                    f"rank 0 ({introductions[0]['host']}) and rank {rank} ({introduction['host']}) have different {what}:"
+                    f" {_differences(introductions[0][key], introduction[key])}"
+                )
+
+
+def _differences(first: Any, second: Any) -> str:
+    if isinstance(first, dict):
+        keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+        return ", ".join(f"{key} {first.get(key)} and {second.get(key)}" for key in keys)
+    return f"{first} and {second}"
+
+
+def _machines(introductions: list[dict[str, Any]]) -> list[Machine]:
+    """Budgets by rank: ranks on one host share its memory, and count as equally fast."""
+    hosts = [introduction["host"] for introduction in introductions]
+    by_host: dict[str, float] = {}
+    for introduction in introductions:
+        by_host[introduction["host"]] = max(by_host.get(introduction["host"], 0.0), introduction["speed"])
+    fastest = max(by_host.values())
+    speeds = {host: 1.0 if speed * _EQUAL_SPEED >= fastest else speed / fastest for host, speed in by_host.items()}
+    memory = {host: min(h["memory"] for h in introductions if h["host"] == host) // hosts.count(host) for host in hosts}
+    return [Machine(host, memory[host], speeds[host]) for host in hosts]

@@ -1,0 +1,105 @@
+"""Build what a command's body works with on rank 0: tokenizer, draft model, engine, conversation."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from hippo_mpi.engine.drafting import Drafter
+from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.prefix_cache import PrefixBudget
+from hippo_mpi.engine.request import Propose, check_context
+from hippo_mpi.engine.scheduler import Limits
+from hippo_mpi.engine.text import ChatFormat, open_tokenizer
+from hippo_mpi.errors import UserError
+from hippo_mpi.offline.conversation import Conversation
+from hippo_mpi.runtime.pipeline import Pipeline
+from hippo_mpi.runtime.session import Session
+from hippo_mpi.shard.stage import load_stage
+
+
+def open_model_tokenizer(session: Session, extra_eos: tuple[str, ...] = ()) -> TokenizerWrapper:
+    """Open the tokenizer of the model that the ranks agreed on.
+
+    Raises:
+        UserError: it can't be used.
+    """
+    checkpoint = session.agreement.checkpoint
+    eos, trusts = checkpoint.config.get("eos_token_id"), checkpoint.source.trust_remote_code
+    return open_tokenizer(checkpoint.source.path, eos, extra_eos, trusts)
+
+
+def open_text(session: Session) -> tuple[TokenizerWrapper, ChatFormat]:
+    """Return the model's tokenizer, and how messages become a prompt.
+
+    Raises:
+        UserError: the tokenizer can't be used, or the draft model has another.
+    """
+    arguments, draft = session.arguments, session.agreement.draft
+    tokenizer = open_model_tokenizer(session, tuple(arguments.extra_eos_token))
+    if draft is not None:
+        drafts = open_tokenizer(draft.checkpoint.source.path, None, (), arguments.trust_remote_code).vocab_size
+        if drafts != tokenizer.vocab_size:
+            raise UserError(
+                f"--draft-model {arguments.draft_model} has {drafts:,} tokens and the model {tokenizer.vocab_size:,}:"
+                " they must have the same tokenizer"
+            )
+    return tokenizer, ChatFormat.from_options(arguments)
+
+
+def build_conversation(session: Session, first_prompt: str | None = None) -> tuple[Pipeline, Conversation]:
+    """Load rank 0's part of the model, and build a conversation on top.
+
+    Raises:
+        UserError: the tokenizer can't be used, or `first_prompt` can't be answered; nothing is loaded then.
+    """
+    arguments, max_context = session.arguments, session.agreement.max_context
+    tokenizer, chat_format = open_text(session)
+    conversation = Conversation(tokenizer, chat_format, arguments.system_prompt)
+    if first_prompt is not None:
+        check_context(len(conversation.encode(first_prompt)), max_context)
+    pipeline = session.load()
+    if arguments.seed is not None:
+        mx.random.seed(arguments.seed)
+    limits = Limits(prefill_chunk=arguments.prefill_step_size, deadline_s=arguments.timeout)
+    # The conversation so far is all that is kept, and at most the context: the plan has counted it.
+    budget = PrefixBudget(max_context, lambda num_tokens: num_tokens)
+    conversation.engine = _build_engine(session, pipeline, tokenizer, limits, budget)
+    return pipeline, conversation
+
+
+def build_engine(session: Session, pipeline: Pipeline, tokenizer: TokenizerWrapper) -> Engine:
+    """Build an engine for many requests, within what the memory guard leaves for caches."""
+    arguments, split = session.arguments, session.agreement.split
+    assert split is not None  # rank 0 has planned
+    size, cache_tokens = split.cache_room(arguments.max_batch_size)
+    limits = Limits(
+        size,
+        arguments.max_batch_tokens,
+        cache_tokens,
+        arguments.prefill_step_size,
+        session.agreement.can_batch,
+        deadline_s=arguments.timeout,
+    )
+    num_bytes = arguments.prompt_cache_bytes
+    num_bytes = split.prefix_room_bytes() if num_bytes is None else num_bytes
+    budget = PrefixBudget(num_bytes, split.sequence_bytes) if num_bytes else None
+    return _build_engine(session, pipeline, tokenizer, limits, budget)
+
+
+def _build_engine(
+    session: Session, pipeline: Pipeline, tokenizer: TokenizerWrapper, limits: Limits, budget: PrefixBudget | None
+) -> Engine:
+    agreement, propose = session.agreement, _load_drafter(session)
+    return Engine(pipeline.leader(), tokenizer, limits, agreement.max_context, agreement.vocab_size, budget, propose)
+
+
+def _load_drafter(session: Session) -> Propose | None:
+    """Load the draft model, if there is one: rank 0 calls it when the pipeline is loaded."""
+    agreement = session.agreement
+    if agreement.draft is None:
+        return None
+    checkpoint, info = agreement.draft.checkpoint, agreement.draft.info
+    stage = load_stage(checkpoint, [info.num_layers], 0, lambda _: session.control.progress("loading the draft model"))
+    vocab_size = min(info.vocab_size, agreement.vocab_size)
+    return Drafter(stage.model, vocab_size, info.max_positions, session.arguments.num_draft_tokens).propose

@@ -1,0 +1,168 @@
+"""From a command line to a joined rank, and from its body to an exit status that every rank ends with."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from hippo_mpi.checkpoint.checkpoint import ModelSource
+from hippo_mpi.config import Parser, run_options
+from hippo_mpi.errors import ForeignError, HippoError, UserError, interrupted, print_error, unread
+from hippo_mpi.offline.progress import Progress
+from hippo_mpi.planning.layer_split import Machine
+from hippo_mpi.runtime.agreement import compare_ranks, negotiate
+from hippo_mpi.runtime.session import Session
+from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.transport.console import LentConsole, borrow_console
+from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.launcher import Launcher
+from hippo_mpi.transport.processes import kill_stopped_ranks
+from hippo_mpi.transport.terminal import open_standard_streams, put_back_terminal
+from hippo_mpi.transport.world import World, connect, detect_launch, end_within, write_status
+
+_LEAST_END_S = 10.0  # for the other ranks to end, on a busy machine
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """A rank that has joined, before anything is agreed on."""
+
+    arguments: argparse.Namespace
+    given: dict[str, str]  # options that aren't at their defaults; the same on every rank
+    mistake: UserError | None
+    world: World
+    control: Control
+    console: LentConsole | None
+
+
+def run(parser: Parser, body: Callable[[Session], int], argv: list[str] | None = None) -> NoReturn:
+    """Run `body` on every rank, over a model that they have agreed on. Rank 0's result is the exit status."""
+    _run(parser, lambda joined: _with_model(joined, body), argv)
+
+
+def run_without_model(parser: Parser, body: Callable[[argparse.Namespace, list[Machine], Control], int]) -> NoReturn:
+    """Run `body` on rank 0, which is told the ranks' budgets. Its result is the exit status."""
+
+    def call(joined: _Joined) -> int:
+        if joined.mistake and joined.world.rank == 0:
+            joined.control.fail(joined.mistake)
+        machines = compare_ranks(joined.world, joined.control, joined.given)
+        code = body(joined.arguments, machines, joined.control) if joined.world.rank == 0 else 0
+        joined.control.close()
+        return code
+
+    _run(parser, call)
+
+
+def _run(parser: Parser, body: Callable[[_Joined], int], argv: list[str] | None = None) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Python handler wouldn't run while MLX waits
+    open_standard_streams()
+    argv = sys.argv[1:] if argv is None else argv
+    world, arguments, mistake, console = _start(parser, argv)
+    try:
+        control = Control(world, arguments.start_timeout, arguments.timeout)
+    except HippoError as error:
+        _refuse(f"{world.name}: {error}", error.exit_code, world.rank)
+    try:
+        given = {k: str(v) for k, v in vars(arguments).items() if v != parser.get_default(k)}
+        control.on_end = _note_end
+        code = body(_Joined(arguments, given, mistake, world, control, console))
+    except HippoError as error:
+        control.fail(error)
+    except KeyboardInterrupt:
+        control.fail(interrupted())
+    except BrokenPipeError:  # whoever read our answer has enough
+        control.fail(unread())
+    except Exception as error:  # a worker's top frame: whatever went wrong, all ranks must end
+        control.fail(ForeignError.caused_by(error))
+    if world.size > 1:
+        end_s = max(arguments.timeout, _LEAST_END_S)
+        end_within(end_s, f"{world.name} waited {end_s:.0f} s for the other ranks to end")
+    if world.backend != "mpi":  # which waits itself
+        control.part()
+    world.group = None  # MPI is finalised when the last reference goes
+    _exit(code, world.rank, is_orderly=world.backend == "mpi")
+
+
+def _note_end(code: int) -> None:
+    """What rank 0 leaves behind when it must end at once."""
+    put_back_terminal()
+    write_status(code)
+
+
+def _start(parser: Parser, argv: list[str]) -> tuple[World, argparse.Namespace, UserError | None, LentConsole | None]:
+    """The world, the parsed arguments and rank 0's console; a mistake is kept until all ranks can hear of it."""
+    rank = 0
+    try:
+        launch = detect_launch()
+        rank = launch.rank
+        if rank > 0 and {"-h", "--help", "--version"} & set(argv):
+            _exit(0, rank)
+        console = borrow_console() if rank == 0 else None
+        arguments, mistake = _parse(parser, argv)
+        if mistake and not launch.backend:
+            raise mistake
+        return connect(launch, arguments.start_timeout), arguments, mistake, console
+    except HippoError as error:
+        _refuse(str(error), error.exit_code, rank)
+
+
+def _refuse(line: str, code: int, rank: int) -> NoReturn:
+    """End a rank that has no connection to the others yet; each speaks for itself."""
+    print_error(line)
+    kill_stopped_ranks(os.getppid())
+    _exit(code, rank)
+
+
+def _with_model(joined: _Joined, body: Callable[[Session], int]) -> int:
+    arguments, world, control, mistake = joined.arguments, joined.world, joined.control, joined.mistake
+    launcher = Launcher(world, joined.console)
+    progress = Progress(is_shown=world.rank == 0 and not getattr(arguments, "json", False))
+    settings = KVSettings.from_options(arguments)
+
+    def find_source() -> ModelSource:
+        if mistake:
+            raise mistake
+        return ModelSource.from_options(arguments, looking)
+
+    def looking() -> None:
+        control.progress("looking at the hub's files")
+
+    agreement = negotiate(
+        world,
+        control,
+        find_source,
+        run_options(arguments),
+        settings,
+        joined.given,
+        getattr(arguments, "machines", None),
+        lambda: ModelSource.of_draft(arguments, looking),
+    )
+    try:
+        return body(Session(arguments, world, control, launcher, settings, agreement, progress))
+    finally:
+        progress.clear()  # what is said next begins on a line of its own
+
+
+def _parse(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, UserError | None]:
+    try:
+        return parser.parse_args(argv), None
+    except SystemExit:  # --help, --version
+        _exit(0, 0)
+    except UserError as error:
+        return parser.parse_args([]), error
+
+
+def _exit(code: int, rank: int, is_orderly: bool = False) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if rank == 0:
+        write_status(code)
+    if is_orderly:
+        sys.exit(code)
+    os._exit(code)

@@ -1,0 +1,62 @@
+"""A rank that has joined, and a model that all ranks have agreed on: what the body of a command works with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from hippo_mpi.offline.conversation import write
+from hippo_mpi.offline.progress import Progress
+from hippo_mpi.runtime.agreement import Agreement
+from hippo_mpi.runtime.pipeline import Pipeline
+from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.launcher import Launcher
+from hippo_mpi.transport.world import World
+
+
+@dataclass
+class Session:
+    """One rank of a run."""
+
+    arguments: argparse.Namespace
+    world: World
+    control: Control
+    launcher: Launcher
+    settings: KVSettings
+    agreement: Agreement
+    progress: Progress
+
+    def load(self) -> Pipeline:
+        """Load this rank's part of the model. Over several hosts, people are shown which holds what."""
+        split = self.agreement.split  # on rank 0
+        if split is not None and len({stage.machine.name for stage in split.stages}) > 1:
+            sys.stderr.write(f"{split.table()}\n")
+        pipeline = Pipeline(self.world, self.control, self.agreement, self.settings, self.progress.loading)
+        self.progress.clear()
+        return pipeline
+
+    def show(self, text: str) -> None:
+        """Write to standard output, for as long as its reader takes."""
+        with self.control.pausing():
+            write(text)
+
+    def show_plan(self, simulation: dict[str, Any] | None = None) -> None:
+        """Print, on rank 0, which rank would hold what; as JSON with --json, and then with what a simulation found."""
+        split = self.agreement.split
+        if split is None:
+            return
+        if self.arguments.json:
+            plan = {"model": self.arguments.model, "plan": split.as_object(), **(simulation or {})}
+            print(json.dumps(plan), flush=True)
+        else:
+            print(split.table(), flush=True)
+
+    def follow(self) -> None:
+        """Do what every rank but the first does: load, obey, end."""
+        pipeline = self.load()
+        pipeline.follow()
+        pipeline.end()

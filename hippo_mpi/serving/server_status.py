@@ -1,0 +1,98 @@
+"""How a server stands, as a table: what `./launch/serve status` prints.
+
+python -m hippo_mpi.serving.server_status URL [--json]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from datetime import timedelta
+from typing import Any, NoReturn
+
+from hippo_mpi import config
+from hippo_mpi.errors import UserError, print_error
+from hippo_mpi.serving.addresses import TRUST_HINT, is_untrusted, url_to_ask
+from hippo_mpi.serving.page.cluster_view import COLUMNS, ClusterView, fetch_status
+
+_BETWEEN_LOOKS_S = 1.2  # rank 0 tells how busy the ranks are every second
+
+
+def make_parser() -> config.Parser:
+    parser = config.Parser(prog="./launch/serve status", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("url", help=f"of the server; its key from {config.API_KEYS}")
+    parser.add_argument("--json", action="store_true", help="print what the server says as it is")
+    return parser
+
+
+def report(status: dict[str, Any], url: str, rows: list[list[str]]) -> str:
+    """Return lines for people.
+
+    Args:
+        status: what GET /ready says.
+        rows: a row per rank, in the order of COLUMNS.
+    """
+    requests = f"{status['running']:,} running, {status['waiting']:,} waiting"
+    pairs = {
+        "state": status["state"],
+        "URL": url,
+        "model": status.get("model", "unknown"),
+        "uptime": str(timedelta(seconds=status["uptime_s"])),
+        "requests": requests,
+        "restarts": f"{status['restarts']:,}",
+        "no answer": ", ".join(status.get("silent_hosts", [])),
+    }
+    lines = [f"{name:<9} {value}" for name, value in pairs.items() if value]
+    return "\n".join([*lines, "", *(_table(rows) if rows else [_why_no_ranks(status)])])
+
+
+def _why_no_ranks(status: dict[str, Any]) -> str:
+    if status["ready"] and "ranks" not in status:
+        return f"The ranks are shown to who has a key of the server in {config.API_KEYS}."
+    return "No ranks are ready."
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    columns = list(zip(COLUMNS, *rows, strict=True))
+    widths = [max(len(cell) for cell in column) for column in columns]
+    return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in (COLUMNS, *rows)]
+
+
+def show(argv: list[str]) -> None:
+    """Print how a server stands.
+
+    Raises:
+        UserError: it doesn't answer.
+    """
+    arguments = make_parser().parse_args(argv)
+    if not arguments.url:
+        raise UserError("it doesn't listen yet: ./launch/serve logs shows what it does")
+    url = url_to_ask(arguments.url)
+    try:
+        status = fetch_status(url)
+        if arguments.json:
+            print(json.dumps(status))
+            return
+        view = ClusterView(lambda: fetch_status(url))
+        view.look()
+        if view.rows:
+            time.sleep(_BETWEEN_LOOKS_S)
+            view.look()
+    except (OSError, ValueError) as error:
+        advice = f" ({TRUST_HINT})" if is_untrusted(error) else ""
+        raise UserError(f"{arguments.url} doesn't answer: {error}{advice}") from None
+    print(report(status, arguments.url, view.rows))
+
+
+def main() -> NoReturn:
+    try:
+        show(sys.argv[1:])
+    except UserError as error:
+        print_error(str(error))
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
