@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from hippo_mpi.environment import STATUS_FILE
+from hippo_mpi.environment import STATUS_FILE, TERMINAL
 
-TERMINAL = "HIPPO_TERMINAL"
 _LINE_EVERY_S = 10.0
 
 

@@ -39,7 +39,7 @@ from hippo_mpi.serving.api.journal_records import Record
 from hippo_mpi.serving.api.kept_endpoints import KeptEndpoints
 from hippo_mpi.serving.api.metrics import Metrics
 from hippo_mpi.serving.api.questions import ID_PREFIXES, AnswerWriter, Question, read_question, response_of
-from hippo_mpi.serving.api.request_bodies import ApiSettings, LongBodies, model_of, read_json, unless_gone
+from hippo_mpi.serving.api.request_bodies import ApiSettings, Tokenizing, model_of, read_json, unless_gone
 from hippo_mpi.serving.api.request_ids import REQUEST_ID_HEADERS, RequestIds, request_id
 from hippo_mpi.serving.api.request_log import Answered, RequestLog
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
@@ -66,7 +66,7 @@ class Api:
         self._front, self._catalogue, self._access = front, catalogue, access
         self._settings, self._audit = settings, audit
         self._grammars = GrammarCheck(settings.max_schema_bytes)
-        self._long_bodies = LongBodies()
+        self._tokenizing = Tokenizing()
         self._about = AboutEndpoints(front, catalogue, access, metrics)
         keeping = Keeping(settings.keep_answers_s, settings.reconnect_s)
         self.exchanges = Exchanges(front, journal, keeping, self._write_audit)
@@ -190,10 +190,9 @@ class Api:
         if model.arguments.modes:
             asked = asked.within(await asyncio.to_thread(lambda: model.modes))
         system = [{"role": "system", "content": model.system_prompt}] if model.system_prompt else []
-        async with self._long_bodies.turn(request):
-            prompt, sampling = await asyncio.to_thread(
-                lambda: asked.prepare(model.tokenizer, model.chat_format, system)
-            )
+        prompt, sampling = await self._tokenizing.run(
+            request, lambda: asked.prepare(model.tokenizer, model.chat_format, system)
+        )
         for field, grammar in asked.grammars(sampling):
             await unless_gone(request, asyncio.ensure_future(self._grammars.check_beside(field, grammar)))
         return prompt, sampling

@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +22,7 @@ from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
 
 _T = TypeVar("_T")
 _LONG_BODY_BYTES = 1 << 16
+_NICE = 10
 
 
 @dataclass(frozen=True)
@@ -106,27 +111,28 @@ async def unless_gone(request: Request, wanted: asyncio.Future[_T]) -> _T:
             await wanted
 
 
-class LongBodies:
-    """Lets the prompts of long bodies be tokenized one after another.
+class Tokenizing:
+    """Does what takes a while for a prompt beside the event loop: for long ones in one thread, one after another.
 
-    Each takes a core for seconds and hundreds of bytes of memory a token, and ranks on this machine compute meanwhile.
+    Each takes a core for seconds, and ranks of this machine compute meanwhile; and hundreds of bytes for a token, which
+    every thread that has done it would keep (glibc has a heap for each).
     """
 
     def __init__(self) -> None:
-        self._is_free = asyncio.Semaphore(1)
+        self._for_long = ThreadPoolExecutor(1, "hippo-tokenizing", _give_way)
 
-    @contextlib.asynccontextmanager
-    async def turn(self, request: Request) -> AsyncIterator[None]:
-        """Wait until no other long body is at work; a short one needn't.
+    async def run(self, request: Request, work: Callable[[], _T]) -> _T:
+        """Return what `work` returns, for a request whose headers tell how long its body is.
 
         Raises:
-            ClientDisconnect: the client has gone away meanwhile.
+            ClientDisconnect: the client of a long one has gone away meanwhile.
         """
         if int(request.headers.get("content-length", _LONG_BODY_BYTES)) < _LONG_BODY_BYTES:
-            yield
-            return
-        await unless_gone(request, asyncio.ensure_future(self._is_free.acquire()))
-        try:
-            yield
-        finally:
-            self._is_free.release()
+            return await asyncio.to_thread(work)
+        return await unless_gone(request, asyncio.get_running_loop().run_in_executor(self._for_long, work))
+
+
+def _give_way() -> None:
+    """Let ranks have the cores before this thread, where threads have priorities of their own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

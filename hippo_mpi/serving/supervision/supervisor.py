@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from hippo_mpi.cluster.host_checks import Host, hand_over, linked
-from hippo_mpi.environment import STATUS_FILE
+from hippo_mpi.environment import STATUS_FILE, TERMINAL
 from hippo_mpi.errors import ForeignError, HippoError, UserError
-from hippo_mpi.offline.progress import TERMINAL
 from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES
 from hippo_mpi.transport.ports import HeldPorts, new_loopback
