@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import sys
@@ -115,7 +116,7 @@ class Tokenizing:
     """Does what takes a while for a prompt beside the event loop: for long ones in one thread, one after another.
 
     Each takes a core for seconds, and ranks of this machine compute meanwhile; and hundreds of bytes for a token, which
-    every thread that has done it would keep (glibc has a heap for each).
+    glibc would keep, in a heap for each thread.
     """
 
     def __init__(self) -> None:
@@ -129,10 +130,18 @@ class Tokenizing:
         """
         if int(request.headers.get("content-length", _LONG_BODY_BYTES)) < _LONG_BODY_BYTES:
             return await asyncio.to_thread(work)
-        return await unless_gone(request, asyncio.get_running_loop().run_in_executor(self._for_long, work))
+        future = asyncio.get_running_loop().run_in_executor(self._for_long, work)
+        future.add_done_callback(lambda _: _give_back_memory())
+        return await unless_gone(request, future)
 
 
 def _give_way() -> None:
     """Let ranks have the cores before this thread, where threads have priorities of their own."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
+def _give_back_memory() -> None:
+    """Return freed memory to the system; other C libraries than glibc do so by themselves."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
