@@ -13,7 +13,7 @@ from typing import Any
 
 from hippo_mpi import config
 from hippo_mpi.checkpoint.blueprint import has_weights
-from hippo_mpi.engine.scheduler import chunk_tokens
+from hippo_mpi.engine.prefill import chunk_tokens
 from hippo_mpi.errors import UserError
 from hippo_mpi.measure.prediction import LINKS, Link, MeasuredStage, Workload, check_can_time, measure_stage
 from hippo_mpi.measure.simulation_report import (

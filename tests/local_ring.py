@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint
 from hippo_mpi.errors import DesyncError
+from hippo_mpi.parallel.step import Step, StepResult, run_step
 from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.parallel.worker import Follower, Leader
 from hippo_mpi.shard.slot_caches import KVSettings
@@ -57,8 +58,14 @@ class LocalRing:
 
     def logits(self, tokens: Sequence[int], position: int, slot: int = 0) -> mx.array:
         """Run one step to its end: logits (1, L, V)."""
-        finished = self.leader.step(self.plan(slot, position, len(tokens)), [list(tokens)])
-        if finished is None:
-            finished = self.leader.step(None, [])
-        assert finished is not None
-        return finished[1]
+        result = self.step(self.plan(slot, position, len(tokens)), [list(tokens)]) or self.wait()
+        assert result is not None
+        return result.logits
+
+    def step(self, plan: StepPlan, tokens: list[list[int]]) -> StepResult | None:
+        """Begin a step; the result of the oldest one, if it is due."""
+        return run_step(self.leader, Step(plan, tokens))
+
+    def wait(self) -> StepResult | None:
+        """The result of the oldest step."""
+        return run_step(self.leader, None)

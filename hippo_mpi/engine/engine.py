@@ -1,4 +1,4 @@
-"""The loop on rank 0: plan, step, draw, look ahead, emit, commit.
+"""The loop on rank 0: schedule, exchange, draw, advance, emit, commit.
 
 While a step is computed, the graph of the next one is built on its tokens, which nobody knows yet: Python takes
 milliseconds for it (here 2.5 of 47 for 12 layers). mlx_lm does so, too, and begins it at once: on a CPU, MLX then can't
@@ -19,6 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.grammar import Compiling, GrammarMask, Grammars
 from hippo_mpi.engine.loops import LoopWatch
+from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
 from hippo_mpi.engine.request import (
     FinishReason,
@@ -33,12 +34,11 @@ from hippo_mpi.engine.request import (
 )
 from hippo_mpi.engine.row_check import check_drafting, check_rows
 from hippo_mpi.engine.sampling import Chooser, Drawn, draw
-from hippo_mpi.engine.scheduler import Limits, Scheduler
+from hippo_mpi.engine.scheduler import Scheduler
 from hippo_mpi.engine.text import AnswerText, find_stop
 from hippo_mpi.engine.thinking import Thinking
 from hippo_mpi.errors import ForeignError, HippoError
-from hippo_mpi.parallel.step_plan import StepPlan
-from hippo_mpi.parallel.worker import Leader
+from hippo_mpi.parallel.step import Step, StepResult, StepRunner
 from hippo_mpi.planning.machine import longest_chunk
 
 _log = logging.getLogger(__name__)
@@ -46,10 +46,10 @@ _LOOK_S = 0.05  # at requests, while there is nothing to do but to wait for a gr
 
 
 class Engine:
-    """Answers requests with a Leader's steps.
+    """Answers requests with a runner's steps.
 
     Args:
-        leader: begins and finishes steps.
+        runner: begins and finishes steps.
         tokenizer: for end tokens and text.
         limits: what may be in flight at once.
         max_context: most tokens that a prompt and its answer may have together.
@@ -63,7 +63,7 @@ class Engine:
 
     def __init__(
         self,
-        leader: Leader,
+        runner: StepRunner,
         tokenizer: TokenizerWrapper,
         limits: Limits,
         max_context: int,
@@ -71,19 +71,18 @@ class Engine:
         prefix_budget: PrefixBudget | None = None,
         propose: Propose | None = None,
     ) -> None:
-        self._leader, self._tokenizer = leader, tokenizer
+        self._runner, self._propose, self._tokenizer = runner, propose, tokenizer
         self._max_context, self._vocab_size = max_context, vocab_size
         self._grammars = Grammars(tokenizer, vocab_size)
         serials = count()
         if limits.can_batch is None and limits.max_batch_size > 1:
-            check = check_rows(leader, serials)
+            check = check_rows(runner, serials)
             limits = replace(limits, can_batch=check.can_batch, can_pad=check.can_pad)
         limits = replace(limits, longest_chunk=longest_chunk())
         if propose is not None:
-            check_drafting(leader, serials)
-        caches = leader.caches
-        prefixes = PrefixCache(prefix_budget, caches.can_trim)
-        self._scheduler = Scheduler(leader.max_in_flight, limits, prefixes, serials, propose, caches.num_revocable)
+            check_drafting(runner, serials)
+        prefixes = PrefixCache(prefix_budget, lambda slot: runner.slot_limits(slot).can_trim)
+        self._scheduler = Scheduler(runner.depth, limits, prefixes, serials)
         self.limits = limits
         self._sequences: dict[int, Sequence] = {}
         self._compiling: dict[int, tuple[Request, Compiling]] = {}  # requests whose grammar isn't compiled yet
@@ -144,7 +143,7 @@ class Engine:
     def _await_grammar(self) -> None:
         """Wait for the first of the grammars that are being compiled, but not for long."""
         wait([compiling.matcher for _, compiling in self._compiling.values()], _LOOK_S, "FIRST_COMPLETED")
-        self._leader.note_progress("compiling grammars")
+        self._runner.note_progress("compiling grammars")
 
     def abort(self, request_id: int) -> None:
         """End a request early. Its last output comes with the next steps; unknown and ended ones are ignored."""
@@ -172,57 +171,75 @@ class Engine:
         """Begin a step, if any can be, and emit what an older one gave."""
         self._queue_compiled()
         outputs, self._ended_early = self._ended_early, []
-        planned = None if self._leader.is_ahead else self._scheduler.next_plan()
-        if planned is None and not self._leader.num_in_flight:
-            if self._compiling and not outputs:
-                self._await_grammar()
-            return outputs
+        step = None if self._runner.is_ahead else self._scheduler.next_step(self._draft())
+        if step is not None or self._runner.num_in_flight:
+            outputs += self._exchange(step)
+        elif self._compiling and not outputs:
+            self._await_grammar()
+        return outputs
+
+    def _exchange(self, step: Step | None) -> list[RequestOutput]:
+        """Hand the ranks a step, take what an older one gave, and have the one after it computed meanwhile."""
         if begun := self._scheduler.take_begun():
             self.on_begin(begun)
         began_s = time.monotonic()
-        finished = self._leader.collect(*planned or (None, []))
+        result = self._runner.exchange(step)
         if first := self._scheduler.first_prompt:
             self.on_prefill(first.position, len(first.request.prompt))
-        if finished is None:
-            self._leader.go_on()
-            if planned is not None and planned[0].has_rows:
-                self._scheduler.note_step(planned[0], time.monotonic() - began_s)
-            return outputs
-        plan, logits = finished
-        rows, logits = self._running(plan, logits)
-        if not rows:
-            self._leader.go_on()
-            self._scheduler.commit(plan, [])
-            return outputs
-        drawn = _draw(rows, logits, 0)
-        ahead = self._scheduler.plan_ahead(plan) if self._leader.can_look_ahead else None
-        self._leader.go_on(ahead, drawn.ids[:, None])
-        return outputs + self._take(plan, rows, logits, drawn)
+        if result is None:
+            self._runner.advance()
+            if step is not None and step.plan.has_rows:
+                self._scheduler.note_step(step.plan, time.monotonic() - began_s)
+            return []
+        places = [place for place, row in enumerate(result.step.rows) if not row.is_ended]  # since it was begun
+        drawn = _draw(result, places, 0) if places else None
+        if drawn is None:
+            self._runner.advance()
+        else:
+            self._runner.advance(self._ahead(result.step), drawn.ids[:, None])
+        return self._take(result, places, drawn)
 
-    def _running(self, plan: StepPlan, logits: mx.array) -> tuple[list[Sequence], mx.array]:
-        """The rows of a step without those that have ended since it was begun, and their logits."""
-        rows = self._scheduler.rows_of(plan)
-        places = [place for place, row in enumerate(rows) if not row.is_ended]
-        if len(places) == len(rows):
-            return rows, logits
-        return [rows[place] for place in places], logits[mx.array(places, mx.int32)]
+    def _draft(self) -> list[int]:
+        """Draft tokens for the sequence that the next step decodes by itself; fuller micro-batches have rows enough."""
+        sequence = None if self._propose is None else self._scheduler.next_alone()
+        if self._propose is None or sequence is None:
+            return []
+        # The step itself brings one token, and the last one of an answer needs no cache.
+        revocable = self._runner.slot_limits(sequence.slot).num_revocable
+        most = min(sequence.most_tokens - len(sequence.tokens) - 1, revocable - 1)
+        return self._propose(sequence, most) if most > 0 else []
 
-    def _take(self, plan: StepPlan, rows: list[Sequence], logits: mx.array, drawn: Drawn) -> list[RequestOutput]:
-        """Emit the token of each row, and behind draft tokens one after the other, for as long as those are the same."""
-        draft = self._scheduler.draft_of(plan)
-        outputs: list[RequestOutput] = []
-        for place in range(plan.num_tokens):
-            sampled = (drawn if place == 0 else _draw(rows, logits, place)).read()
-            emitted = [self._emit(row, *chosen) for row, chosen in zip(rows, sampled, strict=True)]
-            for row, (token, _) in zip(rows, sampled, strict=True):
+    def _ahead(self, step: Step) -> Step | None:
+        """The step that follows, if its tokens needn't be known: drafts come behind them."""
+        if not self._runner.can_look_ahead or (self._propose is not None and len(step.rows) == 1):
+            return None
+        return self._scheduler.step_ahead(step)
+
+    def _take(self, result: StepResult, places: list[int], drawn: Drawn | None) -> list[RequestOutput]:
+        """Emit the token of each row, and behind its draft tokens one after the other, for as long as those are the same.
+
+        Args:
+            places: of the rows that haven't ended.
+            drawn: what follows their first tokens.
+        """
+        step, outputs, ended = result.step, list[RequestOutput](), list[Sequence]()
+        for place in places:
+            step.rows[place].timings.num_draft_tokens += len(step.drafts[place])
+        for offset in range(step.plan.num_tokens):
+            accepted = []
+            for place, (token, logprobs) in zip(places, drawn.read() if drawn else [], strict=True):
+                row = step.rows[place]
+                outputs.append(self._emit(row, token, logprobs))
                 row.tokens.append(token)
-            outputs += emitted
-            if emitted[-1].finish_reason or draft[place : place + 1] != rows[-1].tokens[-1:]:
+                if outputs[-1].finish_reason:
+                    ended.append(row)
+                elif step.drafts[place][offset : offset + 1] == [token]:
+                    row.timings.num_accepted += 1
+                    accepted.append(place)
+            if not accepted:
                 break
-        if draft:
-            rows[0].timings.num_draft_tokens += len(draft)
-            rows[0].timings.num_accepted += len(outputs) - 1
-        self._scheduler.commit(plan, [row for row, output in zip(rows, emitted, strict=True) if output.finish_reason])
+            places, drawn = accepted, _draw(result, accepted, offset + 1)
+        self._scheduler.commit(step, ended)
         return outputs
 
     def _ended(self, sequence: Sequence) -> RequestOutput:
@@ -284,9 +301,12 @@ def unexpected(request_id: int, error: Exception) -> HippoError:
     )
 
 
-def _draw(rows: list[Sequence], logits: mx.array, place: int) -> Drawn:
-    """What follows the tokens of each row; `logits` (B, L, V) at `place` are behind these."""
-    return draw([row.chooser for row in rows], [row.tokens for row in rows], logits[:, place, :])
+def _draw(result: StepResult, places: list[int], offset: int) -> Drawn:
+    """What follows the tokens of these rows, by the logits at `offset` tokens behind their first."""
+    rows, logits = [result.step.rows[place] for place in places], result.logits
+    if len(places) < len(result.step.rows):
+        logits = logits[mx.array(places, mx.int32)]
+    return draw([row.chooser for row in rows], [row.tokens for row in rows], logits[:, offset, :])
 
 
 def _resume(sequence: Sequence, resume: Resume) -> None:

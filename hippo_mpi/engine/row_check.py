@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from hippo_mpi.errors import UserError
+from hippo_mpi.parallel.step import Step, StepRunner, run_step
 from hippo_mpi.parallel.step_plan import StepPlan
-from hippo_mpi.parallel.worker import Leader
 
 _LENGTHS = (5, 150)  # tokens: far apart, so that what depends on padding shows
 _TOLERANCE = 0.1  # of the logits' standard deviation: rounding stays below it in bfloat16 too, mistakes don't
@@ -28,25 +28,25 @@ class RowCheck:
     can_pad: bool  # share a step in which the shorter ones are padded on the right
 
 
-def check_rows(leader: Leader, serials: Iterator[int]) -> RowCheck:
+def check_rows(runner: StepRunner, serials: Iterator[int]) -> RowCheck:
     """Read and decode two rows alone and together, and compare their logits. Takes `serials`, uses slots 0 to 3."""
     prompts = [[(7 * i + row) % 50 + 1 for i in range(length)] for row, length in enumerate(_LENGTHS)]
     alone = []
     for slot, prompt in enumerate(prompts):
-        leader.step(StepPlan(next(serials), (slot,), (0,), (len(prompt),)), [prompt])
+        run_step(runner, Step(StepPlan(next(serials), (slot,), (0,), (len(prompt),)), [prompt]))
         fork = ((slot, slot + 2),)
-        alone.append(_last_logits(leader, StepPlan(next(serials), (slot + 2,), (len(prompt),), (1,), True, fork)))
+        alone.append(_last_logits(runner, StepPlan(next(serials), (slot + 2,), (len(prompt),), (1,), True, fork)))
     wanted = mx.concatenate(alone)
     together = StepPlan(next(serials), (0, 1), _LENGTHS, (1, 1), True)
-    can_batch = can_pad = _are_close(_last_logits(leader, together), wanted)
+    can_batch = can_pad = _are_close(_last_logits(runner, together), wanted)
     if can_batch:
-        leader.step(StepPlan(next(serials), (2, 3), (0, 0), _LENGTHS), prompts)
-        can_pad = _are_close(_last_logits(leader, StepPlan(next(serials), (2, 3), _LENGTHS, (1, 1), True)), wanted)
-    leader.step(StepPlan(next(serials), drops=(0, 1, 2, 3)), [])
+        run_step(runner, Step(StepPlan(next(serials), (2, 3), (0, 0), _LENGTHS), prompts))
+        can_pad = _are_close(_last_logits(runner, StepPlan(next(serials), (2, 3), _LENGTHS, (1, 1), True)), wanted)
+    run_step(runner, Step(StepPlan(next(serials), drops=(0, 1, 2, 3)), []))
     return RowCheck(can_batch, can_pad)
 
 
-def check_drafting(leader: Leader, serials: Iterator[int]) -> None:
+def check_drafting(runner: StepRunner, serials: Iterator[int]) -> None:
     """Decode tokens one by one and several in one step, and compare. Takes `serials`, uses slots 0 and 1.
 
     Raises:
@@ -54,15 +54,15 @@ def check_drafting(leader: Leader, serials: Iterator[int]) -> None:
     """
     prompt, draft = [(7 * i) % 50 + 1 for i in range(_LENGTHS[0])], [9] * 3
     start, fork = len(prompt), ((0, 1),)
-    leader.step(StepPlan(next(serials), (0,), (0,), (start,)), [prompt])
-    if leader.caches.num_revocable(0) < len(draft):
+    run_step(runner, Step(StepPlan(next(serials), (0,), (0,), (start,)), [prompt]))
+    if runner.slot_limits(0).num_revocable < len(draft):
         problem = "its caches can't lose tokens again"
     else:
-        together = _logits(leader, StepPlan(next(serials), (1,), (start,), (len(draft),), True, fork), [draft])
+        together = _logits(runner, StepPlan(next(serials), (1,), (start,), (len(draft),), True, fork), [draft])
         steps = [StepPlan(next(serials), (0,), (start + i,), (1,), True) for i in range(len(draft))]
-        one_by_one = mx.concatenate([_logits(leader, plan, [draft[:1]]) for plan in steps], axis=1)
+        one_by_one = mx.concatenate([_logits(runner, plan, [draft[:1]]) for plan in steps], axis=1)
         problem = "" if _are_close(together[0], one_by_one[0]) else "several tokens in one step give it other answers"
-    leader.step(StepPlan(next(serials), drops=(0, 1)), [])
+    run_step(runner, Step(StepPlan(next(serials), drops=(0, 1)), []))
     if problem:
         raise UserError(f"--draft-model doesn't work with this model: {problem}")
 
@@ -72,13 +72,13 @@ def _are_close(logits: mx.array, wanted: mx.array) -> bool:
     return bool((distance <= _TOLERANCE * mx.std(wanted, axis=-1)).all().item())
 
 
-def _last_logits(leader: Leader, plan: StepPlan) -> mx.array:
+def _last_logits(runner: StepRunner, plan: StepPlan) -> mx.array:
     """The logits (B, V) of one token of each row, in float32."""
-    return _logits(leader, plan, [[9]] * len(plan.slots))[:, -1, :]
+    return _logits(runner, plan, [[9]] * len(plan.slots))[:, -1, :]
 
 
-def _logits(leader: Leader, plan: StepPlan, tokens: list[list[int]]) -> mx.array:
+def _logits(runner: StepRunner, plan: StepPlan, tokens: list[list[int]]) -> mx.array:
     """A step's logits (B, L, V), in float32."""
-    finished = leader.step(plan, tokens) or leader.step(None, [])
-    assert finished is not None
-    return finished[1].astype(mx.float32)
+    result = run_step(runner, Step(plan, tokens)) or run_step(runner, None)
+    assert result is not None
+    return result.logits.astype(mx.float32)

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.engine import Engine
-from hippo_mpi.engine.scheduler import Limits
+from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.measure.hop_times import Hop, echo, time_ring
 from hippo_mpi.measure.load_test import Load, Measured, has_mlx_lm_pipeline, load_mlx_lm_part, measure, measure_mlx_lm
 from hippo_mpi.parallel.timeline import Mark

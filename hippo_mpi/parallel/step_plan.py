@@ -18,7 +18,7 @@ _HEAD = struct.Struct("<IBHHHH")
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What every rank does next: forks, parts and drops, in this order, then the forward pass, if there are rows."""
+    """What every rank does next: forks, detached slots and drops, in this order, then the forward pass, if there are rows."""
 
     serial: int  # counts steps from 0: a gap means that ranks have lost each other
     slots: tuple[int, ...] = ()
@@ -26,7 +26,7 @@ class StepPlan:
     counts: tuple[int, ...] = ()  # tokens of each row
     wants_logits: bool = False  # whether the last stage sends its result to rank 0; nobody may leave it unread
     forks: tuple[tuple[int, int], ...] = ()  # (source, slot): the slot begins as a copy of the source
-    parts: tuple[int, ...] = ()  # slots whose rows leave the company of others
+    detached: tuple[int, ...] = ()  # slots that leave a batched cache for one of their own
     drops: tuple[int, ...] = ()  # slots whose caches are freed
 
     @property
@@ -45,7 +45,7 @@ class StepPlan:
 
     def __str__(self) -> str:
         if not self.has_rows:
-            return f"step {self.serial}, release of slots {', '.join(map(str, self.parts + self.drops))}"
+            return f"step {self.serial}, release of slots {', '.join(map(str, self.detached + self.drops))}"
         if len(self.slots) > 1:
             return f"step {self.serial}, {sum(self.counts)} tokens of {len(self.slots)} rows"
         kind = "check" if self.wants_logits else "prefill"
@@ -54,9 +54,9 @@ class StepPlan:
 
 
 def encode(plan: StepPlan) -> bytes:
-    lengths = len(plan.slots), len(plan.forks), len(plan.parts), len(plan.drops)
+    lengths = len(plan.slots), len(plan.forks), len(plan.detached), len(plan.drops)
     forks = (number for fork in plan.forks for number in fork)
-    numbers = [*plan.slots, *plan.positions, *plan.counts, *forks, *plan.parts, *plan.drops]
+    numbers = [*plan.slots, *plan.positions, *plan.counts, *forks, *plan.detached, *plan.drops]
     head = _HEAD.pack(plan.serial, plan.wants_logits, *lengths)
     return head + struct.pack(f"<{len(numbers)}i", *numbers)
 
@@ -68,12 +68,12 @@ def decode(wire: bytes) -> StepPlan:
         DesyncError: these bytes are no plan.
     """
     try:
-        serial, wants_logits, num_rows, num_forks, num_parts, num_drops = _HEAD.unpack_from(wire)
-        numbers = struct.unpack(f"<{3 * num_rows + 2 * num_forks + num_parts + num_drops}i", wire[_HEAD.size :])
+        serial, wants_logits, num_rows, num_forks, num_detached, num_drops = _HEAD.unpack_from(wire)
+        numbers = struct.unpack(f"<{3 * num_rows + 2 * num_forks + num_detached + num_drops}i", wire[_HEAD.size :])
     except struct.error as error:
         raise DesyncError(f"expected a step, got {len(wire)} other bytes: {error}") from None
     slots, positions, counts = (numbers[start * num_rows : (start + 1) * num_rows] for start in range(3))
     rest = numbers[3 * num_rows :]
     forks = tuple(zip(rest[: 2 * num_forks : 2], rest[1 : 2 * num_forks : 2], strict=True))
-    parts, drops = rest[2 * num_forks : 2 * num_forks + num_parts], rest[2 * num_forks + num_parts :]
-    return StepPlan(serial, slots, positions, counts, bool(wants_logits), forks, parts, drops)
+    detached, drops = rest[2 * num_forks : 2 * num_forks + num_detached], rest[2 * num_forks + num_detached :]
+    return StepPlan(serial, slots, positions, counts, bool(wants_logits), forks, detached, drops)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from hippo_mpi.errors import DesyncError
+from hippo_mpi.parallel.step import SlotLimits, Step, StepResult
 from hippo_mpi.parallel.step_plan import StepPlan, decode, encode
 from hippo_mpi.shard.slot_caches import KVSettings, SlotCaches
 from hippo_mpi.shard.stage import Forward, Stage
@@ -30,19 +31,23 @@ def _quiet(_: str) -> None:
 
 
 @dataclass(eq=False)
-class _Step:
-    """One whose graph has been built."""
+class _Built:
+    """A step whose graph has been built."""
 
-    plan: StepPlan
+    step: Step
     forward: Forward
     state: list[mx.array] = field(default_factory=list)  # arrays of caches, to be evaluated with it
 
+    @property
+    def plan(self) -> StepPlan:
+        return self.step.plan
+
 
 class Leader:
-    """Rank 0's side: begins steps over tokens and hands back logits.
+    """Rank 0's side, a StepRunner: begins steps and hands back logits.
 
-    Two calls a time: `collect` begins a step and builds the logits of one that is due; `go_on` waits for these, and
-    has taken a step after them whose graph was built meanwhile. `step` is both, without such a step.
+    `exchange` begins a step and builds the logits of one that is due; `advance` waits for these, and begins a step after
+    them whose graph was built meanwhile.
     """
 
     def __init__(
@@ -53,60 +58,57 @@ class Leader:
         self._is_looped = stage.flow.num_rounds > 1
         self._num_stages = 1 if self._is_looped else num_stages
         self.caches = SlotCaches(stage.model, settings)
-        self._in_flight: deque[_Step] = deque()
-        self._ahead: _Step | None = None  # being computed, and not in flight yet
-        self._begun: _Step | None = None
-        self._due: tuple[_Step | None, Message | None] = None, None
+        self._in_flight: deque[_Built] = deque()
+        self._ahead: _Built | None = None  # being computed, and not in flight yet
+        self._begun: _Built | None = None
+        self._due: tuple[_Built | None, Message | None] = None, None
 
     @property
     def num_in_flight(self) -> int:
-        """Steps whose logits have not been collected."""
+        """Return how many steps have been begun whose result hasn't been taken."""
         return len(self._in_flight) + self.is_ahead
 
     @property
-    def max_in_flight(self) -> int:
-        """Steps that keep every stage busy: one per stage, the one being begun among them."""
+    def depth(self) -> int:
+        """Return how many steps keep every stage busy: one per stage, the one being begun among them."""
         return self._num_stages
 
     @property
     def can_look_ahead(self) -> bool:
-        """Whether a step's graph can be built before what it is made from is there."""
+        """Return whether a step's graph can be built before the tokens are known that it is about."""
         return not self._stage.flow.looks_at_values
 
     @property
     def is_ahead(self) -> bool:
-        """Whether `go_on` has begun a step: it is the next one, and `collect` takes no other."""
+        """Return whether `advance` has begun a step: it is the next one, and `exchange` takes no other."""
         return self._ahead is not None
 
     def note_progress(self, doing: str) -> None:
         """Tell the watchdog that rank 0 gets on without a step."""
         self._progress(doing)
 
-    def step(self, plan: StepPlan | None, tokens: list[list[int]]) -> tuple[StepPlan, mx.array] | None:
-        """`collect` and `go_on`: the logits may be evaluated."""
-        finished = self.collect(plan, tokens)
-        self.go_on()
-        return finished
+    def slot_limits(self, slot: int) -> SlotLimits:
+        """Return what a slot bears."""
+        return SlotLimits(self.caches.can_trim(slot), self.caches.num_revocable(slot))
 
-    def collect(self, plan: StepPlan | None, tokens: list[list[int]]) -> tuple[StepPlan, mx.array] | None:
-        """Begin the step `plan` over `tokens` (a list per row) and build the logits of the oldest one, if it is due.
-
-        Without a plan, the oldest step is waited for.
+    def exchange(self, step: Step | None) -> StepResult | None:
+        """Begin a step and build the logits of the oldest one, if it is due; without a step, that is waited for.
 
         Returns:
-            A step that wanted logits, with its logits (B, L, V), not to be evaluated before `go_on`; or None.
+            A step that wanted logits, with its logits (B, L, V), not to be evaluated before `advance`; or None.
         """
+        plan = None if step is None else step.plan
         if plan is not None and not plan.has_rows:
             rearrange(self.caches, plan)
             self._announce(plan, [])
             mx.eval(self.caches.moved())
             return None
         begun, self._ahead = self._ahead, None
-        if plan is not None:
+        if step is not None:
             assert begun is None, "another step comes first"
-            self._progress(f"computing {plan}")
-            padded = [row + [0] * (plan.num_tokens - len(row)) for row in tokens]
-            begun = self._build(plan, mx.array(padded, mx.int32))
+            self._progress(f"computing {step.plan}")
+            padded = [row + [0] * (step.plan.num_tokens - len(row)) for row in step.tokens]
+            begun = self._build(step, mx.array(padded, mx.int32))
             self._submit(begun)
         due = None
         if begun is not None and (self._is_looped or begun.forward.logits is not None):
@@ -118,19 +120,19 @@ class Leader:
         if due is None or not due.plan.wants_logits:
             return None
         assert due.forward.logits is not None
-        return due.plan, due.forward.logits
+        return StepResult(due.step, due.forward.logits)
 
-    def go_on(self, ahead: StepPlan | None = None, tokens: mx.array | None = None) -> None:
-        """Send what was begun, and wait for what `collect` has returned.
+    def advance(self, ahead: Step | None = None, ids: mx.array | None = None) -> None:
+        """Send what was begun, and wait for what `exchange` has returned.
 
         Order: compute the new step, receive the oldest result, then send the new one (schedule.py says why).
 
         Args:
             ahead: a step that comes next, if `can_look_ahead`. Its graph is built while others are computed; it is
                 begun when they have been, so that MLX can update the caches in place.
-            tokens: (B, L) of that step, made from the logits and unevaluated.
+            ids: (B, L), its tokens, made of the logits and unevaluated.
         """
-        step = self._build(ahead, tokens) if ahead is not None and tokens is not None else None
+        built = self._build(ahead, ids) if ahead is not None and ids is not None else None
         due, message = self._due
         if due is not None and message is not None:
             message.wait()
@@ -140,23 +142,24 @@ class Leader:
             if not self._begun.forward.is_done:
                 self._in_flight.append(self._begun)
         if due is not None:
-            mx.eval(due.state, [] if tokens is None else tokens)
+            mx.eval(due.state, [] if ids is None else ids)
             due.state = []  # views of the caches, which would keep MLX from updating them in place
-        if step is not None:
-            self._progress(f"computing {step.plan}")
-            self._submit(step)
-        self._begun, self._due, self._ahead = None, (None, None), step
+        if built is not None:
+            self._progress(f"computing {built.plan}")
+            self._submit(built)
+        self._begun, self._due, self._ahead = None, (None, None), built
 
-    def _build(self, plan: StepPlan, tokens: mx.array) -> _Step:
+    def _build(self, step: Step, ids: mx.array) -> _Built:
+        plan = step.plan
         rearrange(self.caches, plan)
         cache = self.caches.at(plan.slots, plan.positions, plan.counts)
-        step = _Step(plan, self._stage.forward(tokens, cache, plan.wants_logits))
-        step.forward.run(None)
-        if step.forward.is_done or not self._is_looped:
-            step.state = self.caches.advance(plan.slots, plan.ends)
-        return step
+        built = _Built(step, self._stage.forward(ids, cache, plan.wants_logits))
+        built.forward.run(None)
+        if built.forward.is_done or not self._is_looped:
+            built.state = self.caches.advance(plan.slots, plan.ends)
+        return built
 
-    def _submit(self, step: _Step) -> None:
+    def _submit(self, step: _Built) -> None:
         """Have it computed, and tell the next rank what comes."""
         if step.forward.outgoing is not None:
             self._announce(step.plan, step.forward.outgoing)
@@ -164,7 +167,7 @@ class Leader:
         elif step.forward.logits is not None:
             mx.async_eval(step.forward.logits)  # type: ignore[no-untyped-call]
 
-    def _send(self, step: _Step) -> None:
+    def _send(self, step: _Built) -> None:
         """Hand a step on when it has been computed; its caches are while it is on its way."""
         if step.forward.outgoing is not None:
             mx.eval(step.forward.outgoing)
@@ -173,7 +176,7 @@ class Leader:
             mx.eval(step.state)
             step.state = []
 
-    def _finish(self, step: _Step) -> Message | None:
+    def _finish(self, step: _Built) -> Message | None:
         """Follow a step round the ring until the model's own code has returned; the message that is to be waited for."""
         forward, message = step.forward, None
         if forward.is_done:
@@ -269,5 +272,5 @@ def rearrange(caches: SlotCaches, plan: StepPlan) -> None:
     """What a plan does to the slots before its forward pass."""
     for source, slot in plan.forks:
         caches.fork(source, slot)
-    caches.part(plan.parts)
+    caches.detach(plan.detached)
     caches.drop(plan.drops)

@@ -7,9 +7,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.drafting import Drafter
 from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.engine.prefix_cache import PrefixBudget
 from hippo_mpi.engine.request import Propose, check_context
-from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.errors import UserError
 from hippo_mpi.offline.conversation import Conversation

@@ -38,7 +38,7 @@ class KVSettings:
 
 
 @dataclass
-class _Block:
+class _CacheGroup:
     """Slots whose rows lie in one cache, in the order of its rows, with the number of tokens of each."""
 
     slots: list[int]
@@ -51,7 +51,7 @@ class SlotCaches:
 
     def __init__(self, model: nn.Module, settings: KVSettings) -> None:
         self._model, self._settings = model, settings
-        self._blocks: dict[int, _Block] = {}
+        self._blocks: dict[int, _CacheGroup] = {}
         self._moved: list[list[Any]] = []  # caches of rows that were moved, and haven't been evaluated since
 
     def __contains__(self, slot: int) -> bool:
@@ -108,7 +108,7 @@ class SlotCaches:
         row = block.slots.index(source)
         self._add(slot, copy.deepcopy(block.cache) if is_alone else self._extract(block, row), length)
 
-    def part(self, slots: Sequence[int]) -> None:
+    def detach(self, slots: Sequence[int]) -> None:
         """Give each slot a cache of its own, no longer than it needs; their former company moves together."""
         alone = []
         for slot in slots:
@@ -150,16 +150,16 @@ class SlotCaches:
             raise DesyncError(f"slot {slot} holds nothing")
         return block.lengths[block.slots.index(slot)]
 
-    def _add(self, slot: int, cache: list[Any], length: int) -> _Block:
-        self._blocks[slot] = _Block([slot], [length], cache)
+    def _add(self, slot: int, cache: list[Any], length: int) -> _CacheGroup:
+        self._blocks[slot] = _CacheGroup([slot], [length], cache)
         return self._blocks[slot]
 
-    def _alone(self, slot: int, position: int) -> _Block:
+    def _alone(self, slot: int, position: int) -> _CacheGroup:
         if position == 0:
             self.drop([slot])
             return self._add(slot, make_prompt_cache(self._model, self._settings.max_kv_size), 0)
         length = self._length(slot)
-        self.part([slot])
+        self.detach([slot])
         block = self._blocks[slot]
         if length > position:
             if not can_trim_prompt_cache(block.cache) or _begins_at(block.cache) > position:
@@ -168,53 +168,53 @@ class SlotCaches:
             block.lengths = [position]
         return block
 
-    def _together(self, wanted: Sequence[int], positions: Sequence[int]) -> _Block:
+    def _together(self, wanted: Sequence[int], positions: Sequence[int]) -> _CacheGroup:
         """The block whose rows are exactly the slots `wanted`, made from those that hold them now."""
         slots = list(wanted)
         for slot, position in zip(slots, positions, strict=True):
             if position == 0 or self._length(slot) > position:
                 self._alone(slot, position)
-        parts: list[_Block] = []
+        groups: list[_CacheGroup] = []
         for slot in slots:
-            if not any(self._blocks[slot] is part for part in parts):
-                parts.append(self._blocks[slot])
-        if len(parts) == 1 and parts[0].slots == slots:
-            return parts[0]
-        for block in parts:
-            self._part(block, [row for row, slot in enumerate(block.slots) if slot not in slots])
-        parts = list({id(self._blocks[slot]): self._blocks[slot] for slot in slots}.values())
-        order = [slot for part in parts for slot in part.slots]
-        lengths = [length for part in parts for length in part.lengths]
-        cache = _joined([part.cache for part in parts], [len(part.slots) for part in parts])
+            if not any(self._blocks[slot] is group for group in groups):
+                groups.append(self._blocks[slot])
+        if len(groups) == 1 and groups[0].slots == slots:
+            return groups[0]
+        for block in groups:
+            self._split_off(block, [row for row, slot in enumerate(block.slots) if slot not in slots])
+        groups = list({id(self._blocks[slot]): self._blocks[slot] for slot in slots}.values())
+        order = [slot for group in groups for slot in group.slots]
+        lengths = [length for group in groups for length in group.lengths]
+        cache = _joined([group.cache for group in groups], [len(group.slots) for group in groups])
         if order != slots:
             rows = [order.index(slot) for slot in slots]
             for layer in cache:
                 layer.filter(mx.array(rows))
             lengths = [lengths[row] for row in rows]
-        block = _Block(slots, lengths, cache)
+        block = _CacheGroup(slots, lengths, cache)
         self._blocks.update(dict.fromkeys(slots, block))
         return block
 
-    def _part(self, block: _Block, rows: list[int]) -> None:
+    def _split_off(self, block: _CacheGroup, rows: list[int]) -> None:
         """Move some rows of a block into one of their own; they stay here, for steps to come."""
         rest = [row for row in range(len(block.slots)) if row not in rows]
         if len(rows) == 1:
             slot = block.slots[rows[0]]
             self._alone(slot, self._length(slot))
         elif rows:
-            other = _Block(list(block.slots), list(block.lengths), copy.deepcopy(block.cache))
+            other = _CacheGroup(list(block.slots), list(block.lengths), copy.deepcopy(block.cache))
             self._keep_rows(other, rows)
             self._blocks.update(dict.fromkeys(other.slots, other))
             self._keep_rows(block, rest)
 
-    def _extract(self, block: _Block, row: int) -> list[Any]:
+    def _extract(self, block: _CacheGroup, row: int) -> list[Any]:
         """A row of a batched block as ordinary caches; a layer that never uses its cache has a new one."""
         fresh = make_prompt_cache(self._model, self._settings.max_kv_size)
         found = [new if c.empty() else c.extract(row) for c, new in zip(block.cache, fresh, strict=True)]
         self._moved.append(found)
         return found
 
-    def _keep_rows(self, block: _Block, rows: list[int]) -> None:
+    def _keep_rows(self, block: _CacheGroup, rows: list[int]) -> None:
         """Shrink a batched block; a row that is left alone gets an ordinary cache again."""
         if len(rows) == 1:
             self._add(block.slots[rows[0]], self._extract(block, rows[0]), block.lengths[rows[0]])

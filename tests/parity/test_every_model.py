@@ -21,9 +21,9 @@ from mlx_lm.utils import load_adapters, load_model
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint
 from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.engine.request import Propose, Request, SamplingParams, Sequence
 from hippo_mpi.engine.row_check import RowCheck, check_rows
-from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.errors import ForeignError, UserError
 from hippo_mpi.parallel.step_plan import StepPlan
@@ -271,9 +271,9 @@ def regrouped(ring: LocalRing, name: str) -> list[mx.array]:
     serials = itertools.count()
     lengths = {0: 6, 1: 9, 2: 4}
     prompts = [tokens_for(name, seed=slot)[:length] for slot, length in lengths.items()]
-    ring.leader.step(StepPlan(next(serials), (0,), (0,), (3,)), [prompts[0][:3]])
-    ring.leader.step(StepPlan(next(serials), (0, 1), (3, 0), (3, 9)), [prompts[0][3:], prompts[1]])
-    ring.leader.step(StepPlan(next(serials), (2,), (0,), (4,)), [prompts[2]])
+    ring.step(StepPlan(next(serials), (0,), (0,), (3,)), [prompts[0][:3]])
+    ring.step(StepPlan(next(serials), (0, 1), (3, 0), (3, 9)), [prompts[0][3:], prompts[1]])
+    ring.step(StepPlan(next(serials), (2,), (0,), (4,)), [prompts[2]])
     found = []
     for slots, forks, drops in (
         ((0, 1), (), ()),
@@ -288,10 +288,10 @@ def regrouped(ring: LocalRing, name: str) -> list[mx.array]:
             lengths[slot] = lengths[source]
         positions = tuple(lengths.setdefault(slot, 0) for slot in slots)
         plan = StepPlan(next(serials), slots, positions, (1,) * len(slots), True, forks, drops=drops)
-        finished = ring.leader.step(plan, [[11 + slot] for slot in slots]) or ring.leader.step(None, [])
+        finished = ring.step(plan, [[11 + slot] for slot in slots]) or ring.wait()
         assert finished is not None
-        mx.eval(finished[1])
-        found.append(finished[1])
+        mx.eval(finished.logits)
+        found.append(finished.logits)
         for slot in slots:
             lengths[slot] += 1
     return found

@@ -13,9 +13,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
 from hippo_mpi.engine.engine import Engine
+from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.engine.prefix_cache import PrefixBudget
 from hippo_mpi.engine.request import Request, SamplingParams, Timings
-from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.shard.slot_caches import KVSettings
 from tests.local_ring import LocalRing, make_stages, open_folder

@@ -18,8 +18,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from hippo_mpi.config import BUNDLED_MODEL
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.grammar import Grammars
+from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.engine.request import Request, Resume, SamplingParams
-from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.errors import UserError
 from hippo_mpi.protocols.answer_parts import AnswerReader, Blocks, Call, Part, PartSplitter

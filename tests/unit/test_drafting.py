@@ -19,8 +19,8 @@ from hippo_mpi.engine import drafting
 from hippo_mpi.engine.drafting import Drafter
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.grammar import json_grammar
+from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.engine.request import Propose, Request, RequestOutput, SamplingParams, Sequence
-from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import encode, open_tokenizer
 from hippo_mpi.errors import UserError
 from hippo_mpi.shard.stage import load_stage

@@ -22,11 +22,12 @@ from hippo_mpi.checkpoint.checkpoint import Checkpoint
 from hippo_mpi.config import BUNDLED_MODEL
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.grammar import json_grammar
+from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
 from hippo_mpi.engine.request import Propose, Request, RequestOutput, Resume, SamplingParams, Sequence
-from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.errors import DesyncError, UserError
+from hippo_mpi.parallel.step import Step
 from hippo_mpi.parallel.step_plan import StepPlan
 from hippo_mpi.planning.machine import longest_chunk
 from tests.local_ring import LocalRing, make_stages, open_folder
@@ -200,9 +201,9 @@ def plans_of(bench: Bench) -> list[StepPlan]:
     plans: list[StepPlan] = []
     build = bench.ring.leader._build
 
-    def noting_build(plan: StepPlan, tokens: mx.array) -> Any:
-        plans.append(plan)
-        return build(plan, tokens)
+    def noting_build(step: Step, ids: mx.array) -> Any:
+        plans.append(step.plan)
+        return build(step, ids)
 
     bench.ring.leader._build = noting_build  # type: ignore[method-assign]
     return plans
@@ -214,13 +215,13 @@ def test_steps_are_built_before_their_tokens_are_known(
 ) -> None:
     """But for the first one, and none behind the last token; where an end comes unforeseen, the step is in vain."""
     bench, ahead = Bench(checkpoint, tokenizer, split), []
-    go_on = bench.ring.leader.go_on
+    advance = bench.ring.leader.advance
 
-    def noting_go_on(plan: StepPlan | None = None, tokens: mx.array | None = None) -> None:
-        ahead.extend([plan] if plan else [])
-        go_on(plan, tokens)
+    def noting_advance(step: Step | None = None, ids: mx.array | None = None) -> None:
+        ahead.extend([step] if step else [])
+        advance(step, ids)
 
-    bench.ring.leader.go_on = noting_go_on  # type: ignore[method-assign]
+    bench.ring.leader.advance = noting_advance  # type: ignore[method-assign]
     for number, (length, count, ends) in enumerate(((20, 12, True), (41, 6, False))):
         ask(bench, number, prompt_of(0, length), max_tokens=count)
         ahead.clear()
@@ -276,20 +277,20 @@ def test_rows_that_end_together_keep_the_room_of_their_tokens(
 def test_slots_that_go_together_move_their_company_once(checkpoint: Checkpoint, tokenizer: TokenizerWrapper) -> None:
     ring = LocalRing(make_stages(checkpoint, [6]))
     leader, slots = ring.leader, tuple(range(6))
-    leader.step(StepPlan(0, slots, (0,) * 6, (8,) * 6), [prompt_of(slot, 8) for slot in slots])
+    ring.step(StepPlan(0, slots, (0,) * 6, (8,) * 6), [prompt_of(slot, 8) for slot in slots])
     moves, keep_rows = [], leader.caches._keep_rows
     leader.caches._keep_rows = lambda block, rows: (moves.append(rows), keep_rows(block, rows))  # type: ignore[assignment,func-returns-value]
-    leader.step(StepPlan(1, parts=(1, 2), drops=(0, 3)), [])
+    ring.step(StepPlan(1, detached=(1, 2), drops=(0, 3)), [])
     assert len(moves) == 2  # one for those that part, one for those that are dropped
-    together = leader.step(StepPlan(2, (4, 5), (8, 8), (1, 1), True), [[7], [7]])
-    apart = leader.step(StepPlan(3, (1,), (8,), (1,), True), [[7]])
+    together = ring.step(StepPlan(2, (4, 5), (8, 8), (1, 1), True), [[7], [7]])
+    apart = ring.step(StepPlan(3, (1,), (8,), (1,), True), [[7]])
     again = LocalRing(make_stages(checkpoint, [6]))
     assert together and apart
-    for slot, logits in ((4, together[1][0, -1]), (5, together[1][1, -1]), (1, apart[1][0, -1])):
+    for slot, logits in ((4, together.logits[0, -1]), (5, together.logits[1, -1]), (1, apart.logits[0, -1])):
         wanted = again.logits([*prompt_of(slot, 8), 7], 0, slot)[0, -1]
         assert mx.allclose(logits, wanted, atol=1e-4).item()
     with pytest.raises(DesyncError, match="slot 3 holds nothing"):
-        leader.step(StepPlan(4, parts=(3,)), [])
+        ring.step(StepPlan(4, detached=(3,)), [])
 
 
 def test_a_long_prompt_is_read_in_steps_that_suit_the_machine(

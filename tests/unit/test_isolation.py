@@ -19,9 +19,9 @@ from hippo_mpi.config import BUNDLED_MODEL
 from hippo_mpi.engine import grammar
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.grammar import json_grammar
+from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams
 from hippo_mpi.engine.sampling import Chooser
-from hippo_mpi.engine.scheduler import Limits
 from hippo_mpi.engine.text import AnswerText, open_tokenizer
 from hippo_mpi.errors import FieldError, ForeignError, HippoError, UserError
 from hippo_mpi.parallel.timeline import Timeline

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hippo_mpi.engine import prefix_cache
+from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
 from hippo_mpi.engine.request import Request, SamplingParams, Sequence, Timings
-from hippo_mpi.engine.scheduler import Limits, Scheduler
+from hippo_mpi.engine.scheduler import Scheduler
 
 BUDGET = PrefixBudget(1 << 40, lambda num_tokens: num_tokens)
 PROMPTS = st.tuples(st.integers(0, 60), st.integers(0, 3), st.integers(0, 40)).map(
@@ -68,10 +69,10 @@ def test_prompts_that_wait_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) 
         sequences.append(Sequence(request, list(prompt), None, None, Timings()))
         scheduler.add(sequences[-1])
     for _ in range(40):
-        assert scheduler.next_plan() is not None
+        assert scheduler.next_step() is not None
     assert sequences[0].position == 160
     assert all(sequence.slot < 0 for sequence in sequences[1:])
     assert sorted(searched) == list(range(1000, 1008))
     for _ in range(40):
-        scheduler.next_plan()
+        scheduler.next_step()
     assert [sequence.timings.cached_tokens for sequence in sequences] == [0, *[200] * 7]

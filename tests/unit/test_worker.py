@@ -12,6 +12,7 @@ from mlx_lm.utils import load_model
 
 from hippo_mpi.errors import DesyncError, UserError
 from hippo_mpi.parallel.schedule import actions
+from hippo_mpi.parallel.step import Step
 from hippo_mpi.parallel.step_plan import StepPlan, decode
 from hippo_mpi.shard.slot_caches import KVSettings
 from hippo_mpi.transport.channel import LocalChannel, Message
@@ -48,11 +49,11 @@ def test_two_sequences_in_flight(folder: Path, split: list[int]) -> None:
             slot, position = next(iter(ready.items()))
             del ready[slot]
             chunk = tokens[slot][position:]
-            finished = ring.leader.step(ring.plan(slot, position, len(chunk)), [chunk])
+            finished = ring.step(ring.plan(slot, position, len(chunk)), [chunk])
         else:
-            finished = ring.leader.step(None, [])
+            finished = ring.wait()
         if finished is not None:
-            plan, logits = finished
+            plan, logits = finished.step.plan, finished.logits
             tokens[plan.slots[0]].append(int(mx.argmax(logits[0, -1]).item()))
             ready[plan.slots[0]] = plan.ends[0]
     for slot, prompt in prompts.items():
@@ -65,17 +66,15 @@ def test_chunks_follow_each_other(folder: Path) -> None:
     ring = LocalRing(make_stages(open_folder(folder), [2, 2, 2]))
     prompt = list(range(1, 30))
     for start in range(0, 28, 7):
-        ring.leader.step(ring.plan(0, start, 7, wants_logits=False), [prompt[start : start + 7]])
+        ring.step(ring.plan(0, start, 7, wants_logits=False), [prompt[start : start + 7]])
     logits = ring.logits(prompt[28:], 28)
     assert not ring.queues[0]
     assert int(mx.argmax(logits[0, -1]).item()) == greedy(folder, prompt, 1)[0]
 
 
-@pytest.mark.parametrize("num_stages", [2, 3, 4])
-def test_worker_follows_the_schedule(folder: Path, num_stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the Leader really does, in order, is what schedule.actions says."""
+def noted_actions(ring: LocalRing, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list of what the Leader does from now on: F computes, S sends, R has received."""
     done: list[str] = []
-    ring = LocalRing(make_stages(open_folder(folder), [6 - (num_stages - 1), *[1] * (num_stages - 1)]))
     leader = ring.leader
     channel = leader._channel
     assert isinstance(channel, LocalChannel)
@@ -91,19 +90,42 @@ def test_worker_follows_the_schedule(folder: Path, num_stages: int, monkeypatch:
         serial = decode(message.header).serial
         return Message(message.header, message.arrays, lambda: done.append(f"R{serial}"))
 
-    def note_build(plan: StepPlan, tokens: mx.array) -> object:
-        done.append(f"F{plan.serial}")
-        announced.append(plan.serial)
-        return build(plan, tokens)
+    def note_build(step: Step, ids: mx.array) -> object:
+        done.append(f"F{step.plan.serial}")
+        announced.append(step.plan.serial)
+        return build(step, ids)
 
     monkeypatch.setattr(channel, "deliver", note_deliver)
     monkeypatch.setattr(channel, "receive", note_receive)
     monkeypatch.setattr(leader, "_build", note_build)
+    return done
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+def test_worker_follows_the_schedule(folder: Path, num_stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Leader really does, in order, is what schedule.actions says."""
+    ring = LocalRing(make_stages(open_folder(folder), [6 - (num_stages - 1), *[1] * (num_stages - 1)]))
+    done = noted_actions(ring, monkeypatch)
     for slot in range(6):
-        leader.step(ring.plan(slot, 0, 3), [[1, 2, 3]])
-    while leader.num_in_flight:
-        leader.step(None, [])
+        ring.step(ring.plan(slot, 0, 3), [[1, 2, 3]])
+    while ring.leader.num_in_flight:
+        ring.wait()
     assert done == [str(a) for a in actions(0, num_stages, 6) if a.kind != "head"]
+
+
+def test_a_step_ahead_is_built_before_the_result_that_it_follows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And sent behind it."""
+    ring = LocalRing(make_stages(open_folder(folder), [3, 3]))
+    done = noted_actions(ring, monkeypatch)
+    assert ring.step(ring.plan(0, 0, 3), [[1, 2, 3]]) is None
+    for position in range(3, 6):
+        if ring.leader.is_ahead:
+            assert ring.wait() is None
+        result = ring.leader.exchange(None)
+        assert result is not None
+        ahead = Step(ring.plan(0, position, 1)) if position < 5 else None
+        ring.leader.advance(ahead, mx.argmax(result.logits[:, -1:, :], axis=-1))
+    assert done == ["F0", "S0", "F1", "R0", "S1", "F2", "R1", "S2", "R2"]
 
 
 @pytest.mark.parametrize("split", [[3, 3], [2, 2, 2]])
@@ -112,9 +134,9 @@ def test_chunks_keep_no_result_waiting(folder: Path, split: list[int]) -> None:
     ring = LocalRing(make_stages(open_folder(folder), split))
     leader, others = ring.leader, len(split) - 1
     for slot in range(others):
-        assert leader.step(ring.plan(slot, 0, 3), [[1, 2, 3]]) is None
+        assert ring.step(ring.plan(slot, 0, 3), [[1, 2, 3]]) is None
     for done in range(others):
-        finished = leader.step(ring.plan(others, 4 * done, 4, wants_logits=False), [[1, 2, 3, 4]])
+        finished = ring.step(ring.plan(others, 4 * done, 4, wants_logits=False), [[1, 2, 3, 4]])
         assert (finished is not None) == (done == 0)
     assert leader.num_in_flight == others - 1
 
@@ -146,7 +168,7 @@ def test_a_gap_in_serials_is_an_error(folder: Path) -> None:
 def test_released_slots_are_gone_everywhere(folder: Path) -> None:
     ring = LocalRing(make_stages(open_folder(folder), [2, 2, 2]))
     ring.logits([1, 2, 3], 0, slot=5)
-    ring.leader.step(StepPlan(1, drops=(5,)), [])
+    ring.step(StepPlan(1, drops=(5,)), [])
     for follower in ring.followers:
         follower.follow()
         assert 5 not in follower.caches

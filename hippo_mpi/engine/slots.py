@@ -1,0 +1,110 @@
+"""Slots, by number: which sequence has which, what becomes of those that are left, and what ranks must be told of it.
+
+A slot holds the caches of one sequence on every rank. Those of ended sequences may be kept, for prompts that begin alike.
+Knows numbers and tokens. Must not know MLX or ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hippo_mpi.engine.prefix_cache import PrefixCache
+from hippo_mpi.engine.request import Sequence
+
+
+@dataclass(frozen=True)
+class SlotChanges:
+    """What every rank does to its slots before a step, in this order; fields as in `StepPlan`."""
+
+    forks: tuple[tuple[int, int], ...] = ()
+    detached: tuple[int, ...] = ()
+    drops: tuple[int, ...] = ()
+
+
+class Slots:
+    """Hands out slots, and collects what is to be done to them.
+
+    Args:
+        prefixes: keeps those of ended sequences.
+    """
+
+    def __init__(self, prefixes: PrefixCache) -> None:
+        self._prefixes = prefixes
+        self._free: list[int] = []
+        self._count = 0
+        self._forks: list[tuple[int, int]] = []
+        self._detached: list[int] = []
+        self._drops: list[int] = []
+
+    @property
+    def is_settled(self) -> bool:
+        """Return whether no retained slot still shares a batched cache with other slots."""
+        return not self._detached
+
+    @property
+    def has_changes(self) -> bool:
+        """Return whether ranks must be told of something."""
+        return bool(self._forks or self._detached or self._drops)
+
+    def take_changes(self) -> SlotChanges:
+        """Return what ranks must be told, which they will be. Slots that are dropped are free for the next step."""
+        found = SlotChanges(tuple(self._forks), tuple(self._detached), tuple(self._drops))
+        self._forks, self._detached, self._drops = [], [], []
+        self._free += found.drops
+        return found
+
+    def begin(self, sequence: Sequence, running: Iterable[Sequence]) -> None:
+        """Give a prompt a slot, which begins with what is cached of it."""
+        source, count = self._find(sequence, running)
+        if self._prefixes.take(source, count):
+            sequence.slot = source
+        else:
+            sequence.slot = self._new()
+            self._forks += [(source, sequence.slot)] if count else []
+        sequence.position = sequence.timings.cached_tokens = count
+
+    def num_cached(self, sequence: Sequence, running: list[Sequence]) -> int:
+        """Return how many tokens of a prompt are cached.
+
+        It is looked for only if others are kept or run than the last time: a prompt that waits is asked about before
+        every step.
+        """
+        known = self._prefixes.version, tuple(other.slot for other in running)
+        if sequence.searched is None or sequence.searched[0] != known:
+            sequence.searched = known, self._find(sequence, running)[1]
+        return sequence.searched[1]
+
+    def is_worth_waiting(self, sequence: Sequence, other: Sequence, cached: int) -> bool:
+        """Return whether more of a prompt than `cached` tokens will be cached when another, unread one is."""
+        is_alike = sequence.request.cache_salt == other.request.cache_salt
+        return is_alike and self._prefixes.is_worth_waiting(sequence.tokens, other.tokens, cached)
+
+    def release(self, sequence: Sequence, was_batched: bool = False) -> None:
+        """Keep the cache of a sequence that has ended for others to begin with, or free it.
+
+        Args:
+            was_batched: whether it shared a batched cache in its last step.
+        """
+        if sequence.slot < 0:
+            return
+        tokens, salt = sequence.tokens[: sequence.position], sequence.request.cache_salt
+        gone = self._prefixes.keep(sequence.slot, tokens, salt)
+        self._detached += [sequence.slot] if was_batched and sequence.slot not in gone else []
+        self._drops += gone
+
+    def forget_prefixes(self) -> None:
+        """Free what is kept of ended sequences."""
+        self._drops += self._prefixes.clear()
+
+    def _find(self, sequence: Sequence, running: Iterable[Sequence]) -> tuple[int, int]:
+        """(slot, number of tokens) of what is cached of a prompt."""
+        salt = sequence.request.cache_salt
+        alike = ((other.slot, other.tokens[: other.position]) for other in running if other.request.cache_salt == salt)
+        return self._prefixes.match(sequence.tokens, alike, salt) or (-1, 0)
+
+    def _new(self) -> int:
+        if self._free:
+            return self._free.pop()
+        self._count += 1
+        return self._count - 1
