@@ -35,7 +35,7 @@ class RunOptions:
 
     layer_split: tuple[int, ...] | None
     max_context: int | None
-    prefill_step_size: int | None
+    num_draft_tokens: int = 0
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -289,7 +289,7 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_options(arguments: argparse.Namespace) -> RunOptions:
-    return RunOptions(arguments.layer_split, arguments.max_context, arguments.prefill_step_size)
+    return RunOptions(arguments.layer_split, arguments.max_context, getattr(arguments, "num_draft_tokens", 0))
 
 
 # ---- checked values; argparse puts the message behind "argument --name:"

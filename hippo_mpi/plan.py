@@ -157,7 +157,7 @@ def _measure(session: Session, workload: Workload) -> list[MeasuredStage]:
 
     def measure(rank: int) -> MeasuredStage:
         checkpoint, loading = session.agreement.checkpoint, f"loading stage {rank}"
-        stage = load_stage(checkpoint, counts, rank, lambda done_bytes: control.progress(loading))
+        stage = load_stage(checkpoint, *session.agreement.layers_of(rank), lambda done_bytes: control.progress(loading))
         session.progress.clear()
         return measure_stage(stage, session.settings, workload, len(counts), control.progress)
 

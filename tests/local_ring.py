@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,7 +25,8 @@ def open_folder(folder: Path) -> Checkpoint:
 
 def make_stages(checkpoint: Checkpoint, counts: Sequence[int]) -> list[Stage]:
     """Stages with their own weights and NaN in every other."""
-    return [load_stage(checkpoint, counts, rank) for rank in range(len(counts))]
+    ends = list(accumulate(counts))
+    return [load_stage(checkpoint, end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
 class LocalRing:

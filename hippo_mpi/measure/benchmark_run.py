@@ -52,7 +52,7 @@ class Bench:
         if has_mlx_lm and part.world.size > 1 and has_mlx_lm_pipeline(checkpoint):
             self._mlx_lm_part = load_mlx_lm_part(checkpoint, part.world.group, self._loading)
         if self._has_room(has_whole):
-            self.whole = load_stage(checkpoint, [checkpoint.flow.num_layers], 0, lambda done_bytes: self._loading())
+            self.whole = load_stage(checkpoint, 0, checkpoint.flow.num_layers, lambda done_bytes: self._loading())
 
     def _loading(self) -> None:
         self._control.progress("loading models to compare with")

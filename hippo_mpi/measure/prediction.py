@@ -178,21 +178,21 @@ def _time_step(
 ) -> StepTime:
     shape = len(slots), count
     tokens, flow = mx.ones(shape, mx.int32), stage.flow
-    arriving = [] if stage.is_first else _made_up(stage, stage.start, shape)
-    coming_back = _made_up(stage, len(flow.calls), shape) if stage.is_first and not stage.is_whole else []
+    arriving = [] if stage.holds_embedding else _made_up(stage, stage.start, shape)
+    coming_back = _made_up(stage, len(flow.calls), shape) if stage.holds_head and not stage.is_whole else []
     mx.eval(tokens, arriving, coming_back)
     began = time.perf_counter()
     cache = caches.at(slots, [position] * len(slots), [count] * len(slots))
     forward = stage.forward(tokens, cache, wants_logits)
-    forward.run(None if stage.is_first else arriving)
+    forward.run(None if stage.holds_embedding else arriving)
     sent = forward.outgoing or []
     mx.async_eval(sent)  # type: ignore[no-untyped-call]
-    if not stage.is_first:
+    if not stage.holds_head:
         forward.run(None)
     mx.eval(sent)
     mx.eval(caches.advance(slots, [position + count] * len(slots)))
     forwarded = time.perf_counter()
-    if stage.is_first and wants_logits:
+    if stage.holds_head and wants_logits:
         if not forward.is_done:
             forward.run(coming_back)
         assert forward.logits is not None

@@ -34,12 +34,14 @@ class ModelInfo:
     vocab_size: int  # width of the logits
     assumptions: tuple[str, ...] = ()  # sentences: what isn't known of a model without weights
 
-    def with_draft(self, draft: ModelInfo) -> ModelInfo:
-        """The same with a whole draft model on rank 0, beside layer 0."""
+    def with_draft(self, draft: ModelInfo, num_draft_tokens: int) -> ModelInfo:
+        """Return the costs with a whole draft model on rank 0, beside layer 0, that proposes so many tokens for a step."""
         first = total_cost([self.caches[0], *draft.caches])
         head_bytes = self.head_bytes + draft.head_bytes + sum(draft.layer_bytes)
+        head_work = self.head_work + num_draft_tokens * (draft.head_work + sum(draft.layer_work))
         assumptions = tuple(dict.fromkeys((*self.assumptions, *draft.assumptions)))
-        return replace(self, head_bytes=head_bytes, caches=[first, *self.caches[1:]], assumptions=assumptions)
+        caches = [first, *self.caches[1:]]
+        return replace(self, head_bytes=head_bytes, head_work=head_work, caches=caches, assumptions=assumptions)
 
 
 def total_cost(costs: list[CacheCost]) -> CacheCost:

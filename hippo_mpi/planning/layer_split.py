@@ -10,6 +10,7 @@ from typing import Any
 from hippo_mpi.config import above_0
 from hippo_mpi.errors import PlanError
 from hippo_mpi.planning.costs import CacheCost, ModelInfo
+from hippo_mpi.transport.layout import Layout
 from hippo_mpi.units import count_of, show_bytes
 
 # What a rank needs beside weights and cache: activations, the interpreter, the libraries.
@@ -232,7 +233,8 @@ def _check_layer_split(info: ModelInfo, num_ranks: int, counts: Sequence[int]) -
     even = ",".join(str(info.num_layers // num_ranks + (i < info.num_layers % num_ranks)) for i in range(num_ranks))
     if len(counts) != num_ranks:
         raise PlanError(
-            f"layer split {text} is for {count_of(len(counts), 'rank')}, but there {'is' if num_ranks == 1 else 'are'} {num_ranks}; try --layer-split {even}"
+            f"layer split {text} is for {count_of(len(counts), 'rank')}, but there {'is' if num_ranks == 1 else 'are'}"
+            f" {num_ranks} ({Layout(len(counts))}); try --layer-split {even}"
         )
     if min(counts) < 1:
         raise PlanError(f"layer split {text} leaves a rank without layers; try --layer-split {even}")

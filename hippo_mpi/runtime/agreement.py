@@ -21,6 +21,7 @@ from hippo_mpi.planning.model_costs import model_info
 from hippo_mpi.runtime.source_digest import source_digest
 from hippo_mpi.shard.slot_caches import KVSettings
 from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.world import World
 
 _EQUAL_SPEED = 1.2  # speeds closer than this are taken for the same: a short measurement isn't better
@@ -39,12 +40,23 @@ class Agreement:
     """What all ranks have agreed on before a weight is loaded. `split` and `draft` are on rank 0 only."""
 
     checkpoint: Checkpoint
-    counts: list[int]
+    counts: list[int]  # layers of each stage
     max_context: int
     can_batch: bool | None  # False: mlx-lm can't run rows together; None: the model must be asked
     vocab_size: int
     split: LayerSplit | None
     draft: DraftModel | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Return how the ranks share the model."""
+        return Layout(len(self.counts))
+
+    def layers_of(self, rank: int) -> tuple[int, int]:
+        """Return the layers [start, stop) of a rank."""
+        stage = self.layout.place(rank).stage
+        start = sum(self.counts[:stage])
+        return start, start + self.counts[stage]
 
 
 def compare_ranks(world: World, control: Control, arguments: dict[str, str]) -> list[Machine]:
@@ -92,7 +104,7 @@ def negotiate(
             _compare(introductions)
             assert checkpoint is not None
             info, draft = model_info(checkpoint, settings), _open_draft(find_draft())
-            info = info.with_draft(draft.info) if draft else info
+            info = info.with_draft(draft.info, options.num_draft_tokens) if draft else info
             split = plan_split(info, machines or _machines(introductions), options.max_context, options.layer_split)
         except HippoError as error:
             control.fail(error)

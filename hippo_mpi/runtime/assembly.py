@@ -100,6 +100,6 @@ def _load_drafter(session: Session) -> Propose | None:
     if agreement.draft is None:
         return None
     checkpoint, info = agreement.draft.checkpoint, agreement.draft.info
-    stage = load_stage(checkpoint, [info.num_layers], 0, lambda _: session.control.progress("loading the draft model"))
+    stage = load_stage(checkpoint, 0, info.num_layers, lambda _: session.control.progress("loading the draft model"))
     vocab_size = min(info.vocab_size, agreement.vocab_size)
     return Drafter(stage.model, vocab_size, info.max_positions, session.arguments.num_draft_tokens).propose

@@ -35,9 +35,8 @@ class Pipeline:
         on_load: Callable[[int, int], None] | None = None,
     ) -> None:
         self.world, self.control, self.agreement = world, control, agreement
-        start = sum(agreement.counts[: world.rank])
-        stop = start + agreement.counts[world.rank]
-        self._start, self._stop = start, stop
+        agreement.layout.check(world.size)
+        start, stop = self._layers = agreement.layers_of(world.rank)
         checkpoint = agreement.checkpoint
         self.weight_bytes = sum(checkpoint.weight_bytes[name] for name in checkpoint.stage_weights(start, stop))
 
@@ -51,11 +50,11 @@ class Pipeline:
         try:
             if mx.metal.is_available():
                 mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-            self.stage = load_stage(checkpoint, agreement.counts, world.rank, loaded)
+            self.stage = load_stage(checkpoint, start, stop, loaded)
         except HippoError as caught:
             error = caught
         self._agree_that_loaded(error)
-        self.channel = RingChannel(world, control)
+        self.channel = RingChannel(world, control, agreement.layout)
         self.timeline = Timeline(self._progress)
         self._settings = settings
         self._worker: Leader | Follower | None = None
@@ -73,12 +72,13 @@ class Pipeline:
         self.control.share({"go": True} if found is not None else None)
 
     def leader(self) -> Leader:
-        self._worker = Leader(self.stage, self.channel, self._settings, self.world.size, self.timeline)
+        self._worker = Leader(self.stage, self.channel, self._settings, self.agreement.layout.stages, self.timeline)
         return self._worker
 
     def follow(self) -> None:
         """Obey until rank 0 calls `release`."""
-        is_last = self.world.rank == self.world.size - 1
+        layout = self.agreement.layout
+        is_last = layout.place(self.world.rank).stage == layout.stages - 1
         self._worker = follower = Follower(self.stage, self.channel, self._settings, is_last, self.timeline)
         while follower.follow() is not None:
             pass
@@ -110,7 +110,7 @@ class Pipeline:
         """This rank's layers and memory."""
         return {
             "host": self.world.host,
-            "layers": [self._start, self._stop],
+            "layers": list(self._layers),
             "weight_bytes": self.weight_bytes,
             "peak_memory_bytes": int(mx.get_peak_memory()),
             "peak_resident_bytes": peak_resident_bytes(),

@@ -51,7 +51,7 @@ class Stage:
 
     def __init__(self, model: nn.Module, flow: Dataflow, start: int, stop: int) -> None:
         self.model, self.flow, self.start, self.stop = model, flow, start, stop
-        self.is_first = start == 0
+        self.holds_embedding = self.holds_head = start == 0  # so that only hidden states travel
         self.is_whole = stop - start == flow.num_layers
         self.crossing = {cut: crossing(flow, cut) for cut in range(1, len(flow.calls) + 1)}
         self._running: Forward | None = None
@@ -114,12 +114,12 @@ class Forward:
             self.stage._running = previous
 
     def _call_model(self, incoming: Sequence[mx.array] | None) -> None:
-        if not self.stage.is_first:
+        if not self.stage.holds_embedding:
             self._accept(self.stage.start, incoming)
         logits = self.stage.model(self.tokens, cache=self.cache)
         if self._next_call != len(self.stage.flow.calls) and not self.stage.is_whole:
             raise DesyncError(f"the model called {self._next_call} layers, not {len(self.stage.flow.calls)}")
-        if self.stage.is_first and self.wants_logits:
+        if self.stage.holds_head and self.wants_logits:
             self.logits = logits
 
     def _accept(self, cut: int, incoming: Sequence[mx.array] | None) -> None:
@@ -144,11 +144,11 @@ class Forward:
             result = real(layer, *inputs["args"], **inputs["kwargs"])
             if index == self.stage.stop - 1:
                 self._keep_outputs(number, result, inputs)
-                if not self.stage.is_first:
+                if not self.stage.holds_head:
                     self.outgoing = self._collect(number + 1)
                     self._greenlet.parent.switch()
             return result
-        if self.stage.is_first:
+        if self.stage.holds_embedding:
             self._keep_prepared(number, call, inputs)
         for effect in call.effects:
             _apply(effect, inputs, self.num_rows_tokens)
@@ -175,7 +175,7 @@ class Forward:
         flow, stage = self.stage.flow, self.stage
         next_is_local = number + 1 < len(flow.calls) and flow.calls[number + 1].layer == stage.start
         is_last = number + 1 == len(flow.calls)
-        if stage.is_first and (next_is_local or is_last):
+        if stage.holds_head and (next_is_local or is_last):
             self.outgoing = self._collect(number + 1 - (flow.num_layers - stage.stop))
             if is_last and not self.wants_logits:
                 return
@@ -272,22 +272,20 @@ def _apply(effect: CacheEffect, inputs: dict[str, Any], rows_tokens: tuple[int, 
 
 def load_stage(
     checkpoint: Checkpoint,
-    layer_split: Sequence[int],
-    rank: int,
+    start: int,
+    stop: int,
     on_progress: Callable[[int], None] = lambda done_bytes: None,
 ) -> Stage:
-    """Load one rank's layers of a model, whatever its type.
+    """Load the layers [start, stop) of a model, whatever its type.
 
     Args:
         checkpoint: the model's structure, from `open_checkpoint`.
-        layer_split: layers per rank; it must not cut where `checkpoint.flow.forbidden_cuts()` says.
-        rank: whose layers to load. Rank 0 also gets embedding, norm and head.
+        start, stop: must not cut where `checkpoint.flow.forbidden_cuts()` says. From layer 0 on, the stage also holds
+            embedding, norm and head.
         on_progress: told the bytes read so far.
 
     Raises:
         ModelError: a file can't be read or downloaded.
     """
-    start = sum(layer_split[:rank])
-    stop = start + layer_split[rank]
     model = load_stage_weights(checkpoint, start, stop, on_progress)
     return Stage(model, checkpoint.flow, start, stop)

@@ -23,6 +23,7 @@ import mlx.core as mx
 
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.pulse import WAITING
 from hippo_mpi.transport.world import World
 
@@ -98,8 +99,9 @@ class LocalChannel(Channel):
 class RingChannel(Channel):
     """Over `mx.distributed`, with announcements, and word that their arrays come, on the control socket."""
 
-    def __init__(self, world: World, control: Control) -> None:
+    def __init__(self, world: World, control: Control, layout: Layout) -> None:
         self._world, self._control = world, control
+        self._before, self._behind = layout.neighbours(world.rank)
         # One stream for both deadlocks as soon as two ranks send each other more than the eager limit.
         self._send_stream = mx.new_stream(mx.cpu)
         self._receive_stream = mx.new_stream(mx.cpu)
@@ -116,8 +118,7 @@ class RingChannel(Channel):
             return
         self._control.announce(_SENT)
         payload = arrays[0] if len(arrays) == 1 else pack(arrays)
-        to = (self._world.rank + 1) % self._world.size
-        sending = mx.distributed.send(payload, to, group=self._world.group, stream=self._send_stream)
+        sending = mx.distributed.send(payload, self._behind, group=self._world.group, stream=self._send_stream)
         mx.async_eval(sending)  # type: ignore[no-untyped-call]
         self._in_flight.append(sending)
         if len(self._in_flight) > _MAX_SENDS_IN_FLIGHT:
@@ -133,13 +134,12 @@ class RingChannel(Channel):
         header, shapes = frame[2 : 2 + length], json.loads(frame[2 + length :])
         if not shapes:
             return Message(header, [], wait=lambda: None)
-        sender = (self._world.rank - 1) % self._world.size
         if len(shapes) == 1:
             dtype, *shape = shapes[0]
             wanted, kind = tuple(shape), _DTYPES[dtype]
         else:
             wanted, kind = (sum(_padded_bytes(s) for s in shapes),), mx.uint8
-        payload = mx.distributed.recv(wanted, kind, sender, group=self._world.group, stream=self._receive_stream)
+        payload = mx.distributed.recv(wanted, kind, self._before, group=self._world.group, stream=self._receive_stream)
         arrays = [payload] if len(shapes) == 1 else unpack(payload, shapes)
 
         def wait() -> None:

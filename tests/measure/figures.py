@@ -132,10 +132,11 @@ _HOP = """
 from hippo_mpi.measure.hop_times import echo, time_ring
 from hippo_mpi.transport.channel import RingChannel
 from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.world import connect, detect_launch
 world = connect(detect_launch(), 30)
 control = Control(world, 30, 30)
-channel = RingChannel(world, control)
+channel = RingChannel(world, control, Layout(world.size))
 if world.rank == 0:
     hop = next(hop for hop in time_ring(channel, world.size, control.progress) if hop.size_bytes == 8192)
     print(f"  {world.backend}: median {hop.median_s * 1e6:.0f} us, p95 {hop.p95_s * 1e6:.0f} us")

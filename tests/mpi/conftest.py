@@ -9,6 +9,7 @@ import pytest
 
 from hippo_mpi.transport.channel import RingChannel
 from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.world import World, connect, detect_launch
 
 if "OMPI_COMM_WORLD_SIZE" in os.environ:
@@ -32,4 +33,4 @@ def control(world: World) -> Iterator[Control]:
 
 @pytest.fixture(scope="session")
 def channel(world: World, control: Control) -> RingChannel:
-    return RingChannel(world, control)
+    return RingChannel(world, control, Layout(world.size))

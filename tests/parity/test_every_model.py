@@ -202,7 +202,7 @@ def run_stages(stages: list[Stage], tokens: mx.array, caches: list[list[Any]]) -
     """One step of a batch (B, L) through all stages: logits (B, L, V)."""
     forwards: list[Forward] = []
     for stage, cache in zip(stages, caches, strict=True):
-        shown = tokens if stage.is_first else mx.zeros_like(tokens)
+        shown = tokens if stage.holds_embedding else mx.zeros_like(tokens)
         forwards.append(stage.forward(shown, cache))
     arrays = None
     while not forwards[0].is_done:
@@ -211,7 +211,7 @@ def run_stages(stages: list[Stage], tokens: mx.array, caches: list[list[Any]]) -
             arrays = forward.outgoing
             if forward is forwards[0] and forward.is_done:
                 break
-            if not forward.stage.is_first:
+            if not forward.stage.holds_embedding:
                 forward.run(None)
             mx.eval(arrays)
     mx.eval([c.state for cache in caches for c in cache])

@@ -45,7 +45,7 @@ def tokenizer() -> TokenizerWrapper:
 
 def make_drafter(num_draft_tokens: int = 4, most_tokens: int | None = None) -> Drafter:
     checkpoint = open_folder(DRAFT_MODEL)
-    model = load_stage(checkpoint, [checkpoint.flow.num_layers], 0).model
+    model = load_stage(checkpoint, 0, checkpoint.flow.num_layers).model
     return Drafter(model, checkpoint.config["vocab_size"], most_tokens, num_draft_tokens)
 
 

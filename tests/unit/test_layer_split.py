@@ -111,3 +111,11 @@ def test_room_for_caches() -> None:
     assert found.sequence_bytes(1) == found.sequence_bytes(256) == 2 * (1000 + 256 * 10)
     large = replace(found, info=replace(found.info, caches=[CacheCost(room // 6, 0)] * 4))
     assert large.cache_room(8) == (3, None)
+
+
+def test_a_draft_model_counts_with_what_it_computes() -> None:
+    """On rank 0, three times for a step: the same work as six layers of the model."""
+    machines = [Machine("a", GIB), Machine("b", GIB)]
+    drafted = info([1.0] * 10).with_draft(info([0.5] * 3, head=0.5), 3)
+    assert plan_split(info([1.0] * 10), machines).counts == [5, 5]
+    assert plan_split(drafted, machines).counts == [2, 8]

@@ -72,7 +72,7 @@ class ServedModel:
         began_s = time.monotonic()
         info = model_info(open_checkpoint(self.source), KVSettings.from_options(self.arguments))
         if draft := ModelSource.of_draft(self.arguments):
-            info = info.with_draft(model_info(open_checkpoint(draft), KVSettings()))
+            info = info.with_draft(model_info(open_checkpoint(draft), KVSettings()), self.arguments.num_draft_tokens)
         _log.info("%s was read for planning, in %.1f s", self.name, time.monotonic() - began_s)
         return info
 
