@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shlex
 import traceback
 from importlib.metadata import requires
@@ -24,6 +25,7 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 UNREAD = 141
 """Exit status after SIGPIPE, as shells have it."""
+_LAST_WORDS_MS = 1000  # for a full pipe to be read
 
 
 class HippoError(Exception):
@@ -111,6 +113,10 @@ def install_hint(extra: str) -> str:
 
 
 def print_error(line: str, starts_anew: bool = False) -> None:
-    """One line on stderr, a new one if asked. Nobody may be left to read it: that never raises."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"{chr(10) * starts_anew}error: {line}\n".encode())
+    """Write one line on stderr, a new one if asked. Nobody may be left to read it: that never raises, nor waits for long."""
+    data = f"{chr(10) * starts_anew}error: {line}\n".encode()
+    with contextlib.suppress(OSError, ValueError):  # it is closed
+        ready = select.poll()
+        ready.register(2, select.POLLOUT)
+        while data and ready.poll(_LAST_WORDS_MS):
+            data = data[os.write(2, data[: select.PIPE_BUF]) :]  # so much doesn't wait, if anything doesn't

@@ -16,3 +16,8 @@ def show_bytes(count: int) -> str:
             return f"{sign}{size:.0f} {unit}" if unit == "B" else f"{sign}{size:.1f} {unit}"
         size /= 1024
     return f"{sign}{size:.2f} GiB"
+
+
+def show_layers(start: int, stop: int) -> str:
+    """Return the layers [start, stop): layer 3, layers 0-3."""
+    return f"layer {start}" if stop == start + 1 else f"layers {start}-{stop - 1}"

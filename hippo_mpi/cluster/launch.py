@@ -16,6 +16,7 @@ from hippo_mpi.environment import CONSOLE, STATUS_FILE
 from hippo_mpi.errors import LaunchError, RankError
 from hippo_mpi.transport.console import Console
 from hippo_mpi.transport.run_key import RunKey
+from hippo_mpi.transport.status_file import read_status
 from hippo_mpi.transport.terminal import kept_terminal
 
 _LOOK_S = 0.1
@@ -62,8 +63,8 @@ class Launch:
                 messages.await_end()
             if self._ended_by is not None:
                 return 128 + self._ended_by
-            if status.exists():
-                return int(status.read_text())
+            if found := read_status(status):
+                return found[0]
             messages.show()  # rank 0 has said nothing: the launcher may know why
             return RankError.exit_code if self._console.pid else self._launcher.returncode or 1
 

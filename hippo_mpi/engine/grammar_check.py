@@ -7,6 +7,7 @@ less than 1 kB, takes it many minutes, and one of 10,000 properties seconds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -30,6 +31,7 @@ _PATIENCE = 4  # times that, until a busy machine has given a process so much ti
 _AT_ONCE = 2  # processes: one that takes long doesn't keep others waiting
 _MOST_REMEMBERED = 1024  # grammars, by their digests
 _LOOK_S = 0.05
+_DIE_S = 2.0
 _NOT_HELD_TO = ('Unimplemented keys: ["uniqueItems"]', "Unknown format: ")
 """Warnings of llguidance that are only logged: a list may then say something twice (every set[...] of Python has such a
 schema), and a text's format, which JSON Schema itself takes for a remark if it is unknown, isn't looked at."""
@@ -97,19 +99,18 @@ class GrammarCheck:
     def _ask(self, grammar: str, is_wanted: Callable[[], bool]) -> list[str] | None:
         """What is wrong with a grammar, a line each; None if nobody wants to know any more."""
         worker = self._worker()
-        assert worker.stdin is not None
+        found: bytes | None = None
         try:
-            worker.stdin.write(json.dumps(grammar).encode() + b"\n")
-            worker.stdin.flush()
-            found = _read_line(worker, time.monotonic() + _PATIENCE * self._limit_s, is_wanted)
-        except OSError:
-            found = b""
-        if found is not None and found.endswith(b"\n"):
-            with self._lock:
-                self._idle.append(worker)
+            ends_s = time.monotonic() + _PATIENCE * self._limit_s
+            found = _exchange(worker, json.dumps(grammar).encode() + b"\n", ends_s, is_wanted)
+        finally:  # one that owes an answer must not be asked again
+            if found and found.endswith(b"\n"):
+                with self._lock:
+                    self._idle.append(worker)
+            else:
+                _end(worker)
+        if found and found.endswith(b"\n"):
             return [" ".join(mistake.split())[:300] for mistake in json.loads(found)]
-        worker.kill()  # if it hasn't ended by itself
-        worker.communicate()
         if not is_wanted():
             return None
         if found is None or worker.returncode == -signal.SIGXCPU:
@@ -123,26 +124,54 @@ class GrammarCheck:
                     return worker
         command = [sys.executable, "-m", "hippo_mpi.engine.grammar_worker", f"{self._limit_s:g}"]
         try:  # it ends when its standard input does
-            return subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, close_fds=True
+            worker = subprocess.Popen(
+                command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )
         except OSError as error:
             raise RankError(f"a schema can't be checked: {error}") from None
+        assert worker.stdin is not None
+        os.set_blocking(worker.stdin.fileno(), False)
+        return worker
 
 
-def _read_line(worker: subprocess.Popen[bytes], ends_s: float, is_wanted: Callable[[], bool]) -> bytes | None:
-    """A line of a process's output, or less if it has ended or nobody wants it; None if time is up."""
-    assert worker.stdout is not None
-    descriptor, found = worker.stdout.fileno(), b""
+def _exchange(
+    worker: subprocess.Popen[bytes], line: bytes, ends_s: float, is_wanted: Callable[[], bool]
+) -> bytes | None:
+    """Write a line to a process and return the one that it answers, or less if it has ended or nobody wants it; None if
+    time is up."""
+    assert worker.stdin is not None and worker.stdout is not None
+    source, sink, found = worker.stdout.fileno(), worker.stdin.fileno(), b""
+    ready = select.poll()  # select knows no descriptors above 1023
+    ready.register(source, select.POLLIN)
+    ready.register(sink, select.POLLOUT)
     while is_wanted():
         if time.monotonic() > ends_s:
             return None
-        if select.select([descriptor], [], [], _LOOK_S)[0]:
-            piece = os.read(descriptor, 1 << 16)
-            found += piece
-            if not piece or found.endswith(b"\n"):
-                break
+        for descriptor, _ in ready.poll(_LOOK_S * 1000):
+            if descriptor == source:
+                piece = os.read(source, 1 << 16)
+                found += piece
+                if not piece or found.endswith(b"\n"):
+                    return found
+                continue
+            try:
+                line = line[os.write(sink, line[: 1 << 16]) :]
+            except BrokenPipeError:  # it has ended, which its output says
+                line = b""
+            if not line:
+                ready.unregister(sink)
     return found
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    """End a process if it hasn't by itself; one that can't be killed is left."""
+    worker.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        worker.wait(_DIE_S)
+    for pipe in (worker.stdin, worker.stdout):
+        assert pipe is not None
+        with contextlib.suppress(OSError):
+            pipe.close()
 
 
 @lru_cache(maxsize=64)  # once

@@ -22,8 +22,9 @@ from hippo_mpi.transport.console import LentConsole, borrow_console
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.launcher import Launcher
 from hippo_mpi.transport.processes import kill_stopped_ranks
+from hippo_mpi.transport.status_file import write_status
 from hippo_mpi.transport.terminal import open_standard_streams, put_back_terminal
-from hippo_mpi.transport.world import World, connect, detect_launch, end_within, write_status
+from hippo_mpi.transport.world import World, connect, detect_launch, end_within
 
 _LEAST_END_S = 10.0  # for the other ranks to end, on a busy machine
 
@@ -89,10 +90,10 @@ def _run(parser: Parser, body: Callable[[_Joined], int], argv: list[str] | None 
     _exit(code, world.rank, is_orderly=world.backend == "mpi")
 
 
-def _note_end(code: int) -> None:
+def _note_end(code: int, why: str) -> None:
     """What rank 0 leaves behind when it must end at once."""
     put_back_terminal()
-    write_status(code)
+    write_status(code, why)
 
 
 def _start(parser: Parser, argv: list[str]) -> tuple[World, argparse.Namespace, UserError | None, LentConsole | None]:

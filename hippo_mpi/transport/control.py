@@ -73,7 +73,7 @@ class Control:
         self._pulse = Pulse(timeout_s)
         self._moved_at = time.monotonic()
         self._closing = False
-        self.on_end: Callable[[int], None] = lambda code: None  # told the exit status on a bad end
+        self.on_end: Callable[[int, str], None] = lambda code, why: None  # told of a bad end
         self.own_status: Callable[[], dict[str, Any]] = dict  # asked by the watch thread; small, and JSON
         self._rank_line = f"rank {world.rank} ({world.host})"
         if world.size > 1:
@@ -337,7 +337,7 @@ class Control:
             )  # while a person is asked, the cursor is behind the prompt
         with contextlib.suppress(Exception):
             if self.world.rank == 0:
-                self.on_end(code)
+                self.on_end(code, line or "")
             if threading.current_thread() is threading.main_thread():  # elsewhere a full pipe could hold us up
                 sys.stdout.flush()
         killing.join()

@@ -21,19 +21,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from hippo_mpi.environment import STATUS_FILE
 from hippo_mpi.errors import LaunchError, RankError, print_error
 from hippo_mpi.transport.processes import is_stopped, kill_stopped_ranks
+from hippo_mpi.transport.status_file import write_status
 
 _END_S = 1.0  # from a signal to the next
-
-
-def write_status(code: int) -> None:
-    """Leave rank 0's exit status where launch/run finds it: mlx.launch itself always returns 0."""
-    path = os.environ.get(STATUS_FILE)
-    if path:
-        with contextlib.suppress(OSError):  # another machine's file, or its disk is full
-            Path(path).write_text(f"{code}\n")
 
 
 @dataclass
@@ -230,7 +222,7 @@ def _end(rank_pid: int, launcher: int, complaint: str) -> None:
     if not is_stopped(rank_pid):  # else others wait for it, and say so
         print_error(complaint)
     kill_stopped_ranks(launcher)
-    write_status(RankError.exit_code)
+    write_status(RankError.exit_code, complaint)
     for number in (signal.SIGQUIT, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank_pid, number)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import urllib.error
 import urllib.request
@@ -111,6 +112,27 @@ def test_models_take_turns_and_nothing_is_lost(tmp_path: Path) -> None:
         with pytest.raises(urllib.error.HTTPError, match="404"):
             load(running, "/etc")
         assert running.status()["model"] == before
+
+
+@pytest.mark.slow
+def test_a_model_that_was_there_and_is_gone(tmp_path: Path) -> None:
+    """It could be loaded once: whoever asks for it again is told, and the model before comes back for good."""
+    gone = tmp_path / "models" / "gone"
+    shutil.copytree(BUNDLED_MODEL.parent / OTHER, gone)
+    for name, folder in ((FIRST, BUNDLED_MODEL), ("gone", gone)):
+        (tmp_path / f"{name}.yaml").write_text(f"model: {folder}\n")
+    options = ("--model", FIRST, "--ranks", "1", "--max-restarts", "1")
+    with server("--catalogue", str(tmp_path), *options) as running:
+        wanted = complete(running, FIRST)
+        load(running, "gone")
+        load(running, FIRST)
+        (gone / "model.safetensors").write_bytes(b"no model")
+        with pytest.raises(urllib.error.HTTPError, match="400") as told:
+            load(running, "gone")
+        assert "the model 'gone' can't be loaded" in told.value.read().decode()
+        running.await_ready()
+        assert complete(running, FIRST) == wanted
+        assert running.status()["model"] == FIRST
 
 
 @pytest.mark.slow

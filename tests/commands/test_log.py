@@ -144,8 +144,8 @@ def test_who_waits_for_another_model_hears_why(running: Server) -> None:
 
 @pytest.mark.slow
 def test_a_restart_is_logged(running: Server) -> None:
-    os.kill(running.rank_pids()[0], signal.SIGKILL)
-    await_line(running, r"WARNING the ranks are gone \(.*\); starting them again")
+    os.kill(running.rank_pids()[1], signal.SIGKILL)
+    await_line(running, r"WARNING the ranks are gone \(rank 1 \(\S+\) died.*\); starting them again")
     running.await_status(lambda status: status["ready"] and status["restarts"] == 1)
     await_line(running, r"INFO \S+ is loaded after \d+\.\d s: \S+ layers? .*; no request waits")
 

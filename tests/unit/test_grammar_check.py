@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
+import signal
 import time
 from typing import Any
 
@@ -78,3 +80,34 @@ def test_schemas_with_what_no_grammar_holds_to(caplog: pytest.LogCaptureFixture)
     for keyword in ({"not": {"type": "string"}}, {"propertyNames": {"pattern": "a"}}, {"uniqueItems": True, "if": {}}):
         with pytest.raises(FieldError, match="response_format: Unimplemented keys"):
             check.check("response_format", json_grammar(keyword))
+
+
+def test_descriptors_above_those_that_select_knows() -> None:
+    """As a server with a thousand connections has them; and no process is left behind."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    check, before = GrammarCheck(), set(descendants(os.getpid()))
+    held = [os.dup(0) for _ in range(1100)]
+    try:
+        check.check("tools", SIMPLE)
+        with pytest.raises(FieldError):
+            check.check("tools", "no grammar")
+        assert sum(is_alive(pid) for pid in set(descendants(os.getpid())) - before) == 1
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_worker_that_reads_nothing_is_ended() -> None:
+    """A grammar is longer than what a pipe takes."""
+    check = GrammarCheck(limit_s=0.5)
+    check.check("tools", SIMPLE)
+    worker = check._idle[0].pid
+    os.kill(worker, signal.SIGSTOP)
+    began_s = time.monotonic()
+    with pytest.raises(FieldError, match="takes longer"):
+        check.check("tools", json_grammar(properties(3000)))
+    assert time.monotonic() - began_s < 20
+    assert not is_alive(worker)
+    check.check("tools", SIMPLE + " ")

@@ -32,6 +32,7 @@ from hippo_mpi.serving.supervision.rank_link import (
     request_object,
 )
 from hippo_mpi.serving.supervision.suspects import is_suspect, may_begin
+from hippo_mpi.units import count_of, show_layers
 
 _log = logging.getLogger(__name__)
 _MOST_SILENT_S = 5.0  # of rank 0, which says something every second
@@ -55,7 +56,10 @@ class Front:
         self._begun: set[int] = set()  # those that the ranks know of
         self._at_work: set[int] = set()  # those of which they have begun a step
         self._taking: int | None = None  # the one that rank 0 is reading
-        self._was_ready = False  # the ranks of the present start
+        self.was_ready = False
+        """Whether the ranks of the present start have been ready."""
+        self._was_loaded = False  # the present model, since its turn began
+        self._num_failed_starts = 0  # in a row
         self._ids = itertools.count()
         self._writer: asyncio.StreamWriter | None = None
         self.model = model  # that the ranks hold, or are started for
@@ -134,9 +138,7 @@ class Front:
 
     def _turn_of(self, model: str) -> str:
         count = len(self._begun)
-        return (
-            f"{model} comes after {count} answer{'s' * (count != 1)} of {self.model}" if count else f"{model} is next"
-        )
+        return f"{model} comes after {count_of(count, 'answer')} of {self.model}" if count else f"{model} is next"
 
     def _set_state(self, state: str) -> None:
         self._state, self._state_since_s = state, time.monotonic()
@@ -164,11 +166,7 @@ class Front:
         return self._take_in(Request(next(self._ids), prompt, sampling, cache_salt=cache_salt), model, tell, ())
 
     def bring_back(
-        self,
-        request: Request,
-        model: str,
-        tell: Callable[[Told], None],
-        before: Sequence[ToldOutput],
+        self, request: Request, model: str, tell: Callable[[Told], None], before: Sequence[ToldOutput]
     ) -> Answer:
         """Go on with an answer that another front has begun, behind what was told `before`. It was let in then."""
         return self._take_in(replace(request, id=next(self._ids)), model, tell, before)
@@ -260,6 +258,7 @@ class Front:
             self._advance()
             return False
         self._model_before, self.model = self.model, other
+        self._was_loaded, self._num_failed_starts = False, 0
         waiting = sum(answer.model == other for answer in self._answers.values())
         _log.info("changing from %s to %s; %s for it", self._model_before, other, _waiting(waiting))
         self._set_state(f"{other} is being loaded")
@@ -270,8 +269,8 @@ class Front:
         return True
 
     def give_up_model(self, why: str) -> bool:
-        """The present model can't be loaded. False: it could be before, or there is none to return to."""
-        if self.about is not None or self._model_before is None:
+        """Go back to the model before, as this one can't be loaded; False if it was in this turn, or none was before."""
+        if self._was_loaded or self._model_before is None:
             return False
         error = UserError(f"the model {self.model!r} can't be loaded: {why}")
         self._answer_wanted(self.model, error)
@@ -280,6 +279,7 @@ class Front:
                 self._fail(answer, error)
         _log.warning("%s; back to %s", error, self._model_before)
         self.model, self._model_before = self._model_before, None
+        self._num_failed_starts = 0
         self._set_state(f"{self.model} is being loaded")
         return True
 
@@ -289,12 +289,16 @@ class Front:
         """Ranks have failed. A request that they were at work on so often, without a token between, is given up: it is
         what they fail of. Where ranks don't even become ready, that ends whoever waits."""
         self._set_state(f"the ranks are being started again: {why}")
+        self._num_failed_starts += not self.was_ready
+        if self._num_failed_starts > most_failures:
+            in_vain = f"its ranks have ended {self._num_failed_starts} times while they loaded it, last: {why}"
+            self._answer_wanted(self.model, UserError(f"the model {self.model!r} can't be loaded: {in_vain}"))
         at_work = {*self._at_work, *({self._taking} - {None})}
         for number, answer in list(self._answers.items()):
             if answer.model != self.model:
                 continue
-            answer.num_failures += self._was_ready and number in at_work
-            answer.num_failed_starts += not self._was_ready
+            answer.num_failures += self.was_ready and number in at_work
+            answer.num_failed_starts += not self.was_ready
             count = max(answer.num_failures, answer.num_failed_starts)
             if count > most_failures:
                 error = RankError(f"the ranks failed {count} times in a row, last: {why}")
@@ -307,7 +311,7 @@ class Front:
     def _end_life(self) -> None:
         """What was known of ranks that are gone."""
         self._at_work.clear()
-        self._taking, self._was_ready = None, False
+        self._taking, self.was_ready = None, False
 
     def fail_all(self, error: RankError) -> None:
         """Give every request up."""
@@ -358,7 +362,8 @@ class Front:
             about = read_about(message["ready"])
             self._abouts[self.model], self.machines = about, about.machines
             self._writer = writer
-            self._was_ready = True
+            self.was_ready = self._was_loaded = True
+            self._num_failed_starts = 0
             for answer in self._answers.values():
                 answer.num_failed_starts = 0
             self.num_starts += 1
@@ -368,7 +373,7 @@ class Front:
 
     def _log_start(self, about: About) -> None:
         took_s = time.monotonic() - self._state_since_s
-        ranks = ", ".join(f"{rank['host']} {_show_layers(*rank['layers'])}" for rank in about.ranks)
+        ranks = ", ".join(f"{rank['host']} {show_layers(*rank['layers'])}" for rank in about.ranks)
         waiting = sum(answer.model == self.model for answer in self._answers.values())
         _log.info("%s is loaded after %.1f s: %s; %s", self.model, took_s, ranks, _waiting(waiting))
 
@@ -393,7 +398,3 @@ class Front:
 
 def _waiting(count: int) -> str:
     return {0: "no request waits", 1: "1 request waits"}.get(count, f"{count} requests wait")
-
-
-def _show_layers(start: int, stop: int) -> str:
-    return f"layer {start}" if stop == start + 1 else f"layers {start}-{stop - 1}"

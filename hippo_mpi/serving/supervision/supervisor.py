@@ -28,6 +28,7 @@ from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES
 from hippo_mpi.transport.ports import HeldPorts, new_loopback
 from hippo_mpi.transport.run_key import RunKey
+from hippo_mpi.transport.status_file import read_status
 
 _log = logging.getLogger(__name__)
 _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -126,10 +127,16 @@ class RankGroup:
     def status(self) -> int | None:
         """Return the exit status of ranks that have ended: what rank 0 has left behind, for mlx.launch knows none, else
         that of a process, a bad one first. None while all run."""
-        with contextlib.suppress(OSError, ValueError):
-            return int(self._status_file.read_text())
+        if found := read_status(self._status_file):
+            return found[0]
         codes = [code for process in self._processes if (code := process.poll()) is not None]
         return max(codes, key=abs, default=None)
+
+    @property
+    def last_words(self) -> str:
+        """Return the line in which rank 0 has said why it ended; empty if it hasn't."""
+        found = read_status(self._status_file)
+        return found[1] if found else ""
 
     async def wait(self) -> None:
         """Until one has ended."""
@@ -208,7 +215,7 @@ class Supervisor:
                 continue
             failures = 1 if front.has_progressed else failures + 1
             in_vain = f"its ranks have ended {failures} times while they loaded it, last: {why}"
-            if front.about is None and failures > self._max_restarts and front.give_up_model(in_vain):
+            if failures > self._max_restarts and front.give_up_model(in_vain):
                 failures = 0
                 continue
             _log.warning("the ranks are gone (%s); starting them again", why)
@@ -249,16 +256,17 @@ class Supervisor:
         try:
             is_turned = await self._until_turn({ended, serving})
             await asyncio.wait({serving}, timeout=_END_S)  # rank 0 may still have something to tell
-            if is_turned or front.about is None:  # ranks that were never ready: their exit status says why
+            if is_turned or not front.was_ready:  # ranks that were never ready: their exit status says why
                 await asyncio.wait({ended}, timeout=_END_S)
         finally:
             ended.cancel()
             serving.cancel()
         if is_turned:
             return None
-        if front.about is None and group.has_ended:
+        if not front.was_ready and group.has_ended:
             return self._why(group)
-        return serving.result() if serving.done() and not serving.cancelled() else "a rank has ended"
+        seen = serving.result() if serving.done() and not serving.cancelled() else "a rank has ended"
+        return group.last_words or seen
 
     async def _until_turn(self, lives: set[asyncio.Future[Any]]) -> bool:
         """Wait until the ranks fail (False), or it is another model's turn (True)."""
@@ -301,4 +309,4 @@ class Supervisor:
                 raise kind("the ranks didn't start; they said why")
             if self._front.give_up_model("its ranks refuse it; the server's log says why"):
                 return None
-        return f"exit status {code}"
+        return group.last_words or f"exit status {code}"
