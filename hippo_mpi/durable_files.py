@@ -96,3 +96,11 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_place(path: Path, option: str) -> None:
+    """Raise a UserError if no file can be at a path that an option has given."""
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder: give a file in it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {path.absolute().parent}")

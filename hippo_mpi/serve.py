@@ -23,7 +23,9 @@ from typing import NoReturn
 from hippo_mpi.cluster.host_checks import Host
 from hippo_mpi.cluster.hosts import check_hosts, installed, knock, read_hostfile
 from hippo_mpi.config import API_KEYS, Parser
+from hippo_mpi.durable_files import check_place
 from hippo_mpi.errors import HippoError, RankError, UserError, install_hint, print_error
+from hippo_mpi.planning.layer_split import check_layer_split
 from hippo_mpi.runtime.assembly import build_engine, open_text
 from hippo_mpi.runtime.entry import run
 from hippo_mpi.runtime.session import Session
@@ -129,7 +131,7 @@ def serve(argv: list[str]) -> int:
     catalogue = _read_models(arguments, argv, file)
     _ = catalogue.first.modes  # a mistake is told before anything is started
     if arguments.check:
-        read_rules(arguments)
+        _check(arguments, catalogue, len(_named_hosts(arguments, file)) or arguments.ranks)
         return 0
     front, api, http = _make_api(arguments, catalogue)
     hosts = _hosts(arguments, file)
@@ -145,6 +147,20 @@ def serve(argv: list[str]) -> int:
     supervisor = Supervisor(front, make_plan, hosts, start_s, _silence_s(arguments), arguments.max_restarts)
     asyncio.run(_serve_supervised(front, api, http, supervisor))
     return 0
+
+
+def _check(arguments: argparse.Namespace, catalogue: Catalogue, num_ranks: int) -> None:
+    """Raise a UserError for what a start would refuse, as far as that can be told beside a server that runs."""
+    read_rules(arguments)
+    HttpSettings.from_options(arguments)
+    _check_audit_options(arguments)
+    for option, path in (("--audit-log", arguments.audit_log), ("--journal", arguments.journal)):
+        if path is not None:
+            check_place(path, option)
+    for name in catalogue.names:
+        model = catalogue.find(name)
+        if model is not None and model.arguments.layer_split is not None:
+            check_layer_split(model.info, num_ranks, model.arguments.layer_split)
 
 
 async def _serve_api(front: Front, api: Api, settings: HttpSettings) -> None:
@@ -192,17 +208,26 @@ def _make_api(arguments: argparse.Namespace, catalogue: Catalogue) -> tuple[Fron
         reconnect_s=arguments.reconnect,
         needs_audit=arguments.audit_required,
     )
+    if arguments.journal:
+        check_place(arguments.journal, "--journal")
     journal = Journal(arguments.journal) if arguments.journal else None
     return front, Api(front, catalogue, access, settings, Metrics(front, audit), audit, journal), http
 
 
 def _open_audit_log(arguments: argparse.Namespace) -> AuditLog | None:
+    _check_audit_options(arguments)
+    if not arguments.audit_log:
+        return None
+    return AuditLog(arguments.audit_log, arguments.audit_text, arguments.audit_key)
+
+
+def _check_audit_options(arguments: argparse.Namespace) -> None:
+    """Raise a UserError for options of an audit log without one."""
     if arguments.audit_log:
-        return AuditLog(arguments.audit_log, arguments.audit_text, arguments.audit_key)
+        return
     for name in ("audit_text", "audit_key", "audit_required"):
         if getattr(arguments, name):
             raise UserError(f"--{name.replace('_', '-')} needs --audit-log FILE")
-    return None
 
 
 def read_command_line(argv: list[str]) -> tuple[ConfigFile, list[str]]:
@@ -241,16 +266,24 @@ def _hosts(arguments: argparse.Namespace, file: ConfigFile) -> list[Host]:
     Raises:
         LaunchError: a host isn't there, or doesn't let us in.
     """
-    hosts = file.hosts
-    if hosts:
-        check_hosts(hosts, f"{arguments.config or 'the configuration'}: hosts")
-    elif arguments.hostfile:
-        hosts = read_hostfile(arguments.hostfile)
+    hosts = _named_hosts(arguments, file)
     if all(host["ssh"] in _LOOPBACK for host in hosts) and arguments.backend == "ring":
         arguments.ranks = len(hosts) or arguments.ranks
         return []
     knock(hosts, str(arguments.hostfile or arguments.config), RunKey())  # later, a host that doesn't answer is left out
     return hosts
+
+
+def _named_hosts(arguments: argparse.Namespace, file: ConfigFile) -> list[Host]:
+    """Return the hosts of the file or of the hostfile, checked; none if there are none.
+
+    Raises:
+        LaunchError: a host isn't there.
+    """
+    if file.hosts:
+        check_hosts(file.hosts, f"{arguments.config or 'the configuration'}: hosts")
+        return file.hosts
+    return read_hostfile(arguments.hostfile) if arguments.hostfile else []
 
 
 def launch_plan(

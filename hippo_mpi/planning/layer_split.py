@@ -158,7 +158,7 @@ def plan_split(
     """
     context = max_context or info.max_positions or 4096
     if layer_split is not None:
-        _check_layer_split(info, len(machines), layer_split)
+        check_layer_split(info, len(machines), layer_split)
     elif len(machines) > 1 + sum(1 for cut in range(1, info.num_layers) if cut not in info.forbidden_cuts):
         raise PlanError(_too_many_ranks(info, len(machines)))
     while True:
@@ -228,7 +228,8 @@ def _even_bounds(info: ModelInfo, num_ranks: int) -> list[int]:
     return [0, *(cuts[min(len(cuts) - 1, round(step * i) - 1)] for i in range(1, num_ranks)), info.num_layers]
 
 
-def _check_layer_split(info: ModelInfo, num_ranks: int, counts: Sequence[int]) -> None:
+def check_layer_split(info: ModelInfo, num_ranks: int, counts: Sequence[int]) -> None:
+    """Raise a PlanError if a model can't be split so over so many ranks, whatever their memory."""
     text = ",".join(map(str, counts))
     even = ",".join(str(info.num_layers // num_ranks + (i < info.num_layers % num_ranks)) for i in range(num_ranks))
     if len(counts) != num_ranks:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from hippo_mpi.config import BUNDLED_MODEL
-from hippo_mpi.serve import _silence_s
+from hippo_mpi.errors import UserError
+from hippo_mpi.serve import _silence_s, serve
 from hippo_mpi.serving.supervision.rank_service import BEAT_S
 from tests import ranks
 from tests.servers import SERVE, Server, server
@@ -68,3 +69,30 @@ def test_the_shortest_deadline_is_longer_than_beats_are_apart() -> None:
         assert "from 1 up" in refused.err
     shortest = argparse.Namespace(timeout=1.0)
     assert _silence_s(shortest) >= 4 * BEAT_S
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--ssl-certfile", "missing"], "--ssl-certfile missing can't be used"),
+        (["--ssl-keyfile", "key.pem"], "--ssl-keyfile needs --ssl-certfile"),
+        (["--audit-required"], "--audit-required needs --audit-log FILE"),
+        (["--audit-key", "x"], "--audit-key needs --audit-log FILE"),
+        (["--audit-log", "/nowhere/a"], "--audit-log /nowhere/a: there is no folder /nowhere"),
+        (["--journal", "/nowhere/j"], "--journal /nowhere/j: there is no folder /nowhere"),
+        (["--journal", "."], r"--journal \. is a folder: give a file in it"),
+        (["--layer-split", "40,24"], "layer split 40,24 covers 64 layers but the model has 12"),
+        (["--layer-split", "4,4,4"], "is for 3 ranks, but there are 2"),
+    ],
+)
+def test_check_says_what_a_start_would(options: list[str], line: str) -> None:
+    """So that `./launch/serve restart` leaves a server alone that works."""
+    assert serve(["--layer-split", "4,4,4", "--ranks", "3", "--check"]) == 0
+    with pytest.raises(UserError, match=line):
+        serve([*options, "--check"])
+
+
+def test_a_folder_for_a_journal_is_refused() -> None:
+    with ranks.single([SERVE, "--journal", "."]) as refused:
+        assert refused.wait() == 2
+        assert refused.err == "error: --journal . is a folder: give a file in it\n"
