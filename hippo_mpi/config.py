@@ -7,8 +7,10 @@ program's own arguments, abbreviations too: none of ours may be a prefix of one 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,6 +27,7 @@ API_KEYS = "HIPPO_API_KEYS"
 """Environment variable with a server's keys, with commas between."""
 PRECISIONS = ("float32", "float16", "bfloat16", "8bit", "6bit", "5bit", "4bit", "3bit", "2bit")
 MODES = ("completion", "chat", "tools", "thinking")
+BACKENDS = ("ring", "mpi", "jaccl", "jaccl-ring")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DEFAULT_PROMPT = "Tell me a story about a fox."
 
@@ -203,7 +206,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         help="folder of cards (NAME.yaml: the model's options); any may be asked for; --model NAME says which comes first",
     )
     group.add_argument("--max-queue", type=whole, default=256, help="requests that may wait; more get status 429")
-    group.add_argument("--max-body-bytes", type=size, default=4 << 20, help="most bytes of a request, such as 4M")
+    group.add_argument("--max-body-bytes", type=some_bytes, default=4 << 20, help="most bytes of a request, such as 4M")
     group.add_argument("--max-choices", type=positive, default=128, help="most answers that one request may ask for")
     group.add_argument(
         "--max-schema-bytes",
@@ -239,7 +242,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ranks that this command starts itself")
     group.add_argument("--hostfile", type=Path, help="JSON list of hosts, as for mlx.launch")
     group.add_argument("--ranks", type=positive, default=2, help="ranks on this machine, without a hostfile")
-    group.add_argument("--backend", default="ring", help="ring, mpi, jaccl or jaccl-ring, with a hostfile")
+    group.add_argument("--backend", choices=BACKENDS, default="ring", help="of mlx.launch, with a hostfile")
     group.add_argument(
         "--max-restarts",
         type=whole,
@@ -262,9 +265,15 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--insecure", action="store_true", help="listen on other addresses without an API key")
     group.add_argument("--ssl-certfile", type=Path, help="certificate of the server (PEM): encrypt, and serve https")
     group.add_argument("--ssl-keyfile", type=Path, help="its private key, if that is in another file")
-    group.add_argument("--allow-origin", nargs="+", default=(), help="origins of web pages that may ask (CORS); *: all")
     group.add_argument(
-        "--allow-host", nargs="+", default=(), help="names that clients may call this server by, besides localhost"
+        "--allow-origin", nargs="+", type=origin, default=(), help="origins of web pages that may ask (CORS); *: all"
+    )
+    group.add_argument(
+        "--allow-host",
+        nargs="+",
+        type=host_name,
+        default=(),
+        help="names that clients may call this server by, besides localhost",
     )
     group.add_argument(
         "--trusted-proxy",
@@ -357,6 +366,27 @@ def size(text: str) -> int:
     shift = {"K": 10, "M": 20, "G": 30}.get(text.upper().removesuffix("B")[-1:], 0)
     number = text.upper().removesuffix("B").rstrip("KMG") if shift else text
     return int(_number(number, float, "a size such as 512M or 2G", 0.0) * (1 << shift))
+
+
+def some_bytes(text: str) -> int:
+    """Bytes, at least one."""
+    return int(_number(str(size(text)), int, "a size above 0", 1))
+
+
+def origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an origin such as https://example.org")
+    return text
+
+
+def host_name(text: str) -> str:
+    """A name or an address, as it stands in a Host header, but without brackets and port."""
+    name = text.strip("[]")
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(name))
+    if not re.fullmatch(r"[^/\s:]+", name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a host's name such as example.org, without scheme and port")
+    return name
 
 
 def counts(text: str) -> tuple[int, ...]:

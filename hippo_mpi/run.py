@@ -19,7 +19,7 @@ from typing import Any
 
 from hippo_mpi.cluster.hosts import check_addresses, installed, knock, read_hostfile, read_json
 from hippo_mpi.cluster.launch import Launch
-from hippo_mpi.config import Parser, port, positive
+from hippo_mpi.config import BACKENDS, Parser, port, positive
 from hippo_mpi.errors import HippoError, LaunchError, print_error
 from hippo_mpi.transport.ports import THIS_MACHINE, HeldPorts, new_loopback
 from hippo_mpi.transport.run_key import RunKey
@@ -40,7 +40,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--hostfile", type=Path, metavar="FILE", default=HOSTFILE, help="JSON list of hosts, as for mlx.launch"
     )
-    parser.add_argument("--backend", choices=("ring", "mpi", "jaccl", "jaccl-ring"), help="ring if not given")
+    parser.add_argument("--backend", choices=BACKENDS, help="ring if not given")
     parser.add_argument(
         "--starting-port",
         type=port,

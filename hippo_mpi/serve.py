@@ -153,7 +153,7 @@ def _check(arguments: argparse.Namespace, catalogue: Catalogue, num_ranks: int) 
     """Raise a UserError for what a start would refuse, as far as that can be told beside a server that runs."""
     read_rules(arguments)
     HttpSettings.from_options(arguments)
-    _check_audit_options(arguments)
+    _check_combinations(arguments)
     for option, path in (("--audit-log", arguments.audit_log), ("--journal", arguments.journal)):
         if path is not None:
             check_place(path, option)
@@ -215,14 +215,16 @@ def _make_api(arguments: argparse.Namespace, catalogue: Catalogue) -> tuple[Fron
 
 
 def _open_audit_log(arguments: argparse.Namespace) -> AuditLog | None:
-    _check_audit_options(arguments)
+    _check_combinations(arguments)
     if not arguments.audit_log:
         return None
     return AuditLog(arguments.audit_log, arguments.audit_text, arguments.audit_key)
 
 
-def _check_audit_options(arguments: argparse.Namespace) -> None:
-    """Raise a UserError for options of an audit log without one."""
+def _check_combinations(arguments: argparse.Namespace) -> None:
+    """Raise a UserError for options of an audit log or a journal without one."""
+    if arguments.reconnect and not arguments.journal:
+        raise UserError("--reconnect needs --journal FILE")
     if arguments.audit_log:
         return
     for name in ("audit_text", "audit_key", "audit_required"):

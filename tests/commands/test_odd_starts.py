@@ -71,6 +71,9 @@ def test_the_shortest_deadline_is_longer_than_beats_are_apart() -> None:
     assert _silence_s(shortest) >= 4 * BEAT_S
 
 
+FINE = ["--allow-origin", "*", "https://fox.example", "--allow-host", "fox.example", "::1", "--max-body-bytes", "1M"]
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
@@ -82,12 +85,17 @@ def test_the_shortest_deadline_is_longer_than_beats_are_apart() -> None:
         (["--journal", "/nowhere/j"], "--journal /nowhere/j: there is no folder /nowhere"),
         (["--journal", "."], r"--journal \. is a folder: give a file in it"),
         (["--layer-split", "40,24"], "layer split 40,24 covers 64 layers but the model has 12"),
+        (["--reconnect", "5"], "--reconnect needs --journal FILE"),
+        (["--backend", "foo"], "argument --backend: invalid choice: 'foo'"),
+        (["--allow-origin", "foo"], "'foo' is not an origin such as https://example.org"),
+        (["--allow-host", "http://x/"], "'http://x/' is not a host's name such as example.org"),
+        (["--max-body-bytes", "0"], "0 is not a size above 0"),
         (["--layer-split", "4,4,4"], "is for 3 ranks, but there are 2"),
     ],
 )
 def test_check_says_what_a_start_would(options: list[str], line: str) -> None:
     """So that `./launch/serve restart` leaves a server alone that works."""
-    assert serve(["--layer-split", "4,4,4", "--ranks", "3", "--check"]) == 0
+    assert serve(["--layer-split", "4,4,4", "--ranks", "3", *FINE, "--check"]) == 0
     with pytest.raises(UserError, match=line):
         serve([*options, "--check"])
 

@@ -83,8 +83,10 @@ class Stage:
     @contextlib.contextmanager
     def full_disk(self) -> Iterator[None]:
         assert self._disk
-        filler = self._disk / "filler"
-        with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        file = tempfile.NamedTemporaryFile(
+            "wb", buffering=0, dir=self._disk, prefix="filler-"
+        )  # the disk may be full twice
+        with contextlib.suppress(OSError):
             for size in (1 << 16, 1 << 8, 1):
                 with contextlib.suppress(OSError):
                     while True:
@@ -92,7 +94,7 @@ class Stage:
         try:
             yield
         finally:
-            filler.unlink()
+            file.close()
 
     def count(self, names: Sequence[str] = ("front", "rank 0", "rank 1")) -> dict[str, dict[str, Any]]:
         """What front and ranks have: threads, tasks, slots, descriptors and memory. Ranks that are about to start must not
