@@ -83,18 +83,14 @@ class Stage:
     @contextlib.contextmanager
     def full_disk(self) -> Iterator[None]:
         assert self._disk
-        file = tempfile.NamedTemporaryFile(
-            "wb", buffering=0, dir=self._disk, prefix="filler-"
-        )  # the disk may be full twice
-        with contextlib.suppress(OSError):
-            for size in (1 << 16, 1 << 8, 1):
-                with contextlib.suppress(OSError):
-                    while True:
-                        file.write(bytes(size))
-        try:
+        # It may be full twice at once.
+        with tempfile.NamedTemporaryFile("wb", buffering=0, dir=self._disk, prefix="filler-") as file:
+            with contextlib.suppress(OSError):
+                for size in (1 << 16, 1 << 8, 1):
+                    with contextlib.suppress(OSError):
+                        while True:
+                            file.write(bytes(size))
             yield
-        finally:
-            file.close()
 
     def count(self, names: Sequence[str] = ("front", "rank 0", "rank 1")) -> dict[str, dict[str, Any]]:
         """What front and ranks have: threads, tasks, slots, descriptors and memory. Ranks that are about to start must not
