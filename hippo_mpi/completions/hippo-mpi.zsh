@@ -55,7 +55,7 @@ _shtab_hippo_mpi_batch_options=(
   "--version[print the versions of this and of mlx-lm, and stop]"
   {--output,-o}"[file for the answers, or - for standard output\; default\: PROMPTS.answers.jsonl, and - for pipes]:output:_files"
   "--restart[forget the answers that are in the output already]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, or a bundled one\: story-3m, story-draft (default\: \/work\/wt\/packaging\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, or a bundled one\: story-3m, story-draft]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -102,7 +102,7 @@ _shtab_hippo_mpi_batch_defaults_added=0
 _shtab_hippo_mpi_benchmark_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of this and of mlx-lm, and stop]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, or a bundled one\: story-3m, story-draft (default\: \/work\/wt\/packaging\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, or a bundled one\: story-3m, story-draft]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -133,7 +133,7 @@ _shtab_hippo_mpi_benchmark_defaults_added=0
 _shtab_hippo_mpi_chat_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of this and of mlx-lm, and stop]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, or a bundled one\: story-3m, story-draft (default\: \/work\/wt\/packaging\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, or a bundled one\: story-3m, story-draft]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -192,7 +192,7 @@ _shtab_hippo_mpi_dashboard_defaults_added=0
 _shtab_hippo_mpi_generate_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of this and of mlx-lm, and stop]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, or a bundled one\: story-3m, story-draft (default\: \/work\/wt\/packaging\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, or a bundled one\: story-3m, story-draft]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -237,7 +237,7 @@ _shtab_hippo_mpi_generate_defaults_added=0
 _shtab_hippo_mpi_models_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of this and of mlx-lm, and stop]"
-  "--catalogue[folder of cards (default\: \/work\/wt\/packaging\/models)]:catalogue:_files -/"
+  "--catalogue[folder of cards]:catalogue:_files -/"
   "--config[the models of a server\'s YAML file instead]:config:_files"
   "*--machine[machines that aren\'t here\: NAME\:GIBIBYTES\[\:SPEED\], once per rank]:machines:"
   "--paths[also print each model\'s folder]"
@@ -263,7 +263,7 @@ _shtab_hippo_mpi_page_defaults_added=0
 _shtab_hippo_mpi_plan_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of this and of mlx-lm, and stop]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, or a bundled one\: story-3m, story-draft (default\: \/work\/wt\/packaging\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, or a bundled one\: story-3m, story-draft]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -293,13 +293,13 @@ _shtab_hippo_mpi_plan_defaults_added=0
 
 _shtab_hippo_mpi_run_options=(
   "-n[number of local ranks, instead of a hostfile]:RANKS:"
-  "--hostfile[JSON list of hosts, as for mlx.launch\; without one 2 local ranks (default\: \/work\/wt\/packaging\/hostfile)]:FILE:_files"
+  "--hostfile[JSON list of hosts, as for mlx.launch\; without one 2 local ranks]:FILE:_files"
   "--backend[ring if not given]:backend:(ring mpi jaccl jaccl-ring)"
   "--starting-port[first port of the ring, one per rank\; a free one if not given]:PORT:"
   "--command[what every rank runs\; hippo_mpi. may be left out (default\: hippo_mpi.generate)]:command:(hippo_mpi.generate hippo_mpi.chat hippo_mpi.batch hippo_mpi.benchmark hippo_mpi.models hippo_mpi.plan hippo_mpi.serve)"
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of this and of mlx-lm, and stop]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, or a bundled one\: story-3m, story-draft (default\: \/work\/wt\/packaging\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, or a bundled one\: story-3m, story-draft]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -344,7 +344,7 @@ _shtab_hippo_mpi_run_defaults_added=0
 _shtab_hippo_mpi_serve_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of this and of mlx-lm, and stop]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, or a bundled one\: story-3m, story-draft (default\: \/work\/wt\/packaging\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, or a bundled one\: story-3m, story-draft]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"

@@ -1,6 +1,6 @@
 """hippo-mpi: its verbs are the commands, and shells complete them without loading MLX.
 
-    python tests/unit/test_cli.py        # writes the completions anew, after a change of options
+python tests/unit/test_cli.py        # writes the completions anew, after a change of options
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def parser_of_everything() -> argparse.ArgumentParser:
         for source in (name, "generate") if name == "run" else (name,):
             verbs.choices[name]._add_container_actions(importlib.import_module(f"hippo_mpi.{source}").make_parser())
         for action in verbs.choices[name]._actions:
+            if str(ROOT) in str(action.default):
+                action.default = None  # elsewhere it is another
             if FOLDERS & {*action.option_strings}:
                 action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
             elif action.type is Path or action.dest in ("prompts", "log"):
@@ -110,7 +112,9 @@ def test_verbs_are_the_dotted_commands() -> None:
     }
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["completion", "bash"], ["dashboard"], ["run", "--version"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["completion", "bash"], ["dashboard"], ["run", "--version"]]
+)
 def test_no_mlx_is_loaded_to_tell_what_there_is(words: list[str]) -> None:
     code = f"""
 import atexit, sys
