@@ -13,6 +13,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import contextlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ from typing import Any
 from hippo_mpi.cluster.hosts import check_addresses, installed, knock, read_hostfile, read_json
 from hippo_mpi.cluster.launch import Launch
 from hippo_mpi.config import BUNDLED, Parser, port, positive
-from hippo_mpi.errors import HippoError, LaunchError, print_error
+from hippo_mpi.errors import HippoError, LaunchError, install_hint, print_error
 from hippo_mpi.transport.ports import THIS_MACHINE, HeldPorts, new_loopback
 from hippo_mpi.transport.run_key import RunKey
 from hippo_mpi.transport.terminal import open_standard_streams
@@ -88,6 +90,8 @@ def launch_arguments(
         knock(hosts, f"hostfile {arguments.hostfile}", key)
         launch += ["--hostfile", str(arguments.hostfile)]
     launch += ["--backend", backend]
+    if backend == "mpi" and not shutil.which("mpirun"):
+        raise LaunchError(f"--backend mpi needs mpirun, which isn't here: {install_hint('mpi')}")
     if backend == "ring":
         if all((host["ssh"], host["ips"]) == (THIS_MACHINE, [THIS_MACHINE]) for host in hosts):
             launch[1:3] = ["--hostfile", held.enter_context(_hosts_here(len(hosts)))]
@@ -112,6 +116,9 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nor one while hosts are checked
     open_standard_streams()
+    # Where mpirun is, which mlx.launch looks for, in an environment that isn't active.
+    beside_us = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([*filter(None, [os.environ.get("PATH")]), beside_us])
     parser = make_parser()
     try:
         arguments, rest = parser.parse_known_args()

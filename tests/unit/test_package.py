@@ -101,6 +101,19 @@ def test_an_installed_wheel_works_elsewhere(installed: Path, tmp_path: Path) -> 
     assert len(found["stats"]["ranks"]) == 2  # although there is no hostfile
 
 
+@pytest.mark.slow
+def test_mpirun_is_found_beside_it(installed: Path, tmp_path: Path) -> None:
+    """Without `source venv/bin/activate`."""
+    found = subprocess.run(
+        [installed / "hippo-mpi", "run", "--backend", "mpi", "-n", "2"], capture_output=True, text=True, timeout=100,
+        env={"PATH": str(tmp_path)},
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: --backend mpi needs mpirun, which isn't here: pip install ")
+    (installed / "mpirun").symlink_to(Path(sys.executable).parent / "mpirun")
+    assert run(installed / "hippo-mpi", "run", "--backend", "mpi", "-n", "2", "-m", "5", cwd=tmp_path).strip()
+
+
 def test_an_installed_wheel_has_all_commands(installed: Path, tmp_path: Path) -> None:
     for name in cli.COMMANDS:
         assert (installed / f"hippo_mpi.{name}").exists()
