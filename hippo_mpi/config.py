@@ -14,14 +14,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hippo_mpi.errors import UserError
 
-_PACKAGE = Path(__file__).parent
-# Beside the package in a checkout, inside it where pip has installed it (pyproject.toml).
-BUNDLED_MODELS = _PACKAGE / "bundled" if (_PACKAGE / "bundled").is_dir() else _PACKAGE.parent / "models"
+_PACKAGE = Path(str(files("hippo_mpi")))
+BUNDLED = _PACKAGE / "bundled" if (_PACKAGE / "bundled").is_dir() else _PACKAGE.parent
+"""Folder of what comes with the package: in a wheel inside it, elsewhere the checkout (pyproject.toml)."""
+BUNDLED_MODELS = BUNDLED / "models"
 BUNDLED_MODEL = BUNDLED_MODELS / "story-3m"
 API_KEYS = "HIPPO_API_KEYS"
 """Environment variable with a server's keys, with commas between."""

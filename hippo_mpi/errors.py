@@ -107,7 +107,7 @@ def install_hint(extra: str) -> str:
 
     It works wherever hippo-mpi came from.
     """
-    ends = f'extra == "{extra}"'
+    ends = (f"extra == '{extra}'", f'extra == "{extra}"')  # build backends differ
     listed = [line.partition(";")[0].strip() for line in requires("hippo-mpi") or () if line.endswith(ends)]
     return f"pip install {shlex.join(listed)}"
 

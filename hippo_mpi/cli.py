@@ -1,0 +1,81 @@
+"""hippo-mpi: all commands under one name; `hippo-mpi generate` is hippo_mpi.generate.
+
+Knows the commands by name only: one is loaded, with all that it needs, when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from importlib.resources import files
+from types import ModuleType
+
+from hippo_mpi.config import BUNDLED, Parser
+from hippo_mpi.errors import UserError, print_error
+
+COMMANDS = {
+    "run": "start a command on all ranks: run -n 2 --command chat",
+    "generate": "answer one prompt",
+    "chat": "hold a conversation",
+    "batch": "answer a file of prompts",
+    "serve": "serve an API that goes on when a rank fails",
+    "page": "show a server in the browser: a chat, and its ranks",
+    "benchmark": "measure what the ranks give together, and each alone",
+    "plan": "show what each rank would hold; loads no weight",
+    "models": "list a catalogue's models, and whether they fit",
+    "audit": "check an audit log, or add it up",
+}
+SHELLS = ("bash", "zsh", "fish")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="hippo-mpi",
+        usage="hippo-mpi COMMAND [options]",
+        description="Run a model that is too big for one machine on several.",
+        epilog="Each command has a --help of its own.",
+    )
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND [options]", dest="verb", required=True)
+    for name, line in COMMANDS.items():
+        verbs.add_parser(name, help=line, add_help=False)
+    completion = verbs.add_parser("completion", help="print what makes a shell complete all of these")
+    completion.add_argument("shell", choices=SHELLS, help="bash, zsh or fish")
+    verbs.add_parser("dashboard", help="print a Grafana dashboard of a server's metrics")
+    return parser
+
+
+def main() -> None:
+    argv = sys.argv[1:] or ["--help"]
+    if argv[0] in COMMANDS:
+        sys.argv = [f"hippo_mpi.{argv[0]}", *argv[1:]]
+        _load(argv[0]).main()
+        return
+    try:
+        arguments = make_parser().parse_args(argv)
+    except UserError as error:
+        print_error(str(error))
+        sys.exit(error.exit_code)
+    if arguments.verb == "completion":
+        print(completion_script(arguments.shell), end="")
+    else:
+        print((BUNDLED / "launch" / "grafana.json").read_text(), end="")
+
+
+def completion_script(shell: str) -> str:
+    """Return a shell's completions, written ahead from the parsers: to ask those takes MLX, and seconds."""
+    return (files("hippo_mpi") / "completions" / f"hippo-mpi.{shell}").read_text()
+
+
+def _load(command: str) -> ModuleType:
+    """Import a command; a Ctrl-C meanwhile needs no traceback."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    module = importlib.import_module(f"hippo_mpi.{command}")
+    signal.signal(signal.SIGINT, previous)
+    return module
+
+
+if __name__ == "__main__":
+    main()
