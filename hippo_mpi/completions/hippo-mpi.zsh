@@ -402,7 +402,7 @@ _shtab_hippo_mpi_serve_options=(
   "--log-level[least weight of the lines on stderr (default\: info)]:log_level:(debug info warning error)"
   "--hostfile[JSON list of hosts, as for mlx.launch]:hostfile:_files"
   "--ranks[ranks on this machine, without a hostfile (default\: 2)]:ranks:"
-  "--backend[ring, mpi, jaccl or jaccl-ring, with a hostfile (default\: ring)]:backend:"
+  "--backend[of mlx.launch, with a hostfile (default\: ring)]:backend:(ring mpi jaccl jaccl-ring)"
   "--max-restarts[failures in a row, without a token between, that a request bears (default\: 5)]:max_restarts:"
   "--api-key-file[file with a key a line\; or keys in HIPPO_API_KEYS, with commas between]:api_key_file:_files"
   "--admin-key-file[file with keys, a line each, that alone may change the model\; by default all may]:admin_key_file:_files"
