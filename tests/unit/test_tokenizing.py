@@ -47,14 +47,16 @@ def test_one_at_a_time_in_one_thread(length: int | None) -> None:
 
 def test_a_short_one_passes_and_one_that_leaves_is_never_begun() -> None:
     async def run() -> None:
-        tokenizing, may_end, begun = Tokenizing(), threading.Event(), []
-        first = asyncio.ensure_future(tokenizing.run(request(LONG), lambda: may_end.wait(30)))
+        tokenizing, has_begun, may_end, begun = Tokenizing(), threading.Event(), threading.Event(), []
+        first = asyncio.ensure_future(tokenizing.run(request(LONG), lambda: (has_begun.set(), may_end.wait(30))))
         async with asyncio.timeout(5):
+            while not has_begun.is_set():
+                await asyncio.sleep(0.01)
             assert await tokenizing.run(request(100), lambda: 7) == 7
             with pytest.raises(ClientDisconnect):
                 await tokenizing.run(request(LONG, is_gone=True), lambda: begun.append(1))
             may_end.set()
-            assert await first
+            await first
             assert await tokenizing.run(request(LONG), lambda: 8) == 8
         assert not begun
 

@@ -130,9 +130,12 @@ class Tokenizing:
         """
         if int(request.headers.get("content-length", _LONG_BODY_BYTES)) < _LONG_BODY_BYTES:
             return await asyncio.to_thread(work)
-        future = asyncio.get_running_loop().run_in_executor(self._for_long, work)
-        future.add_done_callback(lambda _: _give_back_memory())
-        return await unless_gone(request, future)
+        begun = self._for_long.submit(work)
+        begun.add_done_callback(lambda _: _give_back_memory())
+        try:
+            return await unless_gone(request, asyncio.wrap_future(begun))
+        finally:
+            begun.cancel()  # at once: a wrapped future's end is passed on later, when the thread may have taken it up
 
 
 def _give_way() -> None:
