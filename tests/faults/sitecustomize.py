@@ -15,8 +15,17 @@ import time
 from contextlib import suppress
 from typing import Any
 
+_OF_ONE_REQUEST = {"_take", "_emit", "_queue_compiled", "choose", "read"}
+"""Functions in which whatever is raised is one request's error, and ends no rank."""
 
-def _raise(*_: object) -> None:
+
+def _raise(number: int, frame: Any) -> None:
+    found = frame
+    while found is not None:
+        if found.f_code.co_name in _OF_ONE_REQUEST:
+            signal.setitimer(signal.ITIMER_REAL, 0.002)  # a little later
+            return
+        found = found.f_back
     raise RuntimeError("a fault, as was asked for")
 
 
@@ -33,20 +42,22 @@ def _die_of(poison: str) -> None:
     while not hasattr(worker := sys.modules.get("hippo_mpi.parallel.worker"), "Follower"):  # its last class
         time.sleep(0.01)
     leader: Any = worker.Leader  # type: ignore[union-attr]
-    collect = leader.collect
+    exchange = leader.exchange
 
-    def taste(self: Any, plan: Any, tokens: list[list[int]]) -> Any:
-        if any(f" {poison} {poison} {poison} " in f" {' '.join(map(str, row))} " for row in tokens):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return collect(self, plan, tokens)
+    def taste(self: Any, step: Any) -> Any:
+        for row in step.tokens if step is not None else []:
+            if f" {poison} {poison} {poison} " in f" {' '.join(map(str, row))} ":
+                os.kill(os.getpid(), signal.SIGKILL)
+        return exchange(self, step)
 
-    leader.collect = taste
+    leader.exchange = taste
 
 
 if "HIPPO_FRONT" in os.environ:
     if "HIPPO_POISON" in os.environ:
         threading.Thread(target=_die_of, args=[os.environ["HIPPO_POISON"]], daemon=True).start()
     signal.signal(signal.SIGUSR1, _raise)
+    signal.signal(signal.SIGALRM, _raise)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})  # threads to come inherit it
     threading.Thread(target=_cut_links, daemon=True).start()
 
