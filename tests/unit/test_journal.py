@@ -18,7 +18,7 @@ from hippo_mpi.engine.request import Request, SamplingParams, TokenLogprobs
 from hippo_mpi.errors import ContextError, ForeignError, RankError, UserError
 from hippo_mpi.serving.api import journal as journal_module
 from hippo_mpi.serving.api.journal import Journal
-from hippo_mpi.serving.api.journal_records import Line, Record
+from hippo_mpi.serving.api.journal_records import Line, Record, record_text
 from hippo_mpi.serving.supervision.rank_link import ToldOutput
 
 SAMPLINGS = [
@@ -44,6 +44,10 @@ def record(name: str) -> Record:
         False,
         False,
     )
+
+
+def add(kept: Journal, name: str, then: Callable[[], None]) -> None:
+    kept.add(name, record_text(record(name)), then)
 
 
 def run(work: Callable[[Journal], Coroutine[Any, Any, None]], path: Path) -> None:
@@ -79,11 +83,11 @@ def test_requests_and_outputs_come_back_as_they_were(tmp_path: Path) -> None:
 
     async def write(kept: Journal) -> None:
         await written(
-            lambda then: kept.add(record("a"), then),
+            lambda then: add(kept, "a", then),
             *(lambda then, line=line: kept.note("a", line, then) for line in lines),  # type: ignore[misc]
-            lambda then: kept.add(record("b"), then),
+            lambda then: add(kept, "b", then),
             lambda then: kept.end("b", 60, then),
-            lambda then: kept.add(record("c"), then),
+            lambda then: add(kept, "c", then),
             lambda then: kept.delete("c", then),
         )
         found = kept.find("b")
@@ -113,7 +117,7 @@ def test_what_has_expired_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     async def write(kept: Journal) -> None:
         await written(
-            lambda then: kept.add(record("a"), then),
+            lambda then: add(kept, "a", then),
             lambda then: kept.note("a", (0, secret), then),
             lambda then: kept.end("a", 0.2, then),
         )
@@ -138,7 +142,7 @@ def test_what_is_too_much_goes_before_its_time(tmp_path: Path, monkeypatch: pyte
         long = ToldOutput(0, "x" * (600 << 10), 7, 0, 0, 0, None, "stop", None)
         for name, keep_s in (("old", 100.0), ("new", 200.0)):
             await written(
-                lambda then, name=name: kept.add(record(name), then),  # type: ignore[misc]
+                lambda then, name=name: add(kept, name, then),  # type: ignore[misc]
                 lambda then, name=name: kept.note(name, (0, long), then),  # type: ignore[misc]
                 lambda then, name=name, keep_s=keep_s: kept.end(name, keep_s, then),  # type: ignore[misc]
             )
@@ -155,14 +159,14 @@ def test_a_full_disk_keeps_nobody_waiting(tmp_path: Path) -> None:
     long = ToldOutput(0, "x" * (200 << 10), 7, 0, 0, 0, None, None, None)
 
     async def write(kept: Journal) -> None:
-        await written(lambda then: kept.add(record("a"), then))
+        await written(lambda then: add(kept, "a", then))
         kept._writer.execute("PRAGMA max_page_count = 20")
         await written(lambda then: kept.note("a", (0, long), then))
         kept._writer.execute("PRAGMA max_page_count = 1000000")
         await written(
             lambda then: kept.note("a", (0, OUTPUT), then),
             lambda then: kept.end("a", 60, then),
-            lambda then: kept.add(record("b"), then),
+            lambda then: add(kept, "b", then),
             lambda then: kept.end("b", 60, then),
         )
         assert kept.find("a") is None
@@ -179,7 +183,7 @@ def test_a_silent_disk_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.
         kept._writer.execute("PRAGMA busy_timeout = 3000")
         with closing(sqlite3.connect(tmp_path / "journal", isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
-            await written(lambda then: kept.add(record("a"), then))
+            await written(lambda then: add(kept, "a", then))
             other.execute("COMMIT")
         await written(lambda then: kept.end("a", 60, then))
         assert kept.find("a") is not None
@@ -192,7 +196,7 @@ def test_servers_that_die_of_a_request_are_counted(tmp_path: Path) -> None:
     path, counts = tmp_path / "journal", list[int]()
 
     async def write(kept: Journal) -> None:
-        await written(lambda then: kept.add(record("a"), then))
+        await written(lambda then: add(kept, "a", then))
 
     async def note(kept: Journal) -> None:
         await written(lambda then: kept.note("a", (0, OUTPUT), then))
@@ -219,7 +223,7 @@ def test_servers_that_die_of_a_request_are_counted(tmp_path: Path) -> None:
 
 def test_what_another_version_has_written_is_forgotten(tmp_path: Path) -> None:
     async def write(kept: Journal) -> None:
-        await written(lambda then: kept.add(record("a"), then), lambda then: kept.add(record("b"), then))
+        await written(lambda then: add(kept, "a", then), lambda then: add(kept, "b", then))
         await written(lambda then: kept._put(("a", "UPDATE requests SET record = '{}' WHERE id = ?", ("a",)), then))
 
     async def read(kept: Journal) -> None:

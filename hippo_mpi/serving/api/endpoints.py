@@ -6,6 +6,7 @@ Knows bodies and answers. Must not know how ranks are started.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -158,6 +159,7 @@ class Api:
         if model.name != self._front.model:
             self._access.check_admin(request)
             await self._check_fits(model)
+        writer = question.writer(record, model.tokenizer)
         self._access.take_places(request, total - 1)  # the Gate has taken the first
         self._access.hold_places(request)
         try:
@@ -165,7 +167,6 @@ class Api:
         except BaseException:
             self._access.free_places(request)
             raise
-        writer = question.writer(exchange.record, model.tokenizer)
         if question.is_stream:
             reader = self.exchanges.reader(exchange)
             return self._stream(exchange, reader, writer, -1, partial(self._note_left, request, exchange))
@@ -203,7 +204,7 @@ class Api:
         """What is asked, as it is kept."""
         prepared = [await self._prepare(request, asked, model) for asked in question.every]
         asked_once = [
-            (prompt, replace(once, seed=None if once.seed is None else once.seed + index))
+            (prompt, replace(once, seed=secrets.randbits(63) if once.seed is None else once.seed + index))
             for prompt, once in prepared
             for index in range(question.num_choices)
         ]

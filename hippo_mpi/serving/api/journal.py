@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.api.journal_records import Line, Record, line_text, read_line, read_record, record_text
+from hippo_mpi.serving.api.journal_records import Line, Record, line_text, read_line, read_record
 
 _log = logging.getLogger(__name__)
 _VERSION = 1  # of the tables
@@ -100,10 +100,9 @@ class Journal:
 
     # ---- what is written
 
-    def add(self, record: Record, then: Then) -> None:
-        """Keep a request."""
-        values = (record.id, record_text(record))
-        self._put((record.id, _ADD, values), then)
+    def add(self, name: str, text: str, then: Then) -> None:
+        """Keep a request, whose record is this text."""
+        self._put((name, _ADD, (name, text)), then)
 
     def note(self, name: str, line: Line, then: Then) -> None:
         """Keep what came for a request."""
