@@ -29,7 +29,7 @@ def test_bodies_may_be_nested_two_hundred_deep(begin: str, end: str, count: int)
 
     read(body(count))
     for times in (count + 1, 966, 100_000):
-        with pytest.raises(UserError, match="^the body is nested more than 200 deep$"):
+        with pytest.raises(UserError, match=r"^the body is nested more than 200 deep$"):
             read(body(times))
 
 
