@@ -169,9 +169,7 @@ class Exchanges:
         """Begin to write, and go on with what the server before this one has left, if it is of one of these models."""
         if self._journal is None:
             return
-        left = self._journal.take_left()
-        self._journal.start()
-        for record, told, num_deaths in left:
+        for record, told, num_deaths in self._journal.start():
             exchange = Exchange(record, self._journal, self._end_soon, told)
             can_wait = record.is_stored or record.is_background
             has_client = record.is_stream or record.is_background
