@@ -103,7 +103,7 @@ def test_requests_and_outputs_come_back_as_they_were(tmp_path: Path) -> None:
     async def write(kept: Journal) -> None:
         await written(
             lambda then: add(kept, "a", then),
-            *(lambda then, line=line: kept.note("a", line, then) for line in lines),  # type: ignore[misc]
+            *(lambda then, line=line: kept.note("a", line, then) for line in lines),
             lambda then: add(kept, "b", then),
             lambda then: kept.end("b", 60, then),
             lambda then: add(kept, "c", then),
@@ -334,7 +334,7 @@ def test_a_journal_is_one_server_s(tmp_path: Path) -> None:
         other = subprocess.run([sys.executable, "-c", OPEN, path], capture_output=True, text=True)
         assert "another server has the journal" in other.stderr
     (tmp_path / "round").symlink_to("round")
-    with pytest.raises(UserError, match="can't be used: .*Too many levels of symbolic links"):
+    with pytest.raises(UserError, match=r"can't be used: .*Too many levels of symbolic links"):
         Journal(tmp_path / "round")
     (tmp_path / "other").write_text("no journal at all, but something that somebody wrote down " * 20)
     with pytest.raises(UserError, match="can't be used"):

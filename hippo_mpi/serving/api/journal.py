@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -233,10 +232,11 @@ class Journal:
 
     def _sweep(self) -> None:
         """Delete a slice of what has expired, or is too much; the next is due at once if there is more."""
-        ends_s, is_tidy = time.monotonic() + _SLICE_S, False
+        is_tidy = False
         try:
             os.utime(self.path)  # the server lives, whether it has something to write or not
             self._writer.execute("BEGIN IMMEDIATE")
+            ends_s = time.monotonic() + _SLICE_S
             while not is_tidy and time.monotonic() < ends_s:
                 is_tidy = not self._delete_some()
             self._writer.execute("COMMIT")
@@ -277,7 +277,7 @@ class Journal:
         while True:
             await asyncio.sleep(_PATIENCE_S / 4)
             before_s = time.monotonic() - _PATIENCE_S
-            late = list(takewhile(lambda one, before_s=before_s: one.put_s < before_s, self._waiting))
+            late = [one for one in self._waiting if one.put_s < before_s]
             if late:
                 _log.warning("the journal's disk doesn't answer: answers go on without it")
                 self._tell(late)
