@@ -128,11 +128,11 @@ def serve(argv: list[str]) -> int:
     set_up_logging(arguments.log_level)
     catalogue = _read_models(arguments, argv, file)
     _ = catalogue.first.modes  # a mistake is told before anything is started
+    read_rules(arguments)
     if arguments.check:
-        read_rules(arguments)
         return 0
-    front, api, http = _make_api(arguments, catalogue)
     hosts = _hosts(arguments, file)
+    front, api, http = _make_api(arguments, catalogue)
 
     async def make_plan(name: str, living: Sequence[int] | None) -> LaunchPlan:
         model = catalogue.find(name)
