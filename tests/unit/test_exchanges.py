@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from hippo_mpi.engine.request import Request, SamplingParams
+from hippo_mpi.errors import RankError
 from hippo_mpi.serving.api.exchange import Exchange
 from hippo_mpi.serving.api.exchanges import Exchanges, Keeping
 from hippo_mpi.serving.api.journal import Journal
-from hippo_mpi.serving.api.journal_records import Record
+from hippo_mpi.serving.api.journal_records import Line, Record
 from hippo_mpi.serving.supervision.front import Front, Overloaded
+from hippo_mpi.serving.supervision.rank_link import ToldOutput
 
 SAMPLING = SamplingParams(seed=1)
 
@@ -80,3 +82,31 @@ def test_a_request_that_ends_before_its_client_has_an_id_is_forgotten(tmp_path: 
 
     run(work, tmp_path / "journal")
     run(look, tmp_path / "journal")
+
+
+def output(index: int, token: int | None, finish: str | None = None) -> ToldOutput:
+    return ToldOutput(index, "a", token, 0, 0, 0, None, finish, None)
+
+
+def test_what_has_been_told_of_each_answer() -> None:
+    """Before this server and in it; an error ends those that haven't ended, whichever it came for."""
+    before: list[Line] = [(1, output(1, 5)), (0, output(0, 6)), (1, output(1, None, "stop"))]
+    ended = list[Exchange]()
+    found = Exchange(record(3), None, ended.append, before)
+    assert found.running == [0, 2]
+    found.tell(0, output(0, 7))
+    found.tell(2, RankError("gone"))
+    found.tell(0, output(0, 8))
+    assert ended == [found] and not found.running
+    assert [[told.token for told in found.outputs_of(index)] for index in range(3)] == [[6, 7], [5, None], []]
+    assert [found.outcome_of(index) for index in range(3)] == ["error: gone", "stop", "error: gone"]
+    assert found.num_tokens == 3 * 2 + 3
+    assert len(found.lines_so_far()) == 5
+
+
+def test_telling_of_an_answer_costs_no_look_at_the_others() -> None:
+    """Or writing down a request with many would hold up everything."""
+    found = Exchange(record(4), None, lambda exchange: None)
+    for index in (0, 1, 2, 3):
+        found.tell(index, output(index, 5))
+    assert found.outputs_of(2) is found.outputs_of(2)
