@@ -152,9 +152,7 @@ class Api:
         question = read_question(url, body, model.defaults, self.exchanges.can_keep)
         if self._settings.needs_audit and self._audit and not self._audit.is_writable():
             raise HTTPException(503, "the audit log can't be written, and this server answers nothing without it")
-        if (total := question.num_choices * len(question.every)) > self._settings.max_choices:
-            most = f"at most {self._settings.max_choices} (--max-choices)"
-            raise FieldError("prompt", f"n times the number of prompts is {most}, not {total}")
+        total = self._num_answers(request, question)
         record = await self._record(request, url, body, question, model, salt)
         if model.name != self._front.model:
             self._access.check_admin(request)
@@ -180,6 +178,19 @@ class Api:
         return JSONResponse(writer.whole(outputs))
 
     # ---- what they share
+
+    def _num_answers(self, request: Request, question: Question) -> int:
+        """How many answers are asked for.
+
+        Raises:
+            FieldError: more than there may be at once.
+        """
+        total, most = question.num_choices * len(question.every), self._settings.max_choices
+        field, what = ("n", "n") if len(question.every) == 1 else ("prompt", "n times the number of prompts")
+        if total > most:
+            raise FieldError(field, f"{what} is at most {most} (--max-choices), not {total}")
+        self._access.check_choices(request, field, total)
+        return total
 
     async def _check_fits(self, model: ServedModel) -> None:
         """Refuse a model that wouldn't fit while the present one stays."""
