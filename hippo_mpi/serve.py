@@ -130,11 +130,11 @@ def serve(argv: list[str]) -> int:
     set_up_logging(arguments.log_level)
     catalogue = _read_models(arguments, argv, file)
     _ = catalogue.first.modes  # a mistake is told before anything is started
+    _check(arguments, catalogue, len(_named_hosts(arguments, file)) or arguments.ranks)
     if arguments.check:
-        _check(arguments, catalogue, len(_named_hosts(arguments, file)) or arguments.ranks)
         return 0
-    front, api, http = _make_api(arguments, catalogue)
     hosts = _hosts(arguments, file)
+    front, api, http = _make_api(arguments, catalogue)
 
     async def make_plan(name: str, living: Sequence[int] | None) -> LaunchPlan:
         model = catalogue.find(name)

@@ -83,6 +83,9 @@ def test_what_is_not_to_be_stored(running: Server) -> None:
         status, again = get(running, f"{url}/{name}?stream=true&starting_after=2")
         assert status == 200 and events(again) == sent[3:]
         assert events(get(running, f"{url}/{name}", **{"Last-Event-ID": "2"})[1]) == sent[3:]
+        status, nothing = get(running, f"{url}/{name}?stream=true&starting_after={len(sent) - 1}")
+        assert status == 200
+        assert nothing == (": that was all\n\n" if "messages" in url else f"id: {len(sent) - 1}\ndata: [DONE]\n\n")
         assert get(running, f"{url}/{name}")[1]["id"] == name
         assert get(running, f"{url}/{name}", OTHER)[0] == 404
 
@@ -108,7 +111,7 @@ def test_responses_in_the_background(running: Server) -> None:
         assert time.monotonic() < ends
         time.sleep(0.05)
     assert found.status in ("completed", "incomplete") and found.output_text
-    with pytest.raises(openai.BadRequestError, match="store must not be false"):
+    with pytest.raises(openai.BadRequestError, match="must be stored, so store must not be false"):
         client.create(model=MODEL, input="A fox", background=True, store=False)
 
 

@@ -149,13 +149,15 @@ SCHEMA_OF = {
 }
 
 
-def refusal(running: Server, path: str, body: dict[str, Any]) -> str:
-    """What a body gets with status 400."""
+def refusal(running: Server, path: str, body: dict[str, Any], param: str | None = None) -> str:
+    """What a body gets with status 400, of the field `param` if that is given."""
     request = urllib.request.Request(running.url + path, json.dumps(body).encode(), JSON)
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=60)
     assert refused.value.code == 400
-    return str(json.loads(refused.value.read())["error"]["message"])
+    error = json.loads(refused.value.read())["error"]
+    assert param in (None, error.get("param"))
+    return str(error["message"])
 
 
 @pytest.mark.slow
@@ -193,9 +195,12 @@ def test_schemas_that_take_too_long(small: Server) -> None:
 
 
 def test_limits_of_a_body(small: Server) -> None:
-    assert refusal(small, "/v1/completions", {"prompt": ["a", "b"], "n": 2}) == (
+    assert refusal(small, "/v1/completions", {"prompt": ["a", "b"], "n": 2}, "prompt") == (
         "n times the number of prompts is at most 3 (--max-choices), not 4"
     )
+    messages = [{"role": "user", "content": "A fox?"}]
+    for path, asked in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": messages})):
+        assert refusal(small, path, {**asked, "n": 4}, "n") == "n is at most 3 (--max-choices), not 4"
     request = urllib.request.Request(
         f"{small.url}/v1/completions", json.dumps({"prompt": "a" * 700_000}).encode(), JSON
     )

@@ -104,3 +104,14 @@ def test_a_folder_for_a_journal_is_refused() -> None:
     with ranks.single([SERVE, "--journal", "."]) as refused:
         assert refused.wait() == 2
         assert refused.err == "error: --journal . is a folder: give a file in it\n"
+
+
+def test_a_start_without_its_hosts_leaves_the_journal_alone(tmp_path: Path) -> None:
+    """What was under way may come to its end after the next start."""
+    hosts = [{"ssh": name, "ips": [name]} for name in ("127.0.0.1", "127.0.0.77")]
+    (tmp_path / "hostfile").write_text(json.dumps(hosts))
+    command = [SERVE, "--port", "0", "--hostfile", str(tmp_path / "hostfile"), "--journal", str(tmp_path / "journal")]
+    with ranks.single(command) as running:
+        assert running.wait(60) > 0
+        assert "no way in by `ssh NAME true` to 127.0.0.77 (rank 1)" in running.err
+    assert not (tmp_path / "journal").exists()

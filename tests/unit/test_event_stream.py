@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from hippo_mpi.serving.api.event_stream import kept_alive
+from hippo_mpi.serving.api.event_stream import DONE, kept_alive, numbered
 
 
 def test_a_pause_is_filled_with_comments() -> None:
@@ -76,3 +76,34 @@ def test_a_mistake_is_not_hidden() -> None:
 
     with pytest.raises(ValueError, match="x"):
         asyncio.run(collect())
+
+
+@pytest.mark.parametrize(
+    ("after", "got"),
+    [
+        (-1, [b"id: 0\ndata: a\n\n", b"id: 1\ndata: [DONE]\n\n"]),
+        (0, [b"id: 1\ndata: [DONE]\n\n"]),
+        (1, [b"id: 1\ndata: [DONE]\n\n"]),
+        (9, [b"id: 1\ndata: [DONE]\n\n"]),
+    ],
+)
+def test_who_has_had_every_event_gets_the_last_again(after: int, got: list[bytes]) -> None:
+    """So that no stream is empty, which some clients take for a failure."""
+    assert told_after([b"data: a\n\n", DONE], after) == got
+
+
+def test_a_stream_without_a_last_event_of_its_own_ends_with_a_comment() -> None:
+    events = [b"event: message_start\n\n", b"event: message_stop\n\n"]
+    assert told_after(events, 0) == [b"id: 1\nevent: message_stop\n\n"]
+    assert told_after(events, 1) == [b": that was all\n\n"]
+
+
+def told_after(events: list[bytes], after: int) -> list[bytes]:
+    async def each() -> AsyncIterator[bytes]:
+        for event in events:
+            yield event
+
+    async def collect() -> list[bytes]:
+        return [event async for event in numbered(each(), after, lambda: False)]
+
+    return asyncio.run(collect())

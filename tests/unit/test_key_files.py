@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from hippo_mpi.config import API_KEYS
-from hippo_mpi.errors import UserError
+from hippo_mpi.errors import FieldError, UserError
 from hippo_mpi.serve import read_rules
 from hippo_mpi.serving.api.access import Access, AccessRules
 from hippo_mpi.serving.config_file import make_parser
@@ -133,7 +133,7 @@ def test_places_are_given_back() -> None:
     with pytest.raises(HTTPException, match="this key has 4 requests under way or waiting, and may have 4 at once"):
         access.take_places(asking(x_api_key="alice"), 1)
     access.take_places(second, 2)
-    with pytest.raises(HTTPException, match="6 requests are under way or wait already") as refused:
+    with pytest.raises(HTTPException, match="this server has 6 requests under way or waiting, and may") as refused:
         access.take_places(asking(), 1)
     assert refused.value.status_code == 429 and refused.value.headers
     access.hold_places(first)  # its answers, in the background
@@ -144,6 +144,21 @@ def test_places_are_given_back() -> None:
         access.free_places(first)
     access.free_places(asking())
     access.take_places(asking(x_api_key="alice"), 4)
+
+
+def test_what_can_never_be_let_in_is_not_asked_to_try_again() -> None:
+    access = Access(AccessRules(keys=("alice",), most_requests=3, requests_per_key=2))
+    access.check_choices(asking(x_api_key="alice"), "n", 2)
+    with pytest.raises(FieldError) as refused:
+        access.check_choices(asking(x_api_key="alice"), "n", 3)
+    assert str(refused.value) == "n asks for 3 answers at once, and this key may have 2 (--requests-per-key)"
+    assert refused.value.field == "n"
+    with pytest.raises(FieldError, match="prompt asks for 4 answers at once, and this server may have 3"):
+        Access(AccessRules(most_requests=3)).check_choices(asking(), "prompt", 4)
+    Access(AccessRules()).check_choices(asking(), "n", 128)
+    access.take_places(asking(x_api_key="alice"), 1)
+    with pytest.raises(HTTPException, match="this key has 1 request under way or waiting, and may have 2 at once"):
+        access.take_places(asking(x_api_key="alice"), 2)
 
 
 def test_a_client_without_a_key_is_its_address_or_its_network() -> None:

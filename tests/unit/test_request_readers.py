@@ -13,7 +13,8 @@ from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.errors import FieldError
 from hippo_mpi.protocols.anthropic_messages import count_body, read_messages_body
 from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body, read_prompts
-from hippo_mpi.protocols.openai_responses import read_responses_body
+from hippo_mpi.protocols.openai_responses import RESPONSES, read_responses_body
+from hippo_mpi.serving.api.questions import read_question
 
 DEFAULTS = SamplingParams()
 USER = {"role": "user", "content": "Where is the fox?"}
@@ -246,6 +247,20 @@ def test_parts_that_are_no_text_are_refused_whatever_else_they_hold() -> None:
     part = {"type": "image_url", "image_url": {"url": "data:"}, "text": "a fox"}
     with pytest.raises(FieldError, match="list of text parts"):
         chat(messages=[{"role": "user", "content": [part]}])
+
+
+@pytest.mark.parametrize(
+    ("fields", "can_keep", "why"),
+    [
+        ({"store": False}, True, "an answer in the background must be stored, so store must not be false"),
+        ({"store": True}, False, "an answer in the background must be stored, and this server has no --journal"),
+        ({}, False, "an answer in the background must be stored, and this server has no --journal"),
+    ],
+)
+def test_answers_in_the_background_are_stored(fields: dict[str, Any], can_keep: bool, why: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        read_question(RESPONSES, {"input": "Where?", "background": True, **fields}, DEFAULTS, can_keep)
+    assert str(caught.value) == why and caught.value.field == "background"
 
 
 def test_a_field_s_name_can_always_be_told() -> None:

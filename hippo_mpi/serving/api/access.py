@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 from hippo_mpi.errors import FieldError
 from hippo_mpi.serving.addresses import network_of
+from hippo_mpi.units import count_of
 
 _MOST_CLIENTS = 10_000  # buckets that are remembered; beyond that, full ones are forgotten
 _LONGEST_SALT = 256
@@ -158,6 +159,21 @@ class Access:
 
     # ---- places
 
+    def check_choices(self, request: Request, field: str, count: int) -> None:
+        """Raise a FieldError if so many answers to one request can never be under way at once.
+
+        Args:
+            field: of the body, that asks for so many.
+        """
+        rules, who = self._rules, self._client(request).partition(" ")[0]
+        for most, whose, options in (
+            (rules.requests_per_key, f"this {who}", "--requests-per-key"),
+            (rules.most_requests, "this server", "--max-batch-size and --max-queue"),
+        ):
+            if most and count > most:
+                why = f"{field} asks for {count} answers at once, and {whose} may have {most} ({options})"
+                raise FieldError(field, why)
+
     def take_places(self, request: Request, count: int) -> None:
         """Count so many answers more as under way, until all who hold the request's places have freed them.
 
@@ -168,10 +184,12 @@ class Access:
         taken = self._places[client]
         if rules.requests_per_key and taken + count > rules.requests_per_key:
             who, most = client.partition(" ")[0], rules.requests_per_key
-            why = f"this {who} has {taken} requests under way or waiting, and may have {most} at once: try again later"
+            has = f"{count_of(taken, 'request')} under way or waiting"
+            why = f"this {who} has {has}, and may have {most} at once: try again later"
             raise HTTPException(429, why, _RETRY_AFTER)
         if rules.most_requests and self._places.total() + count > rules.most_requests:
-            why = f"{rules.most_requests} requests are under way or wait already: try again later"
+            has = f"{count_of(self._places.total(), 'request')} under way or waiting"
+            why = f"this server has {has}, and may have {rules.most_requests} at once: try again later"
             raise HTTPException(429, why, _RETRY_AFTER)
         self._places[client] += count
         held = self._held_by(request) or _Held(client)

@@ -20,6 +20,7 @@ from hippo_mpi.protocols.openai_answers import (
     usage_so_far,
 )
 from hippo_mpi.protocols.openai_sampling import boolean
+from hippo_mpi.serving.api.event_stream import DONE
 from hippo_mpi.serving.api.http_errors import error_of
 
 
@@ -86,7 +87,7 @@ class CompletionAnswer:
             return
         if options.include_usage:
             yield _event(usage_chunk(head, choices))
-        yield b"data: [DONE]\n\n"
+        yield DONE
 
 
 def _event(found: dict[str, Any]) -> bytes:

@@ -6,6 +6,7 @@ Knows bodies and answers. Must not know how ranks are started.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -151,13 +152,12 @@ class Api:
         question = read_question(url, body, model.defaults, self.exchanges.can_keep)
         if self._settings.needs_audit and self._audit and not self._audit.is_writable():
             raise HTTPException(503, "the audit log can't be written, and this server answers nothing without it")
-        if (total := question.num_choices * len(question.every)) > self._settings.max_choices:
-            most = f"at most {self._settings.max_choices} (--max-choices)"
-            raise FieldError("prompt", f"n times the number of prompts is {most}, not {total}")
+        total = self._num_answers(request, question)
         record = await self._record(request, url, body, question, model, salt)
         if model.name != self._front.model:
             self._access.check_admin(request)
             await self._check_fits(model)
+        writer = question.writer(record, model.tokenizer)
         self._access.take_places(request, total - 1)  # the Gate has taken the first
         self._access.hold_places(request)
         try:
@@ -165,7 +165,6 @@ class Api:
         except BaseException:
             self._access.free_places(request)
             raise
-        writer = question.writer(exchange.record, model.tokenizer)
         if question.is_stream:
             reader = self.exchanges.reader(exchange)
             return self._stream(exchange, reader, writer, -1, partial(self._note_left, request, exchange))
@@ -179,6 +178,19 @@ class Api:
         return JSONResponse(writer.whole(outputs))
 
     # ---- what they share
+
+    def _num_answers(self, request: Request, question: Question) -> int:
+        """How many answers are asked for.
+
+        Raises:
+            FieldError: more than there may be at once.
+        """
+        total, most = question.num_choices * len(question.every), self._settings.max_choices
+        field, what = ("n", "n") if len(question.every) == 1 else ("prompt", "n times the number of prompts")
+        if total > most:
+            raise FieldError(field, f"{what} is at most {most} (--max-choices), not {total}")
+        self._access.check_choices(request, field, total)
+        return total
 
     async def _check_fits(self, model: ServedModel) -> None:
         """Refuse a model that wouldn't fit while the present one stays."""
@@ -203,7 +215,7 @@ class Api:
         """What is asked, as it is kept."""
         prepared = [await self._prepare(request, asked, model) for asked in question.every]
         asked_once = [
-            (prompt, replace(once, seed=None if once.seed is None else once.seed + index))
+            (prompt, replace(once, seed=secrets.randbits(63) if once.seed is None else once.seed + index))
             for prompt, once in prepared
             for index in range(question.num_choices)
         ]

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+DONE = b"data: [DONE]\n\n"
+"""The last event of OpenAI's completions."""
 _KEEP_ALIVE_S = 10.0  # proxies and clients give up on connections that say nothing for a minute or so
 
 
@@ -58,19 +60,24 @@ def _comment(text: str) -> bytes:
 
 
 async def numbered(events: AsyncIterator[bytes], after: int, is_cut: Callable[[], bool]) -> AsyncIterator[bytes]:
-    """Yield events with their numbers as ids, from 0, for a client that will ask for those after the last that it got.
+    """Yield events with their numbers as ids, from 0, for a client that will ask for those after the last that it got. If
+    that was the last of all, it gets the end of the stream again, or a comment.
 
     Args:
         after: the number of the last one that isn't wanted.
         is_cut: whether an event that comes now only says that the rest is to be fetched elsewhere; such has no number.
     """
-    number = 0
+    number, event, has_come = 0, b"", False
     async for event in events:
         if is_cut():
+            has_come = True
             yield event
         elif number > after:
+            has_come = True
             yield b"id: %d\n%b" % (number, event)
         number += 1
+    if not has_come:
+        yield b"id: %d\n%b" % (number - 1, event) if event == DONE else _comment("that was all")
 
 
 async def _next(events: AsyncIterator[bytes]) -> bytes | None:

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from hippo_mpi.engine.request import RequestOutput, Timings
+from hippo_mpi.errors import HippoError
 from hippo_mpi.serving.api.journal import Journal
 from hippo_mpi.serving.api.journal_records import Line, Record
 from hippo_mpi.serving.supervision.answer import Answer, ServerEnding, Told, note_told
@@ -42,11 +43,13 @@ class Exchange:
         self.patience_s: float | None = 0.0
         self.num_readers = 0
         self.ending: ServerEnding | None = None  # the server's: this is cut, and taken up again by the next
-        self._told = list(told)
-        self._num_public = len(self._told)  # so much of it readers may see: it is in the journal
+        self._told: list[Line] = []
+        self._outputs: list[list[ToldOutput]] = [[] for _ in record.requests]  # the same, of each answer
+        self._error: HippoError | None = None  # that ended them all
         self._running = set(range(len(record.requests)))
         for line in told:
-            self._note_end(*line)
+            self._note(*line)
+        self._num_public = len(self._told)  # so much of it readers may see: it is in the journal
         self._more = asyncio.Event()
 
     @property
@@ -60,19 +63,20 @@ class Exchange:
 
     def outputs_of(self, index: int) -> list[ToldOutput]:
         """Return what has been told of one of the answers."""
-        return [told for number, told in self._told if number == index and isinstance(told, ToldOutput)]
+        return self._outputs[index]
 
     @property
     def num_tokens(self) -> int:
         """Of prompts and answers."""
-        made = sum(isinstance(told, ToldOutput) and told.token is not None for _, told in self._told)
+        made = sum(told.token is not None for outputs in self._outputs for told in outputs)
         return sum(map(len, self.record.prompts)) + made
 
     def outcome_of(self, index: int) -> str:
         """Return how an answer ended: its finish reason, or the error that ended them all."""
-        reasons = [told.finish_reason for told in self.outputs_of(index)[-1:] if told.finish_reason]
-        errors = [f"error: {told}" for _, told in self._told[-1:] if not isinstance(told, ToldOutput)]
-        return next(iter([*reasons, *errors]), "abort")
+        outputs = self._outputs[index]
+        if outputs and outputs[-1].finish_reason:
+            return outputs[-1].finish_reason
+        return "abort" if self._error is None else f"error: {self._error}"
 
     def tell(self, index: int, told: Told) -> None:
         """Something has come for one of the answers; after an error nothing more comes for any."""
@@ -83,8 +87,7 @@ class Exchange:
             self.ending = ServerEnding(f"{told}; {goes_on}")
             self._wake()
             return
-        self._told.append((index, told))
-        self._note_end(index, told)
+        self._note(index, told)
         if self.journal is None:
             self._publish()
         else:
@@ -92,10 +95,14 @@ class Exchange:
         if self.is_over:
             self._on_over(self)
 
-    def _note_end(self, index: int, told: Told) -> None:
+    def _note(self, index: int, told: Told) -> None:
+        self._told.append((index, told))
         if not isinstance(told, ToldOutput):
+            self._error = told
             self._running.clear()
-        elif told.finish_reason is not None:
+            return
+        self._outputs[index].append(told)
+        if told.finish_reason is not None:
             self._running.discard(index)
 
     def _publish(self) -> None:

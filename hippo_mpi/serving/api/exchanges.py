@@ -14,13 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
-from hippo_mpi.errors import RankError, UserError
+from hippo_mpi.errors import RankError
 from hippo_mpi.serving.api.exchange import Exchange, Reader
 from hippo_mpi.serving.api.journal import Journal
-from hippo_mpi.serving.api.journal_records import Record
+from hippo_mpi.serving.api.journal_records import Record, record_text
 from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.rank_link import ToldOutput
 
@@ -65,6 +65,7 @@ class Exchanges:
         """Ask for all of a request's answers, or none; returns when it is in the journal.
 
         Args:
+            record: with the seeds of its answers, so that another server draws the same numbers.
             count_tokens: told how many tokens it has taken, at its end.
 
         Raises:
@@ -73,25 +74,26 @@ class Exchanges:
         """
         kept = record.is_stream or record.is_stored or record.is_background
         exchange = Exchange(record, self._journal if kept else None, self._end_soon, count_tokens=count_tokens)
+        text = record_text(record) if exchange.journal is not None else ""  # what fails does so before anything runs
         try:
             for index, one in enumerate(record.requests):
                 tell = partial(exchange.tell, index)
                 exchange.answers[index] = self._front.submit(
                     one.prompt, one.sampling, record.model, tell, one.cache_salt
                 )
-        except UserError:
+            if exchange.journal is not None:
+                self._live[record.id] = exchange
+                patience_s = self._keeping.reconnect_s if record.is_stream else 0.0
+                exchange.patience_s = None if record.is_background else patience_s
+                in_file = asyncio.Event()
+                exchange.journal.add(record.id, text, in_file.set)
+                await in_file.wait()
+        except BaseException:  # nobody will have its id
             for answer in exchange.answers.values():
                 self._front.abort(answer)
+            if self._live.pop(record.id, None) is not None:
+                self._forget(exchange)
             raise
-        # With the seeds that the front has chosen.
-        exchange.record = replace(record, requests=[answer.request for answer in exchange.answers.values()])
-        if exchange.journal is not None:
-            self._live[record.id] = exchange
-            patience_s = self._keeping.reconnect_s if record.is_stream else 0.0
-            exchange.patience_s = None if record.is_background else patience_s
-            in_file = asyncio.Event()
-            exchange.journal.add(exchange.record, in_file.set)
-            await in_file.wait()
         return exchange
 
     def reader(self, exchange: Exchange) -> Reader:
@@ -167,9 +169,7 @@ class Exchanges:
         """Begin to write, and go on with what the server before this one has left, if it is of one of these models."""
         if self._journal is None:
             return
-        left = self._journal.take_left()
-        self._journal.start()
-        for record, told, num_deaths in left:
+        for record, told, num_deaths in self._journal.start():
             exchange = Exchange(record, self._journal, self._end_soon, told)
             can_wait = record.is_stored or record.is_background
             has_client = record.is_stream or record.is_background

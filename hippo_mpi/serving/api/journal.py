@@ -17,13 +17,13 @@ import queue
 import sqlite3
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.api.journal_records import Line, Record, line_text, read_line, read_record, record_text
+from hippo_mpi.serving.api.journal_records import Line, Record, line_text, read_line, read_record
 
 _log = logging.getLogger(__name__)
 _VERSION = 1  # of the tables
@@ -39,18 +39,35 @@ CREATE INDEX expiring ON requests (expires);
 _MOST_BYTES = 1 << 30  # of all that is kept; beyond that the oldest answers go before their time
 _ADD = "INSERT INTO requests (id, record) VALUES (?, ?)"
 _NOTE = "INSERT INTO lines SELECT number, ? FROM requests WHERE id = ?"
-_END = "UPDATE requests SET expires = ? WHERE id = ?"
-_DELETE = "DELETE FROM requests WHERE id = ?"
+_END = "UPDATE requests SET expires = ? WHERE id = ? AND expires IS NULL"
+_FORGET = "UPDATE requests SET expires = 0 WHERE id = ?"  # nobody finds it any more, and it is deleted soon
 _GATHER_S = (
     0.002  # for the other outputs of a step: without it the front takes 0.25 ms for a token of 16 streams, not 0.17
 )
 _SURVIVE = "UPDATE requests SET deaths = deaths - 1 WHERE expires IS NULL AND deaths > 0"  # this server didn't die
 _SWEEP_S = 5.0  # between two looks for what has been kept long enough
-_AT_ONCE = 16  # requests that one look deletes
+_AT_ONCE = 256  # lines that one statement deletes
+_SLICE_S = 0.01  # of deleting, then it is written what has come meanwhile: somebody may wait for it
 _PATIENCE_S = 2.0  # with a disk that doesn't answer; then clients are told without it
 
 Then = Callable[[], None]
-_Operation = tuple[str, str, Sequence[Any]]  # id of the request, statement, values
+Left = tuple[Record, list[Line], int]
+"""A request that was under way when a server died, what came for it, and how many servers in a row have died since."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Operation:
+    """Something to write.
+
+    Args:
+        name: id of the request.
+        put_s: since when it waits.
+    """
+
+    name: str
+    statement: str
+    values: Sequence[Any]
+    put_s: float
 
 
 class Journal:
@@ -68,6 +85,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, most_bytes: int = _MOST_BYTES) -> None:
+        path = Path(os.path.realpath(path))  # by whatever name, it is one journal
         self.path, self._most_bytes = path, most_bytes
         self._lock_file = _locked(path)
         self.silent_s = _silent_s(path)
@@ -75,79 +93,82 @@ class Journal:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             self._writer = self._open()
             self._prepare()
-            self._left = self._read_left()
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"the journal {path} can't be used: {error}") from None
         self._operations: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
-        self._thens: deque[tuple[float, Then]] = deque()  # of operations that are not in the file yet, and since when
-        self._num_ahead = 0  # commits to come that nobody waits for any more
+        self._waiting: dict[_Operation, Then] = {}  # for operations, in their order; each is called once
+        self._next_sweep_s = 0.0
         self._torn: set[str] = set()  # requests of which something could not be written: the rest would be no answer
         self._thread = threading.Thread(target=self._write_all, name="hippo-journal", daemon=True)
 
-    def start(self) -> None:
-        """Begin to write; from now on `then`s are called in the running loop."""
+    def start(self) -> list[Left]:
+        """Return what the server before this one has left, oldest first, whose death counts from now on, and begin to write:
+        `then`s are called in the running loop.
+
+        Raises:
+            UserError: it can't be read.
+        """
+        try:
+            left = self._take_left()
+        except sqlite3.Error as error:
+            raise UserError(f"the journal {self.path} can't be used: {error}") from None
         self._loop = asyncio.get_running_loop()
         self._thread.start()
         self._watching = asyncio.ensure_future(self._watch())
+        return left
 
     def close(self) -> None:
         """Write what is left, for as long as there is patience."""
         self._watching.cancel()
-        self._operations.put(("", _SURVIVE, ()))
+        self._operations.put(_Operation("", _SURVIVE, (), time.monotonic()))
         self._operations.put(None)
         self._thread.join(_PATIENCE_S)
         self._lock_file.close()
 
     # ---- what is written
 
-    def add(self, record: Record, then: Then) -> None:
-        """Keep a request."""
-        values = (record.id, record_text(record))
-        self._put((record.id, _ADD, values), then)
+    def add(self, name: str, text: str, then: Then) -> None:
+        """Keep a request, whose record is this text."""
+        self._put(name, _ADD, (name, text), then)
 
     def note(self, name: str, line: Line, then: Then) -> None:
         """Keep what came for a request."""
-        values = (line_text(line), name)
-        self._put((name, _NOTE, values), then)
+        self._put(name, _NOTE, (line_text(line), name), then)
 
     def end(self, name: str, keep_s: float, then: Then) -> None:
         """Let a request expire so many seconds from now."""
-        values = (time.time() + keep_s, name)
-        self._put((name, _END, values), then)
+        self._put(name, _END, (time.time() + keep_s, name), then)
 
     def delete(self, name: str, then: Then) -> None:
         """Forget a request."""
-        self._put((name, _DELETE, (name,)), then)
+        self._put(name, _FORGET, (name,), then)
 
     # ---- what is read
 
     def find(self, name: str) -> tuple[Record, list[Line]] | None:
         """Return a request that has ended, and all that came for it; blocks."""
         with contextlib.closing(self._open()) as reader:
+            reader.execute("BEGIN")  # one view of both tables
             sql = "SELECT number, record FROM requests WHERE id = ? AND expires > ?"
             row = reader.execute(sql, (name, time.time())).fetchone()
             return None if row is None else (read_record(row[1]), _lines(reader, row[0]))
 
-    def take_left(self) -> list[tuple[Record, list[Line], int]]:
-        """Return the requests that were under way when the server before this one died, oldest first, each with what came
-        for it, and how many servers in a row have died without more of it."""
-        left, self._left = self._left, []
-        return left
-
-    def _read_left(self) -> list[tuple[Record, list[Line], int]]:
+    def _take_left(self) -> list[Left]:
         found = []
+        self._writer.execute("BEGIN IMMEDIATE")
         sql = "SELECT number, record, deaths, lines_before FROM requests WHERE expires IS NULL ORDER BY number"
         for number, text, deaths, lines_before in self._writer.execute(sql).fetchall():
             try:
                 record, lines = read_record(text), _lines(self._writer, number)
             except (ValueError, KeyError, TypeError) as error:  # written by another version
                 _log.warning("a request in the journal %s can't be read, and is forgotten: %r", self.path, error)
-                self._writer.execute("DELETE FROM requests WHERE number = ?", (number,))
+                self._writer.execute("UPDATE requests SET expires = 0 WHERE number = ?", (number,))
                 continue
             deaths = 1 if len(lines) > lines_before else deaths + 1
             sql = "UPDATE requests SET deaths = ?, lines_before = ? WHERE number = ?"
             self._writer.execute(sql, (deaths, len(lines), number))
             found.append((record, lines, deaths))
+        self._writer.execute("COMMIT")
         return found
 
     # ---- the file
@@ -167,81 +188,99 @@ class Journal:
             raise sqlite3.DatabaseError("it is another program's, or another version's: set it aside")
         self._writer.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {_VERSION}; COMMIT;")
 
-    def _put(self, operation: _Operation, then: Then) -> None:
-        self._thens.append((time.monotonic(), then))
+    def _put(self, name: str, statement: str, values: Sequence[Any], then: Then) -> None:
+        operation = _Operation(name, statement, values, time.monotonic())
+        self._waiting[operation] = then
         self._operations.put(operation)
 
     def _write_all(self) -> None:
-        swept_s, is_over = 0.0, False
+        is_over = False
         while not is_over:
             with contextlib.suppress(queue.Empty):
-                batch = [self._operations.get(timeout=_SWEEP_S)]
+                batch = [self._operations.get(timeout=max(0.0, self._next_sweep_s - time.monotonic()))]
                 time.sleep(_GATHER_S)
                 while not self._operations.empty():
                     batch.append(self._operations.get())
                 is_over = None in batch
                 self._commit([operation for operation in batch if operation is not None])
-            if time.monotonic() - swept_s > _SWEEP_S:
-                swept_s = time.monotonic()
+            if time.monotonic() >= self._next_sweep_s:
                 self._sweep()
+        ends_s = time.monotonic() + _PATIENCE_S / 2
+        while self._next_sweep_s <= time.monotonic() < ends_s:  # what was to be deleted isn't left to the next server
+            self._sweep()
         self._writer.close()
 
     def _commit(self, batch: Sequence[_Operation]) -> None:
         """Write operations, all or none, and tell those who wait for them either way."""
         try:
             self._writer.execute("BEGIN IMMEDIATE")
-            for name, statement, values in batch:
-                if name not in self._torn:
-                    self._writer.execute(statement, values)
-                elif statement != _NOTE:
-                    self._writer.execute(_DELETE, (name,))
+            for one in batch:
+                if one.name not in self._torn:
+                    self._writer.execute(one.statement, one.values)
+                elif one.statement != _NOTE:
+                    self._writer.execute(_FORGET, (one.name,))
             self._writer.execute("COMMIT")
         except sqlite3.Error as error:
-            self._torn |= {name for name, _, _ in batch}
+            self._torn |= {one.name for one in batch}
             _log.error("the journal can't be written (%s): a restart would make the rest of these answers anew", error)
             with contextlib.suppress(sqlite3.Error):
                 self._writer.execute("ROLLBACK")
+        if any(one.statement == _FORGET for one in batch):
+            self._next_sweep_s = 0.0
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._tell, len(batch))
+            self._loop.call_soon_threadsafe(self._tell, batch)
 
     def _sweep(self) -> None:
-        """Delete some of what has expired, or is too much."""
+        """Delete a slice of what has expired, or is too much; the next is due at once if there is more."""
+        is_tidy = False
         try:
-            pages, free, size = (
-                self._writer.execute(f"PRAGMA {name}").fetchone()[0]
-                for name in ("page_count", "freelist_count", "page_size")
-            )
-            until = float("inf") if (pages - free) * size > self._most_bytes else time.time()
             os.utime(self.path)  # the server lives, whether it has something to write or not
-            self._writer.execute(
-                "DELETE FROM requests WHERE number IN"
-                " (SELECT number FROM requests WHERE expires < ? ORDER BY expires LIMIT ?)",
-                (until, _AT_ONCE),
-            )
+            self._writer.execute("BEGIN IMMEDIATE")
+            ends_s = time.monotonic() + _SLICE_S
+            while not is_tidy and time.monotonic() < ends_s:
+                is_tidy = not self._delete_some()
+            self._writer.execute("COMMIT")
         except (OSError, sqlite3.Error) as error:
+            is_tidy = True  # for now
             _log.warning("the journal can't be tidied: %s", error)
+            with contextlib.suppress(sqlite3.Error):
+                self._writer.execute("ROLLBACK")
+        self._next_sweep_s = time.monotonic() + _SWEEP_S if is_tidy else 0.0
+
+    def _delete_some(self) -> bool:
+        """Delete lines of what is to go first, and with its last ones the request; False if nothing is to go."""
+        pages, free, size = (
+            self._writer.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        until = float("inf") if (pages - free) * size > self._most_bytes else time.time()
+        sql = "SELECT number FROM requests WHERE expires < ? ORDER BY expires LIMIT 1"
+        number = self._writer.execute(sql, (until,)).fetchone()
+        if number is None:
+            return False
+        self._writer.execute("UPDATE requests SET expires = 0 WHERE number = ?", number)  # nobody finds a part of it
+        sql = "DELETE FROM lines WHERE rowid IN (SELECT rowid FROM lines WHERE request = ? LIMIT ?)"
+        if self._writer.execute(sql, (*number, _AT_ONCE)).rowcount < _AT_ONCE:
+            self._writer.execute("DELETE FROM requests WHERE number = ?", number)
+        return True
 
     # ---- in the event loop
 
-    def _tell(self, count: int) -> None:
-        """So many more operations are in the file."""
-        for _ in range(count):
-            if self._num_ahead:
-                self._num_ahead -= 1
-            else:
-                self._thens.popleft()[1]()
+    def _tell(self, done: Iterable[_Operation]) -> None:
+        """Call what waits for operations, unless it has been called."""
+        for one in done:
+            if then := self._waiting.pop(one, None):
+                then()
 
     async def _watch(self) -> None:
         """Let nobody wait for a disk that doesn't answer."""
         while True:
             await asyncio.sleep(_PATIENCE_S / 4)
-            if self._thens and time.monotonic() - self._thens[0][0] > _PATIENCE_S:
+            before_s = time.monotonic() - _PATIENCE_S
+            late = [one for one in self._waiting if one.put_s < before_s]
+            if late:
                 _log.warning("the journal's disk doesn't answer: answers go on without it")
-                late = list(self._thens)
-                self._num_ahead += len(late)
-                self._thens.clear()
-                for _, then in late:
-                    then()
+                self._tell(late)
 
 
 def _lines(reader: sqlite3.Connection, number: int) -> list[Line]:

@@ -118,8 +118,8 @@ def read_question(url: str, given: dict[str, Any], defaults: SamplingParams, can
     if url == RESPONSES:
         is_background = _flag(body, "background")
         if is_background and not (can_keep and wants_store):
-            why = "store must not be false" if can_keep else "the server must have a --journal"
-            raise FieldError("background", f"background must be false here: for anything else {why}")
+            why = ", so store must not be false" if can_keep else ", and this server has no --journal"
+            raise FieldError("background", f"an answer in the background must be stored{why}")
         asked = read_responses_body(body, defaults)
         return Question(url, [asked], 1, is_stream, StreamOptions(), is_stored, is_background)
     options = StreamOptions.read(body.get("stream_options"), is_stream)

@@ -23,6 +23,8 @@ from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
 
 _T = TypeVar("_T")
 _LONG_BODY_BYTES = 1 << 16
+_MAX_DEPTH = 200  # of a body; templates and json.dumps recurse, and would fail of one that json.loads just bears
+_TOO_DEEP = f"the body is nested more than {_MAX_DEPTH} deep"
 _NICE = 10
 
 
@@ -70,11 +72,24 @@ async def read_json(request: Request, settings: ApiSettings) -> dict[str, Any]:
         raise HTTPException(408, f"the body took longer than {settings.body_timeout_s:.0f} s") from None
     try:
         body = json.loads(data)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise UserError("the body is not JSON") from None
+    except RecursionError:
+        raise UserError(_TOO_DEEP) from None
     if not isinstance(body, dict):
         raise UserError("the body must be a JSON object")
+    if data.count(b"[") + data.count(b"{") > _MAX_DEPTH and _is_deeper(body, _MAX_DEPTH):
+        raise UserError(_TOO_DEEP)
     return body
+
+
+def _is_deeper(found: dict[str, Any] | list[Any], depth: int) -> bool:
+    """True if lists and objects are nested more than so many deep."""
+    level = [found]
+    for _ in range(depth):
+        insides = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for inside in insides for one in inside if isinstance(one, (dict, list))]
+    return bool(level)
 
 
 def model_of(catalogue: Catalogue, body: dict[str, Any]) -> ServedModel:
