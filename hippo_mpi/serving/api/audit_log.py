@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi.durable_files import FileLock, sync_folder
+from hippo_mpi.durable_files import FileLock, create_beside, open_no_link, sync_folder
 from hippo_mpi.errors import UserError
 from hippo_mpi.serving.api.audit_chain import Anchor, anchor_path_of, key_path_of, numbers_of
 from hippo_mpi.serving.api.audit_start import find_end
@@ -74,7 +74,7 @@ class AuditLog:
                 self._key, end, self._notes = find_end(path, key_path or key_path_of(path))
                 self._written = self._on_disk = _Written(end)
                 self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-                self._anchor = os.open(anchor_path_of(path), os.O_WRONLY | os.O_CREAT, 0o644)
+                self._anchor = open_no_link(anchor_path_of(path))
                 sync_folder(path.parent)
                 self._bring_to_disk()
             except BaseException:
@@ -189,10 +189,9 @@ class AuditLog:
 
     def _begin_file(self) -> None:
         """Set the file aside under a number that no other had, and begin a new one; if that can't be, go on in the old."""
-        new_path = self._path.with_name(f"{self._path.name}.new")
         try:
             number = max([self._written.end.file, *(number + 1 for number in numbers_of(self._path))])
-            new = os.open(new_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+            new, new_path = create_beside(self._path)
             try:
                 with self._sync_lock:
                     self._bring_to_disk()
@@ -204,6 +203,7 @@ class AuditLog:
                     self._written = self._on_disk = replace(self._written, end=end)
             finally:
                 os.close(new)
+                new_path.unlink(missing_ok=True)
             sync_folder(self._path.parent)
             self._sync()
         except OSError as error:

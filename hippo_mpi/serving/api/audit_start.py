@@ -110,7 +110,8 @@ def _set_tail_aside(log: Path, end: Anchor) -> list[str]:
     note = f"{num_bytes} bytes behind the last line, which a kill or a power cut has left, were set aside"
     with contextlib.suppress(OSError), log.open("rb") as stream:  # on a full disk they are only cut off
         stream.seek(end.end)
-        aside.write_bytes(stream.read())
+        with aside.open("xb") as copy:
+            copy.write(stream.read())
         note += f" in {aside.name}"
     os.truncate(log, end.end)
     _log.warning("audit log %s: %s", log, note)
