@@ -105,11 +105,11 @@ def create_beside(path: Path) -> tuple[int, Path]:
     Raises:
         OSError: it can't be created.
     """
-    left = re.compile(rf"{re.escape(path.name)}[.][0-9a-f]{{16}}[.]new")
+    left = re.compile(rf"{re.escape(path.name)}[.]new-[0-9a-f]{{16}}")
     for other in path.parent.iterdir():
         if left.fullmatch(other.name):
             other.unlink(missing_ok=True)
-    new = path.with_name(f"{path.name}.{secrets.token_hex(8)}.new")
+    new = path.with_name(f"{path.name}.new-{secrets.token_hex(8)}")
     return os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644), new
 
 

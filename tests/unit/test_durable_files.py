@@ -98,11 +98,11 @@ def test_what_a_kill_has_left_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "out[1]"
     path.write_text("before")
     path.chmod(0o640)
-    (tmp_path / "out[1].0.new").write_text("mine")
-    (tmp_path / "out1.0123456789abcdef.new").write_text("mine, too")
+    (tmp_path / "out[1].new-0").write_text("mine")
+    (tmp_path / "out1.new-0123456789abcdef").write_text("mine, too")
     assert subprocess.run([sys.executable, "-c", KILLED, str(path)]).returncode == 9
     assert path.read_text() == "before" and len(list(tmp_path.iterdir())) == 4
     with replacing(path) as stream:
         stream.write(b"after")
-    assert {file.name for file in tmp_path.iterdir()} == {"out[1]", "out[1].0.new", "out1.0123456789abcdef.new"}
+    assert {file.name for file in tmp_path.iterdir()} == {"out[1]", "out[1].new-0", "out1.new-0123456789abcdef"}
     assert path.read_text() == "after" and path.stat().st_mode & 0o777 == 0o640
