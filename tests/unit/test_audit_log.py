@@ -141,11 +141,11 @@ def test_a_log_that_is_forged_without_macs(tmp_path: Path, most_bytes: int) -> N
     path = write(tmp_path / "audit.jsonl", 10, most_bytes=most_bytes)
     forge(path, lambda line: '"r3"' not in line)
     reason = (
-        "none of its 9 lines has a MAC, although there is a key: they were made anew without it, or before it (then"
+        "none of the log's 9 lines has a MAC, although there is a key: they were made anew without it, or before it (then"
         " they are verified beside the file that follows)"
     )
     assert mistake(path) == reason
-    with pytest.raises(UserError, match="none of its 9 lines has a MAC, although there is a key"):
+    with pytest.raises(UserError, match="none of the log's 9 lines has a MAC, although there is a key"):
         AuditLog(path)
     assert mistake(path) == reason and len(lines_in(path)) == 9
     with path.open("a") as stream:
@@ -166,8 +166,8 @@ def test_the_seal_of_a_log_of_before(tmp_path: Path, capsys: pytest.CaptureFixtu
     write_old(old, 4)
     path.unlink()
     (tmp_path / "audit.jsonl.anchor").unlink()
-    assert "none of its 4 lines has a MAC" in mistake(path)
-    with pytest.raises(UserError, match="none of its 4 lines has a MAC"):
+    assert "none of the log's 4 lines has a MAC" in mistake(path)
+    with pytest.raises(UserError, match="none of the log's 4 lines has a MAC"):
         AuditLog(path)
     path.write_text(keyed)
     assert "is missing or torn" in mistake(path)

@@ -288,7 +288,7 @@ def _missing(chain: Chain, anchor: Anchor | None, last_hash: str | None, num_lin
             return _dropped(chain, wanted)
     if chain.key and chain.num_unkeyed and not chain.is_keyed:
         return (
-            f"none of its {count_of(chain.num_unkeyed, 'line')} has a MAC, although there is a key: they were made anew"
+            f"none of the log's {count_of(chain.num_unkeyed, 'line')} has a MAC, although there is a key: they were made anew"
             " without it, or before it (then they are verified beside the file that follows)"
         )
     if last_hash is None or (last_hash == FIRST and not num_lines):
