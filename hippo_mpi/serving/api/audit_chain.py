@@ -273,8 +273,8 @@ def read_chain(
             chain.take(path, number, line.removesuffix(b"\n"), path == files[0] and number == 1)
             if chain.last_hash == last_hash:
                 chain.noted_at = chain.num_lines
-            is_anchored = anchor is not None and chain.num_lines == anchor.num_lines
-            if is_anchored and not chain.mistakes and chain.last_hash != anchor.last_hash:
+            is_same = not anchor or chain.num_lines != anchor.num_lines or chain.last_hash == anchor.last_hash
+            if not is_same and not chain.mistakes:
                 chain.mistakes.append(f"{path}, line {number} is not the one that the anchor tells of")
     if not chain.mistakes and (mistake := _missing(chain, anchor, last_hash, num_lines)):
         chain.mistakes.append(mistake)
