@@ -155,11 +155,16 @@ def test_a_log_that_is_forged_without_macs(tmp_path: Path, most_bytes: int) -> N
 
 def test_the_seal_of_a_log_of_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The first line with a MAC holds the number and the last hash of those without: none can be changed or added."""
-    path = tmp_path / "audit.jsonl"
+    path, old = tmp_path / "audit.jsonl", tmp_path / "audit.jsonl.1"
     write_old(path, 4)
+    AuditLog(path).close()
+    assert verified(capsys, path)[0] == "whole: 4 lines in 2 files", "until it comes the anchor holds them"
+    write_old(old, 5)
+    assert "none of the log's 5 lines has a MAC" in mistake(path)
+    write_old(old, 4)
     write(path, 2, first=4)
     verified(capsys, path)
-    old, keyed = tmp_path / "audit.jsonl.1", path.read_text()
+    keyed = path.read_text()
     for count in (3, 5):
         write_old(old, count)
         assert "audit.jsonl, line 1 doesn't follow the line before" in mistake(path)

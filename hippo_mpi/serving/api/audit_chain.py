@@ -3,8 +3,8 @@
 Every line has the SHA-256 of the line before, and a MAC (HMAC-SHA256) of its own. The anchor, a small file beside the log,
 has the number of lines and the hash of the last one, under a MAC, too: so without the key no line can be changed, dropped,
 added or moved, the last ones neither. Logs of before had no key: their lines are chained by hashes alone, until the first
-line with a MAC follows. It seals them: under the key are its own number, and thus theirs, and the hash of their last one.
-Where there is a key, lines that no seal follows are mistakes.
+line with a MAC follows. It seals them: under the key are its own number, and thus theirs, and the hash of their last one
+(and until it comes, in the anchor). Where there is a key, lines without a MAC and a seal are mistakes.
 """
 
 from __future__ import annotations
@@ -286,7 +286,8 @@ def _missing(chain: Chain, anchor: Anchor | None, last_hash: str | None, num_lin
     for wanted in (anchor.num_lines if anchor else 0, num_lines or 0):
         if chain.num_lines < wanted:
             return _dropped(chain, wanted)
-    if chain.key and chain.num_unkeyed and not chain.is_keyed:
+    is_sealed = chain.is_keyed or (anchor is not None and chain.num_lines == anchor.num_lines)
+    if chain.key and chain.num_unkeyed and not is_sealed:
         return (
             f"none of the log's {count_of(chain.num_unkeyed, 'line')} has a MAC, although there is a key: they were made anew"
             " without it, or before it (then they are verified beside the file that follows)"
