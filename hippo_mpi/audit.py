@@ -19,10 +19,13 @@ from typing import NoReturn
 from hippo_mpi import config
 from hippo_mpi.errors import HippoError, UserError, print_error
 from hippo_mpi.serving.api.audit_chain import (
+    Anchor,
     Chain,
+    ChainKey,
     anchor_path_of,
     files_of,
     key_path_of,
+    lines_of,
     read_anchor,
     read_chain,
     read_key,
@@ -94,13 +97,13 @@ def verify(log: Path, key_path: Path | None = None, last_hash: str | None = None
     Raises:
         UserError: it isn't; the mistakes, a line each.
     """
-    key = read_key(key_path or key_path_of(log))
-    anchor = read_anchor(log, key) if key else None
     files = _files(log)
+    key = _given_key(key_path) if key_path else read_key(key_path_of(log))
+    anchor = read_anchor(log, key) if key else None
     chain = read_chain(files, key, anchor, last_hash, num_lines)
     is_current = not re.search(r"\.[0-9]+$", log.name) and log in files
-    if chain.is_keyed and is_current and anchor is None and not chain.mistakes:
-        chain.mistakes.append(f"{anchor_path_of(log)} is missing or torn: it can't be seen whether the end was dropped")
+    if not chain.mistakes and (mistake := _unknown(log, chain, is_current, anchor)):
+        chain.mistakes.append(mistake)
     if chain.mistakes:
         count = len(chain.mistakes)
         more = [f"... and {count - _MOST_MISTAKES:,} more"] * (count > _MOST_MISTAKES)
@@ -112,6 +115,19 @@ def verify(log: Path, key_path: Path | None = None, last_hash: str | None = None
     if chain.is_keyed and not is_current:
         print("these are older files: that their end is whole, only the file after them can tell")
     print(f"--lines {chain.num_lines} --last-hash {chain.last_hash}")
+
+
+def _unknown(log: Path, chain: Chain, is_current: bool, anchor: Anchor | None) -> str | None:
+    """Say why nobody can know whether a log in which nothing is wrong is all that was written."""
+    path = anchor_path_of(log)
+    if is_current and chain.key is None and path.exists():
+        return f"the key {key_path_of(log)} isn't there, but {path} is: give --audit-key"
+    if is_current and chain.key and anchor is None:
+        return f"{path} is missing or torn: it can't be seen whether the end was dropped"
+    if chain.noted_at < chain.last_gap:
+        note = next(note for note in reversed(chain.notes) if note.startswith(f"line {chain.last_gap:,}: "))
+        return f"{note}; if that is known: --lines {chain.num_lines} --last-hash {chain.last_hash}"
+    return None
 
 
 def _remarks(chain: Chain) -> list[str]:
@@ -149,13 +165,24 @@ def digest(log: Path, key_path: Path | None, text: str) -> None:
     """Print what stands for a text in a log.
 
     Raises:
-        UserError: there is no key.
+        UserError: there is no key, or the log isn't one of it, or there is no text.
     """
-    path = key_path or key_path_of(log)
+    key = _given_key(key_path or key_path_of(log))
+    first_lines = (next(lines_of(file), b"").removesuffix(b"\n") for file in _files(log))
+    if not read_anchor(log, key) and not any(map(key.is_sealed, first_lines)):
+        raise UserError(f"{log} is no audit log of this key")
+    if not text:
+        raise UserError(
+            "standard input is empty: the text is read from there, as in: echo -n TEXT | hippo_mpi.audit ..."
+        )
+    print(key.text_digest(text))
+
+
+def _given_key(path: Path) -> ChainKey:
     key = read_key(path)
     if key is None:
         raise UserError(f"the key {path} isn't there: give --audit-key")
-    print(key.text_digest(text))
+    return key
 
 
 def _files(log: Path) -> list[Path]:

@@ -6,7 +6,10 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
+import secrets
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ from typing import BinaryIO
 from hippo_mpi.errors import UserError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems over a network
+_WHO = "process "  # how every lock begins
 
 
 class FileLock:
@@ -24,15 +28,17 @@ class FileLock:
     The file itself may be replaced meanwhile. After a kill FILE.lock stays, but locks nothing.
 
     Raises:
-        UserError: another process has it, on this machine or over a network's file system.
+        UserError: another process has it, on this machine or over a network's file system, or FILE.lock is something else.
         OSError: FILE.lock can't be written.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path.with_name(f"{path.name}.lock")
         while True:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._descriptor = self._open()
             try:
+                if not _is_lock(self._descriptor):
+                    raise self._refusal()
                 self._take(path)
                 if self._is_the_one():
                     break
@@ -47,6 +53,17 @@ class FileLock:
     def release(self) -> None:
         self._path.unlink(missing_ok=True)
         os.close(self._descriptor)
+
+    def _open(self) -> int:
+        try:
+            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR):
+                raise self._refusal() from None
+            raise
+
+    def _refusal(self) -> UserError:
+        return UserError(f"{self._path} is no lock of ours: move it away, or give another file")
 
     def _take(self, path: Path) -> None:
         try:
@@ -68,25 +85,64 @@ class FileLock:
         return False
 
 
+def _is_lock(descriptor: int) -> bool:
+    """True if the file has nothing in it but, perhaps, what a lock says: nobody's work is lost with it."""
+    is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    return is_file and os.pread(descriptor, len(_WHO), 0) in (b"", _WHO.encode())
+
+
 def _who() -> str:
     job = os.environ.get("SLURM_JOB_ID")
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}, since {since}"
+    return f"{_WHO}{os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}, since {since}"
+
+
+def create_beside(path: Path) -> tuple[int, Path]:
+    """Create a file under a name that nothing else has, in the folder of `path`, and remove those that kills have left.
+
+    Only who has the lock of `path` may do so. Returns an open descriptor, to append with, and the name.
+
+    Raises:
+        OSError: it can't be created.
+    """
+    left = re.compile(rf"{re.escape(path.name)}[.]new-[0-9a-f]{{16}}")
+    for other in path.parent.iterdir():
+        if left.fullmatch(other.name):
+            other.unlink(missing_ok=True)
+    new = path.with_name(f"{path.name}.new-{secrets.token_hex(8)}")
+    return os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644), new
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once it is whole and on disk."""
-    temporary = path.with_name(f"{path.name}.new")
+    """A file that takes the place and the rights of `path` once it is whole and on disk. The lock of `path` must be had."""
+    descriptor, temporary = create_beside(path)
     try:
-        with temporary.open("wb") as stream:
+        with open(descriptor, "wb") as stream:
+            with contextlib.suppress(FileNotFoundError):
+                os.fchmod(descriptor, stat.S_IMODE(path.stat().st_mode))
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
+            os.fsync(descriptor)
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_no_link(path: Path) -> int:
+    """Open a file of ours to write in it, or create it.
+
+    Raises:
+        UserError: it is a link, which would lead to a file that isn't ours.
+        OSError: it can't be written.
+    """
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path} is a link: remove it") from None
+        raise
 
 
 def sync_folder(folder: Path) -> None:

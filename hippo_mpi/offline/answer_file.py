@@ -38,6 +38,10 @@ class Answers(ABC):
         if response:
             self.done[task.custom_id] = _record_id(task)
 
+    def is_done(self, task: Task) -> bool:
+        """Whether a task has its answer; one that can't be asked never has."""
+        return task.asked is not None and task.custom_id in self.done
+
     @abstractmethod
     def check(self, tasks: Iterable[Task]) -> int:
         """Return the number of tasks, if what is there already answers no other ones."""
@@ -146,10 +150,12 @@ class AnswerFile(Answers):
         taken: dict[str, int] = {}  # custom_id of another answer -> line
         for task in tasks:
             count += 1
+            if task.asked is None:
+                continue
             if self.done.get(task.custom_id) == _record_id(task):
                 at_home.add(task.custom_id)
                 continue
-            if task.asked and _record_id(task) in kept:
+            if _record_id(task) in kept:
                 moved.append((_record_id(task), task.custom_id))
             if task.custom_id in self.done:
                 taken[task.custom_id] = task.line
@@ -212,17 +218,17 @@ class AnswerFile(Answers):
         Raises:
             UserError: the disk is full, say; everything stays as it was.
         """
-        places: dict[str, tuple[int, int]] = {}
+        places: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         try:
             with self._path.open("rb") as old, replacing(self._path) as new:
                 start = 0
                 for line in old:
-                    places[json.loads(line)["custom_id"]] = start, len(line)
+                    places[json.loads(line)["custom_id"]].append((start, len(line)))
                     start += len(line)
                 for name in (*(task.custom_id for task in order), *places):
-                    start, length = places.pop(name, (0, 0))
-                    old.seek(start)
-                    new.write(old.read(length))
+                    for start, length in places.pop(name, ()):
+                        old.seek(start)
+                        new.write(old.read(length))
         except OSError as error:
             raise UserError(
                 f"{self} can't be put into the order of the prompts: {error.strerror}; its"

@@ -13,6 +13,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import shlex
 import shutil
 import tempfile
@@ -27,6 +28,8 @@ from hippo_mpi.errors import UserError
 from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body
 
 _MAX_LINE_BYTES = 64 << 20
+_MADE_UP = re.compile(r"^line-|\(line \d+\)")
+"""What a custom_id of our own has: of a line without one, or of one that repeats another's."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,13 @@ class Prompts:
 
     @cached_property
     def given_names(self) -> set[str]:
-        """The custom_ids that look like names of lines."""
+        """The custom_ids that look like those that are made up."""
         found: set[str] = set()
         for _, line in self.lines():
-            if b"line-" in line and line.lstrip().startswith(b"{"):
+            if (b"line" in line or b"\\u" in line) and line.lstrip().startswith(b"{"):
                 with contextlib.suppress(ValueError, RecursionError):
                     name = json.loads(line).get("custom_id")
-                    found |= {name} if isinstance(name, str) and name.startswith("line-") else set()
+                    found |= {name} if isinstance(name, str) and _MADE_UP.search(name) else set()
         return found
 
 
@@ -160,17 +163,17 @@ def read_tasks(prompts: Prompts, defaults: SamplingParams) -> Iterator[Task]:
             continue
         is_json = line.lstrip().startswith(b"{") if is_json is None else is_json
         seeded = defaults if defaults.seed is None else replace(defaults, seed=defaults.seed + number)
-        task = _read_line(number, line, is_json, seeded, _name_of(number, given))
+        task = _read_line(number, line, is_json, seeded, _unlike(f"line-{number}", given))
         if task.custom_id in seen:
             mistake = f"line {number}: custom_id {task.custom_id!r} was there before"
-            task = Task(number, f"{task.custom_id} (line {number})", task.digest, None, mistake)
+            name = _unlike(f"{task.custom_id} (line {number})", given)
+            task = Task(number, name, task.digest, None, mistake)
         seen.add(task.custom_id)
         yield task
 
 
-def _name_of(number: int, given: set[str]) -> str:
-    """Name a line that has no custom_id like no other."""
-    name = f"line-{number}"
+def _unlike(name: str, given: set[str]) -> str:
+    """Return a name that no line was given; two lines' names differ by their numbers."""
     tried = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
     return next(one for one in tried if one not in given)
 

@@ -66,7 +66,7 @@ class BatchRun:
     def _unanswered(self, tasks: Iterable[Task], on_task: Callable[[], None]) -> Iterator[Task]:
         for task in tasks:
             on_task()
-            if task.custom_id not in self._answers.done:
+            if not self._answers.is_done(task):
                 yield task
 
     def _fill(self, todo: Iterator[Task]) -> bool:

@@ -12,6 +12,8 @@ from hippo_mpi.errors import FieldError
 
 _MAX_LOGPROBS = 20
 _MAX_TOKENS = 1 << 30
+IGNORING_EOS = _MAX_TOKENS + 1
+"""The min_tokens that ignore_eos stands for; more than anybody may ask for."""
 _MAX_BIAS = 10_000  # OpenAI's is 100; any logit is far below
 _MAX_STOPS, _MAX_STOP_CHARS = 16, 256  # each is looked for in every answer after every token
 
@@ -33,7 +35,7 @@ def read_sampling(fields: dict[str, Any], defaults: SamplingParams, is_chat: boo
         found["max_tokens"] = fields["max_completion_tokens"]
     found |= {"logprobs": _count_of_logprobs(fields, is_chat)}
     if "ignore_eos" in fields and boolean("ignore_eos", fields["ignore_eos"]):
-        found["min_tokens"] = _MAX_TOKENS
+        found["min_tokens"] = IGNORING_EOS
     if found.get("min_tokens") and found.get("stop_words"):
         raise FieldError("min_tokens", "min_tokens and ignore_eos can't stand beside stop")
     return replace(defaults, **found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import stat
@@ -174,7 +175,7 @@ def test_folders_know_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write(path, 4)
     assert names[-1] >= {"audit.jsonl", "audit.jsonl.key", "audit.jsonl.anchor"}
     write(path, 4, first=4, most_bytes=1500)
-    assert names[-1] >= {"audit.jsonl", "audit.jsonl.1"} and "audit.jsonl.new" not in names[-1]
+    assert names[-1] >= {"audit.jsonl", "audit.jsonl.1"} and not any(".new" in name for name in names[-1])
 
 
 # ---- kills and power cuts
@@ -247,7 +248,40 @@ def test_a_start_without_an_anchor(tmp_path: Path, capsys: pytest.CaptureFixture
     anchor = tmp_path / "audit.jsonl.anchor"
     anchor.write_bytes(anchor.read_bytes()[:100])
     write(path, 1, first=3)
-    assert verified(capsys, path)[1].startswith("line 4: no anchor was found")
+    told = mistake(path)
+    assert told.startswith("line 4: no anchor was found")
+    assert verified(capsys, path, *told.split("known: ")[1].split())[0] == "whole: 5 lines in 1 file"
+
+
+def test_a_note_comes_before_its_anchor(small_disk: Path) -> None:
+    """A start whose note found no room leaves no anchor either, which would hide that there was none."""
+    path, anchor = small_disk / "audit.jsonl", small_disk / "audit.jsonl.anchor"
+    log = AuditLog(path)
+    log.write({"text": ""})
+    log.write({"text": "x" * (4000 - 2 * path.stat().st_size)})
+    log.close()
+    assert 3900 < path.stat().st_size < 4090, "its page has no room for a note"
+    anchor.write_bytes(anchor.read_bytes()[:100])
+    filler = fill(small_disk)
+    with ranks.single([sys.executable, "-c", WRITER, str(path), "100000"]) as writer:
+        writer.await_output("open")
+        writer.process.send_signal(signal.SIGKILL)
+        writer.wait()
+    filler.unlink()
+    write(path, 1)
+    assert mistake(path).startswith("line 3: no anchor was found")
+
+
+def test_what_a_start_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    path = write(tmp_path / "audit.jsonl", 2)
+    assert caplog.messages == [f"audit log {path}: a new one"]
+    AuditLog(path).close()
+    assert re.fullmatch(
+        rf"audit log {path}: goes on after 2 lines; hippo_mpi.audit verify finds out whether they are still there, with"
+        r" --lines 2 --last-hash [0-9a-f]{64}",
+        caplog.messages[1],
+    )
 
 
 def test_a_start_reads_only_the_end(tmp_path: Path) -> None:

@@ -78,24 +78,25 @@ def test_a_log_is_whole_over_files(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("tamper", "line"),
+    ("tamper", "line", "count"),
     [
-        (lambda lines: [lines[0], lines[1].replace("r1", "rX"), *lines[2:]], 2),
-        (lambda lines: [*lines[:5], lines[5].replace("r5", "rX")], 6),
-        (lambda lines: [lines[0], *lines[2:]], 2),
-        (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], 2),
-        (lambda lines: lines[1:], 1),
-        (lambda lines: [lines[0], "{}", *lines[1:]], 2),
-        (lambda lines: [*lines, lines[5]], 7),
-        (lambda lines: [*lines, old_line(6, hashlib.sha256(lines[5].encode()).hexdigest())], 7),
-        (lambda lines: [re.sub(', "mac": "[0-9a-f]+"', "", line) for line in lines], 2),
+        (lambda lines: [lines[0], lines[1].replace("r1", "rX"), *lines[2:]], 2, 1),
+        (lambda lines: [*lines[:5], lines[5].replace("r5", "rX")], 6, 1),
+        (lambda lines: [lines[0], *lines[2:]], 2, 1),
+        (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], 2, 3),
+        (lambda lines: lines[1:], 1, 1),
+        (lambda lines: [lines[0], "{}", *lines[1:]], 2, 1),
+        (lambda lines: [*lines, lines[5]], 7, 1),
+        (lambda lines: [*lines, old_line(6, hashlib.sha256(lines[5].encode()).hexdigest())], 7, 1),
+        (lambda lines: [re.sub(', "mac": "[0-9a-f]+"', "", line) for line in lines], 2, 5),
     ],
     ids=["changed", "last", "dropped", "moved", "first dropped", "added", "added last", "added without MAC", "no MACs"],
 )
-def test_tampering_is_found(tmp_path: Path, tamper: Callable[[list[str]], list[str]], line: int) -> None:
+def test_tampering_is_found(tmp_path: Path, tamper: Callable[[list[str]], list[str]], line: int, count: int) -> None:
     path = write(tmp_path / "audit.jsonl", 6)
     path.write_text("\n".join(tamper(path.read_text().splitlines())) + "\n")
-    assert mistake(path).startswith(f"{path}, line {line} ")
+    told = mistake(path).split("\nerror: ")
+    assert told[0].startswith(f"{path}, line {line} ") and len(told) == count, told
 
 
 def test_a_log_that_is_written_all_anew(tmp_path: Path) -> None:
@@ -110,7 +111,95 @@ def test_a_log_that_is_written_all_anew(tmp_path: Path) -> None:
     assert mistake(path) == f"{path}.anchor was changed, or made with another key than this"
     with pytest.raises(UserError, match="made with another key"):
         AuditLog(path)
-    assert "line 1 can't be checked: the key isn't there" in mistake(path, "--audit-key", tmp_path / "none")
+    assert mistake(path, "--audit-key", tmp_path / "none") == (
+        f"the key {tmp_path / 'none'} isn't there: give --audit-key"
+    )
+    (tmp_path / "audit.jsonl.key").unlink()
+    assert "line 1 can't be checked: the key isn't there" in mistake(path)
+    write_old(path, 6)
+    assert mistake(path) == f"the key {path}.key isn't there, but {path}.anchor is: give --audit-key"
+
+
+def forge(path: Path, keep: Callable[[str], bool]) -> None:
+    """Write a log anew without its key, and take its anchor away."""
+    previous, lines = "0" * 64, []
+    for line in filter(keep, lines_in(path)):
+        fields = json.loads(line)
+        for name in ("mac", "line", "file", "previous"):
+            fields.pop(name, None)
+        lines.append(json.dumps({**fields, "previous": previous}))
+        previous = hashlib.sha256(lines[-1].encode()).hexdigest()
+    for file in path.parent.glob(f"{path.name}*"):
+        if file.suffix != ".key":
+            file.unlink()
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+@pytest.mark.parametrize("most_bytes", [1 << 20, 1500])
+def test_a_log_that_is_forged_without_macs(tmp_path: Path, most_bytes: int) -> None:
+    """Where there is a key, lines without MACs want one behind them that has one; no start makes up for that."""
+    path = write(tmp_path / "audit.jsonl", 10, most_bytes=most_bytes)
+    forge(path, lambda line: '"r3"' not in line)
+    reason = (
+        "none of the log's 9 lines has a MAC, although there is a key: they were made anew without it, or before it (then"
+        " they are verified beside the file that follows)"
+    )
+    assert mistake(path) == reason
+    with pytest.raises(UserError, match="none of the log's 9 lines has a MAC, although there is a key"):
+        AuditLog(path)
+    assert mistake(path) == reason and len(lines_in(path)) == 9
+    with path.open("a") as stream:
+        stream.write("half a line")
+    assert mistake(path) == reason
+
+
+def test_the_seal_of_a_log_of_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first line with a MAC holds the number and the last hash of those without: none can be changed or added."""
+    path, old = tmp_path / "audit.jsonl", tmp_path / "audit.jsonl.1"
+    write_old(path, 4)
+    AuditLog(path).close()
+    assert verified(capsys, path)[0] == "whole: 4 lines in 2 files", "until it comes the anchor holds them"
+    write_old(old, 5)
+    assert "none of the log's 5 lines has a MAC" in mistake(path)
+    write_old(old, 4)
+    write(path, 2, first=4)
+    verified(capsys, path)
+    keyed = path.read_text()
+    for count in (3, 5):
+        write_old(old, count)
+        assert "audit.jsonl, line 1 doesn't follow the line before" in mistake(path)
+    write_old(old, 4)
+    path.unlink()
+    (tmp_path / "audit.jsonl.anchor").unlink()
+    assert "none of the log's 4 lines has a MAC" in mistake(path)
+    with pytest.raises(UserError, match="none of the log's 4 lines has a MAC"):
+        AuditLog(path)
+    path.write_text(keyed)
+    assert "is missing or torn" in mistake(path)
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_a_log_that_was_dropped_as_a_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, is_empty: bool
+) -> None:
+    """The key remembers that there was a start before. Verify says so until somebody has noted that they know."""
+    path = write(tmp_path / "audit.jsonl", 6)
+    assert not caplog.records
+    path.unlink()
+    (tmp_path / "audit.jsonl.anchor").unlink()
+    if is_empty:
+        path.touch()
+        assert "is missing or torn" in mistake(path)
+    write(path, 1)
+    assert "no anchor was found" in caplog.text
+    told = mistake(path)
+    assert told.startswith("line 1: no anchor was found, though the key is older than this start: lines before it may")
+    known = told.split("known: ")[1].split()
+    assert known[:3] == ["--lines", "2", "--last-hash"]
+    assert verified(capsys, path, *known)[0] == "whole: 2 lines in 1 file"
+    write(path, 3, first=1)
+    assert verified(capsys, path, *known)[0] == "whole: 5 lines in 1 file"
+    assert mistake(path).startswith("line 1: no anchor was found"), "for ever, without that note"
 
 
 @pytest.mark.parametrize("kept", [0, 3, 5])
@@ -123,8 +212,17 @@ def test_a_dropped_tail_is_found(tmp_path: Path, kept: int) -> None:
     with pytest.raises(UserError, match=r"lacks its line 6, of which its anchor tells: its end was dropped"):
         AuditLog(path)
     (tmp_path / "audit.jsonl.anchor").unlink()
-    if kept:
-        assert mistake(path) == f"{path}.anchor is missing or torn: it can't be seen whether the end was dropped"
+    assert mistake(path) == f"{path}.anchor is missing or torn: it can't be seen whether the end was dropped"
+
+
+def test_a_torn_last_line_is_told_as_such(tmp_path: Path) -> None:
+    path = write(tmp_path / "audit.jsonl", 6)
+    whole = path.read_bytes()
+    last = whole.splitlines(keepends=True)[-1]
+    path.write_bytes(whole[:-1])
+    assert mistake(path) == f"the log has 5 of 6 lines, and {len(last) - 1} bytes of another: the rest was cut off"
+    path.write_bytes(whole[: -len(last) - 10])
+    assert mistake(path).startswith("the log has 4 of 6 lines, and ")
 
 
 def test_a_file_of_the_middle_that_is_gone(tmp_path: Path) -> None:
@@ -200,9 +298,31 @@ def test_texts_can_not_be_guessed(
     assert other.text_digest('{"id": "x"}') not in other._key.sealed({"id": "x"}).decode()
     other.close()
     assert line != other._key.sealed({"id": "x"})
-    monkeypatch.setattr("sys.stdin", io.StringIO("yes"))
-    audit._run(audit.make_parser().parse_args(["digest", str(tmp_path / "a.jsonl")]))
-    assert capsys.readouterr().out == f"{found}\n"
+    log = AuditLog(tmp_path / "a.jsonl")
+    log.write({"id": "r0"})
+    log.close()
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive" / "a.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "work").write_text("Once upon a time\n")
+
+    def digest(log: str, key: str, text: str) -> None:
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        words = ["digest", str(tmp_path / log), "--audit-key", str(tmp_path / key)]
+        audit._run(audit.make_parser().parse_args(words))
+
+    for name in ("a.jsonl", "archive/a.jsonl"):
+        digest(name, "a.jsonl.key", "yes")
+        assert capsys.readouterr().out == f"{found}\n"
+    for name, key, text, told in (
+        ("work", "a.jsonl.key", "yes", "work is no audit log of this key"),
+        ("nothing", "a.jsonl.key", "yes", "there is no audit log"),
+        ("archive/a.jsonl", "b.jsonl.key", "yes", "is no audit log of this key"),
+        ("a.jsonl", "b.jsonl.key", "yes", "made with another key"),
+        ("a.jsonl", "none", "yes", "none isn't there: give --audit-key"),
+        ("a.jsonl", "a.jsonl.key", "", "standard input is empty"),
+    ):
+        with pytest.raises(UserError, match=told):
+            digest(name, key, text)
 
 
 def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def answer_some(path: Path, tasks: Iterable[Task], options: dict[str, Any] | Non
     tasks = list(tasks)
     answers.check(tasks)
     for task in tasks:
-        if task.custom_id not in answers.done:
+        if not answers.is_done(task):
             answers.write(task, {**BODY, "text": task.digest} if task.asked else None, task.mistake)
     answers.close()
 
@@ -195,6 +195,53 @@ def test_a_custom_id_that_looks_like_a_line_s(tmp_path: Path) -> None:
     assert [task.custom_id for task in tasks] == ["line-3", "line-2", "line-4", "line-4-3", "line-4-2", "line-6"]
 
 
+def prompt_line(text: str, custom_id: str | None = None) -> str:
+    return json.dumps({"prompt": text, **({"custom_id": custom_id} if custom_id else {})}) + "\n"
+
+
+@pytest.mark.parametrize("keeps_order", [False, True])
+def test_a_name_that_looks_like_a_repeated_one_s(tmp_path: Path, keeps_order: bool) -> None:
+    """Names are made up for lines that repeat one: no line has them, and every run goes on from the one before."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.write_text(prompt_line("x", "a (line 3)") + prompt_line("y", "a") + prompt_line("z", "a"))
+    tasks = tasks_of(source)
+    wanted = ["a (line 3)", "a", "a (line 3)-2"]
+    assert [task.custom_id for task in tasks] == wanted
+    for _ in range(2):
+        answers = AnswerFile(output, {})
+        assert answers.check(tasks) == 3
+        for task in tasks:  # each is read when those before are answered
+            if not answers.is_done(task):
+                answers.write(task, BODY if task.asked else None, task.mistake)
+        if keeps_order:
+            answers.sort(tasks)
+        answers.close()
+        assert ids(output) == wanted
+
+
+def test_a_name_that_is_written_with_escapes(tmp_path: Path) -> None:
+    """It is as much a line's own as any."""
+    (tmp_path / "in").write_text('{"prompt": "x"}\n{"prompt": "y", "custom_id": "\\u006cine-1"}\n')
+    assert [(task.custom_id, task.mistake) for task in tasks_of(tmp_path / "in")] == [("line-1-2", ""), ("line-1", "")]
+
+
+def test_a_mistake_under_the_name_of_an_answer(tmp_path: Path) -> None:
+    """A line that can't be answered neither is what an older line's answer answers, nor stands in its way."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.write_text(prompt_line("x", "a (line 3)") + prompt_line("y", "a"))
+    answer_some(output, tasks_of(source))
+    source.write_text(prompt_line("y", "a") + prompt_line("w") + prompt_line("z", "a"))
+    tasks = tasks_of(source)
+    answer_some(output, tasks)
+    assert ids(output) == ["a (line 3)", "a", "line-2", "a (line 3)"]
+    answers = AnswerFile(output, {})
+    answers.check(tasks)
+    answers.write(tasks[2], None, tasks[2].mistake)
+    answers.sort(tasks)
+    answers.close()
+    assert ids(output) == ["a", "line-2", "a (line 3)", "a (line 3)"], "no line is dropped"
+
+
 # ---- lines that move
 
 
@@ -253,7 +300,7 @@ def test_a_disk_too_full_for_sorting(small_disk: Path) -> None:
         " and the same command sorts them when there is room"
     )
     answers.close()
-    assert output.read_bytes() == before and "out.new" not in os.listdir(small_disk)
+    assert output.read_bytes() == before and not list(small_disk.glob("out.new*"))
     subprocess.run(["mount", "-o", "remount,size=1M", str(small_disk)], check=True)
     answers = AnswerFile(output, {})
     answers.check(tasks)

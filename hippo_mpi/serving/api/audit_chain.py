@@ -2,7 +2,9 @@
 
 Every line has the SHA-256 of the line before, and a MAC (HMAC-SHA256) of its own. The anchor, a small file beside the log,
 has the number of lines and the hash of the last one, under a MAC, too: so without the key no line can be changed, dropped,
-added or moved, the last ones neither. Logs of before had no key: their lines are chained by hashes alone.
+added or moved, the last ones neither. Logs of before had no key: their lines are chained by hashes alone, until the first
+line with a MAC follows. It seals them: under the key are its own number, and thus theirs, and the hash of their last one
+(and until it comes, in the anchor). Where there is a key, lines without a MAC and a seal are mistakes.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from typing import Any
 
 from hippo_mpi.durable_files import sync_folder
 from hippo_mpi.errors import UserError
+from hippo_mpi.units import count_of
 
 FIRST = "0" * 64
 """What the first line of all has instead of a hash."""
 _ANCHOR_BYTES = 512  # a disk's sector: written as a whole, or not at all
+_BROKEN = "doesn't follow the line before: one was changed, dropped or moved"
 _SEALED = re.compile(rb'(.*), "mac": "([0-9a-f]{64})"\}', re.DOTALL)
 
 
@@ -184,6 +188,9 @@ class Chain:
     num_before: int | None = 0  # lines in older files that aren't here; None: an unknown number
     num_unkeyed: int = 0
     is_keyed: bool = False  # whether any line has a MAC
+    is_astray: bool = False  # after a line that isn't itself: what it was, and so what follows it, nobody knows
+    last_gap: int = 0  # number of the last line that notes that lines before it may have been dropped
+    noted_at: int = 0  # number of the line with the hash that somebody has noted
     last_bytes: int = 0  # of the last line, with its newline
     torn_bytes: int = 0  # behind it
     mistakes: list[str] = field(default_factory=list)
@@ -196,6 +203,7 @@ class Chain:
             is_first: of all that are here.
         """
         mistake = self._mistake_of(path, number, line, is_first)
+        self.is_astray = mistake not in (None, _BROKEN)
         self.num_lines, self.last_hash, self.last_bytes = self.num_lines + 1, hash_of(line), len(line) + 1
         if mistake:
             self.mistakes.append(f"{path}, line {number} {mistake}")
@@ -224,14 +232,13 @@ class Chain:
                 self.num_before = self.num_lines - self.num_unkeyed
             if "note" in fields:
                 self.notes.append(f"line {fields['line']:,}: {fields['note']}")
-        return (
-            None if previous == self.last_hash else "doesn't follow the line before: one was changed, dropped or moved"
-        )
+                self.last_gap = fields["line"] if "gap" in fields else self.last_gap
+        return None if previous == self.last_hash or self.is_astray else _BROKEN
 
     def _mistake_of_mac(self, number: int, line: bytes, fields: dict[str, Any]) -> str | None:
-        self.is_keyed = True
-        if self.key is None:
-            return "can't be checked: the key isn't there (--audit-key)"
+        was_keyed, self.is_keyed = self.is_keyed, True
+        if self.key is None:  # which is told once
+            return None if was_keyed else "can't be checked: the key isn't there (--audit-key)"
         if not self.key.is_sealed(line):
             return "was changed, or written with another key than this"
         if ("file" in fields) != (number == 1):
@@ -257,7 +264,7 @@ def read_chain(
     Raises:
         UserError: a file can't be read.
     """
-    chain, noted_at = Chain(key), 0
+    chain = Chain(key)
     for path in files:
         for number, line in enumerate(lines_of(path), start=1):
             if not line.endswith(b"\n") and path == files[-1]:
@@ -265,30 +272,38 @@ def read_chain(
                 break
             chain.take(path, number, line.removesuffix(b"\n"), path == files[0] and number == 1)
             if chain.last_hash == last_hash:
-                noted_at = chain.num_lines
-            if anchor and chain.num_lines == anchor.num_lines and chain.last_hash != anchor.last_hash:
+                chain.noted_at = chain.num_lines
+            is_same = not anchor or chain.num_lines != anchor.num_lines or chain.last_hash == anchor.last_hash
+            if not is_same and not chain.mistakes:
                 chain.mistakes.append(f"{path}, line {number} is not the one that the anchor tells of")
-    if anchor and chain.num_lines < anchor.num_lines:
-        chain.mistakes.append(_dropped(chain.num_lines, anchor.num_lines))
-    if not chain.mistakes and (mistake := _missing(chain, last_hash, noted_at, num_lines)):
+    if not chain.mistakes and (mistake := _missing(chain, anchor, last_hash, num_lines)):
         chain.mistakes.append(mistake)
     return chain
 
 
-def _missing(chain: Chain, last_hash: str | None, noted_at: int, num_lines: int | None) -> str | None:
-    """Say what an unbroken chain lacks of what was noted of it; `noted_at` is the line that has the hash, 0 if none has."""
-    if num_lines is not None and chain.num_lines < num_lines:
-        return _dropped(chain.num_lines, num_lines)
+def _missing(chain: Chain, anchor: Anchor | None, last_hash: str | None, num_lines: int | None) -> str | None:
+    """Say what an unbroken chain lacks of what was noted of it, or of a seal."""
+    for wanted in (anchor.num_lines if anchor else 0, num_lines or 0):
+        if chain.num_lines < wanted:
+            return _dropped(chain, wanted)
+    is_sealed = chain.is_keyed or (anchor is not None and chain.num_lines == anchor.num_lines)
+    if chain.key and chain.num_unkeyed and not is_sealed:
+        return (
+            f"none of the log's {count_of(chain.num_unkeyed, 'line')} has a MAC, although there is a key: they were made anew"
+            " without it, or before it (then they are verified beside the file that follows)"
+        )
     if last_hash is None or (last_hash == FIRST and not num_lines):
         return None
-    if not noted_at:
+    if not chain.noted_at:
         return f"no line of the log ({chain.num_lines:,} lines) has the hash {last_hash}: its end was dropped"
-    if num_lines is not None and noted_at != num_lines:
-        return f"the hash {last_hash} is that of line {noted_at}, not of line {num_lines}: they were not noted together"
+    if num_lines is not None and chain.noted_at != num_lines:
+        return f"the hash {last_hash} is that of line {chain.noted_at}, not of line {num_lines}: they were not noted together"
     return None
 
 
-def _dropped(found: int, wanted: int) -> str:
-    count = wanted - found
-    dropped = f"its last {count} lines were" if count > 1 else "its last line was"
-    return f"the log has {found:,} of {wanted:,} lines: {dropped} dropped"
+def _dropped(chain: Chain, wanted: int) -> str:
+    found = f"the log has {chain.num_lines:,} of {wanted:,} lines"
+    if chain.torn_bytes:
+        return f"{found}, and {chain.torn_bytes:,} bytes of another: the rest was cut off"
+    count = wanted - chain.num_lines
+    return f"{found}: {f'its last {count} lines were' if count > 1 else 'its last line was'} dropped"

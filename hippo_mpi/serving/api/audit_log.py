@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi.durable_files import FileLock, sync_folder
+from hippo_mpi.durable_files import FileLock, create_beside, open_no_link, sync_folder
 from hippo_mpi.errors import UserError
 from hippo_mpi.serving.api.audit_chain import Anchor, anchor_path_of, key_path_of, numbers_of
 from hippo_mpi.serving.api.audit_start import find_end
@@ -74,20 +74,20 @@ class AuditLog:
                 self._key, end, self._notes = find_end(path, key_path or key_path_of(path))
                 self._written = self._on_disk = _Written(end)
                 self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-                self._anchor = os.open(anchor_path_of(path), os.O_WRONLY | os.O_CREAT, 0o644)
+                self._anchor = open_no_link(anchor_path_of(path))
                 sync_folder(path.parent)
+                with contextlib.suppress(OSError):  # else notes come with the first request
+                    self._append()
                 self._bring_to_disk()
             except BaseException:
                 self._lock.release()
                 raise
         except OSError as error:
             raise UserError(f"the audit log {path} can't be written: {error.strerror}") from None
-        _log.info("audit log %s: --lines %d --last-hash %s", path, end.num_lines, end.last_hash)
+        _log.info("audit log %s: %s", path, _told(end))
         self._thread = threading.Thread(target=self._sync_again_and_again, name="hippo-audit", daemon=True)
         self._thread.start()
         atexit.register(self.close)
-        with contextlib.suppress(OSError):  # else notes come with the first request
-            self._append()
 
     def close(self) -> None:
         """Bring all to disk, and let others write."""
@@ -137,7 +137,7 @@ class AuditLog:
         if self._written.end.end > self._most_bytes:
             self._begin_file()
         before = self._written
-        notes: list[dict[str, Any]] = [{"note": note} for note in self._notes]
+        notes = list(self._notes)
         if lost := self.num_lost - before.num_noted:
             notes.append({"note": f"lacks {count_of(lost, 'request')} ({self._reason})", "lost": lost})
         end, data = before.end, b""
@@ -189,10 +189,9 @@ class AuditLog:
 
     def _begin_file(self) -> None:
         """Set the file aside under a number that no other had, and begin a new one; if that can't be, go on in the old."""
-        new_path = self._path.with_name(f"{self._path.name}.new")
         try:
             number = max([self._written.end.file, *(number + 1 for number in numbers_of(self._path))])
-            new = os.open(new_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+            new, new_path = create_beside(self._path)
             try:
                 with self._sync_lock:
                     self._bring_to_disk()
@@ -204,6 +203,7 @@ class AuditLog:
                     self._written = self._on_disk = replace(self._written, end=end)
             finally:
                 os.close(new)
+                new_path.unlink(missing_ok=True)
             sync_folder(self._path.parent)
             self._sync()
         except OSError as error:
@@ -227,6 +227,8 @@ class AuditLog:
     def _bring_to_disk(self) -> None:
         """Bring all lines to disk, and only then the anchor, so that it never tells of a line that a power cut took.
 
+        There is none while notes are due: a next start would have nothing to note, and nobody would learn of them.
+
         Raises:
             OSError: the disk (of a network, say) has no room for them after all, or is broken.
         """
@@ -239,8 +241,20 @@ class AuditLog:
             self._sync_error = str(error.strerror)
             raise
         self._on_disk = written
+        if self._notes:
+            return
         os.pwrite(self._anchor, written.end.written(self._key), 0)
         os.fsync(self._anchor)
+
+
+def _told(end: Anchor) -> str:
+    """Say where a log goes on, for whoever keeps what servers say elsewhere."""
+    if not end.num_lines:
+        return "a new one"
+    return (
+        f"goes on after {count_of(end.num_lines, 'line')}; hippo_mpi.audit verify finds out whether they are still there,"
+        f" with --lines {end.num_lines} --last-hash {end.last_hash}"
+    )
 
 
 def _change_places(new: Path, current: Path, older: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hippo_mpi.engine.request import SamplingParams
+from hippo_mpi.protocols.openai_sampling import IGNORING_EOS
 from hippo_mpi.serving.api.audit_log import AuditLog
 from hippo_mpi.serving.supervision.catalogue import ServedModel
 
@@ -55,8 +56,11 @@ def _choice(log: AuditLog, tokens: list[int], outcome: str, model: ServedModel) 
 
 
 def _parameters(log: AuditLog, sampling: SamplingParams, model: ServedModel) -> dict[str, Any]:
-    """Return those that aren't the model's defaults."""
+    """Return those that aren't the model's defaults, as they were asked for."""
     given = {name: value for name, value in asdict(sampling).items() if value != getattr(model.defaults, name)}
+    if given.get("min_tokens") == IGNORING_EOS:
+        del given["min_tokens"]
+        given["ignore_eos"] = True
     if log.has_text:
         return given
     if "stop_words" in given:

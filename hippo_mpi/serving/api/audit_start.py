@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hippo_mpi.durable_files import sync_folder
 from hippo_mpi.errors import UserError
@@ -27,17 +28,17 @@ from hippo_mpi.serving.api.audit_chain import (
 )
 
 _log = logging.getLogger(__name__)
-_NO_ANCHOR = "no anchor was found: if lines before this one were dropped at a start, it can't be seen"
+_GAP = "no anchor was found, though the key is older than this start: lines before it may have been dropped unseen"
 
 
-def find_end(log: Path, key_path: Path) -> tuple[ChainKey, Anchor, list[str]]:
-    """Find a log's key and end, and what is to be noted in it. What no line goes on from is set aside.
+def find_end(log: Path, key_path: Path) -> tuple[ChainKey, Anchor, list[dict[str, Any]]]:
+    """Find a log's key and end, and the notes that are to be its next lines. What no line goes on from is set aside.
 
     With an anchor only what came after it is read; without, all is. A log of before, which had no key, stays as it is,
     under a number, and the chain goes on from its last line in a new file.
 
     Raises:
-        UserError: lines are missing or were changed, or the key is.
+        UserError: lines are missing or were changed, or have no MAC although the key is older; or the key is missing.
         OSError: something can't be written.
     """
     key = read_key(key_path)
@@ -49,13 +50,15 @@ def find_end(log: Path, key_path: Path) -> tuple[ChainKey, Anchor, list[str]]:
     if key and anchor:
         end = _after_anchor(log, key, anchor)
         return key, end, _set_tail_aside(log, end)
-    files = files_of(log)
-    chain = read_chain(files, key)
+    chain = read_chain(files_of(log), key)
     if chain.mistakes:
         raise UserError(f"{chain.mistakes[0]}: look with hippo_mpi.audit verify, or {_anew(log)}")
     end = _end_of(chain, log)
-    notes = [_NO_ANCHOR] * chain.is_keyed + _set_tail_aside(log, end)
-    if files and not chain.is_keyed:
+    notes = _set_tail_aside(log, end)
+    if key:
+        _log.warning("audit log %s: %s", log, _GAP)
+        notes.append({"note": _GAP, "gap": True})
+    if chain.num_unkeyed and not chain.is_keyed:
         _log.info("audit log %s: its %d lines have no key; from here on there is one", log, chain.num_lines)
         end = _numbered(log, end)
     return key or make_key(key_path), end, notes
@@ -101,7 +104,7 @@ def _end_of(chain: Chain, log: Path) -> Anchor:
     return Anchor(chain.num_lines, chain.last_hash, number, max(end - chain.last_bytes, 0), end)
 
 
-def _set_tail_aside(log: Path, end: Anchor) -> list[str]:
+def _set_tail_aside(log: Path, end: Anchor) -> list[dict[str, Any]]:
     """Cut off what is behind the last line: half a line, or what a power cut has left. Return a note of it."""
     num_bytes = log.stat().st_size - end.end if log.exists() else 0
     if not num_bytes:
@@ -110,11 +113,12 @@ def _set_tail_aside(log: Path, end: Anchor) -> list[str]:
     note = f"{num_bytes} bytes behind the last line, which a kill or a power cut has left, were set aside"
     with contextlib.suppress(OSError), log.open("rb") as stream:  # on a full disk they are only cut off
         stream.seek(end.end)
-        aside.write_bytes(stream.read())
+        with aside.open("xb") as copy:
+            copy.write(stream.read())
         note += f" in {aside.name}"
     os.truncate(log, end.end)
     _log.warning("audit log %s: %s", log, note)
-    return [note]
+    return [{"note": note}]
 
 
 def _numbered(log: Path, end: Anchor) -> Anchor:
