@@ -13,6 +13,7 @@ Legend: B rows, L tokens per row, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -47,10 +48,13 @@ class Stage:
         model: an mlx-lm model, complete in structure; weights of other stages' layers are never read.
         flow: what `trace` found for the same model.
         start, stop: the layers held here. Stage 0 (start == 0) also holds embedding, norm and head.
+        shares_head: every stage holds norm and head, is handed what they read, and returns logits.
     """
 
-    def __init__(self, model: nn.Module, flow: Dataflow, start: int, stop: int) -> None:
+    def __init__(self, model: nn.Module, flow: Dataflow, start: int, stop: int, shares_head: bool = False) -> None:
         self.model, self.flow, self.start, self.stop = model, flow, start, stop
+        self.shares_head = shares_head
+        self.run_model = partial(type(model).__call__, model)  # the model's own code, whatever its class becomes
         self.is_first = start == 0
         self.is_whole = stop - start == flow.num_layers
         self.crossing = {cut: crossing(flow, cut) for cut in range(1, len(flow.calls) + 1)}
@@ -59,9 +63,12 @@ class Stage:
             for index, layer in enumerate(model.layers):
                 layer.__class__ = _hooked(type(layer), index, self)
 
-    def forward(self, tokens: mx.array, cache: list[Any], wants_logits: bool = True) -> Forward:
-        """Begin a step over tokens (B, L); stages other than the first look at their shape only."""
-        return Forward(self, tokens, cache, wants_logits)
+    def forward(self, tokens: mx.array, cache: list[Any], wants_logits: bool = True, **options: Any) -> Forward:
+        """Begin a step over tokens (B, L); stages other than the first look at their shape only.
+
+        `options` are what the model's own code takes beside tokens and cache.
+        """
+        return Forward(self, tokens, cache, wants_logits, options)
 
     def is_local(self, layer: int) -> bool:
         return self.start <= layer < self.stop
@@ -86,8 +93,16 @@ class Forward:
         forward.run(None)                    # through the phantoms behind, while what is sent is computed
     """
 
-    def __init__(self, stage: Stage, tokens: mx.array, cache: list[Any], wants_logits: bool) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        tokens: mx.array,
+        cache: list[Any],
+        wants_logits: bool,
+        options: dict[str, Any],
+    ) -> None:
         self.stage, self.tokens, self.cache, self.wants_logits = stage, tokens, cache, wants_logits
+        self._options = options
         self.outgoing: list[mx.array] | None = None
         self.logits: mx.array | None = None
         self._next_call = 0
@@ -116,10 +131,10 @@ class Forward:
     def _call_model(self, incoming: Sequence[mx.array] | None) -> None:
         if not self.stage.is_first:
             self._accept(self.stage.start, incoming)
-        logits = self.stage.model(self.tokens, cache=self.cache)
+        logits = self.stage.run_model(self.tokens, cache=self.cache, **self._options)
         if self._next_call != len(self.stage.flow.calls) and not self.stage.is_whole:
             raise DesyncError(f"the model called {self._next_call} layers, not {len(self.stage.flow.calls)}")
-        if self.stage.is_first and self.wants_logits:
+        if self.wants_logits and (self.stage.is_first or self.stage.shares_head):
             self.logits = logits
 
     def _accept(self, cut: int, incoming: Sequence[mx.array] | None) -> None:
@@ -179,7 +194,7 @@ class Forward:
             self.outgoing = self._collect(number + 1 - (flow.num_layers - stage.stop))
             if is_last and not self.wants_logits:
                 return
-        elif not next_is_local or number < flow.num_layers:
+        elif not (next_is_local and number >= flow.num_layers) and not (is_last and stage.shares_head):
             return
         self._accept(number + 1, self._greenlet.parent.switch())
 
@@ -275,6 +290,7 @@ def load_stage(
     layer_split: Sequence[int],
     rank: int,
     on_progress: Callable[[int], None] = lambda done_bytes: None,
+    shares_head: bool = False,
 ) -> Stage:
     """Load one rank's layers of a model, whatever its type.
 
@@ -283,11 +299,12 @@ def load_stage(
         layer_split: layers per rank; it must not cut where `checkpoint.flow.forbidden_cuts()` says.
         rank: whose layers to load. Rank 0 also gets embedding, norm and head.
         on_progress: told the bytes read so far.
+        shares_head: every rank gets norm and head.
 
     Raises:
         ModelError: a file can't be read or downloaded.
     """
     start = sum(layer_split[:rank])
     stop = start + layer_split[rank]
-    model = load_stage_weights(checkpoint, start, stop, on_progress)
-    return Stage(model, checkpoint.flow, start, stop)
+    model = load_stage_weights(checkpoint, start, stop, on_progress, shares_head)
+    return Stage(model, checkpoint.flow, start, stop, shares_head)
