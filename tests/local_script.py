@@ -9,7 +9,7 @@ from typing import Any
 import mlx.nn as nn
 from greenlet import getcurrent, greenlet
 
-from hippo_mpi.library.pipelined import call_on_all_ranks
+from hippo_mpi.library.pipelined import route_calls
 from hippo_mpi.parallel.peer import Peer
 from hippo_mpi.shard.stage import Stage
 from hippo_mpi.transport.channel import LocalChannel, Queue
@@ -25,7 +25,7 @@ def pipelined(stages: Sequence[Stage]) -> list[nn.Module]:
 
     for rank, stage in enumerate(stages):
         channel = LocalChannel(queues[rank], queues[(rank + 1) % size], let_others_run)
-        call_on_all_ranks(stage, Peer(stage, channel, rank, size, lambda doing: None))
+        route_calls(stage, Peer(stage, channel, rank, size, lambda doing: None))
     return [stage.model for stage in stages]
 
 

@@ -58,10 +58,16 @@ class ScriptRing:
         self.control = ScriptControl(world, start_timeout_s, timeout_s)
         self.control.idle()
         self.channel = RingChannel(world, self.control)
+        self._num_models = 0
         if world.size > 1:
             self._before = sys.excepthook
             sys.excepthook = self._end_all
             atexit.register(self._leave)
+
+    def next_number(self) -> int:
+        """Return a number for a model, the same on all ranks: they join their models in the same order."""
+        self._num_models += 1
+        return self._num_models
 
     def _end_all(self, kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
         """End every rank with the exception that has ended this one's script."""
