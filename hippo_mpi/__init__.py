@@ -31,7 +31,7 @@ _HOMES = {
     "load": "library.loading",
     "pipeline": "library.pipelined",
 }
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 - names that __getattr__ knows
+__all__ = [*_HOMES, "__version__"]
 
 if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMIX_RANK" in os.environ:  # before a script's mx.distributed.init()
     import_module("hippo_mpi.transport.mpi_library").find_mpi_library()

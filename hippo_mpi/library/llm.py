@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -166,8 +166,8 @@ class _Loaded:
         if isinstance(prompt, str):
             return encode(self.tokenizer, prompt)
         if prompt and isinstance(prompt[0], dict):
-            return ChatFormat().encode(self.tokenizer, [dict(message) for message in prompt])  # type: ignore[call-overload]
-        return [int(token) for token in prompt]  # type: ignore[call-overload]
+            return ChatFormat().encode(self.tokenizer, cast(list[dict[str, Any]], list(prompt)))
+        return list(cast(Sequence[int], prompt))
 
     def answer(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
         """Yield the outputs of all requests, on every rank the same."""
@@ -182,7 +182,7 @@ class _Loaded:
             steps.close()
             self._control.idle()
 
-    def _lead(self, requests: Sequence[Request]) -> Iterator[list[RequestOutput]]:
+    def _lead(self, requests: Sequence[Request]) -> Generator[list[RequestOutput], None, None]:
         engine = self._engine
         assert engine is not None
         for request in requests:
@@ -200,7 +200,7 @@ class _Loaded:
             self._tell({})
             self._pipeline.release()
 
-    def _follow(self, requests: Sequence[Request]) -> Iterator[list[RequestOutput]]:
+    def _follow(self, requests: Sequence[Request]) -> Generator[list[RequestOutput], None, None]:
         timings = {request.id: Timings(prompt_tokens=len(request.prompt)) for request in requests}
         is_followed = is_told = False
         try:

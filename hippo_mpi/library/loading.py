@@ -92,15 +92,11 @@ def load(
     """
     ring = join(group, start_timeout, timeout)
     split = tuple(layer_split) if layer_split is not None else None
-    options = LoadOptions(
-        str(path_or_repo), split, max_context, revision, adapter_path, precision, trust_remote_code
-    )
+    options = LoadOptions(str(path_or_repo), split, max_context, revision, adapter_path, precision, trust_remote_code)
     agreement = options.negotiate(ring, shares_head=True)
     checkpoint, rank = agreement.checkpoint, ring.world.rank
     try:
-        tokenizer = open_tokenizer(
-            checkpoint.source.path, checkpoint.config.get("eos_token_id"), (), trust_remote_code
-        )
+        tokenizer = open_tokenizer(checkpoint.source.path, checkpoint.config.get("eos_token_id"), (), trust_remote_code)
         stage = load_stage(
             checkpoint, agreement.counts, rank, lambda _: ring.control.progress("loading weights"), shares_head=True
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -58,19 +58,15 @@ def pipeline(
         return
     ring.control.progress("computing which layer needs what")
     try:
-        if getattr(model, "_hippo_stage", None) is not None:
+        if getattr(model, "is_pipelined", False):
             raise UserError("this model is pipelined already")
         adapt(model, str(getattr(model, "model_type", "")))
         flow = find_dataflow(model)
         counts = _agree(ring, model, flow, layer_split)
-        start = sum(counts[: ring.world.rank])
-        stop = start + counts[ring.world.rank]
-        hold_weights(
-            model, flow.stage_weights(start, stop, shares_head=True), lambda _: ring.control.progress("computing weights")
-        )
+        stage = take_stage(model, flow, counts, ring.world.rank, lambda: ring.control.progress("computing weights"))
     except HippoError as error:
         ring.control.fail(error)
-    connect(Stage(model, flow, start, stop, shares_head=True), ring)
+    connect(stage, ring)
 
 
 def enable() -> None:
@@ -81,13 +77,13 @@ def enable() -> None:
 
     def equip(kind: type[nn.Module]) -> None:
         if is_model(kind):
-            kind.pipeline = pipeline  # type: ignore[attr-defined]
+            kind.pipeline = pipeline
 
-    def init_subclass(cls: type[nn.Module], **kwargs: Any) -> None:
+    def init_subclass(cls: type[nn.Module], /, **kwargs: Any) -> None:
         super(nn.Module, cls).__init_subclass__(**kwargs)
         equip(cls)
 
-    nn.Module.__init_subclass__ = classmethod(init_subclass)  # type: ignore[assignment]
+    nn.Module.__init_subclass__ = classmethod(init_subclass)
     known = list(nn.Module.__subclasses__())
     while known:
         kind = known.pop()
@@ -100,15 +96,23 @@ def connect(stage: Stage, ring: ScriptRing) -> None:
     share_random_state(ring)
     if not stage.is_whole:
         name = f"{ring.next_number()} ({type(stage.model).__module__.rpartition('.')[2]})"
-        route_calls(stage, Peer(stage, ring.channel, ring.world.rank, ring.world.size, ring.control.progress, name), ring)
+        route_calls(
+            stage, Peer(stage, ring.channel, ring.world.rank, ring.world.size, ring.control.progress, name), ring
+        )
     ring.control.idle()
 
 
 def share_random_state(ring: ScriptRing) -> None:
     """Give every rank rank 0's random state, so that all draw the same numbers."""
     if ring.world.size > 1:
-        key = ring.control.share({"key": mx.random.state[0].tolist()} if ring.world.rank == 0 else None)["key"]
+        key = ring.control.share({"key": _random_key()} if ring.world.rank == 0 else None)["key"]
         mx.random.seed(key[0] << 32 | key[1])  # a seed is a key
+
+
+def _random_key() -> list[int]:
+    state: Any = mx.random.state
+    found: list[int] = state[0].tolist()
+    return found
 
 
 def route_calls(stage: Stage, peer: Peer, ring: ScriptRing | None = None) -> None:
@@ -132,8 +136,18 @@ def route_calls(stage: Stage, peer: Peer, ring: ScriptRing | None = None) -> Non
         finally:
             ring.control.idle()
 
-    methods = {"__call__": call, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    methods = {"__call__": call, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "is_pipelined": True}
     model.__class__ = type(kind.__name__, (kind,), methods)
+
+
+def take_stage(
+    model: nn.Module, flow: Dataflow, counts: Sequence[int], rank: int, on_progress: Callable[[], None] = lambda: None
+) -> Stage:
+    """Make a whole model a rank's stage, and let go of the other ranks' layers."""
+    start = sum(counts[:rank])
+    stop = start + counts[rank]
+    hold_weights(model, flow.stage_weights(start, stop, shares_head=True), lambda _: on_progress())
+    return Stage(model, flow, start, stop, shares_head=True)
 
 
 def find_dataflow(model: nn.Module) -> Dataflow:
