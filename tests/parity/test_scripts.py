@@ -9,14 +9,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx_lm.generate import BatchGenerator, generate_step
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
+from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
 from mlx_lm.utils import load_model
 
 from hippo_mpi.checkpoint.adapters import adapt
+from hippo_mpi.config import BUNDLED_MODEL
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.library.pipelined import find_dataflow, take_stage
 from hippo_mpi.shard.stage import Stage
+from hippo_mpi.tracing.graph import num_nodes
 from tests.local_ring import open_folder
 from tests.local_script import pipelined, run_script
 from tests.parity import tiny_models
@@ -106,6 +108,28 @@ def test_the_model_is_left_as_it_was_by_asking_it(name: str, tmp_path: Path) -> 
         assert_same(ours, theirs, "after the question")
 
 
+def test_options_of_mlx_lm_work_as_on_the_whole_model(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Windows, quantised caches, a draft model, and prompt caches that are trimmed, saved and loaded."""
+    draft, _ = load_model(BUNDLED_MODEL)
+    prompt = mx.array([5, 300, 262, 41, 77, 18, 262, 9])
+
+    def script(model: nn.Module) -> list[list[int]]:
+        options = [{"max_kv_size": 16}, *({"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": n} for n in (0, 6))]
+        found = [[token for token, _ in generate_step(prompt, model, max_tokens=20, **option)] for option in options]
+        found.append([token for token, *_ in speculative_generate_step(prompt, model, draft, max_tokens=20)])
+        cache = make_prompt_cache(model)
+        found.append([token for token, _ in generate_step(prompt, model, max_tokens=5, prompt_cache=cache)])
+        trim_prompt_cache(cache, 4)
+        file = str(tmp_path_factory.mktemp("cache") / "prompt.safetensors")
+        save_prompt_cache(file, cache)
+        cache = load_prompt_cache(file)
+        found.append([token for token, _ in generate_step(prompt[:3], model, max_tokens=8, prompt_cache=cache)])
+        return found
+
+    expected = script(load_model(BUNDLED_MODEL)[0])
+    assert run_script(script, pipelined(stages_of(BUNDLED_MODEL, [5, 4, 3]))) == [expected] * 3
+
+
 def test_phantom_caches_make_no_longer_and_longer_graph(tmp_path: Path) -> None:
     """What nobody reads is evaluated all the same, or a long answer would run out of memory."""
 
@@ -113,18 +137,12 @@ def test_phantom_caches_make_no_longer_and_longer_graph(tmp_path: Path) -> None:
         cache = make_prompt_cache(model)
         sizes = []
         for _ in generate_step(mx.array([1, 2, 3]), model, max_tokens=12, prompt_cache=cache):
-            sizes.append(sum(graph_size(entry.state[0]) for entry in cache))
+            sizes.append(sum(num_nodes([entry.state[0]]) for entry in cache))
         return sizes
 
     folder = tiny_models.make_checkpoint("llama", tmp_path)
     for sizes in run_script(script, pipelined(stages_of(folder, [2, 4]))):
         assert sizes[-1] <= sizes[2]
-
-
-def graph_size(array: mx.array) -> int:
-    from hippo_mpi.tracing.graph import num_nodes
-
-    return num_nodes([array])
 
 
 def test_ranks_that_call_different_things_are_told_apart(tmp_path: Path) -> None:
