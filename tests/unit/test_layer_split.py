@@ -111,3 +111,9 @@ def test_room_for_caches() -> None:
     assert found.sequence_bytes(1) == found.sequence_bytes(256) == 2 * (1000 + 256 * 10)
     large = replace(found, info=replace(found.info, caches=[CacheCost(room // 6, 0)] * 4))
     assert large.cache_room(8) == (3, None)
+
+
+def test_what_every_rank_holds_is_counted_on_each() -> None:
+    model = replace(info([1.0] * 8), shared_bytes=500)
+    stages = plan_split(model, [Machine("a", 1 << 40)] * 2).stages
+    assert [stage.weight_bytes - 1000 * (stage.stop - stage.start) for stage in stages] == [1000, 500]
