@@ -166,7 +166,8 @@ import hippo_mpi, mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 model, _ = hippo_mpi.load("story-3m", timeout=3)
 print("begun", flush=True)
-rank, cache = int(os.environ["MLX_RANK"]), make_prompt_cache(model)
+rank = int(os.environ.get("MLX_RANK") or os.environ["OMPI_COMM_WORLD_RANK"])
+cache = make_prompt_cache(model)
 for number in range(10**6):
     mx.eval(model(mx.array([[number % 100]]), cache=cache))
     if number % 50 == 0:
@@ -190,6 +191,14 @@ def test_a_rank_that_goes_ends_all_with_a_line(what: str, code: int, line: str) 
         assert running[0].wait(30) == code
         assert re.search(f"^error: .*{line}", running[0].err, re.MULTILINE), running[0].err
         assert not ranks.await_end([rank.process.pid for rank in running])
+
+
+@pytest.mark.parametrize(("what", "line"), [(BAD_ENDS[i][0], BAD_ENDS[i][2]) for i in (3, 4)])
+def test_mpi_is_not_waited_for(what: str, line: str) -> None:
+    """A rank that leaves would wait in MPI_Finalize for those that wait for it."""
+    with ranks.single(ranks.mpirun(2, python(ENDLESS, what))) as launcher:
+        assert launcher.wait(30) != 0
+    assert re.search(f"^error: .*{line}", launcher.err, re.MULTILINE), launcher.err
 
 
 def test_ctrl_c_ends_all_ranks() -> None:
