@@ -98,17 +98,13 @@ class Checkpoint:
         found = [config, sorted(self.weight_bytes.items()), self.flow.digest(), content, adapter]
         return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    def stage_files(self, start: int, stop: int) -> set[str]:
+    def stage_files(self, start: int, stop: int, shares_head: bool = False) -> set[str]:
         """Names of the weight files that layers [start, stop) are made from (with start 0, embedding and head too)."""
-        return _files_of(self.source, self.stage_weights(start, stop))
+        return _files_of(self.source, self.flow.stage_weights(start, stop, shares_head))
 
     def stage_weights(self, start: int, stop: int) -> set[str]:
         """Names of the weights that layers [start, stop) need; with start 0, those of embedding and head too."""
-        names = set(self.flow.head_weights) if start == 0 else set()
-        for call in self.flow.calls:
-            if start <= call.layer < stop:
-                names |= call.weights
-        return names
+        return self.flow.stage_weights(start, stop)
 
 
 def open_checkpoint(source: ModelSource) -> Checkpoint:
@@ -146,7 +142,11 @@ def _sample_of_files(folder: Path) -> str:
 
 
 def load_stage_weights(
-    checkpoint: Checkpoint, start: int, stop: int, on_progress: Callable[[int], None] = lambda done_bytes: None
+    checkpoint: Checkpoint,
+    start: int,
+    stop: int,
+    on_progress: Callable[[int], None] = lambda done_bytes: None,
+    shares_head: bool = False,
 ) -> nn.Module:
     """The model with the weights of layers [start, stop) read and every other one absent.
 
@@ -161,24 +161,30 @@ def load_stage_weights(
     if not has_weights(folder):
         raise ModelError(f"{folder} has no model*.safetensors: only a plan can be made of it")
     if is_view(folder):
-        fetch(folder, checkpoint.stage_files(start, stop), lambda: on_progress(0))
+        fetch(folder, checkpoint.stage_files(start, stop, shares_head), lambda: on_progress(0))
     model, _ = open_lazily(checkpoint.source)
-    wanted = checkpoint.stage_weights(start, stop)
+    with loading_errors(folder, "can't be read"):
+        hold_weights(model, checkpoint.flow.stage_weights(start, stop, shares_head), on_progress)
+    return model
+
+
+def hold_weights(
+    model: nn.Module, wanted: set[str], on_progress: Callable[[int], None] = lambda done_bytes: None
+) -> None:
+    """Read the weights `wanted` of a model, if that hasn't been done, and let go of every other one."""
     weights = dict(tree_flatten(model.parameters()))
     absent = {name: _absent(weight) for name, weight in weights.items() if name not in wanted}
     model.update(tree_unflatten(list(absent.items())))
     del weights
     here = [(name, array) for name, array in tree_flatten(model.parameters()) if name in wanted]
-    with loading_errors(folder, "can't be read"):
-        done_bytes, step = 0, []
-        for name, array in here:
-            step.append(array)
-            done_bytes += array.nbytes
-            if sum(a.nbytes for a in step) > 64 << 20 or name == here[-1][0]:
-                mx.eval(step)
-                step = []
-                on_progress(done_bytes)
-    return model
+    done_bytes, step = 0, []
+    for name, array in here:
+        step.append(array)
+        done_bytes += array.nbytes
+        if sum(a.nbytes for a in step) > 64 << 20 or name == here[-1][0]:
+            mx.eval(step)
+            step = []
+            on_progress(done_bytes)
 
 
 def _absent(weight: mx.array) -> mx.array:

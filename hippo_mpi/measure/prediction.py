@@ -179,7 +179,7 @@ def _time_step(
     shape = len(slots), count
     tokens, flow = mx.ones(shape, mx.int32), stage.flow
     arriving = [] if stage.holds_embedding else _made_up(stage, stage.start, shape)
-    coming_back = _made_up(stage, len(flow.calls), shape) if stage.holds_head and not stage.is_whole else []
+    coming_back = _made_up(stage, len(flow.calls), shape) if stage.leads and not stage.is_whole else []
     mx.eval(tokens, arriving, coming_back)
     began = time.perf_counter()
     cache = caches.at(slots, [position] * len(slots), [count] * len(slots))
@@ -187,7 +187,7 @@ def _time_step(
     forward.run(None if stage.holds_embedding else arriving)
     sent = forward.outgoing or []
     mx.async_eval(sent)  # type: ignore[no-untyped-call]
-    if not stage.holds_head:
+    if not stage.leads:
         forward.run(None)
     mx.eval(sent)
     mx.eval(caches.advance(slots, [position + count] * len(slots)))

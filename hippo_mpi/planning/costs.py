@@ -33,6 +33,7 @@ class ModelInfo:
     can_batch: bool  # whether mlx-lm can run rows of different lengths together
     vocab_size: int  # width of the logits
     assumptions: tuple[str, ...] = ()  # sentences: what isn't known of a model without weights
+    shared_bytes: int = 0  # what ranks other than the first hold beside their layers
 
     def with_draft(self, draft: ModelInfo, num_draft_tokens: int) -> ModelInfo:
         """Return the costs with a whole draft model on rank 0, beside layer 0, that proposes so many tokens for a step."""

@@ -131,7 +131,7 @@ class LayerSplit:
                     "machine": asdict(stage.machine),
                     "layers": [stage.start, stage.stop],
                     "layer_bytes": sum(self.info.layer_bytes[stage.start : stage.stop]),
-                    "head_bytes": self.info.head_bytes if rank == 0 else 0,
+                    "head_bytes": self.info.head_bytes if rank == 0 else self.info.shared_bytes,
                     "cache_bytes": stage.cache_bytes,
                     "working_bytes": _WORKING_BYTES,
                     "margin_bytes": stage.margin_bytes,
@@ -208,7 +208,7 @@ def _best_bounds(info: ModelInfo, machines: Sequence[Machine], context: int) -> 
 
 
 def _stage(info: ModelInfo, machine: Machine, start: int, stop: int, context: int, first: bool) -> StagePlan:
-    weights = sum(info.layer_bytes[start:stop]) + (info.head_bytes if first else 0)
+    weights = sum(info.layer_bytes[start:stop]) + (info.head_bytes if first else info.shared_bytes)
     caches = sum(cache.bytes_at(context) for cache in info.caches[start:stop])
     work = (sum(info.layer_work[start:stop]) + (info.head_work if first else 0.0)) / machine.speed
     return StagePlan(machine, start, stop, weights, caches, work, 0.0)

@@ -20,8 +20,8 @@ _PROBE_TOKENS = 512
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
 
 
-def model_info(checkpoint: Checkpoint, settings: KVSettings) -> ModelInfo:
-    """Find what a model costs; its own code runs on arrays that hold nothing.
+def model_info(checkpoint: Checkpoint, settings: KVSettings, shares_head: bool = False) -> ModelInfo:
+    """Find what a model costs, with `shares_head` if every rank has the head; its own code runs on empty arrays.
 
     Raises:
         ForeignError: it raises something.
@@ -57,6 +57,7 @@ def model_info(checkpoint: Checkpoint, settings: KVSettings) -> ModelInfo:
         can_batch=can_batch,
         vocab_size=vocab_size,
         assumptions=checkpoint.assumptions,
+        shared_bytes=sum(sizes[name] for name in flow.output_weights) if shares_head else 0,
     )
 
 

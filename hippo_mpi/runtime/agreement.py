@@ -84,6 +84,7 @@ def negotiate(
     arguments: dict[str, str],
     machines: list[Machine] | None = None,
     find_draft: Callable[[], ModelSource | None] = lambda: None,
+    shares_head: bool = False,
 ) -> Agreement:
     """Open the checkpoint on every rank, compare, and plan the split on rank 0: for the ranks, or for `machines` instead.
 
@@ -103,7 +104,7 @@ def negotiate(
         try:
             _compare(introductions)
             assert checkpoint is not None
-            info, draft = model_info(checkpoint, settings), _open_draft(find_draft())
+            info, draft = model_info(checkpoint, settings, shares_head), _open_draft(find_draft())
             info = info.with_draft(draft.info, options.num_draft_tokens) if draft else info
             split = plan_split(info, machines or _machines(introductions), options.max_context, options.layer_split)
         except HippoError as error:

@@ -13,6 +13,7 @@ Legend: B rows, L tokens per row, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -47,11 +48,15 @@ class Stage:
         model: an mlx-lm model, complete in structure; weights of other stages' layers are never read.
         flow: what `trace` found for the same model.
         start, stop: the layers held here. Stage 0 (start == 0) also holds embedding, norm and head.
+        shares_head: every stage holds norm and head, is handed what they read, and returns logits.
     """
 
-    def __init__(self, model: nn.Module, flow: Dataflow, start: int, stop: int) -> None:
+    def __init__(self, model: nn.Module, flow: Dataflow, start: int, stop: int, shares_head: bool = False) -> None:
         self.model, self.flow, self.start, self.stop = model, flow, start, stop
-        self.holds_embedding = self.holds_head = start == 0  # so that only hidden states travel
+        self.leads = start == 0  # steps begin here, and what they give comes back
+        self.holds_embedding = start == 0
+        self.holds_head = start == 0 or shares_head
+        self.run_model = partial(type(model).__call__, model)  # the model's own code, whatever its class becomes
         self.is_whole = stop - start == flow.num_layers
         self.crossing = {cut: crossing(flow, cut) for cut in range(1, len(flow.calls) + 1)}
         self._running: Forward | None = None
@@ -59,9 +64,12 @@ class Stage:
             for index, layer in enumerate(model.layers):
                 layer.__class__ = _hooked(type(layer), index, self)
 
-    def forward(self, tokens: mx.array, cache: list[Any], wants_logits: bool = True) -> Forward:
-        """Begin a step over tokens (B, L); stages other than the first look at their shape only."""
-        return Forward(self, tokens, cache, wants_logits)
+    def forward(self, tokens: mx.array, cache: list[Any], wants_logits: bool = True, **options: Any) -> Forward:
+        """Begin a step over tokens (B, L); stages other than the first look at their shape only.
+
+        `options` are what the model's own code takes beside tokens and cache.
+        """
+        return Forward(self, tokens, cache, wants_logits, options)
 
     def is_local(self, layer: int) -> bool:
         return self.start <= layer < self.stop
@@ -86,8 +94,16 @@ class Forward:
         forward.run(None)                    # through the phantoms behind, while what is sent is computed
     """
 
-    def __init__(self, stage: Stage, tokens: mx.array, cache: list[Any], wants_logits: bool) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        tokens: mx.array,
+        cache: list[Any],
+        wants_logits: bool,
+        options: dict[str, Any],
+    ) -> None:
         self.stage, self.tokens, self.cache, self.wants_logits = stage, tokens, cache, wants_logits
+        self._options = options
         self.outgoing: list[mx.array] | None = None
         self.logits: mx.array | None = None
         self._next_call = 0
@@ -116,7 +132,7 @@ class Forward:
     def _call_model(self, incoming: Sequence[mx.array] | None) -> None:
         if not self.stage.holds_embedding:
             self._accept(self.stage.start, incoming)
-        logits = self.stage.model(self.tokens, cache=self.cache)
+        logits = self.stage.run_model(self.tokens, cache=self.cache, **self._options)
         if self._next_call != len(self.stage.flow.calls) and not self.stage.is_whole:
             raise DesyncError(f"the model called {self._next_call} layers, not {len(self.stage.flow.calls)}")
         if self.stage.holds_head and self.wants_logits:
@@ -144,7 +160,7 @@ class Forward:
             result = real(layer, *inputs["args"], **inputs["kwargs"])
             if index == self.stage.stop - 1:
                 self._keep_outputs(number, result, inputs)
-                if not self.stage.holds_head:
+                if not self.stage.leads:
                     self.outgoing = self._collect(number + 1)
                     self._greenlet.parent.switch()
             return result
@@ -175,11 +191,11 @@ class Forward:
         flow, stage = self.stage.flow, self.stage
         next_is_local = number + 1 < len(flow.calls) and flow.calls[number + 1].layer == stage.start
         is_last = number + 1 == len(flow.calls)
-        if stage.holds_head and (next_is_local or is_last):
+        if stage.leads and (next_is_local or is_last):
             self.outgoing = self._collect(number + 1 - (flow.num_layers - stage.stop))
             if is_last and not self.wants_logits:
                 return
-        elif not next_is_local or number < flow.num_layers:
+        elif not (next_is_local and number >= flow.num_layers) and not (is_last and stage.holds_head):
             return
         self._accept(number + 1, self._greenlet.parent.switch())
 
@@ -275,6 +291,7 @@ def load_stage(
     start: int,
     stop: int,
     on_progress: Callable[[int], None] = lambda done_bytes: None,
+    shares_head: bool = False,
 ) -> Stage:
     """Load the layers [start, stop) of a model, whatever its type.
 
@@ -283,9 +300,10 @@ def load_stage(
         start, stop: must not cut where `checkpoint.flow.forbidden_cuts()` says. From layer 0 on, the stage also holds
             embedding, norm and head.
         on_progress: told the bytes read so far.
+        shares_head: every rank gets norm and head.
 
     Raises:
         ModelError: a file can't be read or downloaded.
     """
-    model = load_stage_weights(checkpoint, start, stop, on_progress)
-    return Stage(model, checkpoint.flow, start, stop)
+    model = load_stage_weights(checkpoint, start, stop, on_progress, shares_head)
+    return Stage(model, checkpoint.flow, start, stop, shares_head)

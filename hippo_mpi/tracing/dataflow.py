@@ -106,6 +106,7 @@ class Dataflow:
     calls: list[LayerCall]
     head_reads: set[Path]  # outputs of the last call that the head needs
     head_weights: set[str]  # weights of embedding, norm and head: everything that no layer call reads
+    output_weights: set[str]  # those of them that logits are made with, once the last layer has been called
     joined: set[tuple[int, int]]  # (a, b): all layers of [a, b] must be on one rank; b = num_layers is the head
     reason: dict[tuple[int, int], str]
     looks_at_values: bool  # a layer's code evaluates what it is given, and so everything that this is made from
@@ -114,6 +115,17 @@ class Dataflow:
     def num_rounds(self) -> int:
         """How often a forward pass goes through the layers."""
         return len(self.calls) // self.num_layers
+
+    def stage_weights(self, start: int, stop: int, shares_head: bool = False) -> set[str]:
+        """Return names of the weights that layers [start, stop) need; with start 0, those of embedding and head too.
+
+        With `shares_head`, every stage needs those of norm and head.
+        """
+        names = set(self.head_weights) if start == 0 else set(self.output_weights) if shares_head else set()
+        for call in self.calls:
+            if start <= call.layer < stop:
+                names |= call.weights
+        return names
 
     def forbidden_cuts(self) -> dict[int, str]:
         """Cuts (before layer c, 0 < c < num_layers) that can't be made, with the reason."""

@@ -90,6 +90,7 @@ class _Conclusion:
         head_weights: set[str] = set()
         for needs in self.observer.needs:
             self._follow(len(calls), needs[("logits",)], head_reads, head_weights)
+        output_weights = set(head_weights)
         for number, call in enumerate(calls):
             for path in call.prepared:
                 for needs in self.observer.needs:
@@ -98,7 +99,9 @@ class _Conclusion:
             call.weights |= {n for n, layer in self.observer.layer_of_weight.items() if layer == call.layer}
         self._join_growing(calls, head_reads)
         looks = self.observer.was_evaluated()
-        return Dataflow(self.num_layers, calls, head_reads, head_weights, self.joined, self.reason, looks)
+        return Dataflow(
+            self.num_layers, calls, head_reads, head_weights, output_weights, self.joined, self.reason, looks
+        )
 
     def _join(self, a: int, b: int, why: str) -> None:
         """Layers of calls a < b (b may be the head) can't be parted."""

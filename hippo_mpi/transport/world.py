@@ -10,10 +10,8 @@ import ctypes
 import json
 import os
 import select
-import shutil
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from hippo_mpi.errors import LaunchError, RankError, print_error
+from hippo_mpi.transport.mpi_library import find_mpi_library
 from hippo_mpi.transport.processes import is_stopped, kill_stopped_ranks
 from hippo_mpi.transport.status_file import write_status
 
@@ -102,7 +101,7 @@ def connect(launch: Launch, timeout_s: float) -> World:
     if not launch.backend:
         return World(0, 1, "none", host, "127.0.0.1")
     if launch.backend == "mpi":
-        _find_mpi_library()
+        find_mpi_library()
     waiting_for = (
         f"rank {launch.rank} ({host}) waited {timeout_s:.0f} s for the other ranks to start"
         f" ({launch.backend}; --start-timeout)"
@@ -117,26 +116,7 @@ def connect(launch: Launch, timeout_s: float) -> World:
             f"{launch.backend} made rank {group.rank()} of {group.size()}, but the launcher started rank {launch.rank} of"
             f" {launch.size}: is the launcher of the same MPI as the library ({os.environ.get('MLX_MPI_LIBNAME')})?"
         )
-    return World(group.rank(), group.size(), launch.backend, host, launch.address or _own_address(launch), group)
-
-
-def _find_mpi_library() -> None:
-    """Point MLX at the PyPI wheel's library: its libmpi.so is a text stub, which gives silent worlds of one."""
-    os.environ.setdefault("OMPI_MPI_THREAD_LEVEL", "3")  # two streams talk to MPI at once
-    if "MLX_MPI_LIBNAME" in os.environ:
-        return
-    if sys.platform == "darwin":
-        mpirun = shutil.which("mpirun")
-        beside = sorted((Path(mpirun).resolve().parent.parent / "lib").glob("libmpi.*dylib")) if mpirun else []
-        if beside:
-            os.environ["MLX_MPI_LIBNAME"] = str(beside[0])
-        return
-    folder = os.environ.get("OMPI_LIBDIR_LOC", "")
-    if "OMPI_COMM_WORLD_SIZE" not in os.environ:  # srun started us, which knows of no library: the wheel's is beside us
-        folder = f"{sys.prefix}/lib"
-        os.environ.setdefault("OPAL_PREFIX", sys.prefix)
-    library = Path(folder) / "libmpi.so.40"
-    os.environ["MLX_MPI_LIBNAME"] = str(library) if folder and library.exists() else "libmpi.so.40"
+    return World(group.rank(), group.size(), launch.backend, host, launch.address or own_address(launch), group)
 
 
 def _explain(launch: Launch, error: str) -> str:
@@ -148,8 +128,8 @@ def _explain(launch: Launch, error: str) -> str:
     return f"the {launch.backend} backend doesn't start: {error}"
 
 
-def _own_address(launch: Launch) -> str:
-    """An address of this host for others: that of the interface which leads to them, or outside, else loopback."""
+def own_address(launch: Launch) -> str:
+    """Return an address of this host for others: that of the interface which leads to them, or outside, else loopback."""
     coordinator = os.environ.get("MLX_JACCL_COORDINATOR", "").rpartition(":")[0]
     if launch.backend == "jaccl" and launch.rank == 0 and coordinator:
         return coordinator

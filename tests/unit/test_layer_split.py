@@ -119,3 +119,9 @@ def test_a_draft_model_counts_with_what_it_computes() -> None:
     drafted = info([1.0] * 10).with_draft(info([0.5] * 3, head=0.5), 3)
     assert plan_split(info([1.0] * 10), machines).counts == [5, 5]
     assert plan_split(drafted, machines).counts == [2, 8]
+
+
+def test_what_every_rank_holds_is_counted_on_each() -> None:
+    model = replace(info([1.0] * 8), shared_bytes=500)
+    stages = plan_split(model, [Machine("a", 1 << 40)] * 2).stages
+    assert [stage.weight_bytes - 1000 * (stage.stop - stage.start) for stage in stages] == [1000, 500]

@@ -1,0 +1,216 @@
+"""Turn an mlx-lm model into its pipelined self: this rank's layers, called as if the whole model were here."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from hippo_mpi.checkpoint.adapters import adapt
+from hippo_mpi.checkpoint.checkpoint import hold_weights
+from hippo_mpi.errors import ForeignError, HippoError, LaunchError, UserError
+from hippo_mpi.parallel.peer import Peer
+from hippo_mpi.planning.costs import CacheCost, ModelInfo
+from hippo_mpi.planning.layer_split import Machine, plan_split
+from hippo_mpi.shard.stage import Stage
+from hippo_mpi.tracing.dataflow import Dataflow
+from hippo_mpi.tracing.graph import leaf
+from hippo_mpi.tracing.trace import trace
+from hippo_mpi.transport.script_ring import Group, ScriptRing, join
+
+START_TIMEOUT_S = 30.0
+TIMEOUT_S = 30.0
+
+
+def pipeline(
+    model: nn.Module,
+    group: Group | None = None,
+    layer_split: Sequence[int] | None = None,
+    *,
+    timeout: float = TIMEOUT_S,
+    start_timeout: float = START_TIMEOUT_S,
+) -> None:
+    """Cut a model into stages, one per rank of a group; every rank of it calls this with the same model.
+
+    Afterwards the model is called as before (by `mlx_lm.generate`, `stream_generate`, `batch_generate`), on all ranks
+    with the same tokens, and returns the same logits on each. Layers of other ranks are let go of; of a model that was
+    loaded lazily they are never read. Samplers draw alike on all ranks: MLX's random state becomes rank 0's.
+
+    Args:
+        model: an mlx-lm model, loaded or lazily loaded.
+        group: from `mx.distributed.init()`; None: the one that the launcher's environment describes.
+        layer_split: layers per rank; None: as even as the model allows, by bytes of weights.
+        timeout: seconds that a rank may be silent, or a call get nothing done, before all ranks end with status 3.
+        start_timeout: seconds that ranks wait for each other to start.
+
+    Raises:
+        UserError: alone, the model can't be used. Several ranks end with its line, and status 2.
+    """
+    ring = join(group, start_timeout, timeout)
+    if ring.world.size == 1:
+        return
+    ring.control.progress("computing which layer needs what")
+    try:
+        if getattr(model, "is_pipelined", False):
+            raise UserError("this model is pipelined already")
+        adapt(model, str(getattr(model, "model_type", "")))
+        flow = find_dataflow(model)
+        counts = _agree(ring, model, flow, layer_split)
+        stage = take_stage(model, flow, counts, ring.world.rank, lambda: ring.control.progress("computing weights"))
+    except HippoError as error:
+        ring.control.fail(error)
+    connect(stage, ring)
+
+
+def enable() -> None:
+    """Give every mlx-lm model class the method `pipeline(group)`, those that are defined later too."""
+
+    def is_model(kind: type) -> bool:
+        return kind.__name__ == "Model" and kind.__module__.startswith("mlx_lm.models.")
+
+    def equip(kind: type[nn.Module]) -> None:
+        if is_model(kind):
+            kind.pipeline = pipeline
+
+    def init_subclass(cls: type[nn.Module], /, **kwargs: Any) -> None:
+        super(nn.Module, cls).__init_subclass__(**kwargs)
+        equip(cls)
+
+    nn.Module.__init_subclass__ = classmethod(init_subclass)
+    known = list(nn.Module.__subclasses__())
+    while known:
+        kind = known.pop()
+        equip(kind)
+        known += kind.__subclasses__()
+
+
+def connect(stage: Stage, ring: ScriptRing) -> None:
+    """Let calls of a stage's model go through all ranks of a script."""
+    share_random_state(ring)
+    if not stage.is_whole:
+        name = f"{ring.next_number()} ({type(stage.model).__module__.rpartition('.')[2]})"
+        route_calls(
+            stage, Peer(stage, ring.channel, ring.world.rank, ring.world.size, ring.control.progress, name), ring
+        )
+    ring.control.idle()
+
+
+def share_random_state(ring: ScriptRing) -> None:
+    """Give every rank rank 0's random state, so that all draw the same numbers."""
+    if ring.world.size > 1:
+        key = ring.control.share({"key": _random_key()} if ring.world.rank == 0 else None)["key"]
+        mx.random.seed(key[0] << 32 | key[1])  # a seed is a key
+
+
+def _random_key() -> list[int]:
+    state: Any = mx.random.state
+    found: list[int] = state[0].tolist()
+    return found
+
+
+def route_calls(stage: Stage, peer: Peer, ring: ScriptRing | None = None) -> None:
+    """Let calls of the stage's model go through all ranks."""
+    model, kind = stage.model, type(stage.model)
+    signature = inspect.signature(kind.__call__)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
+        _, (_, tokens), *others = signature.bind(self, *args, **kwargs).arguments.items()
+        options = dict(others)
+        for parameter in signature.parameters.values():
+            if parameter.kind == inspect.Parameter.VAR_KEYWORD:
+                options |= options.pop(parameter.name, {})
+        cache = options.pop("cache", None)
+        if ring is None:
+            return peer.call(tokens, cache, options)
+        try:
+            return peer.call(tokens, cache, options)
+        except HippoError as error:
+            ring.control.fail(error)
+        finally:
+            ring.control.idle()
+
+    methods = {"__call__": call, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "is_pipelined": True}
+    model.__class__ = type(kind.__name__, (kind,), methods)
+
+
+def take_stage(
+    model: nn.Module, flow: Dataflow, counts: Sequence[int], rank: int, on_progress: Callable[[], None] = lambda: None
+) -> Stage:
+    """Make a whole model a rank's stage, and let go of the other ranks' layers."""
+    start = sum(counts[:rank])
+    stop = start + counts[rank]
+    hold_weights(model, flow.stage_weights(start, stop, shares_head=True), lambda _: on_progress())
+    return Stage(model, flow, start, stop, shares_head=True)
+
+
+def find_dataflow(model: nn.Module) -> Dataflow:
+    """Find a model's dataflow, and leave the model as it was.
+
+    Raises:
+        ModelError: the model can't be cut.
+        ForeignError: its own code raises something.
+    """
+    weights = tree_flatten(model.parameters())
+    leaves = {name: leaf(weight.shape, weight.dtype) for name, weight in weights}
+    model.update(tree_unflatten(list(leaves.items())))
+    try:
+        twin = copy.deepcopy(model, {id(array): array for array in leaves.values()})
+    finally:
+        model.update(tree_unflatten(weights))
+    try:
+        return trace(twin)
+    except HippoError:
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        raise ForeignError.caused_by(error, f"{type(model).__module__} can't be run") from error
+
+
+def split_evenly(
+    flow: Dataflow, weight_bytes: dict[str, int], num_ranks: int, layer_split: Sequence[int] | None = None
+) -> list[int]:
+    """Return layers per rank that make the largest stage as small as the model allows, or check those given.
+
+    Raises:
+        PlanError: the model can't be cut into so many stages, or not there.
+    """
+    layers: list[set[str]] = [set() for _ in range(flow.num_layers)]
+    for call in flow.calls:
+        layers[call.layer] |= call.weights
+    sizes = [sum(weight_bytes[name] for name in names) for names in layers]
+    head = sum(weight_bytes[name] for name in flow.output_weights)  # every rank has it, so it tips no scale
+    info = ModelInfo(
+        flow.num_layers, sizes, [float(size) for size in sizes], head, 0.0, [CacheCost()] * flow.num_layers,
+        flow.forbidden_cuts(), None, True, 0, shared_bytes=head,
+    )  # fmt: skip
+    without_limit = [Machine(f"rank {rank}", 1 << 62) for rank in range(num_ranks)]  # the model may be loaded already
+    return plan_split(info, without_limit, layer_split=layer_split).counts
+
+
+def _agree(ring: ScriptRing, model: nn.Module, flow: Dataflow, layer_split: Sequence[int] | None) -> list[int]:
+    """Return the layers per rank, if all ranks have the same model in mind.
+
+    Raises:
+        HippoError: they haven't, or it can't be cut so.
+    """
+    weights = tree_flatten(model.parameters())
+    counts = split_evenly(flow, {name: weight.nbytes for name, weight in weights}, ring.world.size, layer_split)
+    structure = repr([(name, weight.shape, str(weight.dtype)) for name, weight in sorted(weights)])
+    mine = {
+        "model": f"{type(model).__module__} {hashlib.sha256(structure.encode()).hexdigest()[:16]} {flow.digest()}",
+        "layer split": ",".join(map(str, counts)),
+        "versions": " ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "hippo-mpi")),
+    }
+    found = ring.control.gather(mine)
+    for rank, other in enumerate(found or ()):
+        for what in mine:
+            if other[what] != mine[what]:
+                raise LaunchError(f"rank 0 and rank {rank} have different {what}: {mine[what]} and {other[what]}")
+    ring.control.share({} if found is not None else None)
+    return counts
