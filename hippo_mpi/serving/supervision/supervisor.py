@@ -300,13 +300,14 @@ class Supervisor:
         return replace(plan, command=[*plan.command, "--max-context", str(about.max_context)])
 
     def _why(self, group: RankGroup) -> str | None:
-        """What the exit status says of ranks that were never ready. A mistake of the user's or ours ends everything, or,
-        if there is another model to return to, this one's turn (None)."""
+        """What the exit status says of ranks that were never ready. At the first start a mistake of the user's or ours ends
+        everything; later one of the user's ends this model's turn (None), if there is another to return to."""
         code = group.status()
         if code in (UserError.exit_code, ForeignError.exit_code):  # the next start would end alike
             if not self._front.num_starts:
                 kind = UserError if code == UserError.exit_code else ForeignError
                 raise kind("the ranks didn't start; they said why")
-            if self._front.give_up_model("its ranks refuse it; the server's log says why"):
+            refused = code == UserError.exit_code  # a mistake of ours may not come again
+            if refused and self._front.give_up_model("its ranks refuse it; the server's log says why"):
                 return None
         return group.last_words or f"exit status {code}"
