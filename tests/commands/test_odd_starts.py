@@ -63,6 +63,23 @@ def test_a_model_that_never_loads_is_given_up() -> None:
             assert running.status()["model"] == "good"
 
 
+def test_a_model_whose_ranks_fail_once_is_loaded(tmp_path: Path) -> None:
+    """As by a mistake of ours, which may not come again; it was found by a random history."""
+    for name, options in (("good", ""), ("shy", "max-tokens: 77")):
+        (tmp_path / f"{name}.yaml").write_text(f"model: {BUNDLED_MODEL}\n{options}\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'HIPPO_FRONT' in os.environ and '--max-tokens=77' in sys.argv and not os.path.exists('seen'):\n"
+        "    open('seen', 'w').close()\n"
+        "    os._exit(1)\n".replace("'seen'", repr(str(tmp_path / "seen")))
+    )
+    options = ["--catalogue", str(tmp_path), "--model", "good", "--ranks", "1"]
+    with server(*options, env={"PYTHONPATH": str(tmp_path)}) as running:
+        answer = running.client().completions.create(model="shy", prompt="A fox", max_tokens=3)
+        assert answer.usage is not None and answer.usage.completion_tokens == 3
+        assert running.status()["model"] == "shy"
+
+
 def test_the_shortest_deadline_is_longer_than_beats_are_apart() -> None:
     with ranks.single([SERVE, "--timeout", "0.9"]) as refused:
         assert refused.wait() == 2
