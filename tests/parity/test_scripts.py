@@ -34,6 +34,11 @@ from tests.parity.test_every_model import (
     tokens_for,
 )
 
+# Not nemotron-nas: mlx-lm's batches of prompts expect every cache to be filled, and some of its layers have none to fill.
+PADDED = [
+    n for n in BATCHED if not {(n, "batch"), (n, "pad")} & set(tiny_models.UPSTREAM_FAILURES) and n != "nemotron-nas"
+]
+
 
 def stages_of(folder: Path, counts: list[int]) -> list[Stage]:
     """Load the model once for each rank, as `hippo_mpi.pipeline` finds it."""
@@ -70,7 +75,7 @@ def script_for(name: str) -> Callable[[nn.Module], list[mx.array]]:
         if not fails_upstream(name, "chunk"):
             made = generate_step(mx.array(tokens[:6]), model, max_tokens=6, prefill_step_size=4)
             found.append(mx.array([token for token, _ in made]))
-        if name in BATCHED and not fails_upstream(name, "batch") and not fails_upstream(name, "pad"):
+        if name in PADDED:
             found.append(mx.array(in_batches(model, [tokens[:6], tokens[2:5], tokens[1:9]], [4, 6, 3])))
         return found
 
