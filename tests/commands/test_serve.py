@@ -451,8 +451,10 @@ def test_launch_serve() -> None:
         wrong = run("restart", "--port", "many", env=keys)
         assert wrong.returncode == 2 and "'many' is not a port" in wrong.stderr and "stopped" not in wrong.stdout
         assert run("restart", "--model", "./nowhere", env=keys).stderr == "error: no such model folder: ./nowhere\n"
-        refused = run("restart", "--ranks", "1", "--layer-split", "1,2,3", "--port", "0", env=keys)
-        assert refused.returncode == 2 and "layer split 1,2,3" in refused.stderr
+        checked = run("restart", "--ranks", "1", "--layer-split", "1,2,3", "--port", "0", env=keys)
+        assert checked.returncode == 2 and "layer split 1,2,3" in checked.stderr and "stopped" not in checked.stdout
+        refused = run("restart", "--ranks", "1", "--max-context", "2000000000", "--port", "0", env=keys)
+        assert refused.returncode == 2 and "doesn't fit" in refused.stdout + refused.stderr
         assert refused.stdout.startswith("stopped\nready: "), "the one of before"
     finally:
         ended = run("stop")
