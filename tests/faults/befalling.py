@@ -46,9 +46,10 @@ def _count(*_: object) -> None:
     for one in gc.get_objects():
         kind = f"{type(one).__module__}.{type(one).__name__}"
         if kind == "hippo_mpi.engine.scheduler.Scheduler":
-            dropped = len(one._drops)  # with the next step
-            used = one._num_slots - len(one._free_slots) - dropped
-            found |= {"slots": used, "dropped": dropped, "kept": len(one._prefixes._kept)}
+            slots = one._slots
+            dropped = len(slots._drops)  # with the next step
+            used = slots._count - len(slots._free) - dropped
+            found |= {"slots": used, "dropped": dropped, "kept": len(slots._prefixes._kept)}
             found["at work"] = len(one.running) + one.num_waiting
         elif kind == "hippo_mpi.shard.slot_caches.SlotCaches":
             found["caches"] = found.get("caches", 0) + len(one._blocks)
