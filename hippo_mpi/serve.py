@@ -130,10 +130,11 @@ def serve(argv: list[str]) -> int:
     set_up_logging(arguments.log_level)
     catalogue = _read_models(arguments, argv, file)
     _ = catalogue.first.modes  # a mistake is told before anything is started
-    _check(arguments, catalogue, len(_named_hosts(arguments, file)) or arguments.ranks)
+    named = _named_hosts(arguments, file)
+    _check(arguments, catalogue, len(named) or arguments.ranks)
     if arguments.check:
         return 0
-    hosts = _hosts(arguments, file)
+    hosts = _hosts(arguments, named)
     front, api, http = _make_api(arguments, catalogue)
 
     async def make_plan(name: str, living: Sequence[int] | None) -> LaunchPlan:
@@ -262,18 +263,17 @@ def _read_models(arguments: argparse.Namespace, argv: list[str], file: ConfigFil
     return Catalogue(models)
 
 
-def _hosts(arguments: argparse.Namespace, file: ConfigFile) -> list[Host]:
+def _hosts(arguments: argparse.Namespace, named: list[Host]) -> list[Host]:
     """Return where ranks are to be, rank 0's first; none: on this machine only, without a launcher.
 
     Raises:
-        LaunchError: a host isn't there, or doesn't let us in.
+        LaunchError: a host doesn't let us in.
     """
-    hosts = _named_hosts(arguments, file)
-    if all(host["ssh"] in _LOOPBACK for host in hosts) and arguments.backend == "ring":
-        arguments.ranks = len(hosts) or arguments.ranks
+    if all(host["ssh"] in _LOOPBACK for host in named) and arguments.backend == "ring":
+        arguments.ranks = len(named) or arguments.ranks
         return []
-    knock(hosts, str(arguments.hostfile or arguments.config), RunKey())  # later, a host that doesn't answer is left out
-    return hosts
+    knock(named, str(arguments.hostfile or arguments.config), RunKey())  # later, a host that doesn't answer is left out
+    return named
 
 
 def _named_hosts(arguments: argparse.Namespace, file: ConfigFile) -> list[Host]:

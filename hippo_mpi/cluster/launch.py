@@ -119,9 +119,15 @@ class Launch:
             self._kill_at_s = 0.0
 
     def _signal(self, number: signal.Signals) -> None:
-        """Signal the launcher with all of its local ranks, and rank 0, which has a group of its own."""
+        """Signal the launcher with all of its local ranks, and rank 0, which has a group of its own.
+
+        At once for both, so that neither sees the other end, and calls that a failure.
+        """
+        if self._console:
+            self._console.signal(signal.SIGSTOP)
         if self._launcher:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # all gone
                 os.killpg(self._launcher.pid, number)
         if self._console:
             self._console.signal(number)
+            self._console.signal(signal.SIGCONT)

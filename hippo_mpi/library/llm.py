@@ -251,7 +251,7 @@ def _as_message(output: RequestOutput) -> dict[str, Any]:
         "id": output.request_id,
         "text": output.text,
         "token": output.token,
-        "logprobs": None if told is None else [told.chosen, told.top],
+        "logprobs": None if told is None else told.as_object(),
         "reason": output.finish_reason,
         "error": None if output.error is None else [str(output.error), output.error.exit_code],
     }
@@ -259,13 +259,12 @@ def _as_message(output: RequestOutput) -> dict[str, Any]:
 
 def _as_output(message: dict[str, Any], timings: dict[int, Timings]) -> RequestOutput:
     """Read an output that rank 0 has told of; its times are this rank's."""
-    error = logprobs = None
+    error = None
     if message["error"] is not None:
         error = HippoError(message["error"][0])
         error.exit_code = message["error"][1]
-    if message["logprobs"] is not None:
-        chosen, top = message["logprobs"]
-        logprobs = TokenLogprobs(chosen, [(token, value) for token, value in top])
+    told = message["logprobs"]
+    logprobs = None if told is None else TokenLogprobs.from_object(told)
     times = timings[message["id"]]
     if message["token"] is not None:
         times.note(message["token"])

@@ -88,7 +88,7 @@ def _output_object(told: ToldOutput) -> dict[str, Any]:
         "token": told.token,
         "cached": told.cached_tokens,
         "draft": [told.num_draft_tokens, told.num_accepted],
-        "logprobs": None if logprobs is None else [logprobs.chosen, logprobs.top],
+        "logprobs": None if logprobs is None else logprobs.as_object(),
         "finish": told.finish_reason,
         "state": told.random_state,
     }

@@ -145,8 +145,7 @@ class Tokenizing:
         """
         if int(request.headers.get("content-length", _LONG_BODY_BYTES)) < _LONG_BODY_BYTES:
             return await asyncio.to_thread(work)
-        begun = self._for_long.submit(work)
-        begun.add_done_callback(lambda _: _give_back_memory())
+        begun = self._for_long.submit(_without_leftovers, work)
         try:
             return await unless_gone(request, asyncio.wrap_future(begun))
         finally:
@@ -159,7 +158,10 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
-def _give_back_memory() -> None:
-    """Return freed memory to the system; other C libraries than glibc do so by themselves."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
+def _without_leftovers(work: Callable[[], _T]) -> _T:
+    """Return what `work` returns, and what it has freed to the system; other C libraries than glibc do so by themselves."""
+    try:
+        return work()
+    finally:
+        if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+            ctypes.CDLL(None).malloc_trim(0)

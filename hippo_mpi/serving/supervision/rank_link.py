@@ -100,7 +100,7 @@ def output_object(output: RequestOutput) -> dict[str, Any]:
         "token": output.token,
         "cached": output.timings.cached_tokens,
         "draft": [output.timings.num_draft_tokens, output.timings.num_accepted],
-        "logprobs": None if logprobs is None else [logprobs.chosen, logprobs.top],
+        "logprobs": None if logprobs is None else logprobs.as_object(),
         "finish": output.finish_reason,
         "state": output.random_state,
     }
@@ -123,9 +123,6 @@ class ToldOutput:
 
 def read_output(found: dict[str, Any]) -> ToldOutput:
     logprobs = found["logprobs"]
-    told = None
-    if logprobs is not None:
-        told = TokenLogprobs(logprobs[0], [(token, value) for token, value in logprobs[1]])
     return ToldOutput(
         request_id=found["id"],
         text=found["text"],
@@ -133,7 +130,7 @@ def read_output(found: dict[str, Any]) -> ToldOutput:
         cached_tokens=found["cached"],
         num_draft_tokens=found["draft"][0],
         num_accepted=found["draft"][1],
-        logprobs=told,
+        logprobs=None if logprobs is None else TokenLogprobs.from_object(logprobs),
         finish_reason=found["finish"],
         random_state=found["state"],
     )
