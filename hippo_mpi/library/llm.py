@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -12,8 +13,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.config import BUNDLED_MODEL
 from hippo_mpi.engine.engine import Engine
-from hippo_mpi.engine.prefill import Limits
-from hippo_mpi.engine.prefix_cache import PrefixBudget
 from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams, Timings, TokenLogprobs, check_request
 from hippo_mpi.engine.text import ChatFormat, encode, open_tokenizer
 from hippo_mpi.errors import HippoError
@@ -21,6 +20,7 @@ from hippo_mpi.library.loading import LoadOptions
 from hippo_mpi.library.pipelined import START_TIMEOUT_S, TIMEOUT_S
 from hippo_mpi.parallel.worker import Follower
 from hippo_mpi.runtime.agreement import Agreement
+from hippo_mpi.runtime.assembly import room_for_many
 from hippo_mpi.runtime.pipeline import Pipeline
 from hippo_mpi.shard.slot_caches import KVSettings
 from hippo_mpi.transport.script_ring import Group, ScriptRing, join
@@ -234,13 +234,9 @@ class _Loaded:
 
 def _build_engine(pipeline: Pipeline, tokenizer: TokenizerWrapper, max_batch_size: int) -> Engine:
     """Build rank 0's engine, within what the plan leaves for caches."""
-    agreement, split = pipeline.agreement, pipeline.agreement.split
-    assert split is not None  # rank 0 has planned
-    size, cache_tokens = split.cache_room(max_batch_size)
-    deadline_s = pipeline.control.timeout_s
-    limits = Limits(size, cache_tokens=cache_tokens, can_batch=agreement.can_batch, deadline_s=deadline_s)
-    num_bytes = split.prefix_room_bytes()
-    budget = PrefixBudget(num_bytes, split.sequence_bytes) if num_bytes else None
+    agreement = pipeline.agreement
+    limits, budget = room_for_many(agreement, max_batch_size)
+    limits = replace(limits, deadline_s=pipeline.control.timeout_s)
     return Engine(pipeline.leader(), tokenizer, limits, agreement.max_context, agreement.vocab_size, budget)
 
 

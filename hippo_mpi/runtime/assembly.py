@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -13,6 +15,7 @@ from hippo_mpi.engine.request import Propose, check_context
 from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.errors import UserError
 from hippo_mpi.offline.conversation import Conversation
+from hippo_mpi.runtime.agreement import Agreement
 from hippo_mpi.runtime.pipeline import Pipeline
 from hippo_mpi.runtime.session import Session
 from hippo_mpi.shard.stage import load_stage
@@ -70,21 +73,32 @@ def build_conversation(session: Session, first_prompt: str | None = None) -> tup
 
 def build_engine(session: Session, pipeline: Pipeline, tokenizer: TokenizerWrapper) -> Engine:
     """Build an engine for many requests, within what the memory guard leaves for caches."""
-    arguments, split = session.arguments, session.agreement.split
-    assert split is not None  # rank 0 has planned
-    size, cache_tokens = split.cache_room(arguments.max_batch_size)
-    limits = Limits(
-        size,
-        arguments.max_batch_tokens,
-        cache_tokens,
-        arguments.prefill_step_size,
-        session.agreement.can_batch,
+    arguments = session.arguments
+    limits, budget = room_for_many(session.agreement, arguments.max_batch_size, arguments.prompt_cache_bytes)
+    limits = replace(
+        limits,
+        max_batch_tokens=arguments.max_batch_tokens,
+        prefill_chunk=arguments.prefill_step_size,
         deadline_s=arguments.timeout,
     )
-    num_bytes = arguments.prompt_cache_bytes
-    num_bytes = split.prefix_room_bytes() if num_bytes is None else num_bytes
-    budget = PrefixBudget(num_bytes, split.sequence_bytes) if num_bytes else None
     return _build_engine(session, pipeline, tokenizer, limits, budget)
+
+
+def room_for_many(
+    agreement: Agreement, max_batch_size: int, prefix_bytes: int | None = None
+) -> tuple[Limits, PrefixBudget | None]:
+    """Return how many requests the plan has room for, and what may be kept of ended ones.
+
+    Args:
+        agreement: rank 0's, which has the plan.
+        prefix_bytes: for what is kept; None: what the plan can spare.
+    """
+    split = agreement.split
+    assert split is not None  # rank 0 has planned
+    size, cache_tokens = split.cache_room(max_batch_size)
+    num_bytes = split.prefix_room_bytes() if prefix_bytes is None else prefix_bytes
+    budget = PrefixBudget(num_bytes, split.sequence_bytes) if num_bytes else None
+    return Limits(size, cache_tokens=cache_tokens, can_batch=agreement.can_batch), budget
 
 
 def _build_engine(
