@@ -170,6 +170,21 @@ class RankGroup:
                 os.killpg(process.pid, number)
 
 
+class _LastWords(asyncio.StreamReader):
+    """What rank 0 said is read to its end also if a reset comes behind it: which requests it had begun decides which
+    are suspected of its death, and asyncio's own reader forgets what it holds when a connection fails."""
+
+    def set_exception(self, exc: Exception) -> None:
+        _log.debug("rank 0's connection: %s", exc)
+        self.feed_eof()
+
+
+def _open_stream(arrived: _Arrived) -> asyncio.StreamReaderProtocol:
+    return asyncio.StreamReaderProtocol(
+        _LastWords(limit=MAX_LINE_BYTES), lambda reader, writer: arrived.put_nowait((reader, writer))
+    )
+
+
 class Supervisor:
     """Keeps ranks behind a front.
 
@@ -229,8 +244,8 @@ class Supervisor:
         # A folder for each life: whoever cleans up /tmp ends this one at most.
         with tempfile.TemporaryDirectory(prefix="hippo-serve-", ignore_cleanup_errors=True) as name:
             folder, arrived = Path(name), _Arrived()
-            server = await asyncio.start_unix_server(
-                lambda reader, writer: arrived.put_nowait((reader, writer)), folder / "front", limit=MAX_LINE_BYTES
+            server = await asyncio.get_running_loop().create_unix_server(
+                lambda: _open_stream(arrived), str(folder / "front")
             )
             group = RankGroup(folder)
             try:
