@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from hippo_mpi.engine.messages import OutputMessage
 from hippo_mpi.engine.request import RequestOutput, Timings
 from hippo_mpi.errors import HippoError
 from hippo_mpi.serving.api.journal import Journal
 from hippo_mpi.serving.api.journal_records import Line, Record
 from hippo_mpi.serving.supervision.answer import Answer, ServerEnding, Told, note_told
-from hippo_mpi.serving.supervision.rank_link import ToldOutput
 
 
 class Exchange:
@@ -44,7 +44,7 @@ class Exchange:
         self.num_readers = 0
         self.ending: ServerEnding | None = None  # the server's: this is cut, and taken up again by the next
         self._told: list[Line] = []
-        self._outputs: list[list[ToldOutput]] = [[] for _ in record.requests]  # the same, of each answer
+        self._outputs: list[list[OutputMessage]] = [[] for _ in record.requests]  # the same, of each answer
         self._error: HippoError | None = None  # that ended them all
         self._running = set(range(len(record.requests)))
         for line in told:
@@ -61,7 +61,7 @@ class Exchange:
         """The numbers of the answers that go on."""
         return sorted(self._running)
 
-    def outputs_of(self, index: int) -> list[ToldOutput]:
+    def outputs_of(self, index: int) -> list[OutputMessage]:
         """Return what has been told of one of the answers."""
         return self._outputs[index]
 
@@ -97,7 +97,7 @@ class Exchange:
 
     def _note(self, index: int, told: Told) -> None:
         self._told.append((index, told))
-        if not isinstance(told, ToldOutput):
+        if not isinstance(told, OutputMessage):
             self._error = told
             self._running.clear()
             return
@@ -127,7 +127,7 @@ class Exchange:
                 await self._more.wait()
             index, told = self._told[num_read]
             num_read += 1
-            if not isinstance(told, ToldOutput):
+            if not isinstance(told, OutputMessage):
                 running.clear()
             elif told.finish_reason is not None:
                 running.discard(index)
@@ -189,8 +189,8 @@ class Reader:
         return [self._read(index, told) for index, told in self._exchange.lines_so_far()]
 
     def _read(self, index: int, told: Told) -> tuple[int, RequestOutput]:
-        if not isinstance(told, ToldOutput):
+        if not isinstance(told, OutputMessage):
             raise told
         timings = self._timings[index]
         note_told(timings, told)
-        return index, RequestOutput(index, told.text, told.token, timings, told.logprobs, told.finish_reason)
+        return index, told.output(timings)

@@ -17,12 +17,12 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 
+from hippo_mpi.engine.messages import OutputMessage
 from hippo_mpi.errors import RankError
 from hippo_mpi.serving.api.exchange import Exchange, Reader
 from hippo_mpi.serving.api.journal import Journal
 from hippo_mpi.serving.api.journal_records import Record, record_text
 from hippo_mpi.serving.supervision.front import Front
-from hippo_mpi.serving.supervision.rank_link import ToldOutput
 
 _log = logging.getLogger(__name__)
 _RETURN_S = 60.0  # for a client to come back: after a start, or after an end that it may not have heard of
@@ -111,7 +111,7 @@ class Exchanges:
     def abort(self, exchange: Exchange) -> None:
         """End what is still under way of an exchange."""
         for index in exchange.running:
-            exchange.tell(index, ToldOutput(index, "", None, 0, 0, 0, None, "abort", None))
+            exchange.tell(index, OutputMessage(index, finish_reason="abort"))
 
     async def delete(self, exchange: Exchange) -> None:
         """Forget an exchange; returns when nobody finds it any more."""

@@ -6,16 +6,12 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
+from hippo_mpi.engine.messages import ErrorMessage, OutputMessage
 from hippo_mpi.engine.request import Request
+from hippo_mpi.errors import HippoError
 from hippo_mpi.serving.supervision.answer import Told
-from hippo_mpi.serving.supervision.rank_link import (
-    ToldOutput,
-    error_object,
-    read_error,
-    read_output,
-    read_request,
-    request_object,
-)
 
 Line = tuple[int, Told]
 """Which answer of a request, and what came for it."""
@@ -56,39 +52,56 @@ class Record:
         return list({id(request.prompt): request.prompt for request in self.requests}.values())
 
 
+_Stored = tuple[int, Request]
+"""The number of a request's prompt among those of its record, and the request without it."""
+
+
+class _StoredRecord(msgspec.Struct):
+    """A record without its body and requests; the body as JSON, of which msgspec takes no number of any size; each
+    prompt once.
+    """
+
+    record: Record
+    body: str
+    requests: list[_Stored]
+    prompts: list[list[int]]
+
+
+_read_stored = msgspec.json.Decoder(_StoredRecord).decode
+_read_line = msgspec.json.Decoder(tuple[int, OutputMessage | ErrorMessage]).decode
+
+
 def record_text(record: Record) -> str:
+    """Return what `read_record` reads."""
     places = {id(prompt): place for place, prompt in enumerate(record.prompts)}
-    requests = [(places[id(one.prompt)], request_object(replace(one, prompt=[]))) for one in record.requests]
-    return json.dumps({**vars(record), "requests": requests, "prompts": record.prompts})
+    requests = [(places[id(one.prompt)], replace(one, prompt=[])) for one in record.requests]
+    rest, body = replace(record, body={}, requests=[]), json.dumps(record.body)
+    return msgspec.json.encode(_StoredRecord(rest, body, requests, record.prompts)).decode()
 
 
 def read_record(text: str) -> Record:
-    found = json.loads(text)
-    prompts = found.pop("prompts")
-    requests = [replace(read_request(one), prompt=prompts[place]) for place, one in found["requests"]]
-    return Record(**found | {"requests": requests})
+    """Return the record that `record_text` has written.
+
+    Raises:
+        msgspec.DecodeError: it hasn't.
+    """
+    stored = _read_stored(text)
+    requests = [replace(request, prompt=stored.prompts[place]) for place, request in stored.requests]
+    return replace(stored.record, body=json.loads(stored.body), requests=requests)
 
 
 def line_text(line: Line) -> str:
+    """Return what `read_line` reads."""
     index, told = line
-    found = _output_object(told) if isinstance(told, ToldOutput) else error_object(told)
-    return json.dumps([index, found], separators=(",", ":"))
+    message = ErrorMessage.of(told) if isinstance(told, HippoError) else told
+    return msgspec.json.encode((index, message)).decode()
 
 
 def read_line(text: str) -> Line:
-    index, found = json.loads(text)
-    return index, read_output({"id": index, **found}) if "text" in found else read_error(found)
+    """Return the line that `line_text` has written.
 
-
-def _output_object(told: ToldOutput) -> dict[str, Any]:
-    """What `read_output` reads, but for the id, which is of one life of a server."""
-    logprobs = told.logprobs
-    return {
-        "text": told.text,
-        "token": told.token,
-        "cached": told.cached_tokens,
-        "draft": [told.num_draft_tokens, told.num_accepted],
-        "logprobs": None if logprobs is None else logprobs.as_object(),
-        "finish": told.finish_reason,
-        "state": told.random_state,
-    }
+    Raises:
+        msgspec.DecodeError: it hasn't.
+    """
+    index, message = _read_line(text)
+    return index, message.error() if isinstance(message, ErrorMessage) else message
