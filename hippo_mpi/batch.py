@@ -8,15 +8,16 @@ The file holds OpenAI batch lines, short JSON lines, or a prompt a line; a job s
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi import config
 from hippo_mpi.checkpoint.hub import commit_of
+from hippo_mpi.config.options import BatchOptions, ManyOptions, PromptOptions, SamplingOptions
+from hippo_mpi.config.parser import OptionsParser, option, read_given
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.errors import UserError
 from hippo_mpi.offline.answer_file import AnswerFile, Answers, StandardOutput
@@ -33,42 +34,72 @@ _STANDARD = Path("-")  # input or output
 # Options that leave answers what they are: all others must be those of answers that are kept.
 _WITHOUT_EFFECT = {
     "prompts", "output", "restart", "keep_order", "model", "revision", "trust_remote_code", "draft_model",
-    "num_draft_tokens", "max_batch_size", "max_batch_tokens", "prompt_cache_bytes", "layer_split", "timeout",
+    "num_draft_tokens", "config", "max_batch_size", "max_batch_tokens", "prompt_cache_bytes", "layer_split", "timeout",
     "start_timeout", "prefill_step_size",
 }  # fmt: skip
 
 
-class _Parser(config.Parser):
+def _path(text: str) -> Path:
+    """Name standard input the same, however it was named."""
+    return _STANDARD if text in ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0") else Path(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OptionsOfPrompts(PromptOptions, SamplingOptions, BatchOptions):
+    """What a file of prompts may set, too: how its prompts are asked, and how many at once."""
+
+    keep_order: bool = option(False, "put the answers into the order of the prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchCommandOptions(_OptionsOfPrompts, ManyOptions):
+    """All options of hippo_mpi.batch."""
+
+    prompts: Path | None = option(
+        None, "file of prompts, or a job script; - reads standard input", "prompts", check=_path, nargs="?"
+    )
+    output: Path | None = option(
+        None, "file for the answers, or - for standard output; default: PROMPTS.answers.jsonl, and - for pipes", "-o",
+        check=Path,
+    )  # fmt: skip
+    restart: bool = option(False, "forget the answers that are in the output already")
+
+
+class _Parser(OptionsParser[BatchCommandOptions]):
     """Takes the options of a job script, too; those of the command line win."""
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        found: argparse.Namespace = super().parse_args(args, namespace)
+    def read(self, argv: Sequence[str] | None = None) -> BatchCommandOptions:
+        """Return the options of a command line, and of the file of prompts that it names.
+
+        Raises:
+            UserError: one of either is wrong.
+        """
+        options = super().read(argv)
         # Ranks that don't see the file say so by their arguments, if it had any to give.
-        if found.prompts is None or found.prompts == _STANDARD or not found.prompts.is_file():
-            return found
-        with open_prompts(found.prompts) as prompts:
-            options = job_options(prompts)
-        return found if not options else super().parse_args(args, _allowed(options, found.prompts))
+        if options.prompts is None or options.prompts == _STANDARD or not options.prompts.is_file():
+            return options
+        with open_prompts(options.prompts) as prompts:
+            words = job_options(prompts)
+        if not words:
+            return options
+        given, _ = read_given(BatchCommandOptions, sys.argv[1:] if argv is None else argv)
+        return replace(options, **{**_allowed(words, options.prompts), **given})
 
 
-def _allowed(options: list[str], path: Path) -> argparse.Namespace:
-    """Parse what a file of prompts says: how its prompts are asked, and how many at once.
+def _allowed(words: list[str], path: Path) -> dict[str, Any]:
+    """Return the options that a file of prompts sets.
 
     It may come from anybody, so it chooses no model, no code, and no file to write.
 
     Raises:
         UserError: it says more, or a value is wrong.
     """
-    parser = config.Parser(add_help=False)
-    _add_options_of_prompts(parser)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS  # what isn't said stays the command line's
     try:
-        found, others = parser.parse_known_args(options)
+        allowed, others = read_given(_OptionsOfPrompts, words)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if not others:
-        return found
+        return allowed
     names = {name: name for action in make_parser()._actions for name in action.option_strings}
     word = next((word for word in others if word != "--"), "--")
     name = names.get(word.split("=")[0]) or (None if word.startswith("--") else names.get(word[:2]))
@@ -80,44 +111,19 @@ def _allowed(options: list[str], path: Path) -> argparse.Namespace:
     )
 
 
-def _path(text: str) -> Path:
-    """Name standard input the same, however it was named."""
-    return _STANDARD if text in ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0") else Path(text)
+def make_parser() -> OptionsParser[BatchCommandOptions]:
+    """Return the parser of the command line."""
+    return _Parser(BatchCommandOptions, prog="hippo_mpi.batch", description=(__doc__ or "").splitlines()[0])
 
 
-def _add_options_of_prompts(parser: argparse.ArgumentParser) -> None:
-    """Add those that a file of prompts may set, too."""
-    parser.add_argument("--keep-order", action="store_true", help="put the answers into the order of the prompts")
-    config.add_prompt_options(parser)
-    config.add_sampling_options(parser, max_tokens=256)
-    config.add_batch_options(parser)
-
-
-def make_parser() -> config.Parser:
-    parser = _Parser(prog="hippo_mpi.batch", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "prompts", type=_path, nargs="?", help="file of prompts, or a job script; - reads standard input"
-    )
-    parser.add_argument(
-        "--output", "-o", type=Path,
-        help="file for the answers, or - for standard output; default: PROMPTS.answers.jsonl, and - for pipes",
-    )  # fmt: skip
-    parser.add_argument("--restart", action="store_true", help="forget the answers that are in the output already")
-    config.add_model_options(parser)
-    config.add_draft_options(parser)
-    _add_options_of_prompts(parser)
-    config.add_cache_options(parser)
-    config.add_run_options(parser)
-    return parser
-
-
-def answer_all(session: Session) -> int:
+def answer_all(session: Session[BatchCommandOptions]) -> int:
+    """Answer all prompts, on rank 0; the others follow. Returns the exit status."""
     if session.world.rank > 0:
         session.follow()
         return 0
-    arguments = session.arguments
+    options = session.options
     # Each line draws numbers of its own, whatever runs beside it or has run before.
-    defaults = replace(SamplingParams.from_options(arguments), seed=arguments.seed)
+    defaults = replace(SamplingParams.from_options(options), seed=options.seed)
     with _open_prompts(session) as prompts:
         if not any(True for _ in read_tasks(prompts, defaults)):
             raise UserError(f"{prompts} has no prompts")
@@ -125,8 +131,8 @@ def answer_all(session: Session) -> int:
             return _answer(session, prompts, defaults, answers)
 
 
-def _answer(session: Session, prompts: Prompts, defaults: SamplingParams, answers: Answers) -> int:
-    arguments = session.arguments
+def _answer(session: Session[BatchCommandOptions], prompts: Prompts, defaults: SamplingParams, answers: Answers) -> int:
+    options = session.options
     total = answers.check(read_tasks(prompts, defaults))
     tokenizer, chat_format = open_text(session)
     pipeline = session.load()
@@ -140,12 +146,12 @@ def _answer(session: Session, prompts: Prompts, defaults: SamplingParams, answer
         chat_format,
         answers,
         progress,
-        Path(arguments.model).name,
-        arguments.system_prompt,
+        Path(options.model).name,
+        options.system_prompt,
         session.control.pausing,
     )
     batch.run(read_tasks(prompts, defaults), lambda: session.control.progress("reading prompts"))
-    if arguments.keep_order:
+    if options.keep_order:
         session.control.idle()
         answers.sort(read_tasks(prompts, defaults))
     pipeline.end()
@@ -154,13 +160,13 @@ def _answer(session: Session, prompts: Prompts, defaults: SamplingParams, answer
     return SOME_FAILED if progress.failed else 0
 
 
-def _open_prompts(session: Session) -> Prompts:
+def _open_prompts(session: Session[BatchCommandOptions]) -> Prompts:
     """Find the file of prompts, or read standard input.
 
     Raises:
         UserError: none was given, or standard input isn't text, or has options, for which it is too late.
     """
-    path = session.arguments.prompts
+    path = session.options.prompts
     if path is None:
         raise UserError("no file of prompts was given (--help lists the options)")
     session.control.idle()  # reading long files may take its time
@@ -173,28 +179,27 @@ def _open_prompts(session: Session) -> Prompts:
     return kept_prompts("standard input", text.encode("utf-8", "surrogateescape"))
 
 
-def _open_answers(session: Session) -> Answers:
+def _open_answers(session: Session[BatchCommandOptions]) -> Answers:
     """Open what answers go to.
 
     Raises:
         UserError: there is something else, or answers that other options have made.
     """
-    arguments = session.arguments
-    prompts, output = arguments.prompts, arguments.output
+    options = session.options
+    prompts, output = options.prompts, options.output
+    assert prompts is not None  # they have been opened
     if output is None:
         output = _STANDARD if not prompts.is_file() else prompts.with_suffix(".answers.jsonl")
     if output == _STANDARD:
-        return StandardOutput(arguments.keep_order)
+        return StandardOutput(options.keep_order)
     if prompts != _STANDARD and output.exists() and prompts.exists() and output.samefile(prompts):
         raise UserError(f"{output} holds the prompts: give another file with --output")
     path = session.agreement.checkpoint.source.path
     model = (
-        {"--model": arguments.model, "--revision": commit}
-        if (commit := commit_of(path))
-        else {"--model": path.resolve()}
+        {"--model": options.model, "--revision": commit} if (commit := commit_of(path)) else {"--model": path.resolve()}
     )
-    others = {f"--{name.replace('_', '-')}": v for name, v in vars(arguments).items() if name not in _WITHOUT_EFFECT}
-    return AnswerFile(output, model | others, arguments.restart)
+    others = {f"--{name.replace('_', '-')}": v for name, v in vars(options).items() if name not in _WITHOUT_EFFECT}
+    return AnswerFile(output, model | others, options.restart)
 
 
 def _failures(count: int, reasons: list[str], answers: Answers) -> str:

@@ -11,15 +11,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from hippo_mpi import config
+from hippo_mpi.config import checks
+from hippo_mpi.config.options import RunOptions
+from hippo_mpi.config.parser import OptionsParser, option
 from hippo_mpi.errors import UserError
 from hippo_mpi.measure.benchmark_report import check_plot, plot, report
 from hippo_mpi.measure.benchmark_run import Bench
@@ -31,53 +33,66 @@ from hippo_mpi.runtime.pipeline import Pipeline
 from hippo_mpi.runtime.session import Session
 
 
-def make_parser() -> config.Parser:
-    parser = config.Parser(prog="hippo_mpi.benchmark", description=(__doc__ or "").splitlines()[0])
-    config.add_model_options(parser)
-    group = parser.add_argument_group("what to measure")
-    group.add_argument("--prompt-tokens", type=config.positive, default=128, help="tokens of every prompt")
-    group.add_argument(
-        "--generation-tokens",
-        type=config.positive,
-        default=64,
-        help="tokens per request, counted while all are answered",
-    )
-    group.add_argument(
-        "--concurrent", type=config.request_counts, default=(1, 4, 16), help="numbers of requests at once"
-    )
-    group.add_argument("--trials", type=config.positive, default=5, help="how often; medians are shown")
-    group.add_argument("--pipeline-only", action="store_true", help="no whole models: neither standalone nor replicas")
-    group.add_argument(
-        "--compare",
+@dataclass(frozen=True, kw_only=True)
+class _LoadOptions:
+    """What is measured."""
+
+    GROUP: ClassVar = "what to measure"
+    prompt_tokens: int = option(128, "tokens of every prompt", check=checks.positive)
+    generation_tokens: int = option(64, "tokens per request, counted while all are answered", check=checks.positive)
+    concurrent: tuple[int, ...] = option((1, 4, 16), "numbers of requests at once", check=checks.request_counts)
+    trials: int = option(5, "how often; medians are shown", check=checks.positive)
+    pipeline_only: bool = option(False, "no whole models: neither standalone nor replicas")
+    compare: str | None = option(
+        None,
+        "also measure mlx-lm's own batch generation: on rank 0, and over all ranks if its model type has a pipeline",
         choices=("mlx-lm",),
-        help="also measure mlx-lm's own batch generation: on rank 0, and over all ranks if its model type has a pipeline",
     )
-    group = parser.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    group.add_argument(
-        "--plot", type=Path, help="draw throughput against requests at once into this file (.png, .svg, .pdf ...)"
-    )
-    group.add_argument("--trace", type=Path, help="write what every rank did, when, for Perfetto or chrome://tracing")
-    config.add_cache_options(parser)
-    config.add_run_options(parser)
-    return parser
 
 
-def benchmark(session: Session) -> int:
-    arguments = session.arguments
+@dataclass(frozen=True, kw_only=True)
+class _OutputOptions:
+    """Where what was measured goes."""
+
+    GROUP: ClassVar = "output"
+    json: bool = option(False, "print one JSON object instead of tables")
+    plot: Path | None = option(
+        None, "draw throughput against requests at once into this file (.png, .svg, .pdf ...)", check=Path
+    )
+    trace: Path | None = option(None, "write what every rank did, when, for Perfetto or chrome://tracing", check=Path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions(RunOptions, _LoadOptions, _OutputOptions):
+    """All options of hippo_mpi.benchmark."""
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether people are told how far a start is."""
+        return not self.json
+
+
+def make_parser() -> OptionsParser[BenchmarkOptions]:
+    """Return the parser of the command line."""
+    return OptionsParser(BenchmarkOptions, prog="hippo_mpi.benchmark", description=(__doc__ or "").splitlines()[0])
+
+
+def benchmark(session: Session[BenchmarkOptions]) -> int:
+    """Measure, and print what was found, on rank 0; the others take part. Returns the exit status."""
+    options = session.options
     if session.world.rank > 0:
         part = session.load()  # after it, rank 0 has found nothing wrong: what all could say is said once
         _bench(session, part, open_model_tokenizer(session)).follow()
         return 0
-    if arguments.prompt_tokens + arguments.generation_tokens > session.agreement.max_context:
+    if options.prompt_tokens + options.generation_tokens > session.agreement.max_context:
         raise UserError(
-            f"--prompt-tokens {arguments.prompt_tokens} and --generation-tokens {arguments.generation_tokens} are more"
+            f"--prompt-tokens {options.prompt_tokens} and --generation-tokens {options.generation_tokens} are more"
             f" than the context of {session.agreement.max_context:,} (--max-context)"
         )
-    for path in filter(None, (arguments.plot, arguments.trace)):
+    for path in filter(None, (options.plot, options.trace)):
         _check_folder(path)
-    if arguments.plot:
-        check_plot(arguments.plot)
+    if options.plot:
+        check_plot(options.plot)
     tokenizer = open_model_tokenizer(session)
     bench = _bench(session, session.load(), tokenizer)
     modes = bench.modes()
@@ -85,11 +100,11 @@ def benchmark(session: Session) -> int:
     if session.world.size > 1:
         found["ring"] = [asdict(hop) for hop in bench.ring()]
     results: dict[tuple[str, int], list[Measured]] = {}
-    for trial in range(arguments.trials):
-        for count in arguments.concurrent:
+    for trial in range(options.trials):
+        for count in options.concurrent:
             for mode, run_mode in modes.items():
-                session.progress.measuring(trial, arguments.trials, f"{mode}, {count} at once")
-                load = Load(count, arguments.prompt_tokens, arguments.generation_tokens, session.agreement.max_context)
+                session.progress.measuring(trial, options.trials, f"{mode}, {count} at once")
+                load = Load(count, options.prompt_tokens, options.generation_tokens, session.agreement.max_context)
                 results.setdefault((mode, count), []).append(run_mode(load))
     session.progress.clear()
     found["results"] = [
@@ -98,36 +113,36 @@ def benchmark(session: Session) -> int:
     ]
     found["busy"] = busy_shares(bench.marks)
     found["memory"] = [asdict(rank) for rank in bench.end() or []]
-    sys.stdout.write(f"{json.dumps(found)}\n" if arguments.json else report(found, bench.whole is not None))
+    sys.stdout.write(f"{json.dumps(found)}\n" if options.json else report(found, bench.whole is not None))
     sys.stdout.flush()  # what was measured is not lost with a file that can't be written
-    if arguments.trace:
-        _write_trace(arguments.trace, trace_events(bench.marks))
-    if arguments.plot:
-        plot(found, arguments.plot)
+    if options.trace:
+        _write_trace(options.trace, trace_events(bench.marks))
+    if options.plot:
+        plot(found, options.plot)
     return 0
 
 
-def _facts(session: Session) -> dict[str, Any]:
+def _facts(session: Session[BenchmarkOptions]) -> dict[str, Any]:
     """Return what must be known of figures to compare them with others."""
-    arguments = session.arguments
+    options = session.options
     return {
-        "model": arguments.model,
-        "precision": arguments.precision,
+        "model": options.model,
+        "precision": options.precision,
         "ranks": session.world.size,
         "backend": session.world.backend,
-        "prompt_tokens": arguments.prompt_tokens,
-        "generation_tokens": arguments.generation_tokens,
-        "trials": arguments.trials,
+        "prompt_tokens": options.prompt_tokens,
+        "generation_tokens": options.generation_tokens,
+        "trials": options.trials,
         "date": date.today().isoformat(),
         "version": version("hippo-mpi"),
     }
 
 
-def _bench(session: Session, part: Pipeline, tokenizer: TokenizerWrapper) -> Bench:
-    arguments = session.arguments
+def _bench(session: Session[BenchmarkOptions], part: Pipeline, tokenizer: TokenizerWrapper) -> Bench:
+    options = session.options
     return Bench(
-        part, session.settings, tokenizer, arguments.prefill_step_size,
-        has_whole=not arguments.pipeline_only, has_mlx_lm=bool(arguments.compare),
+        part, session.settings, tokenizer, options.prefill_step_size,
+        has_whole=not options.pipeline_only, has_mlx_lm=bool(options.compare),
     )  # fmt: skip
 
 

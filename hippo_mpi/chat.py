@@ -12,7 +12,8 @@ import os
 import sys
 from typing import NoReturn
 
-from hippo_mpi import config
+from hippo_mpi.config.options import TextOptions
+from hippo_mpi.config.parser import OptionsParser
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.errors import INTERRUPTED, UserError, interrupted
 from hippo_mpi.offline.conversation import Conversation, ask, statistics_line, write
@@ -28,18 +29,13 @@ _HELP = (
 )
 
 
-def make_parser() -> config.Parser:
-    parser = config.Parser(prog="hippo_mpi.chat", description=(__doc__ or "").splitlines()[0])
-    config.add_model_options(parser)
-    config.add_draft_options(parser)
-    config.add_prompt_options(parser)
-    config.add_sampling_options(parser, max_tokens=256)
-    config.add_cache_options(parser)
-    config.add_run_options(parser)
-    return parser
+def make_parser() -> OptionsParser[TextOptions]:
+    """Return the parser of the command line."""
+    return OptionsParser(TextOptions, prog="hippo_mpi.chat", description=(__doc__ or "").splitlines()[0])
 
 
-def chat(session: Session) -> int:
+def chat(session: Session[TextOptions]) -> int:
+    """Hold the conversation, on rank 0; the others follow. Returns the exit status."""
     if session.world.rank > 0:
         session.follow()
         return 0
@@ -57,14 +53,14 @@ def chat(session: Session) -> int:
     return code
 
 
-def _leave(session: Session) -> NoReturn:
+def _leave(session: Session[TextOptions]) -> NoReturn:
     """End all ranks, from any thread, whatever they do."""
     with contextlib.suppress(OSError):
         os.write(2, b"\n")  # the cursor is behind the answer
     session.control.fail(interrupted())
 
 
-def _ask(session: Session, interrupts: Interrupts) -> str | None:
+def _ask(session: Session[TextOptions], interrupts: Interrupts) -> str | None:
     """The next line, without the space at its end."""
     session.control.idle()
     line = None
@@ -77,7 +73,9 @@ def _ask(session: Session, interrupts: Interrupts) -> str | None:
     return None if line is None else line.rstrip()
 
 
-def _turn(session: Session, pipeline: Pipeline, conversation: Conversation, interrupts: Interrupts, line: str) -> None:
+def _turn(
+    session: Session[TextOptions], pipeline: Pipeline, conversation: Conversation, interrupts: Interrupts, line: str
+) -> None:
     if line in ("/help", "h"):
         sys.stderr.write(f"{_HELP}\n")
     elif line in ("/reset", "r"):
@@ -87,7 +85,7 @@ def _turn(session: Session, pipeline: Pipeline, conversation: Conversation, inte
             f"{line.split()[0]} isn't a command: /help lists them; a space before it says it to the model\n"
         )
     elif line:
-        sampling = SamplingParams.from_options(session.arguments)
+        sampling = SamplingParams.from_options(session.options)
         try:
             answer = conversation.say(
                 line.strip(), sampling, session.show, session.progress, lambda: interrupts.is_stopped

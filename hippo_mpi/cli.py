@@ -11,7 +11,8 @@ import sys
 from importlib.resources import files
 from types import ModuleType
 
-from hippo_mpi.config import BUNDLED, Parser
+from hippo_mpi.config.bundled import BUNDLED
+from hippo_mpi.config.parser import Parser
 from hippo_mpi.errors import UserError, print_error
 
 COMMANDS = {

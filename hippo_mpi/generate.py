@@ -6,8 +6,11 @@ mlx.launch --hostfile hostfile -n 2 hippo_mpi.generate --model M --prompt "..."
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 
-from hippo_mpi import config
+from hippo_mpi.config.bundled import DEFAULT_PROMPT
+from hippo_mpi.config.options import TextOptions
+from hippo_mpi.config.parser import OptionsParser, option
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.offline.conversation import json_answer, statistics_line, write
 from hippo_mpi.runtime.assembly import build_conversation
@@ -15,39 +18,50 @@ from hippo_mpi.runtime.entry import run
 from hippo_mpi.runtime.session import Session
 
 
-def make_parser() -> config.Parser:
-    parser = config.Parser(prog="hippo_mpi.generate", description=(__doc__ or "").splitlines()[0])
-    config.add_model_options(parser)
-    config.add_draft_options(parser)
-    parser.add_argument("--prompt", default=config.DEFAULT_PROMPT, help="what to answer; - reads standard input")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--show-plan", action="store_true", help="print what each rank would hold, and stop")
-    config.add_prompt_options(parser)
-    config.add_sampling_options(parser, max_tokens=256)
-    config.add_cache_options(parser)
-    config.add_run_options(parser)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(TextOptions):
+    """All options of hippo_mpi.generate."""
+
+    prompt: str = option(DEFAULT_PROMPT, "what to answer; - reads standard input")
+    json: bool = option(False, "print one JSON object instead of text")
+    show_plan: bool = option(False, "print what each rank would hold, and stop")
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether people are told how far a start is."""
+        return not self.json
+
+    @property
+    def only_plans(self) -> bool:
+        """Whether the plan is all that is wanted."""
+        return self.show_plan
 
 
-def answer(session: Session) -> int:
-    arguments = session.arguments
-    if arguments.show_plan:
-        session.show_plan()
+def make_parser() -> OptionsParser[GenerateOptions]:
+    """Return the parser of the command line."""
+    return OptionsParser(GenerateOptions, prog="hippo_mpi.generate", description=(__doc__ or "").splitlines()[0])
+
+
+def answer(session: Session[GenerateOptions]) -> int:
+    """Answer the prompt, on rank 0; the others follow. Returns the exit status."""
+    options = session.options
+    if options.show_plan:
+        session.show_plan(options.json)
         session.control.close()
         return 0
     if session.world.rank > 0:
         session.follow()
         return 0
-    prompt = arguments.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    prompt = options.prompt.replace("\\n", "\n").replace("\\t", "\t")
     if prompt == "-":
         session.control.idle()
         prompt = session.launcher.read_all()
         session.control.progress("loading")
     pipeline, conversation = build_conversation(session, prompt)
-    show_text = (lambda text: None) if arguments.json else session.show
-    result = conversation.say(prompt, SamplingParams.from_options(arguments), show_text, session.progress)
+    show_text = (lambda text: None) if options.json else session.show
+    result = conversation.say(prompt, SamplingParams.from_options(options), show_text, session.progress)
     ranks = pipeline.end() or []
-    if arguments.json:
+    if options.json:
         write(json_answer(result, ranks) + "\n")
     else:
         write("\n")

@@ -7,47 +7,56 @@ hippo_mpi.models --config hippo.yaml --machine mini1:16 --machine mini2:24
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from hippo_mpi import config
 from hippo_mpi.checkpoint.hub import downloaded_share
+from hippo_mpi.config.bundled import BUNDLED_MODELS
+from hippo_mpi.config.options import DeadlineOptions
+from hippo_mpi.config.parser import OptionsParser, option
+from hippo_mpi.config.yaml_file import ConfigFile, all_cards, read_config
 from hippo_mpi.errors import HippoError
 from hippo_mpi.planning.layer_split import Machine
 from hippo_mpi.runtime.entry import run_without_model
-from hippo_mpi.serving.config_file import card_parser, read_config
-from hippo_mpi.serving.supervision.catalogue import ServedModel, read_catalogue
+from hippo_mpi.serving.supervision.catalogue import ServedModel
 from hippo_mpi.transport.control import Control
 from hippo_mpi.units import show_bytes
 
 _ROW = "{:<24} {:>9} {:>5}  {:<9} {:>6} {:>9}  {:<34} {}"
 
 
-def make_parser() -> config.Parser:
-    parser = config.Parser(prog="hippo_mpi.models", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--catalogue", type=Path, default=config.BUNDLED_MODELS, help="folder of cards")
-    parser.add_argument("--config", type=Path, help="the models of a server's YAML file instead")
-    parser.add_argument(
-        "--machine", type=Machine.from_option, action="append", dest="machines",
-        help="machines that aren't here: NAME:GIBIBYTES[:SPEED], once per rank",
+@dataclass(frozen=True, kw_only=True)
+class ModelsOptions(DeadlineOptions):
+    """All options of hippo_mpi.models."""
+
+    catalogue: Path | None = option(None, "folder of cards; by default that of the bundled models", check=Path)
+    config: Path | None = option(None, "the models of a YAML file instead", check=Path)
+    machines: list[Machine] | None = option(
+        None, "machines that aren't here: NAME:GIBIBYTES[:SPEED], once per rank", "--machine",
+        check=Machine.from_option, action="append",
     )  # fmt: skip
-    parser.add_argument("--paths", action="store_true", help="also print each model's folder")
-    config.add_deadlines(parser)
-    return parser
+    paths: bool = option(False, "also print each model's folder")
 
 
-def list_models(arguments: argparse.Namespace, machines: list[Machine], control: Control) -> int:
+def make_parser() -> OptionsParser[ModelsOptions]:
+    """Return the parser of the command line."""
+    return OptionsParser(ModelsOptions, prog="hippo_mpi.models", description=(__doc__ or "").splitlines()[0])
+
+
+def list_models(options: ModelsOptions, machines: list[Machine], control: Control) -> int:
+    """Print a line for each model. Returns the exit status."""
     control.idle()  # looking at a repo's files may take its time
-    cards = read_config(arguments.config).cards if arguments.config else read_catalogue(arguments.catalogue)
-    models = [ServedModel(name, card_parser().parse_args(options), options) for name, options in cards.items()]
+    file = read_config(options.config) if options.config else ConfigFile()
+    folder = options.catalogue or (None if options.config else BUNDLED_MODELS)
+    models = [ServedModel.from_card(name, card) for name, card in all_cards(file, folder).items()]
     print(_ROW.format("model", "weights", "here", "precision", "layers", "context", "modes", "fits"))
     for model in models:
-        print(_row(model, arguments.machines or machines))
-    if arguments.paths:
+        print(_row(model, options.machines or machines))
+    if options.paths:
         print()
-    for model in models if arguments.paths else ():
+    for model in models if options.paths else ():
         with contextlib.suppress(HippoError):  # its row says why
             print(f"{model.name:<24} {model.path}")
     return 0

@@ -24,7 +24,10 @@ from typing import Any
 
 from hippo_mpi.cluster.hosts import check_addresses, installed, knock, read_hostfile, read_json
 from hippo_mpi.cluster.launch import Launch
-from hippo_mpi.config import BACKENDS, BUNDLED, Parser, port, positive
+from hippo_mpi.config.bundled import BUNDLED
+from hippo_mpi.config.checks import port, positive
+from hippo_mpi.config.parser import Parser
+from hippo_mpi.config.serve_options import BACKENDS
 from hippo_mpi.errors import HippoError, LaunchError, install_hint, print_error
 from hippo_mpi.transport.ports import THIS_MACHINE, HeldPorts, new_loopback
 from hippo_mpi.transport.run_key import RunKey

@@ -10,19 +10,21 @@ Clients see a pause, not an error, when a rank fails: every answer goes on from 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import socket
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from hippo_mpi.cluster.host_checks import Host
 from hippo_mpi.cluster.hosts import check_hosts, installed, knock, read_hostfile
-from hippo_mpi.config import API_KEYS, Parser
+from hippo_mpi.config.parser import OptionsParser
+from hippo_mpi.config.serve_options import API_KEYS, CardOptions, ServeOptions
+from hippo_mpi.config.yaml_file import ConfigFile, all_cards, read_config, take_config, without_option, words_of
 from hippo_mpi.durable_files import check_place
 from hippo_mpi.errors import HippoError, RankError, UserError, install_hint, print_error
 from hippo_mpi.planning.layer_split import check_layer_split
@@ -31,10 +33,9 @@ from hippo_mpi.runtime.entry import run
 from hippo_mpi.runtime.session import Session
 from hippo_mpi.serving.addresses import is_loopback
 from hippo_mpi.serving.api.audit_log import AuditLog
-from hippo_mpi.serving.config_file import ConfigFile, make_parser, read_config
 from hippo_mpi.serving.key_files import keys_of_environment, read_key_file
 from hippo_mpi.serving.logs import set_up_logging
-from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel, read_catalogue
+from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
 from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.messages import FRONT, MAX_LINE_BYTES, RankPart, Ready
 from hippo_mpi.serving.supervision.rank_service import BEAT_S, RankService
@@ -60,7 +61,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # ---- a rank
 
 
-def serve_rank(session: Session) -> int:
+def serve_rank(session: Session[ServeOptions]) -> int:
     """What a launched rank does: rank 0 answers the front, or is one itself if no supervisor has started it."""
     if session.world.rank > 0:
         session.follow()
@@ -87,19 +88,19 @@ def serve_rank(session: Session) -> int:
     return 0
 
 
-def _start_own_front(session: Session) -> socket.socket:
+def _start_own_front(session: Session[ServeOptions]) -> socket.socket:
     """Serve from a thread of rank 0, which ends with the rank; returns rank 0's connection to it."""
-    arguments = session.arguments
-    if arguments.catalogue:
+    options = session.options
+    if options.catalogue:
         raise UserError("a launcher starts the ranks of one model: for a catalogue, start hippo_mpi.serve without one")
-    set_up_logging(arguments.log_level)
-    catalogue = Catalogue([ServedModel(arguments.model_name or Path(arguments.model).name, arguments)])
-    front, api, http = _make_api(arguments, catalogue)
+    set_up_logging(options.log_level)
+    catalogue = Catalogue([ServedModel(options.model_name or Path(options.model).name, options)])
+    front, api, http = _make_api(options, catalogue)
     connection, ours = socket.socketpair()
 
     async def both() -> None:
         reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)
-        ranks = asyncio.ensure_future(front.serve_ranks(reader, writer, _silence_s(arguments)))
+        ranks = asyncio.ensure_future(front.serve_ranks(reader, writer, _silence_s(options)))
         await _serve_api(front, api, http)
         ranks.cancel()
 
@@ -123,42 +124,43 @@ def serve(argv: list[str]) -> int:
         HippoError: in one line.
     """
     file, argv = read_command_line(argv)
-    arguments = make_parser().parse_args(argv)
-    set_up_logging(arguments.log_level)
-    catalogue = _read_models(arguments, argv, file)
+    options = make_parser().read(argv)
+    set_up_logging(options.log_level)
+    catalogue = _read_models(options, argv, file)
     _ = catalogue.first.modes  # a mistake is told before anything is started
-    named = _named_hosts(arguments, file)
-    _check(arguments, catalogue, len(named) or arguments.ranks)
-    if arguments.check:
+    named = _named_hosts(options, file)
+    options = replace(options, ranks=len(named) or options.ranks)
+    _check(options, catalogue)
+    if options.check:
         return 0
-    hosts = _hosts(arguments, named)
-    front, api, http = _make_api(arguments, catalogue)
+    hosts = _hosts(options, named)
+    front, api, http = _make_api(options, catalogue)
 
     async def make_plan(name: str, living: Sequence[int] | None) -> LaunchPlan:
         model = catalogue.find(name)
         assert model is not None
         if living is not None and len(front.machines) == len(hosts):
             await catalogue.plan(model, [front.machines[index] for index in living])
-        return launch_plan([*argv, *model.options], arguments, hosts, living)
+        return launch_plan([*argv, *model.card], options, hosts, living)
 
-    start_s = _PYTHON_START_S + arguments.start_timeout  # so that ranks which wait in vain say so themselves
-    supervisor = Supervisor(front, make_plan, hosts, start_s, _silence_s(arguments), arguments.max_restarts)
+    start_s = _PYTHON_START_S + options.start_timeout  # so that ranks which wait in vain say so themselves
+    supervisor = Supervisor(front, make_plan, hosts, start_s, _silence_s(options), options.max_restarts)
     asyncio.run(_serve_supervised(front, api, http, supervisor))
     return 0
 
 
-def _check(arguments: argparse.Namespace, catalogue: Catalogue, num_ranks: int) -> None:
+def _check(options: ServeOptions, catalogue: Catalogue) -> None:
     """Raise a UserError for what a start would refuse, as far as that can be told beside a server that runs."""
-    read_rules(arguments)
-    HttpSettings.from_options(arguments)
-    _check_combinations(arguments)
-    for option, path in (("--audit-log", arguments.audit_log), ("--journal", arguments.journal)):
+    read_rules(options)
+    HttpSettings.from_options(options)
+    _check_combinations(options)
+    for option, path in (("--audit-log", options.audit_log), ("--journal", options.journal)):
         if path is not None:
             check_place(path, option)
     for name in catalogue.names:
         model = catalogue.find(name)
-        if model is not None and model.arguments.layer_split is not None:
-            check_layer_split(model.info, num_ranks, model.arguments.layer_split)
+        if model is not None and model.options.layer_split is not None:
+            check_layer_split(model.info, options.ranks, model.options.layer_split)
 
 
 async def _serve_api(front: Front, api: Api, settings: HttpSettings) -> None:
@@ -184,153 +186,149 @@ async def _serve_supervised(front: Front, api: Api, settings: HttpSettings, supe
             task.result()
 
 
-def _silence_s(arguments: argparse.Namespace) -> float:
+def _silence_s(options: ServeOptions) -> float:
     """Return after how long without a beat rank 0 counts as lost: a few beats at least."""
-    return float(max(arguments.timeout, 4 * BEAT_S))
+    return float(max(options.timeout, 4 * BEAT_S))
 
 
-def _make_api(arguments: argparse.Namespace, catalogue: Catalogue) -> tuple[Front, Api, HttpSettings]:
-    rules = read_rules(arguments)
+def _make_api(options: ServeOptions, catalogue: Catalogue) -> tuple[Front, Api, HttpSettings]:
+    rules = read_rules(options)
     access = Access(rules)
-    http = HttpSettings.from_options(arguments)
-    front = Front(arguments.max_batch_size + arguments.max_queue, catalogue.first.name)
-    audit = _open_audit_log(arguments)
+    http = HttpSettings.from_options(options)
+    front = Front(options.max_batch_size + options.max_queue, catalogue.first.name)
+    audit = _open_audit_log(options)
     settings = ApiSettings(
-        arguments.max_body_bytes,
-        max_choices=arguments.max_choices,
-        max_schema_bytes=arguments.max_schema_bytes,
-        origins=tuple(arguments.allow_origin),
-        hosts=_allowed_hosts(arguments),
+        options.max_body_bytes,
+        max_choices=options.max_choices,
+        max_schema_bytes=options.max_schema_bytes,
+        origins=tuple(options.allow_origin),
+        hosts=_allowed_hosts(options),
         has_keys=bool(rules.keys),
-        keep_answers_s=arguments.keep_answers,
-        reconnect_s=arguments.reconnect,
-        needs_audit=arguments.audit_required,
+        keep_answers_s=options.keep_answers,
+        reconnect_s=options.reconnect,
+        needs_audit=options.audit_required,
     )
-    if arguments.journal:
-        check_place(arguments.journal, "--journal")
-    journal = Journal(arguments.journal) if arguments.journal else None
+    if options.journal:
+        check_place(options.journal, "--journal")
+    journal = Journal(options.journal) if options.journal else None
     return front, Api(front, catalogue, access, settings, Metrics(front, audit), audit, journal), http
 
 
-def _open_audit_log(arguments: argparse.Namespace) -> AuditLog | None:
-    _check_combinations(arguments)
-    if not arguments.audit_log:
+def _open_audit_log(options: ServeOptions) -> AuditLog | None:
+    _check_combinations(options)
+    if not options.audit_log:
         return None
-    return AuditLog(arguments.audit_log, arguments.audit_text, arguments.audit_key)
+    return AuditLog(options.audit_log, options.audit_text, options.audit_key)
 
 
-def _check_combinations(arguments: argparse.Namespace) -> None:
+def _check_combinations(options: ServeOptions) -> None:
     """Raise a UserError for options of an audit log or a journal without one."""
-    if arguments.reconnect and not arguments.journal:
+    if options.reconnect and not options.journal:
         raise UserError("--reconnect needs --journal FILE")
-    if arguments.audit_log:
+    if options.audit_log:
         return
     for name in ("audit_text", "audit_key", "audit_required"):
-        if getattr(arguments, name):
+        if getattr(options, name):
             raise UserError(f"--{name.replace('_', '-')} needs --audit-log FILE")
 
 
 def read_command_line(argv: list[str]) -> tuple[ConfigFile, list[str]]:
-    """What the --config file says, and the command line with its options in front, so that ranks don't need the file."""
-    finder = Parser(add_help=False)
-    finder.add_argument("--config", type=Path)
-    found, rest = finder.parse_known_args(argv)
-    if found.config is None:
+    """Return what the --config file says, and the command line with its options in front: ranks don't need the file."""
+    path, rest = take_config(argv)
+    if path is None:
         return ConfigFile(), argv
-    file = read_config(found.config)
-    return file, [*file.options, *rest]
+    file = read_config(path)
+    return file, [*words_of(file.settings, ServeOptions), *rest]
 
 
-def _read_models(arguments: argparse.Namespace, argv: list[str], file: ConfigFile) -> Catalogue:
-    """The cards of the file and of the folder; without any, the one model of the command line."""
-    cards = dict(file.cards)
-    for name, options in (read_catalogue(arguments.catalogue) if arguments.catalogue else {}).items():
-        if name in cards:
-            raise UserError(f"the model {name!r} is both in --catalogue and in --config")
-        cards[name] = options
+def make_parser() -> OptionsParser[ServeOptions]:
+    """Return the parser of the command line."""
+    description = "An OpenAI API over ranks that are started again when they fail."
+    return OptionsParser(ServeOptions, prog="hippo_mpi.serve", description=description)
+
+
+def _read_models(options: ServeOptions, argv: list[str], file: ConfigFile) -> Catalogue:
+    """Return the models of the cards of the file and of the folder; without any, the one of the command line."""
+    cards = all_cards(file, options.catalogue)
     if not cards:
-        return Catalogue([ServedModel(arguments.model_name or Path(arguments.model).name, arguments)])
-    if arguments.model_name:
+        return Catalogue([ServedModel(options.model_name or Path(options.model).name, options)])
+    if options.model_name:
         raise UserError("--model-name is for one model; those of a catalogue have names")
-    models = [ServedModel(name, make_parser().parse_args([*argv, *own]), own) for name, own in cards.items()]
-    if arguments.model != make_parser().get_default("model"):
-        if arguments.model not in cards:
-            raise UserError(f"--model {arguments.model} is not in the catalogue: {', '.join(cards)}")
-        models.sort(key=lambda model: model.name != arguments.model)
+    models = [
+        ServedModel(name, make_parser().read([*argv, *words]), words)
+        for name, words in ((name, words_of(card, CardOptions)) for name, card in cards.items())
+    ]
+    if options.model != ServeOptions.model:
+        if options.model not in cards:
+            raise UserError(f"--model {options.model} is not in the catalogue: {', '.join(cards)}")
+        models.sort(key=lambda model: model.name != options.model)
     return Catalogue(models)
 
 
-def _hosts(arguments: argparse.Namespace, named: list[Host]) -> list[Host]:
+def _hosts(options: ServeOptions, named: list[Host]) -> list[Host]:
     """Return where ranks are to be, rank 0's first; none: on this machine only, without a launcher.
 
     Raises:
         LaunchError: a host doesn't let us in.
     """
-    if all(host["ssh"] in _LOOPBACK for host in named) and arguments.backend == "ring":
-        arguments.ranks = len(named) or arguments.ranks
+    if all(host["ssh"] in _LOOPBACK for host in named) and options.backend == "ring":
         return []
-    knock(named, str(arguments.hostfile or arguments.config), RunKey())  # later, a host that doesn't answer is left out
+    knock(named, str(options.hostfile or options.config), RunKey())  # later, a host that doesn't answer is left out
     return named
 
 
-def _named_hosts(arguments: argparse.Namespace, file: ConfigFile) -> list[Host]:
+def _named_hosts(options: ServeOptions, file: ConfigFile) -> list[Host]:
     """Return the hosts of the file or of the hostfile, checked; none if there are none.
 
     Raises:
         LaunchError: a host isn't there.
     """
     if file.hosts:
-        check_hosts(file.hosts, f"{arguments.config or 'the configuration'}: hosts")
+        check_hosts(file.hosts, f"{options.config or 'the configuration'}: hosts")
         return file.hosts
-    return read_hostfile(arguments.hostfile) if arguments.hostfile else []
+    return read_hostfile(options.hostfile) if options.hostfile else []
 
 
 def launch_plan(
-    argv: list[str], arguments: argparse.Namespace, hosts: Sequence[Host], living: Sequence[int] | None
+    argv: list[str], options: ServeOptions, hosts: Sequence[Host], living: Sequence[int] | None
 ) -> LaunchPlan:
     """How ranks with this command line are started: on all hosts, or on some of them."""
     if not hosts:
-        return LaunchPlan([sys.executable, "-m", "hippo_mpi.serve", *argv], arguments.ranks)
+        return LaunchPlan([sys.executable, "-m", "hippo_mpi.serve", *argv], options.ranks)
     if living is not None:
-        argv, hosts = _without_layer_split(argv), [hosts[index] for index in living]
-    launcher = [installed("mlx.launch"), "--backend", arguments.backend]
+        # The layer split was for another number of ranks.
+        argv, hosts = without_option(argv, "--layer-split"), [hosts[index] for index in living]
+    launcher = [installed("mlx.launch"), "--backend", options.backend]
     return LaunchPlan([installed("hippo_mpi.serve"), *argv], launcher=launcher, hosts=hosts)
 
 
-def _without_layer_split(argv: list[str]) -> list[str]:
-    """It was for another number of ranks."""
-    finder = Parser(add_help=False)
-    finder.add_argument("--layer-split")
-    return finder.parse_known_args(argv)[1]
-
-
-def read_rules(arguments: argparse.Namespace) -> AccessRules:
+def read_rules(options: ServeOptions) -> AccessRules:
     """Who may ask, by the command line and the environment.
 
     Raises:
         UserError: keys can't be read, or there are none and others may connect.
     """
     keys, admin_keys = keys_of_environment(), tuple[str, ...]()
-    if arguments.api_key_file:
-        keys += read_key_file(arguments.api_key_file, "--api-key-file")
-    if arguments.admin_key_file:
-        admin_keys += read_key_file(arguments.admin_key_file, "--admin-key-file")
-    if not keys and not is_loopback(arguments.address) and not arguments.insecure:
+    if options.api_key_file:
+        keys += read_key_file(options.api_key_file, "--api-key-file")
+    if options.admin_key_file:
+        admin_keys += read_key_file(options.admin_key_file, "--admin-key-file")
+    if not keys and not is_loopback(options.address) and not options.insecure:
         raise UserError(
-            f"others could reach {arguments.address} without an API key: give --api-key-file or {API_KEYS}, or --insecure"
+            f"others could reach {options.address} without an API key: give --api-key-file or {API_KEYS}, or --insecure"
         )
-    most, most_of_key = arguments.max_batch_size + arguments.max_queue, arguments.requests_per_key
+    most, most_of_key = options.max_batch_size + options.max_queue, options.requests_per_key
     if most_of_key is None:
         most_of_key = max(1, most // 2) if len({*keys, *admin_keys}) > 1 else 0
-    rates = arguments.requests_per_minute, arguments.tokens_per_minute
-    return AccessRules(keys, admin_keys, *rates, most, most_of_key, arguments.share_prefixes)
+    rates = options.requests_per_minute, options.tokens_per_minute
+    return AccessRules(keys, admin_keys, *rates, most, most_of_key, options.share_prefixes)
 
 
-def _allowed_hosts(arguments: argparse.Namespace) -> tuple[str, ...]:
+def _allowed_hosts(options: ServeOptions) -> tuple[str, ...]:
     """Names that a Host header may have; none: any. Where others reach the server, it doesn't know what they call it."""
-    if not is_loopback(arguments.address) and not arguments.allow_host:
+    if not is_loopback(options.address) and not options.allow_host:
         return ()
-    return (*_LOOPBACK, arguments.address, *arguments.allow_host)
+    return (*_LOOPBACK, options.address, *options.allow_host)
 
 
 def main() -> NoReturn:

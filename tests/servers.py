@@ -15,7 +15,7 @@ from typing import Any
 
 import openai
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from tests import ranks
 
 MODEL = "story-3m"

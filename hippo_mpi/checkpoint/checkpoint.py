@@ -6,7 +6,6 @@ structure, and only the weights that a rank holds are ever evaluated, that is, r
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -26,6 +25,7 @@ from hippo_mpi.checkpoint.blueprint import assumptions, build_from_config, has_w
 from hippo_mpi.checkpoint.hub import commit_of, fetch, find_model, is_view
 from hippo_mpi.checkpoint.model_errors import loading_errors, running_errors
 from hippo_mpi.checkpoint.precision import convert
+from hippo_mpi.config.options import DraftOptions, ModelOptions
 from hippo_mpi.errors import ModelError
 from hippo_mpi.tracing.dataflow import Dataflow
 from hippo_mpi.tracing.graph import ancestors
@@ -48,35 +48,31 @@ class ModelSource:
     needs_weights: bool = True
 
     @classmethod
-    def from_options(cls, options: argparse.Namespace, on_progress: Callable[[], None] = lambda: None) -> ModelSource:
-        """What --model and its like say.
+    def from_options(
+        cls, options: ModelOptions, needs_weights: bool = True, on_progress: Callable[[], None] = lambda: None
+    ) -> ModelSource:
+        """Return what --model and its like say.
 
         Raises:
             ModelError: there is no such model.
         """
-        needs_weights = not _ends_with_the_plan(options)
         path = find_model(options.model, options.revision, on_progress, not needs_weights)
         return cls(path, options.adapter_path, options.trust_remote_code, options.precision, needs_weights)
 
     @classmethod
     def of_draft(
-        cls, options: argparse.Namespace, on_progress: Callable[[], None] = lambda: None
+        cls, options: ModelOptions, needs_weights: bool = True, on_progress: Callable[[], None] = lambda: None
     ) -> ModelSource | None:
-        """What --draft-model says, if it says anything.
+        """Return what --draft-model says, if the command has it, and it says anything.
 
         Raises:
             ModelError: there is no such model.
         """
-        name = getattr(options, "draft_model", None)
+        name = options.draft_model if isinstance(options, DraftOptions) else None
         if not name:
             return None
-        needs_weights = not _ends_with_the_plan(options)
         path = find_model(name, None, on_progress, not needs_weights)
         return cls(path, trust_remote_code=options.trust_remote_code, needs_weights=needs_weights)
-
-
-def _ends_with_the_plan(options: argparse.Namespace) -> bool:
-    return bool(getattr(options, "show_plan", False))
 
 
 @dataclass

@@ -21,7 +21,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from tqdm import tqdm
 
 from hippo_mpi.checkpoint.hub_errors import explain
-from hippo_mpi.config import BUNDLED_MODELS
+from hippo_mpi.config.bundled import BUNDLED_MODELS
 from hippo_mpi.errors import ModelError
 
 _SMALL_FILES = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hippo_mpi.config.options import SamplingOptions
 from hippo_mpi.engine.loops import LoopWatch
 from hippo_mpi.errors import ContextError, HippoError, UserError
 
@@ -43,8 +43,8 @@ class SamplingParams:
     keep_space: bool = False  # with which an answer begins; mlx-lm drops it, but prompt and answer may be one text
 
     @classmethod
-    def from_options(cls, options: argparse.Namespace) -> SamplingParams:
-        """What the command line says. Not its seed: whether that is one for all requests or for each, commands decide."""
+    def from_options(cls, options: SamplingOptions) -> SamplingParams:
+        """Return what the command line says. Not its seed: whether that is one for all requests or for each, commands decide."""
         names = (
             "max_tokens", "temp", "top_p", "min_p", "top_k", "min_tokens_to_keep", "xtc_probability", "xtc_threshold",
             "repetition_penalty", "repetition_context_size", "max_repeats",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from hippo_mpi.config.options import PromptOptions
 from hippo_mpi.errors import FieldError, ModelError, UserError, print_traceback
 
 _TOKENS_BEFORE = 8  # of a prompt: enough that they have some text
@@ -63,7 +63,7 @@ class ChatFormat:
     prefill_response: str | None = None
 
     @classmethod
-    def from_options(cls, options: argparse.Namespace) -> ChatFormat:
+    def from_options(cls, options: PromptOptions) -> ChatFormat:
         return cls(options.ignore_chat_template, options.chat_template_config, options.prefill_response)
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Self, cast
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.messages import ErrorMessage, OutputMessage
 from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams, Timings, check_request

@@ -11,11 +11,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.checkpoint.checkpoint import ModelSource
 from hippo_mpi.checkpoint.hub import find_model
-from hippo_mpi.config import BUNDLED_MODEL, RunOptions
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.errors import HippoError
 from hippo_mpi.library.pipelined import START_TIMEOUT_S, TIMEOUT_S, connect
-from hippo_mpi.runtime.agreement import Agreement, negotiate
+from hippo_mpi.runtime.agreement import Agreement, PlanConstraints, negotiate
 from hippo_mpi.shard.slot_caches import KVSettings
 from hippo_mpi.shard.stage import load_stage
 from hippo_mpi.transport.script_ring import Group, ScriptRing, join
@@ -49,7 +49,7 @@ class LoadOptions:
             return ModelSource(path, self.adapter_path, self.trust_remote_code, self.precision)
 
         arguments = {name: str(value) for name, value in vars(self).items()}
-        options = RunOptions(self.layer_split, self.max_context)
+        options = PlanConstraints(self.layer_split, self.max_context)
         return negotiate(ring.world, control, find_source, options, KVSettings(), arguments, shares_head=shares_head)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hippo_mpi.config import above_0
+from hippo_mpi.config.checks import above_0
 from hippo_mpi.errors import PlanError
 from hippo_mpi.planning.costs import CacheCost, ModelInfo
 from hippo_mpi.transport.layout import Layout

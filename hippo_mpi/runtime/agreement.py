@@ -12,7 +12,6 @@ from importlib.metadata import version
 from typing import Any
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint
-from hippo_mpi.config import RunOptions
 from hippo_mpi.errors import HippoError, LaunchError, UserError
 from hippo_mpi.planning.costs import ModelInfo
 from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
@@ -45,6 +44,15 @@ class _Introduction:
     digest: str = ""
     error: str = ""
     exit_code: int = 0
+
+
+@dataclass(frozen=True)
+class PlanConstraints:
+    """What people have fixed of the plan; the same on every rank."""
+
+    layer_split: tuple[int, ...] | None
+    max_context: int | None
+    num_draft_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ def negotiate(
     world: World,
     control: Control,
     find_source: Callable[[], ModelSource],
-    options: RunOptions,
+    constraints: PlanConstraints,
     settings: KVSettings,
     arguments: dict[str, str],
     machines: list[Machine] | None = None,
@@ -135,8 +143,10 @@ def negotiate(
             _compare(introductions)
             assert checkpoint is not None
             info, draft = model_info(checkpoint, settings, shares_head), _open_draft(find_draft())
-            info = info.with_draft(draft.info, options.num_draft_tokens) if draft else info
-            split = plan_split(info, machines or _machines(introductions), options.max_context, options.layer_split)
+            info = info.with_draft(draft.info, constraints.num_draft_tokens) if draft else info
+            split = plan_split(
+                info, machines or _machines(introductions), constraints.max_context, constraints.layer_split
+            )
         except HippoError as error:
             control.fail(error)
     plan = None

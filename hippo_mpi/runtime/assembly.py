@@ -7,6 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from hippo_mpi.config.options import ManyOptions, RunOptions, TextOptions
 from hippo_mpi.engine.drafting import Drafter
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.prefill import Limits
@@ -21,7 +22,7 @@ from hippo_mpi.runtime.session import Session
 from hippo_mpi.shard.stage import load_stage
 
 
-def open_model_tokenizer(session: Session, extra_eos: tuple[str, ...] = ()) -> TokenizerWrapper:
+def open_model_tokenizer(session: Session[RunOptions], extra_eos: tuple[str, ...] = ()) -> TokenizerWrapper:
     """Open the tokenizer of the model that the ranks agreed on.
 
     Raises:
@@ -32,54 +33,54 @@ def open_model_tokenizer(session: Session, extra_eos: tuple[str, ...] = ()) -> T
     return open_tokenizer(checkpoint.source.path, eos, extra_eos, trusts)
 
 
-def open_text(session: Session) -> tuple[TokenizerWrapper, ChatFormat]:
+def open_text(session: Session[TextOptions]) -> tuple[TokenizerWrapper, ChatFormat]:
     """Return the model's tokenizer, and how messages become a prompt.
 
     Raises:
         UserError: the tokenizer can't be used, or the draft model has another.
     """
-    arguments, draft = session.arguments, session.agreement.draft
-    tokenizer = open_model_tokenizer(session, tuple(arguments.extra_eos_token))
+    options, draft = session.options, session.agreement.draft
+    tokenizer = open_model_tokenizer(session, tuple(options.extra_eos_token))
     if draft is not None:
-        drafts = open_tokenizer(draft.checkpoint.source.path, None, (), arguments.trust_remote_code).vocab_size
+        drafts = open_tokenizer(draft.checkpoint.source.path, None, (), options.trust_remote_code).vocab_size
         if drafts != tokenizer.vocab_size:
             raise UserError(
-                f"--draft-model {arguments.draft_model} has {drafts:,} tokens and the model {tokenizer.vocab_size:,}:"
+                f"--draft-model {options.draft_model} has {drafts:,} tokens and the model {tokenizer.vocab_size:,}:"
                 " they must have the same tokenizer"
             )
-    return tokenizer, ChatFormat.from_options(arguments)
+    return tokenizer, ChatFormat.from_options(options)
 
 
-def build_conversation(session: Session, first_prompt: str | None = None) -> tuple[Pipeline, Conversation]:
+def build_conversation(session: Session[TextOptions], first_prompt: str | None = None) -> tuple[Pipeline, Conversation]:
     """Load rank 0's part of the model, and build a conversation on top.
 
     Raises:
         UserError: the tokenizer can't be used, or `first_prompt` can't be answered; nothing is loaded then.
     """
-    arguments, max_context = session.arguments, session.agreement.max_context
+    options, max_context = session.options, session.agreement.max_context
     tokenizer, chat_format = open_text(session)
-    conversation = Conversation(tokenizer, chat_format, arguments.system_prompt)
+    conversation = Conversation(tokenizer, chat_format, options.system_prompt)
     if first_prompt is not None:
         check_context(len(conversation.encode(first_prompt)), max_context)
     pipeline = session.load()
-    if arguments.seed is not None:
-        mx.random.seed(arguments.seed)
-    limits = Limits(prefill_chunk=arguments.prefill_step_size, deadline_s=arguments.timeout)
+    if options.seed is not None:
+        mx.random.seed(options.seed)
+    limits = Limits(prefill_chunk=options.prefill_step_size, deadline_s=options.timeout)
     # The conversation so far is all that is kept, and at most the context: the plan has counted it.
     budget = PrefixBudget(max_context, lambda num_tokens: num_tokens)
     conversation.engine = _build_engine(session, pipeline, tokenizer, limits, budget)
     return pipeline, conversation
 
 
-def build_engine(session: Session, pipeline: Pipeline, tokenizer: TokenizerWrapper) -> Engine:
+def build_engine(session: Session[ManyOptions], pipeline: Pipeline, tokenizer: TokenizerWrapper) -> Engine:
     """Build an engine for many requests, within what the memory guard leaves for caches."""
-    arguments = session.arguments
-    limits, budget = room_for_many(session.agreement, arguments.max_batch_size, arguments.prompt_cache_bytes)
+    options = session.options
+    limits, budget = room_for_many(session.agreement, options.max_batch_size, options.prompt_cache_bytes)
     limits = replace(
         limits,
-        max_batch_tokens=arguments.max_batch_tokens,
-        prefill_chunk=arguments.prefill_step_size,
-        deadline_s=arguments.timeout,
+        max_batch_tokens=options.max_batch_tokens,
+        prefill_chunk=options.prefill_step_size,
+        deadline_s=options.timeout,
     )
     return _build_engine(session, pipeline, tokenizer, limits, budget)
 
@@ -102,13 +103,17 @@ def room_for_many(
 
 
 def _build_engine(
-    session: Session, pipeline: Pipeline, tokenizer: TokenizerWrapper, limits: Limits, budget: PrefixBudget | None
+    session: Session[TextOptions],
+    pipeline: Pipeline,
+    tokenizer: TokenizerWrapper,
+    limits: Limits,
+    budget: PrefixBudget | None,
 ) -> Engine:
     agreement, propose = session.agreement, _load_drafter(session)
     return Engine(pipeline.leader(), tokenizer, limits, agreement.max_context, agreement.vocab_size, budget, propose)
 
 
-def _load_drafter(session: Session) -> Propose | None:
+def _load_drafter(session: Session[TextOptions]) -> Propose | None:
     """Load the draft model, if there is one: rank 0 calls it when the pipeline is loaded."""
     agreement = session.agreement
     if agreement.draft is None:
@@ -116,4 +121,4 @@ def _load_drafter(session: Session) -> Propose | None:
     checkpoint, info = agreement.draft.checkpoint, agreement.draft.info
     stage = load_stage(checkpoint, 0, info.num_layers, lambda _: session.control.progress("loading the draft model"))
     vocab_size = min(info.vocab_size, agreement.vocab_size)
-    return Drafter(stage.model, vocab_size, info.max_positions, session.arguments.num_draft_tokens).propose
+    return Drafter(stage.model, vocab_size, info.max_positions, session.options.num_draft_tokens).propose

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Generic, NoReturn, TypeVar
 
 from hippo_mpi.checkpoint.checkpoint import ModelSource
-from hippo_mpi.config import Parser, run_options
+from hippo_mpi.config.options import DeadlineOptions, DraftOptions, RunOptions
+from hippo_mpi.config.parser import OptionsParser, changed
+from hippo_mpi.config.yaml_file import expanded
 from hippo_mpi.errors import ForeignError, HippoError, UserError, interrupted, print_error, unread
 from hippo_mpi.offline.progress import Progress
 from hippo_mpi.planning.layer_split import Machine
-from hippo_mpi.runtime.agreement import compare_ranks, negotiate
+from hippo_mpi.runtime.agreement import PlanConstraints, compare_ranks, negotiate
 from hippo_mpi.runtime.session import Session
 from hippo_mpi.shard.slot_caches import KVSettings
 from hippo_mpi.transport.console import LentConsole, borrow_console
@@ -26,14 +27,16 @@ from hippo_mpi.transport.status_file import write_status
 from hippo_mpi.transport.terminal import open_standard_streams, put_back_terminal
 from hippo_mpi.transport.world import World, connect, detect_launch, end_within
 
+_R = TypeVar("_R", bound=RunOptions)
+_D = TypeVar("_D", bound=DeadlineOptions)
 _LEAST_END_S = 10.0  # for the other ranks to end, on a busy machine
 
 
 @dataclass(frozen=True)
-class _Joined:
+class _Joined(Generic[_D]):
     """A rank that has joined, before anything is agreed on."""
 
-    arguments: argparse.Namespace
+    options: _D
     given: dict[str, str]  # options that aren't at their defaults; the same on every rank
     mistake: UserError | None
     world: World
@@ -41,38 +44,43 @@ class _Joined:
     console: LentConsole | None
 
 
-def run(parser: Parser, body: Callable[[Session], int], argv: list[str] | None = None) -> NoReturn:
+def run(
+    parser: OptionsParser[_R],
+    body: Callable[[Session[_R]], int],
+    argv: list[str] | None = None,
+    machines: Callable[[_R], list[Machine] | None] = lambda options: None,
+) -> NoReturn:
     """Run `body` on every rank, over a model that they have agreed on. Rank 0's result is the exit status."""
-    _run(parser, lambda joined: _with_model(joined, body), argv)
+    _run(parser, lambda joined: _with_model(joined, body, machines(joined.options)), argv)
 
 
-def run_without_model(parser: Parser, body: Callable[[argparse.Namespace, list[Machine], Control], int]) -> NoReturn:
+def run_without_model(parser: OptionsParser[_D], body: Callable[[_D, list[Machine], Control], int]) -> NoReturn:
     """Run `body` on rank 0, which is told the ranks' budgets. Its result is the exit status."""
 
-    def call(joined: _Joined) -> int:
+    def call(joined: _Joined[_D]) -> int:
         if joined.mistake and joined.world.rank == 0:
             joined.control.fail(joined.mistake)
         machines = compare_ranks(joined.world, joined.control, joined.given)
-        code = body(joined.arguments, machines, joined.control) if joined.world.rank == 0 else 0
+        code = body(joined.options, machines, joined.control) if joined.world.rank == 0 else 0
         joined.control.close()
         return code
 
     _run(parser, call)
 
 
-def _run(parser: Parser, body: Callable[[_Joined], int], argv: list[str] | None = None) -> NoReturn:
+def _run(parser: OptionsParser[_D], body: Callable[[_Joined[_D]], int], argv: list[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Python handler wouldn't run while MLX waits
     open_standard_streams()
     argv = sys.argv[1:] if argv is None else argv
-    world, arguments, mistake, console = _start(parser, argv)
+    world, options, mistake, console = _start(parser, argv)
     try:
-        control = Control(world, arguments.start_timeout, arguments.timeout)
+        control = Control(world, options.start_timeout, options.timeout)
     except HippoError as error:
         _refuse(f"{world.name}: {error}", error.exit_code, world.rank)
     try:
-        given = {k: str(v) for k, v in vars(arguments).items() if v != parser.get_default(k)}
+        given = {name: str(value) for name, value in changed(options).items()}
         control.on_end = _note_end
-        code = body(_Joined(arguments, given, mistake, world, control, console))
+        code = body(_Joined(options, given, mistake, world, control, console))
     except HippoError as error:
         control.fail(error)
     except KeyboardInterrupt:
@@ -82,7 +90,7 @@ def _run(parser: Parser, body: Callable[[_Joined], int], argv: list[str] | None 
     except Exception as error:  # a worker's top frame: whatever went wrong, all ranks must end
         control.fail(ForeignError.caused_by(error))
     if world.size > 1:
-        end_s = max(arguments.timeout, _LEAST_END_S)
+        end_s = max(options.timeout, _LEAST_END_S)
         end_within(end_s, f"{world.name} waited {end_s:.0f} s for the other ranks to end")
     if world.backend != "mpi":  # which waits itself
         control.part()
@@ -96,8 +104,8 @@ def _note_end(code: int, why: str) -> None:
     write_status(code, why)
 
 
-def _start(parser: Parser, argv: list[str]) -> tuple[World, argparse.Namespace, UserError | None, LentConsole | None]:
-    """The world, the parsed arguments and rank 0's console; a mistake is kept until all ranks can hear of it."""
+def _start(parser: OptionsParser[_D], argv: list[str]) -> tuple[World, _D, UserError | None, LentConsole | None]:
+    """Return the world, the options and rank 0's console; a mistake is kept until all ranks can hear of it."""
     rank = 0
     try:
         launch = detect_launch()
@@ -105,10 +113,10 @@ def _start(parser: Parser, argv: list[str]) -> tuple[World, argparse.Namespace, 
         if rank > 0 and {"-h", "--help", "--version"} & set(argv):
             _exit(0, rank)
         console = borrow_console() if rank == 0 else None
-        arguments, mistake = _parse(parser, argv)
+        options, mistake = _read(parser, argv)
         if mistake and not launch.backend:
             raise mistake
-        return connect(launch, arguments.start_timeout), arguments, mistake, console
+        return connect(launch, options.start_timeout), options, mistake, console
     except HippoError as error:
         _refuse(str(error), error.exit_code, rank)
 
@@ -120,43 +128,45 @@ def _refuse(line: str, code: int, rank: int) -> NoReturn:
     _exit(code, rank)
 
 
-def _with_model(joined: _Joined, body: Callable[[Session], int]) -> int:
-    arguments, world, control, mistake = joined.arguments, joined.world, joined.control, joined.mistake
+def _with_model(joined: _Joined[_R], body: Callable[[Session[_R]], int], machines: list[Machine] | None) -> int:
+    options, world, control, mistake = joined.options, joined.world, joined.control, joined.mistake
     launcher = Launcher(world, joined.console)
-    progress = Progress(is_shown=world.rank == 0 and not getattr(arguments, "json", False))
-    settings = KVSettings.from_options(arguments)
+    progress = Progress(is_shown=world.rank == 0 and options.shows_progress)
+    settings = KVSettings.from_options(options)
 
     def find_source() -> ModelSource:
         if mistake:
             raise mistake
-        return ModelSource.from_options(arguments, looking)
+        return ModelSource.from_options(options, not options.only_plans, looking)
 
     def looking() -> None:
         control.progress("looking at the hub's files")
 
+    num_draft_tokens = options.num_draft_tokens if isinstance(options, DraftOptions) else 0
+    constraints = PlanConstraints(options.layer_split, options.max_context, num_draft_tokens)
     agreement = negotiate(
         world,
         control,
         find_source,
-        run_options(arguments),
+        constraints,
         settings,
         joined.given,
-        getattr(arguments, "machines", None),
-        lambda: ModelSource.of_draft(arguments, looking),
+        machines,
+        lambda: ModelSource.of_draft(options, not options.only_plans, looking),
     )
     try:
-        return body(Session(arguments, world, control, launcher, settings, agreement, progress))
+        return body(Session(options, world, control, launcher, settings, agreement, progress))
     finally:
         progress.clear()  # what is said next begins on a line of its own
 
 
-def _parse(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, UserError | None]:
+def _read(parser: OptionsParser[_D], argv: list[str]) -> tuple[_D, UserError | None]:
     try:
-        return parser.parse_args(argv), None
+        return parser.read(expanded(argv, parser.options)), None
     except SystemExit:  # --help, --version
         _exit(0, 0)
     except UserError as error:
-        return parser.parse_args([]), error
+        return parser.options(), error
 
 
 def _exit(code: int, rank: int, is_orderly: bool = False) -> NoReturn:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from hippo_mpi.config.options import RunOptions
 from hippo_mpi.offline.conversation import write
 from hippo_mpi.offline.progress import Progress
 from hippo_mpi.runtime.agreement import Agreement
@@ -17,12 +17,14 @@ from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.launcher import Launcher
 from hippo_mpi.transport.world import World
 
+_R_co = TypeVar("_R_co", bound=RunOptions, covariant=True)
 
-@dataclass
-class Session:
+
+@dataclass(frozen=True)
+class Session(Generic[_R_co]):
     """One rank of a run."""
 
-    arguments: argparse.Namespace
+    options: _R_co
     world: World
     control: Control
     launcher: Launcher
@@ -44,13 +46,13 @@ class Session:
         with self.control.pausing():
             write(text)
 
-    def show_plan(self, simulation: dict[str, Any] | None = None) -> None:
-        """Print, on rank 0, which rank would hold what; as JSON with --json, and then with what a simulation found."""
+    def show_plan(self, as_json: bool, simulation: dict[str, Any] | None = None) -> None:
+        """Print, on rank 0, which rank would hold what; as JSON also what a simulation found."""
         split = self.agreement.split
         if split is None:
             return
-        if self.arguments.json:
-            plan = {"model": self.arguments.model, "plan": split.as_object(), **(simulation or {})}
+        if as_json:
+            plan = {"model": self.options.model, "plan": split.as_object(), **(simulation or {})}
             print(json.dumps(plan), flush=True)
         else:
             print(split.table(), flush=True)

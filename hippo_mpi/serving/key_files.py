@@ -6,7 +6,7 @@ import logging
 import os
 from pathlib import Path
 
-from hippo_mpi.config import API_KEYS
+from hippo_mpi.config.serve_options import API_KEYS
 from hippo_mpi.errors import UserError
 
 _log = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ A stage keeps the full list of layers' caches, for its phantoms too (their rows 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from hippo_mpi.config.options import CacheOptions
 from hippo_mpi.errors import DesyncError, UserError
 from hippo_mpi.tracing.observer import all_caches
 
@@ -33,7 +33,7 @@ class KVSettings:
     quantized_kv_start: int = 5000
 
     @classmethod
-    def from_options(cls, options: argparse.Namespace) -> KVSettings:
+    def from_options(cls, options: CacheOptions) -> KVSettings:
         return cls(options.max_kv_size, options.kv_bits, options.kv_group_size, options.quantized_kv_start)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.engine.text import open_tokenizer
 from tests.commands.test_tools import TEMPLATE
 from tests.servers import Server, server

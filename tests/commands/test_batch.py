@@ -15,7 +15,7 @@ import pytest
 from mlx_lm import load, stream_generate
 
 from hippo_mpi import batch
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.durable_files import FileLock
 from tests import ranks
 

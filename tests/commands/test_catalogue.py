@@ -17,7 +17,7 @@ from typing import Any
 import openai
 import pytest
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from tests import ranks
 from tests.servers import GOES_ON, JSON, SERVE, Server, server
 

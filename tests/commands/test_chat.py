@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from mlx_lm import load, stream_generate
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from tests import ranks
 from tests.ranks import Rank
 from tests.terminals import CTRL_C, Terminal, terminal

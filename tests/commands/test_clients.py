@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from tests.commands.test_tools import TEMPLATE
 from tests.servers import GOES_ON, Server, server
 

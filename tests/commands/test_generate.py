@@ -11,7 +11,7 @@ import pytest
 from mlx_lm import load, stream_generate
 from mlx_lm.sample_utils import make_sampler
 
-from hippo_mpi.config import BUNDLED_MODEL, DEFAULT_PROMPT
+from hippo_mpi.config.bundled import BUNDLED_MODEL, DEFAULT_PROMPT
 from tests import ranks
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlparse
 import mlx.core as mx
 import pytest
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from tests import ranks
 
 REPO = "someone/story"

@@ -20,7 +20,7 @@ import httpx
 import openai
 import pytest
 
-from hippo_mpi.config import BUNDLED_MODEL, DEFAULT_PROMPT
+from hippo_mpi.config.bundled import BUNDLED_MODEL, DEFAULT_PROMPT
 from hippo_mpi.serving.api.audit_log import key_id
 from tests import ranks
 from tests.servers import GOES_ON, JSON, SERVE, Server, server

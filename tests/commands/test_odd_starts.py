@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.errors import UserError
 from hippo_mpi.serve import _silence_s, serve
 from hippo_mpi.serving.supervision.rank_service import BEAT_S

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hippo_mpi.config import DEFAULT_PROMPT
+from hippo_mpi.config.bundled import DEFAULT_PROMPT
 from hippo_mpi.serving.page.cluster_view import COLUMNS, ClusterView
 from tests import ranks
 from tests.servers import JSON, MODEL, Server, server

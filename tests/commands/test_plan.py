@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from tests import ranks
 from tests.parity.tiny_models import make_checkpoint
 from tests.unit.test_blueprint import DEEPSEEK_V3

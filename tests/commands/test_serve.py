@@ -22,7 +22,7 @@ import anthropic
 import openai
 import pytest
 
-from hippo_mpi.config import BUNDLED_MODEL, DEFAULT_PROMPT
+from hippo_mpi.config.bundled import BUNDLED_MODEL, DEFAULT_PROMPT
 from hippo_mpi.serving.config_file import make_parser
 from tests import ranks
 from tests.servers import GOES_ON, JSON, MODEL, SERVE, Server, server

@@ -11,7 +11,7 @@ import anthropic
 import openai
 import pytest
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from tests.servers import Server, server
 
 NAME = "story-tools"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from tests import ranks
 from tests.histories.kinds import OTHER, THINKS
 from tests.servers import FAULTS, WITH_FAULTS, Server, server

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 from mlx_lm.utils import load_model
 
 from hippo_mpi.checkpoint.adapters import adapt
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.library.pipelined import find_dataflow, take_stage
 from hippo_mpi.shard.stage import Stage

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from tests import ranks
 from tests.parity.tiny_models import make_checkpoint
 from tests.ranks import Rank

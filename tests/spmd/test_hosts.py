@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from tests import ranks
 from tests.servers import SERVE, server
 from tests.spmd.test_recovery import NUM_STREAMS, answers

@@ -15,7 +15,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from tests import ranks
 from tests.servers import FAULTS, GOES_ON, MODEL, SERVE, WITH_FAULTS, Server, server
 

@@ -14,7 +14,7 @@ import pytest
 import hippo_mpi
 from hippo_mpi.checkpoint import checkpoint as checkpoints
 from hippo_mpi.checkpoint.checkpoint import Checkpoint
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from tests import ranks
 from tests.local_ring import open_folder
 from tests.parity.tiny_models import make_checkpoint

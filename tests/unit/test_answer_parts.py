@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.grammar import Grammars
 from hippo_mpi.engine.prefill import Limits

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.protocols.openai_requests import COMPLETION, read_body
 from hippo_mpi.serve import make_parser
 from hippo_mpi.serving.api.audit_log import AuditLog

@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint
 from hippo_mpi.checkpoint.precision import convert
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.engine import drafting
 from hippo_mpi.engine.drafting import Drafter
 from hippo_mpi.engine.engine import Engine

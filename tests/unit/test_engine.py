@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.grammar import json_grammar
 from hippo_mpi.engine.prefill import Limits

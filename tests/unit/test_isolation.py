@@ -15,7 +15,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.engine import grammar
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.grammar import json_grammar

@@ -10,7 +10,7 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from hippo_mpi.config import API_KEYS
+from hippo_mpi.config.serve_options import API_KEYS
 from hippo_mpi.errors import FieldError, UserError
 from hippo_mpi.serve import read_rules
 from hippo_mpi.serving.api.access import Access, AccessRules

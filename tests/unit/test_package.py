@@ -124,7 +124,7 @@ def test_an_installed_wheel_has_all_commands(installed: Path, tmp_path: Path) ->
 
 def test_an_editable_installation_is_the_checkout(tmp_path: Path) -> None:
     commands = install(["--editable", str(ROOT)], tmp_path / "venv")
-    found = run(commands / "python", "-c", "from hippo_mpi.config import BUNDLED; print(BUNDLED)", cwd=tmp_path)
+    found = run(commands / "python", "-c", "from hippo_mpi.config.bundled import BUNDLED; print(BUNDLED)", cwd=tmp_path)
     assert found == f"{ROOT}\n"
     assert not [*tmp_path.glob("venv/lib/python*/site-packages/hippo_mpi/")]
     assert run(commands / "hippo-mpi", "generate", "-m", "5", cwd=tmp_path).strip()

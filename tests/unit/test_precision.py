@@ -12,7 +12,7 @@ from mlx_lm.utils import load_model, quantize_model
 
 from hippo_mpi.checkpoint.checkpoint import ModelSource, open_checkpoint
 from hippo_mpi.checkpoint.precision import stored_precision
-from hippo_mpi.config import PRECISIONS
+from hippo_mpi.config.options import PRECISIONS
 from hippo_mpi.errors import ModelError
 from tests.local_ring import LocalRing, make_stages
 from tests.parity.tiny_models import make_checkpoint

@@ -17,7 +17,7 @@ from mlx_lm.tokenizer_utils import (
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from hippo_mpi.config import BUNDLED_MODEL
+from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings, TokenLogprobs
 from hippo_mpi.engine.text import AnswerText, ChatFormat, find_stop, open_tokenizer, token_bytes
 from hippo_mpi.errors import FieldError, UserError

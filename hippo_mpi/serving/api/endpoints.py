@@ -199,7 +199,7 @@ class Api:
 
     async def _prepare(self, request: Request, asked: Asked, model: ServedModel) -> tuple[list[int], SamplingParams]:
         """Tokens of the prompt, and how they are to be answered."""
-        if model.arguments.modes:
+        if model.options.modes:
             asked = asked.within(await asyncio.to_thread(lambda: model.modes))
         system = [{"role": "system", "content": model.system_prompt}] if model.system_prompt else []
         prompt, sampling = await self._tokenizing.run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 
+from hippo_mpi.config.serve_options import ServeOptions
 from hippo_mpi.errors import UserError
 from hippo_mpi.serving.addresses import url_of
 from hippo_mpi.serving.api.connections import Connections, Listener, room_for_connections
@@ -50,7 +50,7 @@ class HttpSettings:
     max_connections: int = 1000
 
     @classmethod
-    def from_options(cls, options: argparse.Namespace) -> HttpSettings:
+    def from_options(cls, options: ServeOptions) -> HttpSettings:
         """Read what the command line says.
 
         Raises:

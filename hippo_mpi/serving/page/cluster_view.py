@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from hippo_mpi.config import API_KEYS
+from hippo_mpi.config.serve_options import API_KEYS
 from hippo_mpi.units import show_bytes
 
 COLUMNS = ("rank", "host", "layers", "weights", "resident", "KV caches", "busy", "hop")

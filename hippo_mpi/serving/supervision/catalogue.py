@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import queue
@@ -20,14 +19,15 @@ from mlx_lm.utils import load_config
 
 from hippo_mpi.checkpoint.checkpoint import ModelSource, open_checkpoint
 from hippo_mpi.checkpoint.precision import stored_precision
-from hippo_mpi.config import MODES
+from hippo_mpi.config.parser import OptionsParser
+from hippo_mpi.config.serve_options import MODES, CardOptions
+from hippo_mpi.config.yaml_file import Settings, words_of
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.errors import UserError
 from hippo_mpi.planning.costs import ModelInfo
 from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
 from hippo_mpi.planning.model_costs import model_info
-from hippo_mpi.serving.config_file import read_card
 from hippo_mpi.shard.slot_caches import KVSettings
 
 _log = logging.getLogger(__name__)
@@ -37,20 +37,26 @@ class ServedModel:
     """A model as the front knows it: its name, its options, its text side; what takes time is done when first asked for.
 
     Args:
-        arguments: all options with which its ranks run.
-        options: those of them that its card brings.
+        options: all those with which its ranks run.
+        card: the words of a command line for what its card says.
     """
 
-    def __init__(self, name: str, arguments: argparse.Namespace, options: Sequence[str] = ()) -> None:
-        self.name, self.arguments, self.options = name, arguments, options
-        self.defaults = replace(SamplingParams.from_options(arguments), seed=arguments.seed)
-        self.chat_format = ChatFormat.from_options(arguments)
-        self.system_prompt: str | None = arguments.system_prompt
+    def __init__(self, name: str, options: CardOptions, card: Sequence[str] = ()) -> None:
+        self.name, self.options, self.card = name, options, card
+        self.defaults = replace(SamplingParams.from_options(options), seed=options.seed)
+        self.chat_format = ChatFormat.from_options(options)
+        self.system_prompt = options.system_prompt
+
+    @classmethod
+    def from_card(cls, name: str, card: Settings) -> ServedModel:
+        """Return the model of a card, with the defaults of all else."""
+        words = words_of(card, CardOptions)
+        return cls(name, OptionsParser(CardOptions, add_help=False).read(words), words)
 
     @cached_property
     def source(self) -> ModelSource:
         """Where it comes from; a repo's small files are downloaded."""
-        return ModelSource.from_options(self.arguments)
+        return ModelSource.from_options(self.options)
 
     @property
     def path(self) -> Path:
@@ -60,7 +66,7 @@ class ServedModel:
     @cached_property
     def tokenizer(self) -> TokenizerWrapper:
         eos = load_config(self.path).get("eos_token_id")
-        return open_tokenizer(self.path, eos, tuple(self.arguments.extra_eos_token), self.arguments.trust_remote_code)
+        return open_tokenizer(self.path, eos, tuple(self.options.extra_eos_token), self.options.trust_remote_code)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -70,9 +76,9 @@ class ServedModel:
     def info(self) -> ModelInfo:
         """What the planner knows of it; its code runs once on arrays that hold nothing."""
         began_s = time.monotonic()
-        info = model_info(open_checkpoint(self.source), KVSettings.from_options(self.arguments))
-        if draft := ModelSource.of_draft(self.arguments):
-            info = info.with_draft(model_info(open_checkpoint(draft), KVSettings()), self.arguments.num_draft_tokens)
+        info = model_info(open_checkpoint(self.source), KVSettings.from_options(self.options))
+        if draft := ModelSource.of_draft(self.options):
+            info = info.with_draft(model_info(open_checkpoint(draft), KVSettings()), self.options.num_draft_tokens)
         _log.info("%s was read for planning, in %.1f s", self.name, time.monotonic() - began_s)
         return info
 
@@ -83,21 +89,21 @@ class ServedModel:
         Raises:
             UserError: the card names one that it doesn't have.
         """
-        tokenizer, allowed = self.tokenizer, self.arguments.modes or MODES
+        tokenizer, allowed = self.tokenizer, self.options.modes or MODES
         has = {
             "chat": tokenizer.has_chat_template,
             "tools": tokenizer.has_tool_calling,
             "thinking": tokenizer.has_thinking,
         }
         found = ["completion", *(mode for mode, is_there in has.items() if is_there)]
-        if missing := [mode for mode in self.arguments.modes if mode not in found]:
+        if missing := [mode for mode in self.options.modes if mode not in found]:
             raise UserError(f"the modes of {self.name}: its chat template has no {' and no '.join(missing)}")
         return [mode for mode in found if mode in allowed]
 
     @property
     def precision(self) -> str:
         """Such as 4bit, or bfloat16: what its card says, or the checkpoint."""
-        return self.arguments.precision or stored_precision(self.config)
+        return self.options.precision or stored_precision(self.config)
 
     def plan(self, machines: Sequence[Machine]) -> LayerSplit:
         """How it would lie on these machines.
@@ -105,9 +111,9 @@ class ServedModel:
         Raises:
             PlanError: it doesn't fit; the message has the numbers.
         """
-        split = self.arguments.layer_split
+        split = self.options.layer_split
         usable = split if split and len(split) == len(machines) else None
-        return plan_split(self.info, machines, self.arguments.max_context, usable)
+        return plan_split(self.info, machines, self.options.max_context, usable)
 
 
 class Catalogue:
@@ -148,15 +154,3 @@ class Catalogue:
 
     def find(self, name: str) -> ServedModel | None:
         return self._models.get(name)
-
-
-def read_catalogue(folder: Path) -> dict[str, list[str]]:
-    """The options of every card file of a folder, by the files' names without .yaml.
-
-    Raises:
-        UserError: there is none, or one is wrong.
-    """
-    cards = {path.stem: read_card(path) for path in sorted(folder.glob("*.yaml"))}
-    if not cards:
-        raise UserError(f"--catalogue {folder} has no cards (files that end with .yaml)")
-    return cards
