@@ -32,11 +32,12 @@ from hippo_mpi.serving.api.audit_chain import (
 )
 from hippo_mpi.serving.api.audit_report import GROUPS, make_report
 
-_MOST_MISTAKES = 20  # that are told
+_MAX_MISTAKES = 20  # printed; the rest are only counted
 _OF_VERIFY, _OF_REPORT = ("lines", "last_hash"), ("by", "since", "json")
 
 
 def make_parser() -> config.Parser:
+    """Return the parser of the command's options."""
     parser = config.Parser(prog="hippo_mpi.audit", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "what",
@@ -63,7 +64,7 @@ def make_parser() -> config.Parser:
 
 
 def _log_path(text: str) -> Path:
-    """Find what belongs to a log beside the file itself, wherever links to it are."""
+    """Resolve links: a log's key, anchor and older files are beside the file itself."""
     return Path(text).resolve()
 
 
@@ -74,28 +75,31 @@ def _sha256(text: str) -> str:
 
 
 def _groups(text: str) -> tuple[str, ...]:
-    found = tuple(text.split(","))
-    if not set(found) <= set(GROUPS) or len(set(found)) < len(found):
+    names = tuple(text.split(","))
+    if not set(names) <= set(GROUPS) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} is not some of {','.join(GROUPS)}")
-    return found
+    return names
 
 
 def _time(text: str) -> datetime:
     try:
-        found = datetime.fromisoformat(text)
+        moment = datetime.fromisoformat(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a day or a time such as 2026-11-01T12:00") from None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def verify(log: Path, key_path: Path | None = None, last_hash: str | None = None, num_lines: int | None = None) -> None:
-    """Print that a log is whole, and the options with which a later call finds out whether it still is.
+    """Verify that a log is complete and unchanged; print so, with the options that let a later call check it again.
 
     Args:
-        last_hash, num_lines: what was noted of it before; None: not noted.
+        log: the newest file to check; older files of the log are beside it.
+        key_path: of the log's key; None: the default place beside the log.
+        last_hash: of the last line, as an earlier call printed it; None: unknown.
+        num_lines: of the log, as an earlier call printed it; None: unknown.
 
     Raises:
-        UserError: it isn't; the mistakes, a line each.
+        UserError: it isn't; the message has a line for each mistake. Or a file is missing.
     """
     files = _files(log)
     key = _given_key(key_path) if key_path else read_key(key_path_of(log))
@@ -106,8 +110,8 @@ def verify(log: Path, key_path: Path | None = None, last_hash: str | None = None
         chain.mistakes.append(mistake)
     if chain.mistakes:
         count = len(chain.mistakes)
-        more = [f"... and {count - _MOST_MISTAKES:,} more"] * (count > _MOST_MISTAKES)
-        raise UserError("\nerror: ".join([*chain.mistakes[:_MOST_MISTAKES], *more]))
+        more = [f"... and {count - _MAX_MISTAKES:,} more"] * (count > _MAX_MISTAKES)
+        raise UserError("\nerror: ".join([*chain.mistakes[:_MAX_MISTAKES], *more]))
     here = chain.num_lines - (chain.num_before or 0)
     print(f"whole: {here:,} line{'s' * (here != 1)} in {len(files)} file{'s' * (len(files) > 1)}")
     for line in (*_remarks(chain), *chain.notes):
@@ -118,7 +122,7 @@ def verify(log: Path, key_path: Path | None = None, last_hash: str | None = None
 
 
 def _unknown(log: Path, chain: Chain, is_current: bool, anchor: Anchor | None) -> str | None:
-    """Say why nobody can know whether a log in which nothing is wrong is all that was written."""
+    """Return why a log without mistakes may still be incomplete, or None if it can't be."""
     path = anchor_path_of(log)
     if is_current and chain.key is None and path.exists():
         return f"the key {key_path_of(log)} isn't there, but {path} is: give --audit-key"
@@ -131,41 +135,51 @@ def _unknown(log: Path, chain: Chain, is_current: bool, anchor: Anchor | None) -
 
 
 def _remarks(chain: Chain) -> list[str]:
-    """What isn't wrong with a log, but to be known."""
-    found = []
+    """Return lines about what is no mistake in a log, but worth knowing."""
+    remarks = []
     if chain.num_before is None:
-        found.append("lines before them are elsewhere")
+        remarks.append("lines before them are elsewhere")
     elif chain.num_before:
-        found.append(f"the {chain.num_before:,} lines before them are elsewhere")
+        remarks.append(f"the {chain.num_before:,} lines before them are elsewhere")
     if chain.num_unkeyed:
-        found.append(
+        remarks.append(
             f"{chain.num_unkeyed:,} of them were written without a key: until another followed that has one, they could be"
             " made anew"
         )
     if chain.torn_bytes:
-        found.append(f"half a line ({chain.torn_bytes:,} bytes) is behind them: being written, or left by a kill")
-    return found
+        remarks.append(f"half a line ({chain.torn_bytes:,} bytes) is behind them: being written, or left by a kill")
+    return remarks
 
 
 def report(log: Path, by: tuple[str, ...], since: datetime | None, as_json: bool) -> None:
-    """Print what a log adds up to."""
-    found = make_report(_files(log), by, since)
+    """Print the requests, tokens and errors of a log, summed by group.
+
+    Args:
+        log: the newest file; older files of the log are beside it.
+        by: names of GROUPS.
+        since: the time from which requests count; None: all of them.
+        as_json: print a JSON object instead of a table.
+
+    Raises:
+        UserError: there is no such log.
+    """
+    totals = make_report(_files(log), by, since)
     if as_json:
-        rest = {"requests_not_written": found.num_lost, "unreadable_lines": found.num_unreadable}
-        print(json.dumps({"groups": found.rows(), **rest}, indent=1))
+        rest = {"requests_not_written": totals.num_lost, "unreadable_lines": totals.num_unreadable}
+        print(json.dumps({"groups": totals.rows(), **rest}, indent=1))
         return
-    print(found.table() if found.groups else "no requests")
-    if found.num_lost:
-        print(f"{found.num_lost:,} more could not be written down")
-    if found.num_unreadable:
-        print(f"{found.num_unreadable:,} lines could not be read: see hippo_mpi.audit verify {log}")
+    print(totals.table() if totals.groups else "no requests")
+    if totals.num_lost:
+        print(f"{totals.num_lost:,} more could not be written down")
+    if totals.num_unreadable:
+        print(f"{totals.num_unreadable:,} lines could not be read: see hippo_mpi.audit verify {log}")
 
 
 def digest(log: Path, key_path: Path | None, text: str) -> None:
-    """Print what stands for a text in a log.
+    """Print the digest that stands for a text in a log.
 
     Raises:
-        UserError: there is no key, or the log isn't one of it, or there is no text.
+        UserError: there is no key, the log wasn't written with it, or the text is empty.
     """
     key = _given_key(key_path or key_path_of(log))
     first_lines = (next(lines_of(file), b"").removesuffix(b"\n") for file in _files(log))
@@ -206,6 +220,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> NoReturn:
+    """Run the command and exit with its status."""
     try:
         _run(make_parser().parse_args())
     except HippoError as error:

@@ -15,10 +15,11 @@ from hippo_mpi.errors import HippoError, UserError, install_hint, print_error
 from hippo_mpi.serving.addresses import TRUST_HINT, is_loopback, is_untrusted, url_of
 from hippo_mpi.serving.page.cluster_view import ClusterView, fetch_status, own_key
 
-_ASK_S = 5.0
+_REQUEST_TIMEOUT_S = 5.0
 
 
 def make_parser() -> config.Parser:
+    """Return the parser of the command's options."""
     parser = config.Parser(prog="hippo_mpi.page", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--url", default="http://127.0.0.1:8080", help=f"of hippo_mpi.serve; its key from {config.API_KEYS}"
@@ -30,7 +31,7 @@ def make_parser() -> config.Parser:
 
 
 def show(argv: list[str]) -> int:
-    """Serve the page until a signal ends it.
+    """Serve the page until a signal ends the process; return the exit status.
 
     Raises:
         UserError: the server doesn't answer, or the page can't be shown.
@@ -48,7 +49,7 @@ def show(argv: list[str]) -> int:
     url = arguments.url.rstrip("/")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=own_key())
     try:
-        models = [model.id for model in client.with_options(timeout=_ASK_S, max_retries=0).models.list()]
+        models = [model.id for model in client.with_options(timeout=_REQUEST_TIMEOUT_S, max_retries=0).models.list()]
     except openai.OpenAIError as error:
         advice = TRUST_HINT if is_untrusted(error) else "start hippo_mpi.serve, or give --url"
         raise UserError(f"no server answers at {url}: {error} ({advice})") from None
@@ -67,6 +68,7 @@ def show(argv: list[str]) -> int:
 
 
 def main() -> NoReturn:
+    """Run the command and exit with its status."""
     try:
         sys.exit(show(sys.argv[1:]))
     except HippoError as error:
