@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.errors import UserError
-from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body
+from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, GenerationRequest, read_body
 
 _MAX_LINE_BYTES = 64 << 20
 _MADE_UP = re.compile(r"^line-|\(line \d+\)")
@@ -39,7 +39,7 @@ class Task:
     line: int  # counted from 1
     custom_id: str
     digest: str  # of the line: tells another request with the same custom_id
-    asked: Asked | None
+    asked: GenerationRequest | None
     mistake: str = ""
 
 
@@ -185,7 +185,9 @@ def _read_line(number: int, line: bytes, is_json: bool, defaults: SamplingParams
             raise UserError(f"longer than {_MAX_LINE_BYTES:,} bytes")
         text = line.decode().strip()
         if not is_json:
-            return Task(number, custom_id, digest, Asked(CHAT, defaults, [{"role": "user", "content": text}]))
+            return Task(
+                number, custom_id, digest, GenerationRequest(CHAT, defaults, [{"role": "user", "content": text}])
+            )
         fields = json.loads(text)
         if not isinstance(fields, dict):
             raise UserError("not a JSON object")
@@ -208,7 +210,7 @@ def _read_line(number: int, line: bytes, is_json: bool, defaults: SamplingParams
     return Task(number, custom_id, digest, None, f"line {number}: {mistake}")
 
 
-def _read_fields(fields: dict[str, Any], defaults: SamplingParams) -> Asked:
+def _read_fields(fields: dict[str, Any], defaults: SamplingParams) -> GenerationRequest:
     if "body" in fields or "url" in fields:
         if (method := fields.get("method", "POST")) != "POST":
             raise UserError(f"method must be POST, not {method!r}")

@@ -14,7 +14,7 @@ from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings
 from hippo_mpi.errors import ContextError, FieldError, HippoError, UserError
 from hippo_mpi.protocols.answer_parts import Block, Blocks
 from hippo_mpi.protocols.ignored_fields import MESSAGES_IGNORED, without_ignored
-from hippo_mpi.protocols.openai_requests import CHAT, Asked, read_body, renamed
+from hippo_mpi.protocols.openai_requests import CHAT, GenerationRequest, read_body, renamed
 
 MESSAGES = "/v1/messages"
 COUNT_TOKENS = f"{MESSAGES}/count_tokens"
@@ -25,7 +25,7 @@ _ROLES = ("user", "assistant", "system")  # the last in the middle of a conversa
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-def read_messages_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
+def read_messages_body(body: dict[str, Any], defaults: SamplingParams) -> GenerationRequest:
     """Check a request body.
 
     Raises:
@@ -49,7 +49,7 @@ def read_messages_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
     return replace(asked, sampling=sampling, format_field="output_config")
 
 
-def count_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
+def count_body(body: dict[str, Any], defaults: SamplingParams) -> GenerationRequest:
     """As `read_messages_body`, of a body whose tokens are only to be counted: nothing says how many may follow."""
     return read_messages_body({**body, "max_tokens": 1 << 29}, defaults)
 
@@ -177,7 +177,7 @@ def _thinking(given: Any, max_tokens: Any) -> tuple[int | None, dict[str, Any]]:
 class MessageAnswer:
     """The answer to one request."""
 
-    asked: Asked
+    asked: GenerationRequest
     model: str
     id: str
     prompt: list[int]

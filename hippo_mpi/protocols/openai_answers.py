@@ -14,7 +14,7 @@ from hippo_mpi.engine.request import RequestOutput
 from hippo_mpi.engine.text import token_bytes
 from hippo_mpi.engine.thinking import thought_tokens
 from hippo_mpi.protocols.answer_parts import Call, Part
-from hippo_mpi.protocols.openai_requests import CHAT, Asked
+from hippo_mpi.protocols.openai_requests import CHAT, GenerationRequest
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Choice:
         name: after which its calls are named.
     """
 
-    asked: Asked
+    asked: GenerationRequest
     prompt: list[int]
     tokenizer: TokenizerWrapper
     num_echoed: int = 0

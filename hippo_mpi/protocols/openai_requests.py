@@ -29,7 +29,7 @@ _OUR_TEMPLATE_ARGS = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationRequest:
     """A checked body: messages of a chat, or a prompt (text or tokens) to be continued."""
 
     url: str
@@ -55,7 +55,7 @@ class Asked:
         found = [] if own is None else [(self.format_field, own)]
         return found if both in (None, own) else [*found, ("tools", str(both))]
 
-    def within(self, modes: Sequence[str]) -> Asked:
+    def within(self, modes: Sequence[str]) -> GenerationRequest:
         """The same of a model that is served for some of config.MODES only; without thinking, it is told not to think,
         whatever is asked.
 
@@ -111,7 +111,7 @@ class Asked:
         return encode(tokenizer, self.prompt, add_special_tokens=self.add_special_tokens)
 
 
-def read_body(url: str, body: Any, defaults: SamplingParams) -> Asked:
+def read_body(url: str, body: Any, defaults: SamplingParams) -> GenerationRequest:
     """Check a request body with one prompt.
 
     Raises:
@@ -133,7 +133,7 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         raise FieldError(name, str(error).replace(error.field, name, 1)) from None
 
 
-def read_prompts(url: str, body: Any, defaults: SamplingParams) -> list[Asked]:
+def read_prompts(url: str, body: Any, defaults: SamplingParams) -> list[GenerationRequest]:
     """Check a request body, and return what is asked with each of its prompts; a chat has one.
 
     Raises:
@@ -158,7 +158,7 @@ def read_prompts(url: str, body: Any, defaults: SamplingParams) -> list[Asked]:
     sampling = read_sampling(rest, defaults, is_chat=False)
     if tells_only_prompt:
         sampling = replace(sampling, max_tokens=0)
-    asked = Asked(url, sampling, continues=True, add_special_tokens=has_specials, echo=echo)
+    asked = GenerationRequest(url, sampling, continues=True, add_special_tokens=has_specials, echo=echo)
     return [replace(asked, prompt=prompt) for prompt in prompts]
 
 
@@ -171,7 +171,7 @@ def _echoing(prompt: list[int], sampling: SamplingParams) -> tuple[list[int], Sa
     return [first], replace(forced, stop_words=(), max_repeats=0)
 
 
-def _read_chat(rest: dict[str, Any], defaults: SamplingParams) -> Asked:
+def _read_chat(rest: dict[str, Any], defaults: SamplingParams) -> GenerationRequest:
     messages = read_messages(rest.pop("messages", None))
     tools, must_call = _chosen(read_tools(rest.pop("tools", [])), rest.pop("tool_choice", "auto"))
     many = boolean("parallel_tool_calls", rest.pop("parallel_tool_calls", True))
@@ -180,7 +180,9 @@ def _read_chat(rest: dict[str, Any], defaults: SamplingParams) -> Asked:
     sampling = read_sampling(rest, defaults, is_chat=True)
     if continues and sampling.grammar is not None:
         raise FieldError("response_format", "a format can't hold an answer that is continued to its schema")
-    return Asked(CHAT, sampling, messages, "", tools, must_call, None if many else 1, template_args, continues)
+    return GenerationRequest(
+        CHAT, sampling, messages, "", tools, must_call, None if many else 1, template_args, continues
+    )
 
 
 def _continues(rest: dict[str, Any], messages: list[dict[str, Any]]) -> bool:

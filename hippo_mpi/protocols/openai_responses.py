@@ -18,7 +18,7 @@ from hippo_mpi.engine.thinking import thought_tokens
 from hippo_mpi.errors import ContextError, FieldError, HippoError
 from hippo_mpi.protocols.answer_parts import Block, Blocks
 from hippo_mpi.protocols.ignored_fields import RESPONSES_IGNORED, without_ignored
-from hippo_mpi.protocols.openai_requests import CHAT, Asked, read_body, renamed
+from hippo_mpi.protocols.openai_requests import CHAT, GenerationRequest, read_body, renamed
 
 RESPONSES = "/v1/responses"
 _SAME = {"temperature": "temperature", "top_p": "top_p", "parallel_tool_calls": "parallel_tool_calls",
@@ -31,7 +31,7 @@ _SUMMARIES = (None, "auto", "concise", "detailed")
 _INCOMPLETE = {"length": "max_output_tokens"}
 
 
-def read_responses_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
+def read_responses_body(body: dict[str, Any], defaults: SamplingParams) -> GenerationRequest:
     """Check a request body.
 
     Raises:
@@ -155,7 +155,7 @@ class ResponseAnswer:
         is_stored, is_background: whether it is kept for a later GET, and made without a client that waits for it.
     """
 
-    asked: Asked
+    asked: GenerationRequest
     model: str
     id: str
     prompt: list[int]

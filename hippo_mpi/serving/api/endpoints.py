@@ -25,7 +25,7 @@ from hippo_mpi.engine.request import Request as EngineRequest
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.errors import FieldError
 from hippo_mpi.protocols.anthropic_messages import COUNT_TOKENS, count_body
-from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body
+from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, GenerationRequest, read_body
 from hippo_mpi.serving.api.about_endpoints import AboutEndpoints
 from hippo_mpi.serving.api.access import Access
 from hippo_mpi.serving.api.audit_log import AuditLog, key_id
@@ -197,7 +197,9 @@ class Api:
         if self._front.machines:
             await self._catalogue.plan(model, self._front.machines)
 
-    async def _prepare(self, request: Request, asked: Asked, model: ServedModel) -> tuple[list[int], SamplingParams]:
+    async def _prepare(
+        self, request: Request, asked: GenerationRequest, model: ServedModel
+    ) -> tuple[list[int], SamplingParams]:
         """Tokens of the prompt, and how they are to be answered."""
         if model.arguments.modes:
             asked = asked.within(await asyncio.to_thread(lambda: model.modes))

@@ -16,7 +16,7 @@ from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.errors import FieldError
 from hippo_mpi.protocols.anthropic_messages import MESSAGES, MessageAnswer, read_messages_body
 from hippo_mpi.protocols.openai_answers import AnswerHead, Choice
-from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, Asked, read_prompts
+from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, GenerationRequest, read_prompts
 from hippo_mpi.protocols.openai_responses import RESPONSES, ResponseAnswer, read_responses_body
 from hippo_mpi.protocols.openai_sampling import boolean
 from hippo_mpi.serving.api.completion_stream import CompletionAnswer, StreamOptions
@@ -46,7 +46,7 @@ class Question:
     """
 
     url: str
-    every: list[Asked]
+    every: list[GenerationRequest]
     num_choices: int = 1
     is_stream: bool = False
     options: StreamOptions = field(default_factory=StreamOptions)
