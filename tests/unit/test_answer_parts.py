@@ -75,7 +75,7 @@ def test_cut_anywhere(tokenizer: TokenizerWrapper, cuts: list[int]) -> None:
 
 def test_only_so_many_calls(tokenizer: TokenizerWrapper) -> None:
     """parallel_tool_calls: false."""
-    pieces = AnswerReader(tokenizer, [5], TOOLS, most_calls=1).read(ANSWER + ANSWER, True)
+    pieces = AnswerReader(tokenizer, [5], TOOLS, max_calls=1).read(ANSWER + ANSWER, True)
     assert len([piece for piece in pieces if isinstance(piece, Call)]) == 1
 
 

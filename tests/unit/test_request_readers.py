@@ -71,8 +71,8 @@ HINTS: dict[Any, dict[str, Any]] = {
 @pytest.mark.parametrize(("read", "name"), [(read, name) for read, fields in HINTS.items() for name in fields])
 def test_hints_and_neutral_values_change_nothing(read: Any, name: str) -> None:
     plain, hinted = read(), read(**{name: HINTS[read][name]})
-    assert hinted == replace(plain, most_calls=hinted.most_calls)
-    assert hinted.most_calls is None
+    assert hinted == replace(plain, max_calls=hinted.max_calls)
+    assert hinted.max_calls is None
 
 
 @pytest.mark.parametrize(
