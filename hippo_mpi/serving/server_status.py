@@ -16,10 +16,11 @@ from hippo_mpi.errors import UserError, print_error
 from hippo_mpi.serving.addresses import TRUST_HINT, is_untrusted, url_to_ask
 from hippo_mpi.serving.page.cluster_view import COLUMNS, ClusterView, fetch_status
 
-_BETWEEN_LOOKS_S = 1.2  # rank 0 tells how busy the ranks are every second
+_LOOK_INTERVAL_S = 1.2  # longer than the second after which rank 0 reports anew how busy the ranks are
 
 
 def make_parser() -> config.Parser:
+    """Return the parser of the command's options."""
     parser = config.Parser(prog="./launch/serve status", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("url", help=f"of the server; its key from {config.API_KEYS}")
     parser.add_argument("--json", action="store_true", help="print what the server says as it is")
@@ -27,10 +28,11 @@ def make_parser() -> config.Parser:
 
 
 def report(status: dict[str, Any], url: str, rows: list[list[str]]) -> str:
-    """Return lines for people.
+    """Return the status of a server as text.
 
     Args:
-        status: what GET /ready says.
+        status: the body of GET /ready.
+        url: to show as the server's.
         rows: a row per rank, in the order of COLUMNS.
     """
     requests = f"{status['running']:,} running, {status['waiting']:,} waiting"
@@ -60,7 +62,7 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 
 def show(argv: list[str]) -> None:
-    """Print how a server stands.
+    """Print the status of a server.
 
     Raises:
         UserError: it doesn't answer.
@@ -77,7 +79,7 @@ def show(argv: list[str]) -> None:
         view = ClusterView(lambda: fetch_status(url))
         view.look()
         if view.rows:
-            time.sleep(_BETWEEN_LOOKS_S)
+            time.sleep(_LOOK_INTERVAL_S)
             view.look()
     except (OSError, ValueError) as error:
         advice = f" ({TRUST_HINT})" if is_untrusted(error) else ""
@@ -86,6 +88,7 @@ def show(argv: list[str]) -> None:
 
 
 def main() -> NoReturn:
+    """Run the command and exit with its status."""
     try:
         show(sys.argv[1:])
     except UserError as error:
