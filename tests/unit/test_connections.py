@@ -162,7 +162,7 @@ def test_more_than_is_kept_of_requests_ahead(caplog: pytest.LogCaptureFixture) -
 def test_a_client_that_never_reads(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its stream is ended; one that reads slowly isn't."""
     monkeypatch.setattr(connections, "UNREAD_S", 1.0)
-    monkeypatch.setattr(connections, "_LOOK_S", 0.1)
+    monkeypatch.setattr(connections, "_POLL_INTERVAL_S", 0.1)
     with serving(caplog) as running, running.connect(1 << 16) as client:
         client.sendall(b"GET /flood HTTP/1.1\r\n" + HEAD)
         ends = time.monotonic() + 2.0

@@ -69,7 +69,7 @@ def test_no_key_is_never_what_was_meant_to_be_one(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv(API_KEYS, "first, second,")
     assert keys_of_environment() == ("first", "second")
     found = rules(api_key_file=write(tmp_path / "keys", "third\n"), max_batch_size=4, max_queue=6)
-    assert found.keys == ("first", "second", "third") and (found.most_requests, found.requests_per_key) == (10, 5)
+    assert found.keys == ("first", "second", "third") and (found.max_requests, found.requests_per_key) == (10, 5)
     assert rules(requests_per_key=0).requests_per_key == 0
     monkeypatch.setenv(API_KEYS, "only")
     assert rules().requests_per_key == 0
@@ -126,7 +126,7 @@ def test_only_some_may_change_the_model() -> None:
 
 def test_places_are_given_back() -> None:
     """Also those of answers to one request, and of a client that had no key."""
-    access = Access(AccessRules(keys=("alice", "bob"), most_requests=6, requests_per_key=4))
+    access = Access(AccessRules(keys=("alice", "bob"), max_requests=6, requests_per_key=4))
     first, second = asking(x_api_key="alice"), asking(x_api_key="bob")
     access.take_places(first, 1)
     access.take_places(first, 3)
@@ -147,14 +147,14 @@ def test_places_are_given_back() -> None:
 
 
 def test_what_can_never_be_let_in_is_not_asked_to_try_again() -> None:
-    access = Access(AccessRules(keys=("alice",), most_requests=3, requests_per_key=2))
+    access = Access(AccessRules(keys=("alice",), max_requests=3, requests_per_key=2))
     access.check_choices(asking(x_api_key="alice"), "n", 2)
     with pytest.raises(FieldError) as refused:
         access.check_choices(asking(x_api_key="alice"), "n", 3)
     assert str(refused.value) == "n asks for 3 answers at once, and this key may have 2 (--requests-per-key)"
     assert refused.value.field == "n"
     with pytest.raises(FieldError, match="prompt asks for 4 answers at once, and this server may have 3"):
-        Access(AccessRules(most_requests=3)).check_choices(asking(), "prompt", 4)
+        Access(AccessRules(max_requests=3)).check_choices(asking(), "prompt", 4)
     Access(AccessRules()).check_choices(asking(), "n", 128)
     access.take_places(asking(x_api_key="alice"), 1)
     with pytest.raises(HTTPException, match="this key has 1 request under way or waiting, and may have 2 at once"):

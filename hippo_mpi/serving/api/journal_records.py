@@ -1,4 +1,4 @@
-"""What a journal keeps, as text: a request, and line by line what was told of its answers."""
+"""The text that a journal keeps: of a request, and line by line of its answers' outputs and errors."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from hippo_mpi.serving.supervision.rank_link import (
 )
 
 Line = tuple[int, Told]
-"""Which answer of a request, and what came for it."""
+"""The number of an answer of a request, and an output or error of it."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A request.
+    """A request to one of the endpoints that answer.
 
     Args:
-        id: that its client holds.
-        owner: who may see it.
-        key: a name for the API key that came with it.
-        url: of the endpoint.
+        id: by which its client knows it.
+        owner: key id of those who may see it; empty: anybody.
+        key: key id of the API key that came with it; None: none came.
+        url: path of the endpoint.
+        model: name of the model.
         created: seconds since 1970.
         body: as it came.
-        requests: one for each answer, numbered; those of one prompt share its list of tokens.
-        is_stream: whether its client learns its id before its end.
+        requests: one for each answer, numbered; those of one prompt share one list of its tokens.
+        is_stream: whether its client learns its id before the end.
         is_stored: whether it is kept after its end until it expires, and not only until its client has it.
-        is_background: whether it is made to its end without a client.
+        is_background: whether it goes on to its end without a client.
     """
 
     id: str
@@ -57,31 +58,40 @@ class Record:
 
 
 def record_text(record: Record) -> str:
+    """Return a record as JSON text, with each prompt once."""
     places = {id(prompt): place for place, prompt in enumerate(record.prompts)}
     requests = [(places[id(one.prompt)], request_object(replace(one, prompt=[]))) for one in record.requests]
     return json.dumps({**vars(record), "requests": requests, "prompts": record.prompts})
 
 
 def read_record(text: str) -> Record:
-    found = json.loads(text)
-    prompts = found.pop("prompts")
-    requests = [replace(read_request(one), prompt=prompts[place]) for place, one in found["requests"]]
-    return Record(**found | {"requests": requests})
+    """Read what `record_text` returned.
+
+    Raises:
+        ValueError: it isn't JSON.
+        KeyError: it has other fields, as of another version; likewise TypeError.
+    """
+    fields = json.loads(text)
+    prompts = fields.pop("prompts")
+    requests = [replace(read_request(one), prompt=prompts[place]) for place, one in fields["requests"]]
+    return Record(**fields | {"requests": requests})
 
 
 def line_text(line: Line) -> str:
+    """Return a line as JSON text."""
     index, told = line
-    found = _output_object(told) if isinstance(told, ToldOutput) else error_object(told)
-    return json.dumps([index, found], separators=(",", ":"))
+    fields = _output_object(told) if isinstance(told, ToldOutput) else error_object(told)
+    return json.dumps([index, fields], separators=(",", ":"))
 
 
 def read_line(text: str) -> Line:
-    index, found = json.loads(text)
-    return index, read_output({"id": index, **found}) if "text" in found else read_error(found)
+    """Read what `line_text` returned; raises as `read_record`."""
+    index, fields = json.loads(text)
+    return index, read_output({"id": index, **fields}) if "text" in fields else read_error(fields)
 
 
 def _output_object(told: ToldOutput) -> dict[str, Any]:
-    """What `read_output` reads, but for the id, which is of one life of a server."""
+    """Return the object that `read_output` reads, without the id, which is valid for one run of a server only."""
     logprobs = told.logprobs
     return {
         "text": told.text,
