@@ -46,7 +46,7 @@ class ForeignError(HippoError):
 
 
 class UserError(HippoError):
-    """An error in what the user typed or configured."""
+    """A mistake in the user's input or configuration."""
 
     exit_code = 2
 
@@ -72,7 +72,7 @@ class FieldError(UserError):
 
 
 class ContextError(UserError):
-    """A prompt that fills the context, in tokens, and leaves no room for an answer."""
+    """A prompt that leaves no room for an answer; its length and the maximum are in tokens."""
 
     def __init__(self, prompt_tokens: int, max_context: int) -> None:
         super().__init__(  # clients search the text for "maximum context length" and for plain digits

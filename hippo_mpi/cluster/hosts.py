@@ -15,7 +15,7 @@ from hippo_mpi.errors import LaunchError
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.transport.run_key import RunKey
 
-_SSH_TIMEOUT_S = 5  # to connect; a host that is connected gets as long again for the key
+_SSH_TIMEOUT_S = 5  # to connect; the whole command gets twice as long
 
 
 def read_hostfile(path: Path) -> list[dict[str, Any]]:

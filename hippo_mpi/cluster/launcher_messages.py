@@ -40,7 +40,7 @@ class LauncherMessages:
         self._thread.start()
 
     def await_end(self) -> None:
-        """Wait until everything is read, at most seconds: a rank that outlives its launcher keeps the pipe open."""
+        """Wait until all is read, at most _JOIN_TIMEOUT_S: a rank that outlives its launcher keeps the pipe open."""
         self._thread.join(_JOIN_TIMEOUT_S)
 
     def show(self) -> None:

@@ -58,7 +58,7 @@ class GenerationRequest:
         return fields if both in (None, own) else [*fields, ("tools", str(both))]
 
     def within(self, modes: Sequence[str]) -> GenerationRequest:
-        """Return this request as a model answers it that is served for these config.MODES only.
+        """Return this request, adapted to a model that is served for these config.MODES only.
 
         Without "thinking" among them, the chat template is told not to think, whatever the request says.
 

@@ -117,7 +117,7 @@ def _note_left_out(kind: str) -> None:
 
 
 def _check_included(given: Any) -> None:
-    """Raise a FieldError for log-probabilities, which aren't returned here; other values concern what isn't there."""
+    """Raise a FieldError for log-probabilities, which aren't returned here; other values have no effect."""
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
         raise FieldError("include", "include must be a list of texts")
     if _INCLUDED in given:

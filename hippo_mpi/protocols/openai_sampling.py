@@ -80,7 +80,7 @@ def boolean(name: str, value: Any) -> bool:
 
 
 def _whole(low: int, high: int, neutral: dict[int, Any] | None = None) -> _Check:
-    """Return a check for whole numbers; `neutral` maps further values to what the field's absence means."""
+    """Return a check for whole numbers; `neutral` maps further values to those that stand for an absent field."""
 
     def check(name: str, value: Any) -> Any:
         if type(value) is int and value in (neutral or {}):

@@ -74,7 +74,7 @@ class AboutEndpoints:
         return ""
 
     async def ready(self, request: Request) -> Response:
-        """Answer with the server's state, status 503 if no ranks answer; a key also gets what is known of the ranks."""
+        """Answer with the server's state, with status 503 if it isn't ready; clients with a key also see the ranks."""
         front = self._front
         status = front.status()
         if front.about is not None and self._access.has_key(request):  # hosts and memory are for holders of a key only

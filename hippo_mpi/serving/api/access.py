@@ -187,12 +187,12 @@ class Access:
             FieldError: they never can.
         """
         rules, who = self._rules, self._client(request).partition(" ")[0]
-        for most, whose, options in (
+        for limit, whose, options in (
             (rules.requests_per_key, f"this {who}", "--requests-per-key"),
             (rules.max_requests, "this server", "--max-batch-size and --max-queue"),
         ):
-            if most and count > most:
-                why = f"{field} asks for {count} answers at once, and {whose} may have {most} ({options})"
+            if limit and count > limit:
+                why = f"{field} asks for {count} answers at once, and {whose} may have {limit} ({options})"
                 raise FieldError(field, why)
 
     def take_places(self, request: Request, count: int) -> None:
@@ -204,9 +204,9 @@ class Access:
         client, rules = self._client(request), self._rules
         taken = self._places[client]
         if rules.requests_per_key and taken + count > rules.requests_per_key:
-            who, most = client.partition(" ")[0], rules.requests_per_key
+            who, limit = client.partition(" ")[0], rules.requests_per_key
             has = f"{count_of(taken, 'request')} under way or waiting"
-            why = f"this {who} has {has}, and may have {most} at once: try again later"
+            why = f"this {who} has {has}, and may have {limit} at once: try again later"
             raise HTTPException(429, why, _RETRY_AFTER)
         if rules.max_requests and self._places.total() + count > rules.max_requests:
             has = f"{count_of(self._places.total(), 'request')} under way or waiting"

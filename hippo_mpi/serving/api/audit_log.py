@@ -252,7 +252,7 @@ class AuditLog:
 
 
 def _told(end: Anchor) -> str:
-    """Return where a log goes on, for the server's own log: who keeps that elsewhere can verify this end later."""
+    """Return where an audit log goes on, for the server's log: whoever keeps that can verify this end later."""
     if not end.num_lines:
         return "a new one"
     return (

@@ -19,7 +19,7 @@ UNREAD_S = 30.0  # after which a client that reads nothing of what waits for it 
 _POLL_INTERVAL_S = 1.0
 _MAX_PENDING = 64  # connections that were accepted, but have no place yet
 _OTHER_DESCRIPTORS = 64 + _MAX_PENDING  # of files, ranks, logs
-_NETWORK_DIVISOR = 2  # one client may have this fraction of the places: half of them
+_NETWORK_DIVISOR = 2  # one client may have half of the places
 
 
 class Connection(Protocol):

@@ -27,7 +27,7 @@ from hippo_mpi.serving.supervision.rank_link import ToldOutput
 _log = logging.getLogger(__name__)
 _RECONNECT_TIMEOUT_S = 60.0  # for a client to come back: after a start, or after an end that may not have reached it
 _MAX_DOWNTIME_S = 600.0  # after a server was down for longer, clients of streams aren't expected to come back
-_MAX_DEATHS = 5  # of servers in a row, without a new token between, after which an answer is given up
+_MAX_DEATHS = 5  # of servers in a row, without a new token between, that an answer survives
 
 OnOver = Callable[[Exchange], None]
 
