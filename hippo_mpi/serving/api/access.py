@@ -19,7 +19,7 @@ from hippo_mpi.errors import FieldError
 from hippo_mpi.serving.addresses import network_of
 from hippo_mpi.units import count_of
 
-_MAX_CLIENTS = 10_000  # whose buckets are remembered; beyond that, full buckets are forgotten
+_MAX_CLIENTS = 10_000  # whose buckets are remembered; beyond that, those unused for a minute are forgotten
 _MAX_SALT_CHARS = 256
 _RETRY_AFTER = {"Retry-After": "2"}
 
