@@ -97,7 +97,7 @@ def benchmark(session: Session) -> int:
         for (mode, count), trials in results.items()
     ]
     found["busy"] = busy_shares(bench.marks)
-    found["memory"] = bench.end()
+    found["memory"] = [asdict(rank) for rank in bench.end() or []]
     sys.stdout.write(f"{json.dumps(found)}\n" if arguments.json else report(found, bench.whole is not None))
     sys.stdout.flush()  # what was measured is not lost with a file that can't be written
     if arguments.trace:

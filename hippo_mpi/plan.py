@@ -162,14 +162,14 @@ def _measure(session: Session, workload: Workload) -> list[MeasuredStage]:
         return measure_stage(stage, session.settings, workload, len(counts), control.progress)
 
     if session.arguments.machines is None:
-        gathered = control.gather(measure(session.world.rank).as_object())
-        control.share({} if gathered is not None else None)
-        return [MeasuredStage.from_object(one) for one in gathered or []]
+        gathered = control.gather(measure(session.world.rank))
+        control.meet()
+        return gathered or []
     if session.world.rank > 0:
-        control.share(None)
+        control.meet()
         return []
     times = [measure(rank).at_speed(machine.speed) for rank, machine in enumerate(session.arguments.machines)]
-    control.share({})
+    control.meet()
     return times
 
 

@@ -36,7 +36,7 @@ from hippo_mpi.serving.key_files import keys_of_environment, read_key_file
 from hippo_mpi.serving.logs import set_up_logging
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel, read_catalogue
 from hippo_mpi.serving.supervision.front import Front
-from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES, About
+from hippo_mpi.serving.supervision.messages import FRONT, MAX_LINE_BYTES, RankPart, Ready
 from hippo_mpi.serving.supervision.rank_service import BEAT_S, RankService
 from hippo_mpi.serving.supervision.supervisor import LaunchPlan, Supervisor
 from hippo_mpi.transport.run_key import RunKey
@@ -80,12 +80,9 @@ def serve_rank(session: Session) -> int:
     engine = build_engine(session, pipeline, tokenizer)
     split, vocab_size = session.agreement.split, session.agreement.vocab_size
     assert split is not None  # rank 0 has planned
-    layers = [
-        {"host": stage.machine.name, "layers": [stage.start, stage.stop], "weight_bytes": stage.weight_bytes}
-        for stage in split.stages
-    ]
-    about = About(split.max_context, vocab_size, layers, [stage.machine for stage in split.stages])
-    service.run(engine, about, pipeline.timeline)
+    parts = [RankPart(stage.machine.name, (stage.start, stage.stop), stage.weight_bytes) for stage in split.stages]
+    ready = Ready(split.max_context, vocab_size, parts, [stage.machine for stage in split.stages])
+    service.run(engine, ready, pipeline.timeline)
     pipeline.end()
     return 0
 

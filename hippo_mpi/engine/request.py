@@ -80,15 +80,6 @@ class TokenLogprobs:
     chosen: float
     top: list[tuple[int, float]]
 
-    def as_object(self) -> list[Any]:
-        """Return what `from_object` reads, also after it was JSON."""
-        return [self.chosen, self.top]
-
-    @classmethod
-    def from_object(cls, found: list[Any]) -> TokenLogprobs:
-        """Return the logprobs that `as_object` has written down."""
-        return cls(found[0], [(token, value) for token, value in found[1]])
-
 
 @dataclass
 class Timings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -13,7 +13,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.config import BUNDLED_MODEL
 from hippo_mpi.engine.engine import Engine
-from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams, Timings, TokenLogprobs, check_request
+from hippo_mpi.engine.messages import ErrorMessage, OutputMessage
+from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams, Timings, check_request
 from hippo_mpi.engine.text import ChatFormat, encode, open_tokenizer
 from hippo_mpi.errors import HippoError
 from hippo_mpi.library.loading import LoadOptions
@@ -139,6 +140,18 @@ class LLM:
         return here.answer(requests)
 
 
+_Output = tuple[OutputMessage, ErrorMessage | None]
+"""An output, and the error that has ended its request."""
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What rank 0 tells the others."""
+
+    outputs: list[_Output] = field(default_factory=list)
+    is_last: bool = False
+
+
 class _Loaded:
     """This rank's part of a model, with the engine on rank 0 and a follower elsewhere."""
 
@@ -190,14 +203,14 @@ class _Loaded:
         try:
             while not engine.is_idle:
                 outputs = engine.step()
-                self._tell({"outputs": [_as_message(output) for output in outputs]})
+                self._tell(_Told([_as_message(output) for output in outputs]))
                 yield outputs
         finally:
             for request in requests:
                 engine.abort(request.id)
             for _ in engine.run():
                 pass
-            self._tell({})
+            self._tell(_Told(is_last=True))
             self._pipeline.release()
 
     def _follow(self, requests: Sequence[Request]) -> Generator[list[RequestOutput], None, None]:
@@ -207,28 +220,27 @@ class _Loaded:
             while not (is_followed and is_told):
                 is_followed = is_followed or self._follower.follow() is None
                 for message in () if is_told else self._told(waits=is_followed):
-                    is_told = is_told or not message
-                    yield [_as_output(output, timings) for output in message.get("outputs", ())]
+                    is_told = is_told or message.is_last
+                    yield [_as_output(output, timings) for output in message.outputs]
         finally:
             while not is_followed:  # the script has left the loop, here as on rank 0
                 is_followed = self._follower.follow() is None
             while not is_told:
-                is_told = not self._control.reports.get()[1]
+                is_told = self._control.next_report(_Told).is_last
 
-    def _tell(self, message: dict[str, Any]) -> None:
-        """Tell the other ranks of outputs; of nothing, when there are no more."""
+    def _tell(self, message: _Told) -> None:
         for rank in range(1, self.ring.world.size):
             self._control.report(message, rank)
 
-    def _told(self, waits: bool) -> Iterator[dict[str, Any]]:
+    def _told(self, waits: bool) -> Iterator[_Told]:
         """Yield what rank 0 has told so far, or, if this rank has nothing else to do, up to the end."""
         while True:
             try:
-                message = self._control.reports.get(block=waits)[1]
+                message = self._control.next_report(_Told, waits)
             except queue.Empty:
                 return
             yield message
-            if not message:
+            if message.is_last:
                 return
 
 
@@ -240,28 +252,15 @@ def _build_engine(pipeline: Pipeline, tokenizer: TokenizerWrapper, max_batch_siz
     return Engine(pipeline.leader(), tokenizer, limits, agreement.max_context, agreement.vocab_size, budget)
 
 
-def _as_message(output: RequestOutput) -> dict[str, Any]:
+def _as_message(output: RequestOutput) -> _Output:
     """Write an output down for the other ranks."""
-    told = output.logprobs
-    return {
-        "id": output.request_id,
-        "text": output.text,
-        "token": output.token,
-        "logprobs": None if told is None else told.as_object(),
-        "reason": output.finish_reason,
-        "error": None if output.error is None else [str(output.error), output.error.exit_code],
-    }
+    return OutputMessage.of(output), None if output.error is None else ErrorMessage.of(output.error)
 
 
-def _as_output(message: dict[str, Any], timings: dict[int, Timings]) -> RequestOutput:
-    """Read an output that rank 0 has told of; its times are this rank's."""
-    error = None
-    if message["error"] is not None:
-        error = HippoError(message["error"][0])
-        error.exit_code = message["error"][1]
-    told = message["logprobs"]
-    logprobs = None if told is None else TokenLogprobs.from_object(told)
-    times = timings[message["id"]]
-    if message["token"] is not None:
-        times.note(message["token"])
-    return RequestOutput(message["id"], message["text"], message["token"], times, logprobs, message["reason"], error)
+def _as_output(message: _Output, timings: dict[int, Timings]) -> RequestOutput:
+    """Return an output that rank 0 has told of; its times are this rank's."""
+    output, error = message
+    times = timings[output.request_id]
+    if output.token is not None:
+        times.note(output.token)
+    return replace(output.output(times), error=None if error is None else error.error())

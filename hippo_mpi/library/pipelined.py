@@ -23,6 +23,7 @@ from hippo_mpi.shard.stage import Stage
 from hippo_mpi.tracing.dataflow import Dataflow
 from hippo_mpi.tracing.graph import leaf
 from hippo_mpi.tracing.trace import trace
+from hippo_mpi.transport.pulse import Activity
 from hippo_mpi.transport.script_ring import Group, ScriptRing, join
 
 START_TIMEOUT_S = 30.0
@@ -56,14 +57,16 @@ def pipeline(
     ring = join(group, start_timeout, timeout)
     if ring.world.size == 1:
         return
-    ring.control.progress("computing which layer needs what")
+    ring.control.progress("computing which layer needs what", Activity.COMPUTING)
     try:
         if getattr(model, "is_pipelined", False):
             raise UserError("this model is pipelined already")
         adapt(model, str(getattr(model, "model_type", "")))
         flow = find_dataflow(model)
         counts = _agree(ring, model, flow, layer_split)
-        stage = take_stage(model, flow, counts, ring.world.rank, lambda: ring.control.progress("computing weights"))
+        stage = take_stage(
+            model, flow, counts, ring.world.rank, lambda: ring.control.progress("computing weights", Activity.COMPUTING)
+        )
     except HippoError as error:
         ring.control.fail(error)
     connect(stage, ring)
@@ -105,7 +108,7 @@ def connect(stage: Stage, ring: ScriptRing) -> None:
 def share_random_state(ring: ScriptRing) -> None:
     """Give every rank rank 0's random state, so that all draw the same numbers."""
     if ring.world.size > 1:
-        key = ring.control.share({"key": _random_key()} if ring.world.rank == 0 else None)["key"]
+        key = ring.control.share(_random_key() if ring.world.rank == 0 else None, list[int])
         mx.random.seed(key[0] << 32 | key[1])  # a seed is a key
 
 
@@ -212,5 +215,5 @@ def _agree(ring: ScriptRing, model: nn.Module, flow: Dataflow, layer_split: Sequ
         for what in mine:
             if other[what] != mine[what]:
                 raise LaunchError(f"rank 0 and rank {rank} have different {what}: {mine[what]} and {other[what]}")
-    ring.control.share({} if found is not None else None)
+    ring.control.meet()
     return counts

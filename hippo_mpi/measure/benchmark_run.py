@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -19,8 +20,32 @@ from hippo_mpi.planning.machine import available_bytes
 from hippo_mpi.runtime.pipeline import Pipeline
 from hippo_mpi.shard.slot_caches import KVSettings
 from hippo_mpi.shard.stage import Stage, load_stage
+from hippo_mpi.transport.rank_status import RankStatistics
 
 _MARGIN = 1.2  # memory for a whole model beside a rank's part: its weights and this much more
+
+
+class _Mode(Enum):
+    RING = "ring"
+    PIPELINE = "pipeline"
+    REPLICAS = "replicas"
+    MLX_LM_PIPELINE = "mlx-lm pipeline"
+    END = "end"
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What all ranks do next. With replicas each rank has a load of its own."""
+
+    mode: _Mode
+    loads: list[Load]
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """What a rank did."""
+
+    marks: list[Mark]
 
 
 class Bench:
@@ -60,28 +85,30 @@ class Bench:
     def _has_room(self, is_wanted: bool) -> bool:
         """Whether a whole model fits beside its part on every rank: all must decide alike."""
         needed = sum(self._agreement.checkpoint.weight_bytes.values()) * _MARGIN
-        gathered = self._control.gather({"host": self._world.host, "bytes": available_bytes()})
+        gathered = self._control.gather((self._world.host, available_bytes()))
         verdict = None
         if gathered is not None:
-            hosts = [found["host"] for found in gathered]
-            fits = all(found["bytes"] > needed * hosts.count(found["host"]) for found in gathered)
-            verdict = {"room": fits and is_wanted}
-        return bool(self._control.share(verdict)["room"])
+            hosts = [host for host, _ in gathered]
+            verdict = is_wanted and all(free_bytes > needed * hosts.count(host) for host, free_bytes in gathered)
+        return self._control.share(verdict, bool)
 
     def follow(self) -> None:
         """What ranks other than 0 do."""
-        while (order := self._control.share(None))["do"] != "end":
-            if order["do"] == "ring":
+        while (order := self._control.next_report(_Order)).mode is not _Mode.END:
+            if order.mode is _Mode.RING:
                 echo(self._part.channel)
-            elif order["do"] == "pipeline":
+            elif order.mode is _Mode.PIPELINE:
                 self._part.timeline.start()
                 self._part.follow()
-                self._control.gather({"marks": self._part.timeline.stop()})
-            elif order["do"] == "mlx-lm pipeline":
-                self._run_mlx_lm_part(Load(**order["load"]))
+                self._control.gather(_Marks(self._part.timeline.stop()))
+            elif order.mode is _Mode.MLX_LM_PIPELINE:
+                self._run_mlx_lm_part(order.loads[0])
             else:
-                self._control.gather(asdict(self._alone(Load(**order["loads"][self._world.rank]))))
+                self._control.gather(self._alone(order.loads[self._world.rank]))
         self._part.end()
+
+    def _order(self, mode: _Mode, loads: Sequence[Load] = ()) -> None:
+        self._control.share(_Order(mode, list(loads)), _Order)
 
     # ---- what rank 0 does
 
@@ -95,12 +122,12 @@ class Bench:
         return found | ({"mlx-lm pipeline": self._mlx_lm_pipeline} if self._mlx_lm_part is not None else {})
 
     def ring(self) -> list[Hop]:
-        self._control.share({"do": "ring"})
+        self._order(_Mode.RING)
         return time_ring(self._part.channel, self._world.size, self._control.progress)
 
-    def end(self) -> list[dict[str, Any]] | None:
+    def end(self) -> list[RankStatistics] | None:
         """Release the others; statistics of every rank."""
-        self._control.share({"do": "end"})
+        self._order(_Mode.END)
         return self._part.end()
 
     def _alone(self, load: Load) -> Measured:
@@ -111,22 +138,22 @@ class Bench:
     def _replicas(self, load: Load) -> Measured:
         size = self._world.size
         shares = [load.num_requests // size + (rank < load.num_requests % size) for rank in range(size)]
-        loads = [{**asdict(load), "num_requests": share} for share in shares]
-        self._control.share({"do": "replicas", "loads": loads})
-        gathered = self._control.gather(asdict(self._alone(Load(**loads[0]))))
+        loads = [replace(load, num_requests=share) for share in shares]
+        self._order(_Mode.REPLICAS, loads)
+        gathered = self._control.gather(self._alone(loads[0]))
         assert gathered is not None
-        found = [Measured(**one) for one in gathered if one["first_token_s"]]
+        found = [one for one in gathered if one.first_token_s]
         first_s = statistics.median(one.first_token_s for one in found)
         return Measured(sum(one.prompt_tps for one in found), sum(one.decode_tps for one in found), first_s)
 
     def _pipelined(self, load: Load) -> Measured:
-        self._control.share({"do": "pipeline"})
+        self._order(_Mode.PIPELINE)
         self._part.timeline.start()
         found = self._measure(self._part.leader(), load)
         self._part.release()
-        gathered = self._control.gather({"marks": self._part.timeline.stop()})
+        gathered = self._control.gather(_Marks(self._part.timeline.stop()))
         assert gathered is not None
-        self.marks = [one["marks"] for one in gathered]
+        self.marks = [rank.marks for rank in gathered]
         return found
 
     def _mlx_lm(self, load: Load) -> Measured:
@@ -136,7 +163,7 @@ class Bench:
 
     def _mlx_lm_pipeline(self, load: Load) -> Measured:
         """The same over all ranks, with mlx-lm's own pipeline."""
-        self._control.share({"do": "mlx-lm pipeline", "load": asdict(load)})
+        self._order(_Mode.MLX_LM_PIPELINE, [load])
         return self._run_mlx_lm_part(load)
 
     def _run_mlx_lm_part(self, load: Load) -> Measured:

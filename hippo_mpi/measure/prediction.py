@@ -9,8 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -88,12 +87,6 @@ class StageTimes:
         steps = {rows: step.at_speed(speed) for rows, step in self.steps.items()}
         return StageTimes([chunk.at_speed(speed) for chunk in self.chunks], steps)
 
-    @classmethod
-    def from_object(cls, found: dict[str, Any]) -> StageTimes:
-        """The inverse of dataclasses.asdict; JSON makes the numbers of rows text."""
-        steps = {int(rows): StepTime(**step) for rows, step in found["steps"].items()}
-        return cls([StepTime(**chunk) for chunk in found["chunks"]], steps)
-
 
 @dataclass(frozen=True)
 class MeasuredStage:
@@ -106,15 +99,6 @@ class MeasuredStage:
     def at_speed(self, speed: float) -> MeasuredStage:
         """Scale all times to a machine that is so many times as fast."""
         return MeasuredStage(*(times.at_speed(speed) for times in (self.typical, self.fastest, self.slowest)))
-
-    def as_object(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_object(cls, found: dict[str, Any]) -> MeasuredStage:
-        """The inverse of `as_object`."""
-        return cls(*(StageTimes.from_object(found[name]) for name in ("typical", "fastest", "slowest")))
 
 
 @dataclass(frozen=True)

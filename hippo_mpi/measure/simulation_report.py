@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from hippo_mpi.errors import UserError
 from hippo_mpi.measure.prediction import Link, MeasuredStage, Prediction, StageTimes, Workload, one_machine, predict
 from hippo_mpi.planning.layer_split import Machine
@@ -52,7 +54,7 @@ def prediction_object(stages: Sequence[MeasuredStage], links: Sequence[Link], wo
     """Return all that is predicted, for JSON, with the times that --stage-times reads."""
     return {
         "workload": asdict(workload),
-        "times": [stage.as_object() for stage in stages],
+        "times": [asdict(stage) for stage in stages],
         "one_machine": asdict(Predicted.alone(stages, workload)),
         "links": [asdict(link) | {"pipeline": asdict(Predicted.over(link, stages, workload))} for link in links],
     }
@@ -103,7 +105,7 @@ def read_times(path: Path, workload: Workload, layer_counts: Sequence[int]) -> l
         UserError: it can't be read, or was measured for other layers or another load.
     """
     found = _read(path)
-    stages = [MeasuredStage.from_object(one) for one in found["times"]]
+    stages = msgspec.convert(found["times"], list[MeasuredStage], strict=False)  # numbers of rows are text in JSON
     counts = [stop - start for start, stop in (rank["layers"] for rank in found["plan"]["ranks"])]
     if counts != [*layer_counts]:
         theirs, ours = (", ".join(map(str, layers)) for layers in (counts, layer_counts))
@@ -120,11 +122,11 @@ def _read(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text())
         for rank, stage in zip(found["plan"]["ranks"], found["times"], strict=True):
             Machine(**rank["machine"])
-            MeasuredStage.from_object(stage)
+            msgspec.convert(stage, MeasuredStage, strict=False)
             start, stop = rank["layers"]
             stop - start
     except OSError as error:
         raise UserError(f"--stage-times {path} can't be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, msgspec.ValidationError):
         raise UserError(f"--stage-times {path} is no output of hippo_mpi.plan --simulate --json") from None
     return found

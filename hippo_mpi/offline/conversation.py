@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -16,6 +15,7 @@ from hippo_mpi.engine.request import Request, SamplingParams, Timings
 from hippo_mpi.engine.text import ChatFormat
 from hippo_mpi.offline.progress import Progress
 from hippo_mpi.transport.launcher import Launcher
+from hippo_mpi.transport.rank_status import RankStatistics
 from hippo_mpi.transport.terminal import changed_terminal
 
 
@@ -114,10 +114,10 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def statistics_line(timings: Timings, ranks: list[dict[str, Any]]) -> str:
+def statistics_line(timings: Timings, ranks: Sequence[RankStatistics]) -> str:
     """Return the statistics that mlx_lm.generate prints after an answer, in one line, with every rank's peak memory."""
     draft = f"; {timings.num_accepted} of {timings.num_draft_tokens} draft tokens accepted"
-    memory = ", ".join(f"{rank['peak_memory_bytes'] / 1e9:.3f}" for rank in ranks)
+    memory = ", ".join(f"{rank.peak_memory_bytes / 1e9:.3f}" for rank in ranks)
     return (
         f"prompt {timings.prompt_tokens} tokens, {timings.prompt_tps:.1f} tok/s; generation"
         f" {len(timings.token_ids)} tokens, {timings.generation_tps:.1f} tok/s; first token after"
@@ -125,7 +125,7 @@ def statistics_line(timings: Timings, ranks: list[dict[str, Any]]) -> str:
     )
 
 
-def json_answer(answer: Answer, ranks: list[dict[str, Any]]) -> str:
+def json_answer(answer: Answer, ranks: Sequence[RankStatistics]) -> str:
     """Return an answer with its statistics as a JSON object; `ranks` are those of every rank."""
     timings = answer.timings
     stats = {
@@ -136,7 +136,7 @@ def json_answer(answer: Answer, ranks: list[dict[str, Any]]) -> str:
         "time_to_first_token_s": timings.first_token_s - timings.started_s,
         "draft_tokens": timings.num_draft_tokens,
         "accepted_draft_tokens": timings.num_accepted,
-        "ranks": ranks,
+        "ranks": [asdict(rank) for rank in ranks],
     }
     return json.dumps(
         {

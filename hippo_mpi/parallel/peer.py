@@ -7,7 +7,6 @@ rank makes the logits with a head of its own (lazily: a prompt's logits that nob
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.shard.stage import Forward, Stage
 from hippo_mpi.transport.channel import Channel
+from hippo_mpi.transport.pulse import Activity, Progress
 
 
 class Peer:
@@ -31,7 +31,7 @@ class Peer:
     """
 
     def __init__(
-        self, stage: Stage, channel: Channel, rank: int, size: int, progress: Callable[[str], None], name: str = ""
+        self, stage: Stage, channel: Channel, rank: int, size: int, progress: Progress, name: str = ""
     ) -> None:
         self._stage, self._channel, self._progress = stage, channel, progress
         self._name, self._num_calls = name, 0
@@ -50,7 +50,7 @@ class Peer:
         cache = make_prompt_cache(self._stage.model) if cache is None else cache
         forward = self._stage.forward(tokens, cache, **options)
         if self._stage.leads:
-            self._progress(f"computing {header.decode()}")
+            self._progress(f"computing {header.decode()}", Activity.COMPUTING)
             forward.run(None)
             assert forward.outgoing is not None
             self._channel.announce(header, forward.outgoing)
@@ -66,7 +66,7 @@ class Peer:
 
     def _take(self, forward: Forward, header: bytes) -> None:
         """Go on with what arrives next: a hidden state, or at the end what the head reads."""
-        self._progress(f"waiting for {header.decode()}")
+        self._progress(f"waiting for {header.decode()}", Activity.WAITING)
         message = self._channel.receive()
         if message.header != header:
             raise DesyncError(
@@ -86,7 +86,7 @@ class Peer:
             self._channel.announce(header, outgoing)
         if not looks:
             message.wait()
-        self._progress(f"computing {header.decode()}")
+        self._progress(f"computing {header.decode()}", Activity.COMPUTING)
         if outgoing is None:
             return
         mx.async_eval(outgoing)  # type: ignore[no-untyped-call]

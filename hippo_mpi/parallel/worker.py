@@ -10,7 +10,6 @@ soon as it knows what it will send, and the next one builds on that while the fi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -21,12 +20,10 @@ from hippo_mpi.parallel.step_plan import StepPlan, decode, encode
 from hippo_mpi.shard.slot_caches import KVSettings, SlotCaches
 from hippo_mpi.shard.stage import Forward, Stage
 from hippo_mpi.transport.channel import Channel, Message
-
-Progress = Callable[[str], None]
-"""Told what this rank does next; each call moves the deadline of the watchdog."""
+from hippo_mpi.transport.pulse import Activity, Progress
 
 
-def _quiet(_: str) -> None:
+def _quiet(doing: str, activity: Activity = Activity.OTHER) -> None:
     pass
 
 
@@ -106,7 +103,7 @@ class Leader:
         begun, self._ahead = self._ahead, None
         if step is not None:
             assert begun is None, "another step comes first"
-            self._progress(f"computing {step.plan}")
+            self._progress(f"computing {step.plan}", Activity.COMPUTING)
             padded = [row + [0] * (step.plan.num_tokens - len(row)) for row in step.tokens]
             begun = self._build(step, mx.array(padded, mx.int32))
             self._submit(begun)
@@ -136,7 +133,7 @@ class Leader:
         due, message = self._due
         if due is not None and message is not None:
             message.wait()
-            self._progress(f"finishing {due.plan}")
+            self._progress(f"finishing {due.plan}", Activity.FINISHING)
         if self._begun is not None:
             self._send(self._begun)
             if not self._begun.forward.is_done:
@@ -145,7 +142,7 @@ class Leader:
             mx.eval(due.state, [] if ids is None else ids)
             due.state = []  # views of the caches, which would keep MLX from updating them in place
         if built is not None:
-            self._progress(f"computing {built.plan}")
+            self._progress(f"computing {built.plan}", Activity.COMPUTING)
             self._submit(built)
         self._begun, self._due, self._ahead = None, (None, None), built
 
@@ -182,7 +179,7 @@ class Leader:
         if forward.is_done:
             return None
         while not forward.is_done:
-            self._progress(f"waiting for {step.plan}")
+            self._progress(f"waiting for {step.plan}", Activity.WAITING)
             message = self._channel.receive()
             if decode(message.header) != step.plan:
                 raise DesyncError(f"rank 0 expected {step.plan}, got {decode(message.header)}")
@@ -190,7 +187,7 @@ class Leader:
             if forward.outgoing is not None:  # the next round of a model that loops over its layers
                 self._announce(step.plan, forward.outgoing)
                 message.wait()
-                self._progress(f"finishing {step.plan}")
+                self._progress(f"finishing {step.plan}", Activity.FINISHING)
                 message = None
                 mx.eval(forward.outgoing)
                 self._channel.deliver(forward.outgoing)
@@ -234,7 +231,7 @@ class Follower:
                 if not self._is_last:
                     self._channel.send(header, [])
                 mx.eval(self.caches.moved())
-                self._progress(f"waiting after {plan}")
+                self._progress(f"waiting after {plan}", Activity.WAITING)
                 return plan
             cache = self.caches.at(plan.slots, plan.positions, plan.counts)
             tokens = mx.zeros((len(plan.slots), plan.num_tokens), mx.int32)  # only their number matters here
@@ -244,7 +241,7 @@ class Follower:
             mx.eval(self.caches.advance(plan.slots, plan.ends))
         else:
             self._halfway[plan.serial] = forward
-        self._progress(f"waiting after {plan}")
+        self._progress(f"waiting after {plan}", Activity.WAITING)
         return plan
 
     def _compute(self, plan: StepPlan, forward: Forward, message: Message) -> None:
@@ -252,14 +249,14 @@ class Follower:
         looks = self._stage.flow.looks_at_values
         if looks:
             message.wait()
-            self._progress(f"computing {plan}")  # in the model's own code already
+            self._progress(f"computing {plan}", Activity.COMPUTING)  # in the model's own code already
         forward.run(message.arrays)
         outgoing = forward.outgoing
         if outgoing is not None:
             self._channel.announce(message.header, outgoing)
         if not looks:
             message.wait()
-        self._progress(f"computing {plan}")
+        self._progress(f"computing {plan}", Activity.COMPUTING)
         if outgoing is not None:
             mx.async_eval(outgoing)  # type: ignore[no-untyped-call]
         forward.run(None)

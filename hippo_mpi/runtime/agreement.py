@@ -28,6 +28,36 @@ _EQUAL_SPEED = 1.2  # speeds closer than this are taken for the same: a short me
 
 
 @dataclass
+class _Introduction:
+    """What a rank says of itself before anything is agreed on.
+
+    Attributes:
+        speed: relative to other machines.
+        digest: of the checkpoint's tensors; empty without one.
+        error, exit_code: what it found wrong with its options or its checkpoint.
+    """
+
+    host: str
+    versions: dict[str, str]
+    arguments: dict[str, str]
+    memory_bytes: int
+    speed: float
+    digest: str = ""
+    error: str = ""
+    exit_code: int = 0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What rank 0 has planned, as in `Agreement`."""
+
+    counts: list[int]
+    max_context: int
+    can_batch: bool | None
+    vocab_size: int
+
+
+@dataclass
 class DraftModel:
     """A small model that lies whole on rank 0."""
 
@@ -65,7 +95,7 @@ def compare_ranks(world: World, control: Control, arguments: dict[str, str]) -> 
     Raises:
         HippoError: they differ; for ranks other than 0 the process ends instead.
     """
-    introductions = control.gather(_introduction(world, arguments) | {"digest": ""})
+    introductions = control.gather(_introduce(world, arguments))
     if introductions is None:
         return []
     try:
@@ -92,12 +122,12 @@ def negotiate(
         HippoError: on every rank, if any rank found one; for ranks other than 0 the process ends instead.
     """
     control.progress("opening the checkpoint")
-    checkpoint, introduction = None, _introduction(world, arguments)
+    checkpoint, introduction = None, _introduce(world, arguments)
     try:
         checkpoint = open_checkpoint(find_source())
-        introduction["digest"] = checkpoint.digest()
+        introduction.digest = checkpoint.digest()
     except HippoError as error:
-        introduction |= {"error": str(error), "code": error.exit_code}
+        introduction.error, introduction.exit_code = str(error), error.exit_code
     introductions = control.gather(introduction)
     split = draft = None
     if introductions is not None:
@@ -111,15 +141,11 @@ def negotiate(
             control.fail(error)
     plan = None
     if split is not None:
-        plan = {
-            "counts": split.counts,
-            "max_context": split.max_context,
-            "can_batch": None if split.info.can_batch else False,
-            "vocab_size": split.info.vocab_size,
-        }
-    verdict = control.share(plan)
+        can_batch = None if split.info.can_batch else False
+        plan = _Plan(split.counts, split.max_context, can_batch, split.info.vocab_size)
+    plan = control.share(plan, _Plan)
     assert checkpoint is not None
-    return Agreement(checkpoint, split=split, draft=draft, **verdict)
+    return Agreement(checkpoint, **vars(plan), split=split, draft=draft)
 
 
 def _open_draft(source: ModelSource | None) -> DraftModel | None:
@@ -129,34 +155,32 @@ def _open_draft(source: ModelSource | None) -> DraftModel | None:
     return DraftModel(checkpoint, model_info(checkpoint, KVSettings()))
 
 
-def _introduction(world: World, arguments: dict[str, str]) -> dict[str, Any]:
-    return {
-        "host": world.host,
-        "versions": {
-            **{name: version(name) for name in ("mlx", "mlx-lm", "hippo-mpi")},
-            "hippo-mpi's files": source_digest(),
-        },
-        "arguments": arguments,
-        "memory": available_bytes(),
-        "speed": measured_speed(),
-    }
+def _introduce(world: World, arguments: dict[str, str]) -> _Introduction:
+    versions = {name: version(name) for name in ("mlx", "mlx-lm", "hippo-mpi")}
+    versions["hippo-mpi's files"] = source_digest()
+    return _Introduction(world.host, versions, arguments, available_bytes(), measured_speed())
 
 
-def _compare(introductions: list[dict[str, Any]]) -> None:
+def _compare(introductions: list[_Introduction]) -> None:
     """Raise what the ranks found, or what they differ in."""
     for rank, introduction in enumerate(introductions):
-        if "error" in introduction:
-            everywhere = all(other.get("error") == introduction["error"] for other in introductions)
-            where = "" if everywhere else f"rank {rank} ({introduction['host']}): "
-            error = UserError(f"{where}{introduction['error']}")
-            error.exit_code = introduction["code"]
+        if introduction.error:
+            everywhere = all(other.error == introduction.error for other in introductions)
+            where = "" if everywhere else f"rank {rank} ({introduction.host}): "
+            error = UserError(f"{where}{introduction.error}")
+            error.exit_code = introduction.exit_code
             raise error
-    for key, what in (("versions", "versions"), ("arguments", "command-line arguments"), ("digest", "models")):
-        for rank, introduction in enumerate(introductions):
-            if introduction[key] != introductions[0][key]:
+    first = introductions[0]
+    for rank, other in enumerate(introductions):
+        for what, ours, theirs in (
+            ("versions", first.versions, other.versions),
+            ("command-line arguments", first.arguments, other.arguments),
+            ("models", first.digest, other.digest),
+        ):
+            if ours != theirs:
                 raise LaunchError(
-                    f"rank 0 ({introductions[0]['host']}) and rank {rank} ({introduction['host']}) have different {what}:"
-                    f" {_differences(introductions[0][key], introduction[key])}"
+                    f"rank 0 ({first.host}) and rank {rank} ({other.host}) have different {what}:"
+                    f" {_differences(ours, theirs)}"
                 )
 
 
@@ -167,13 +191,14 @@ def _differences(first: Any, second: Any) -> str:
     return f"{first} and {second}"
 
 
-def _machines(introductions: list[dict[str, Any]]) -> list[Machine]:
-    """Budgets by rank: ranks on one host share its memory, and count as equally fast."""
-    hosts = [introduction["host"] for introduction in introductions]
+def _machines(introductions: list[_Introduction]) -> list[Machine]:
+    """Return budgets by rank: ranks on one host share its memory, and count as equally fast."""
+    hosts = [one.host for one in introductions]
     by_host: dict[str, float] = {}
-    for introduction in introductions:
-        by_host[introduction["host"]] = max(by_host.get(introduction["host"], 0.0), introduction["speed"])
+    for one in introductions:
+        by_host[one.host] = max(by_host.get(one.host, 0.0), one.speed)
     fastest = max(by_host.values())
     speeds = {host: 1.0 if speed * _EQUAL_SPEED >= fastest else speed / fastest for host, speed in by_host.items()}
-    memory = {host: min(h["memory"] for h in introductions if h["host"] == host) // hosts.count(host) for host in hosts}
+    memory = {host: min(one.memory_bytes for one in introductions if one.host == host) for host in hosts}
+    memory = {host: shared_bytes // hosts.count(host) for host, shared_bytes in memory.items()}
     return [Machine(host, memory[host], speeds[host]) for host in hosts]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -17,10 +17,20 @@ from hippo_mpi.shard.slot_caches import KVSettings
 from hippo_mpi.shard.stage import load_stage
 from hippo_mpi.transport.channel import RingChannel
 from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.pulse import Activity
+from hippo_mpi.transport.rank_status import RankStatistics, RankStatus
 from hippo_mpi.transport.world import World
 
 _END = b""  # the header after which nothing comes
 _COUNT_S = 0.5  # between two looks at how large the caches are
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """Whether a rank has loaded its stage; if not, why."""
+
+    host: str
+    error: str
 
 
 class Pipeline:
@@ -62,14 +72,12 @@ class Pipeline:
         control.own_status = self._status
 
     def _agree_that_loaded(self, error: HippoError | None) -> None:
-        mine = {"error": str(error), "code": error.exit_code, "host": self.world.host} if error else {}
-        found = self.control.gather(mine)
-        if found is not None:
-            for rank, message in enumerate(found):
-                if "error" in message:
-                    failure = UserError(f"rank {rank} ({message['host']}): {message['error']}")
-                    self.control.fail(failure if self.world.size > 1 else error or failure)
-        self.control.share({"go": True} if found is not None else None)
+        gathered = self.control.gather(_Loaded(self.world.host, str(error) if error else ""))
+        for rank, loaded in enumerate(gathered or ()):
+            if loaded.error:
+                failure = UserError(f"rank {rank} ({loaded.host}): {loaded.error}")
+                self.control.fail(failure if self.world.size > 1 else error or failure)
+        self.control.meet()
 
     def leader(self) -> Leader:
         self._worker = Leader(self.stage, self.channel, self._settings, self.agreement.layout.stages, self.timeline)
@@ -88,39 +96,29 @@ class Pipeline:
         if self.world.size > 1:
             self.channel.send(_END, [])
 
-    def _progress(self, doing: str) -> None:
-        """What this rank's main thread does next; caches are counted here, where nobody changes them meanwhile."""
-        self.control.progress(doing)
+    def _progress(self, doing: str, activity: Activity = Activity.OTHER) -> None:
+        """Pass on what this rank's main thread does next; caches are counted here, where nobody changes them meanwhile."""
+        self.control.progress(doing, activity)
         now = time.monotonic()
         if self._worker is not None and now - self._counted_at > _COUNT_S:
             self._cache_bytes, self._counted_at = self._worker.caches.num_bytes, now
 
-    def _status(self) -> dict[str, Any]:
-        """What changes while this rank works; sums since it was started."""
-        status = {
-            "busy_s": self.timeline.busy_s,
-            "cache_bytes": self._cache_bytes,
-            "num_hops": self.channel.num_hops,
-            "hop_s": self.channel.hop_s,
-            "peak_resident_bytes": peak_resident_bytes(),
-        }
-        return status | ({"num_in_flight": self._worker.num_in_flight} if isinstance(self._worker, Leader) else {})
+    def _status(self) -> RankStatus:
+        """Return what this rank says of itself in its beats."""
+        in_flight = self._worker.num_in_flight if isinstance(self._worker, Leader) else None
+        hops = self.channel.num_hops, self.channel.hop_s
+        return RankStatus(self.timeline.busy_s, self._cache_bytes, *hops, peak_resident_bytes(), in_flight)
 
-    def statistics(self) -> dict[str, Any]:
-        """This rank's layers and memory."""
-        return {
-            "host": self.world.host,
-            "layers": list(self._layers),
-            "weight_bytes": self.weight_bytes,
-            "peak_memory_bytes": int(mx.get_peak_memory()),
-            "peak_resident_bytes": peak_resident_bytes(),
-        }
+    def statistics(self) -> RankStatistics:
+        """Return this rank's layers and memory."""
+        memory = int(mx.get_peak_memory()), peak_resident_bytes()
+        return RankStatistics(self.world.host, self._layers, self.weight_bytes, *memory)
 
-    def end(self) -> list[dict[str, Any]] | None:
+    def end(self) -> list[RankStatistics] | None:
         """Finish the run, which releases the others; statistics of every rank on rank 0."""
         if self.world.rank == 0:
             self.release()
         gathered = self.control.gather(self.statistics())
-        self.control.share({"end": True} if gathered is not None else None)
+        self.control.meet()
         self.control.close()
         return gathered

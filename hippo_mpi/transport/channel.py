@@ -24,7 +24,6 @@ import mlx.core as mx
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.layout import Layout
-from hippo_mpi.transport.pulse import WAITING
 from hippo_mpi.transport.world import World
 
 _DTYPES = {
@@ -122,11 +121,8 @@ class RingChannel(Channel):
         mx.async_eval(sending)  # type: ignore[no-untyped-call]
         self._in_flight.append(sending)
         if len(self._in_flight) > _MAX_SENDS_IN_FLIGHT:
-            doing = self._control.doing
-            # MLX spins meanwhile, which is no work.
-            self._control.progress(f"{WAITING} for the next rank to take a message")
-            mx.eval(self._in_flight.popleft())
-            self._control.progress(doing)
+            with self._control.waiting("waiting for the next rank to take a message"):
+                mx.eval(self._in_flight.popleft())
 
     def receive(self) -> Message:
         frame = self._control.await_announcement()

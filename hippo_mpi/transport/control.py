@@ -13,7 +13,6 @@ Knows ranks and bytes. Must not know models or steps.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import select
@@ -23,16 +22,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
+
+import msgspec
 
 from hippo_mpi.errors import HippoError, RankError, UserError, print_error
 from hippo_mpi.transport.frames import FrameReader, framed, read_frame
 from hippo_mpi.transport.handshake import await_callers, dial, introduce
 from hippo_mpi.transport.processes import kill_rank_if_stopped, kill_stopped_ranks
-from hippo_mpi.transport.pulse import Pulse
+from hippo_mpi.transport.pulse import Activity, Pulse
+from hippo_mpi.transport.rank_messages import Beat, Bye, Failure, RankMessage, Report, decode_message, encode
+from hippo_mpi.transport.rank_status import RankStatus
 from hippo_mpi.transport.world import World, deadline
 
+_M = TypeVar("_M")
 BEAT_S = 0.5
 _LOOK_S = 0.005
 _LAST_WORDS_S = 5.0  # that the end of a process may take, which tells people why
@@ -51,7 +55,7 @@ class Peer:
     doing: str = "starting"
     longest_s: float = 0.0  # its longest step so far
     said_bye: bool = False
-    status: dict[str, Any] = field(default_factory=dict)  # what it last said of itself
+    status: RankStatus | None = None  # what it last said of itself
 
 
 class Control:
@@ -64,7 +68,7 @@ class Control:
 
     def __init__(self, world: World, start_timeout_s: float, timeout_s: float) -> None:
         self.world, self.timeout_s = world, timeout_s
-        self.reports: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
+        self._reports: queue.Queue[tuple[int, msgspec.Raw]] = queue.Queue()
         self._star: dict[int, socket.socket] = {}
         self._readers: dict[int, FrameReader] = {}
         self._peers: dict[int, Peer] = {}
@@ -74,7 +78,7 @@ class Control:
         self._moved_at = time.monotonic()
         self._closing = False
         self.on_end: Callable[[int, str], None] = lambda code, why: None  # told of a bad end
-        self.own_status: Callable[[], dict[str, Any]] = dict  # asked by the watch thread; small, and JSON
+        self.own_status: Callable[[], RankStatus | None] = lambda: None  # asked by the watch thread
         self._rank_line = f"rank {world.rank} ({world.host})"
         if world.size > 1:
             self._connect(start_timeout_s)
@@ -82,15 +86,10 @@ class Control:
 
     # ---- what the main thread says about itself
 
-    def progress(self, doing: str) -> None:
-        """Something was finished, and `doing` comes next: the deadline starts anew."""
+    def progress(self, doing: str, activity: Activity = Activity.OTHER) -> None:
+        """Note that something was finished, and what comes next, in words: the deadline starts anew."""
         self._moved_at = time.monotonic()  # first: the watch thread must not see an old time and "not idle"
-        self._pulse.progress(doing)
-
-    @property
-    def doing(self) -> str:
-        """What this rank's main thread does."""
-        return self._pulse.doing
+        self._pulse.progress(doing, activity)
 
     def idle(self) -> None:
         """Nothing is due: no deadline runs until the next `progress`."""
@@ -99,12 +98,20 @@ class Control:
     @contextlib.contextmanager
     def pausing(self) -> Iterator[None]:
         """Let no deadline run inside: people who read what we write may take their time."""
-        doing = self.doing
+        before = self._pulse.doing, self._pulse.activity
         self.idle()
         try:
             yield
         finally:
-            self.progress(doing)
+            self.progress(*before)
+
+    @contextlib.contextmanager
+    def waiting(self, doing: str) -> Iterator[None]:
+        """Count what is done inside as no work, though it may use the CPU: MLX spins while it waits."""
+        before = self._pulse.doing, self._pulse.activity
+        self.progress(doing, Activity.WAITING)
+        yield
+        self.progress(*before)
 
     def fail(self, error: HippoError) -> NoReturn:
         """Tell everyone and end this process. Rank 0 prints."""
@@ -113,12 +120,12 @@ class Control:
             self._end_all(line, error.exit_code)
         if isinstance(error, UserError):
             time.sleep(_SAME_S)
-        self._send(0, {"kind": "fail", "line": line, "code": error.exit_code})
+        self._send(0, Failure(line, error.exit_code))
         time.sleep(2.0)  # rank 0 answers with the end; if it can't, we leave anyway
         self._leave(None, error.exit_code)
 
-    def statuses(self) -> list[dict[str, Any]]:
-        """On rank 0, what every rank said of itself in its last beat, by rank."""
+    def statuses(self) -> list[RankStatus | None]:
+        """Return what every rank said of itself in its last beat, by rank; on rank 0."""
         peers = dict(self._peers)
         return [self.own_status(), *(peers[rank].status for rank in sorted(peers))]
 
@@ -129,31 +136,44 @@ class Control:
         is_long = silent_s > self._patience_s() - self.timeout_s * (1 - _STALLED_SHARE)
         return silent_s if is_long and not self._pulse.is_idle else 0.0
 
-    # ---- reports: small JSON messages between rank 0 and the others
+    # ---- reports: small messages between rank 0 and the others, of any type that msgspec knows, such as a dataclass
 
-    def report(self, message: dict[str, Any], to: int = 0) -> None:
-        self._send(to, {"kind": "report", "body": message})
+    def report(self, message: object, to: int = 0) -> None:
+        """Send a message to rank `to`."""
+        self._send(to, Report(msgspec.Raw(encode(message))))
 
-    def gather(self, message: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """Every rank's message on rank 0, by rank; None elsewhere. The watch thread keeps the deadline."""
+    def next_report(self, kind: type[_M], waits: bool = True) -> _M:
+        """Return the next message of rank 0. The watch thread keeps the deadline.
+
+        Raises:
+            queue.Empty: there is none yet, and nobody `waits`.
+        """
+        return msgspec.json.decode(self._reports.get(block=waits)[1], type=kind)
+
+    def gather(self, message: _M) -> list[_M] | None:
+        """Return every rank's message on rank 0, by rank; None elsewhere. The watch thread keeps the deadline."""
         if self.world.rank != 0:
             self.report(message)
             return None
-        found = {0: message}
-        while len(found) < self.world.size:
-            rank, body = self.reports.get()
-            found[rank] = body
+        gathered = {0: message}
+        while len(gathered) < self.world.size:
+            rank, body = self._reports.get()
+            gathered[rank] = msgspec.json.decode(body, type=type(message))
             self.progress("gathering reports")
-        return [found[rank] for rank in range(self.world.size)]
+        return [gathered[rank] for rank in range(self.world.size)]
 
-    def share(self, message: dict[str, Any] | None) -> dict[str, Any]:
-        """Rank 0's message on every rank."""
+    def share(self, message: _M | None, kind: type[_M]) -> _M:
+        """Return rank 0's message on every rank."""
         if self.world.rank == 0:
             assert message is not None
             for rank in list(self._star):
                 self.report(message, rank)
             return message
-        return self.reports.get()[1]
+        return self.next_report(kind)
+
+    def meet(self) -> None:
+        """Wait until rank 0 has come here, too."""
+        self.share(True if self.world.rank == 0 else None, bool)
 
     # ---- announcements around the ring
 
@@ -181,7 +201,7 @@ class Control:
         """A good end: nobody's closing connection is a failure from now on. Rank 0 first, others follow."""
         self._closing = True
         for rank in list(self._star):
-            self._send(rank, {"kind": "bye"})
+            self._send(rank, Bye())
 
     def part(self) -> None:
         """Hang up; rank 0 waits until all others have, or have ended: it leaves no stopped one behind.
@@ -221,8 +241,8 @@ class Control:
         pids = [who["pid"] if who["host"] == world.host else None for who in addresses]
         self._peers = {rank: Peer(names[rank], now, pids[rank]) for rank in self._star}
 
-    def _send(self, rank: int, message: dict[str, Any]) -> None:
-        data = json.dumps(message).encode()
+    def _send(self, rank: int, message: RankMessage) -> None:
+        data = encode(message)
         connection = self._star.get(rank)
         if connection is None:
             return  # it has closed meanwhile, and the watch thread knows
@@ -257,13 +277,12 @@ class Control:
             if not self._closing:
                 self._check(now)
 
-    def _beat(self) -> dict[str, Any]:
+    def _beat(self) -> Beat:
         """Return what the other ranks hear of this one, which moves the deadline here, too, while it is at work."""
         pulse, works = self._pulse, self._pulse.is_working()
         if works:
             self._moved_at = time.monotonic()
-        progress = {"progress": pulse.count, "doing": pulse.doing, "works": works, "longest_s": pulse.longest_s}
-        return {"kind": "beat", **progress, "status": self.own_status()}
+        return Beat(pulse.count, pulse.doing, works, pulse.longest_s, self.own_status())
 
     def _read(self, rank: int) -> None:
         peer = self._peers[rank]
@@ -279,20 +298,20 @@ class Control:
         if frame is None:
             return  # a part of one
         peer.beat_at = time.monotonic()
-        message = json.loads(frame)
-        if message["kind"] == "beat":
-            if message["progress"] != peer.progress or message["works"]:
-                self._moved_at = time.monotonic()
-            peer.progress, peer.doing, peer.status = message["progress"], message["doing"], message["status"]
-            peer.longest_s = message["longest_s"]
-        elif message["kind"] == "report":
-            self.reports.put((rank, message["body"]))
-        elif message["kind"] == "bye":
-            peer.said_bye = True
-        elif message["kind"] == "fail" and self.world.rank == 0:
-            self._end_all(message["line"], message["code"])
-        elif message["kind"] == "fail":
-            self._leave(None, message["code"])
+        match decode_message(frame):
+            case Beat() as beat:
+                if beat.progress != peer.progress or beat.is_working:
+                    self._moved_at = time.monotonic()
+                peer.progress, peer.doing, peer.status = beat.progress, beat.doing, beat.status
+                peer.longest_s = beat.longest_s
+            case Report(body):
+                self._reports.put((rank, body))
+            case Bye():
+                peer.said_bye = True
+            case Failure(line, code) if self.world.rank == 0:
+                self._end_all(line, code)
+            case Failure(_, code):
+                self._leave(None, code)
 
     def _check(self, now: float) -> None:
         for peer in self._peers.values():
@@ -321,7 +340,7 @@ class Control:
     def _end_all(self, line: str, code: int) -> NoReturn:
         with self._end_lock:  # the first failure is the cause; later ones follow from it
             for rank in list(self._star):
-                self._send(rank, {"kind": "fail", "line": line, "code": code})
+                self._send(rank, Failure(line, code))
             self._leave(line, code)
 
     def _leave(self, line: str | None, code: int) -> NoReturn:

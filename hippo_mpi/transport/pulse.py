@@ -8,10 +8,30 @@ take minutes on a CPU); and how long steps have been seen to take (on a GPU, a p
 from __future__ import annotations
 
 import time
+from enum import StrEnum
+from typing import Protocol
 
-WAITING = "waiting"
-"""The first word of what a rank does while it waits for another."""
-_COMPUTING = ("computing", "finishing")
+
+class Activity(StrEnum):
+    """A kind of what a rank does."""
+
+    COMPUTING = "computing"
+    """A step: how long these take tells how long the next one may."""
+    FINISHING = "finishing"
+    """A step whose graph was built before."""
+    WAITING = "waiting"
+    """For another rank, or for people: no work."""
+    OTHER = "other"
+
+
+class Progress(Protocol):
+    """Told when something was finished, and what comes next, in words and by its kind."""
+
+    def __call__(self, doing: str, activity: Activity = Activity.OTHER, /) -> None:
+        """Take note."""
+
+
+_STEPS = (Activity.COMPUTING, Activity.FINISHING)
 _WORKING_SHARE = 0.05  # of a core, beside nine busy processes on two cores; an idle watch thread takes 0.002
 _MAX_DEADLINES = 100  # that one thing may take, while the CPU is used for it: an endless loop ends, too
 
@@ -24,29 +44,31 @@ class Pulse:
 
     Attributes:
         count: how many things have been finished.
-        doing: what is being done.
+        doing, activity: what is being done.
         is_idle: nothing is due.
         longest_s: the longest step so far.
     """
 
     def __init__(self, timeout_s: float) -> None:
-        self.count, self.doing, self.is_idle = 0, "starting", False
+        self.count, self.is_idle = 0, False
+        self.doing, self.activity = "starting", Activity.OTHER
         self.longest_s = 0.0
         self._max_s = _MAX_DEADLINES * timeout_s
         self._began_s = self._looked_s = time.monotonic()
         self._cpu_s = time.process_time()
 
-    def progress(self, doing: str) -> None:
+    def progress(self, doing: str, activity: Activity = Activity.OTHER) -> None:
         """Note that something was finished and `doing` begins."""
         now = time.monotonic()
-        if self.doing.startswith(_COMPUTING):
+        if self.activity in _STEPS:
             self.longest_s = max(self.longest_s, now - self._began_s)
-        self._began_s, self.doing, self.is_idle = now, doing, False
+        self._began_s, self.is_idle = now, False
+        self.doing, self.activity = doing, activity
         self.count += 1
 
     def idle(self) -> None:
         """Note that nothing is due until the next `progress`."""
-        self.doing, self.is_idle = "idle", True
+        self.doing, self.activity, self.is_idle = "idle", Activity.WAITING, True
 
     def is_working(self) -> bool:
         """Return True if the CPU was used since the last call, for something that may still take its time."""
@@ -54,4 +76,4 @@ class Pulse:
         share = (cpu_s - self._cpu_s) / max(now - self._looked_s, 1e-9)
         self._looked_s, self._cpu_s = now, cpu_s
         may_last = now - self._began_s < self._max_s
-        return may_last and not self.is_idle and not self.doing.startswith(WAITING) and share > _WORKING_SHARE
+        return may_last and not self.is_idle and self.activity != Activity.WAITING and share > _WORKING_SHARE

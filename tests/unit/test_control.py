@@ -35,7 +35,7 @@ time.sleep(10)
 """
 
 
-@pytest.mark.parametrize("sent", [b"", struct.pack("<I", 200) + b'{"kind": "beat"'], ids=["nothing", "half-a-frame"])
+@pytest.mark.parametrize("sent", [b"", struct.pack("<I", 200) + b'{"type": "beat"'], ids=["nothing", "half-a-frame"])
 def test_a_silent_rank_ends_us(sent: bytes) -> None:
     """Nor does it matter that the status can't be written down."""
     found = subprocess.run([sys.executable, "-c", LEFT_ALONE, sent.hex()], capture_output=True, text=True, timeout=30)

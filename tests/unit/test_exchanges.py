@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hippo_mpi.engine.messages import OutputMessage
 from hippo_mpi.engine.request import Request, SamplingParams
 from hippo_mpi.errors import RankError
 from hippo_mpi.serving.api.exchange import Exchange
@@ -17,7 +18,6 @@ from hippo_mpi.serving.api.exchanges import Exchanges, Keeping
 from hippo_mpi.serving.api.journal import Journal
 from hippo_mpi.serving.api.journal_records import Line, Record
 from hippo_mpi.serving.supervision.front import Front, Overloaded
-from hippo_mpi.serving.supervision.rank_link import ToldOutput
 
 SAMPLING = SamplingParams(seed=1)
 
@@ -84,8 +84,8 @@ def test_a_request_that_ends_before_its_client_has_an_id_is_forgotten(tmp_path: 
     run(look, tmp_path / "journal")
 
 
-def output(index: int, token: int | None, finish: str | None = None) -> ToldOutput:
-    return ToldOutput(index, "a", token, 0, 0, 0, None, finish, None)
+def output(index: int, token: int | None, finish: str | None = None) -> OutputMessage:
+    return OutputMessage(index, "a", token, 0, 0, 0, None, finish, None)
 
 
 def test_what_has_been_told_of_each_answer() -> None:

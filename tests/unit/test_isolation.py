@@ -19,13 +19,14 @@ from hippo_mpi.config import BUNDLED_MODEL
 from hippo_mpi.engine import grammar
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.grammar import json_grammar
+from hippo_mpi.engine.messages import OutputMessage
 from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams
 from hippo_mpi.engine.sampling import Chooser
 from hippo_mpi.engine.text import AnswerText, open_tokenizer
 from hippo_mpi.errors import FieldError, ForeignError, HippoError, UserError
 from hippo_mpi.parallel.timeline import Timeline
-from hippo_mpi.serving.supervision.rank_link import About, line_of, read_error, request_object
+from hippo_mpi.serving.supervision.messages import Add, Begun, Ready, Refused, Report, Taking, line_of, read_report
 from hippo_mpi.serving.supervision.rank_service import RankService
 from tests.local_ring import LocalRing, make_stages, open_folder
 
@@ -216,21 +217,21 @@ def test_rank_0_says_what_a_request_has_met(engine: Engine, monkeypatch: Any) ->
     asked = [replace(PLAIN, temp=0.5, seed=number) for number in range(3)]
     asked.append(replace(PLAIN, logit_bias=((9999, 1.0),)))
     for number, sampling in enumerate(asked):
-        theirs.sendall(line_of(add=request_object(Request(number, PROMPT, sampling))))
-    said: list[dict[str, Any]] = []
+        theirs.sendall(line_of(Add(Request(number, PROMPT, sampling))))
+    said: list[Report] = []
 
     def read() -> None:
         for line in theirs.makefile("rb"):
-            said.append(json.loads(line))
-            if said[-1].get("output", {}).get("finish"):
+            said.append(report := read_report(line))
+            if isinstance(report, OutputMessage) and report.finish_reason:
                 theirs.shutdown(socket.SHUT_RDWR)
 
     reading = threading.Thread(target=read)
     reading.start()
-    service.run(engine, About(500, 1536), Timeline(lambda doing: None))
+    service.run(engine, Ready(500, 1536), Timeline(lambda doing, activity=None: None))
     reading.join(30)
-    errors = {message["refused"]: read_error(message) for message in said if "refused" in message}
+    errors = {report.request_id: report.error.error() for report in said if isinstance(report, Refused)}
     assert [type(errors[number]) for number in (0, 1, 3)] == [ForeignError, ForeignError, UserError]
-    assert [message["taking"] for message in said if "taking" in message] == [0, None, 1, None, 2, None, 3, None]
-    assert sorted(number for message in said for number in message.get("begun", [])) == [1, 2]
-    assert {message["output"]["id"] for message in said if "output" in message} == {2}
+    assert [report.request_id for report in said if isinstance(report, Taking)] == [0, None, 1, None, 2, None, 3, None]
+    assert sorted(number for report in said if isinstance(report, Begun) for number in report.request_ids) == [1, 2]
+    assert {report.request_id for report in said if isinstance(report, OutputMessage)} == {2}

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
+from hippo_mpi.engine.messages import OutputMessage
 from hippo_mpi.engine.request import Request, SamplingParams, TokenLogprobs
 from hippo_mpi.errors import ContextError, ForeignError, RankError, UserError
 from hippo_mpi.serving.api import journal as journal_module
 from hippo_mpi.serving.api.journal import Journal, Left
 from hippo_mpi.serving.api.journal_records import Line, Record, line_text, record_text
-from hippo_mpi.serving.supervision.rank_link import ToldOutput
 
 SAMPLINGS = [
     SamplingParams(temp=0.5, seed=2**63, logit_bias=((3, -1.5),), stop_words=("a", "b")),
@@ -29,7 +29,7 @@ SAMPLINGS = [
 PROMPT = [1, 2]
 REQUESTS = [Request(5, PROMPT, SAMPLINGS[0]), Request(6, PROMPT, SAMPLINGS[1]), Request(7, [3], SAMPLINGS[0])]
 OPEN = "import sys, pathlib; from hippo_mpi.serving.api.journal import Journal; Journal(pathlib.Path(sys.argv[1]))"
-OUTPUT = ToldOutput(1, "a fox\n", 7, 2, 3, 1, TokenLogprobs(-0.5, [(7, -0.5), (8, -1.25)]), "stop", [1, 2])
+OUTPUT = OutputMessage(1, "a fox\n", 7, 2, 3, 1, TokenLogprobs(-0.5, [(7, -0.5), (8, -1.25)]), "stop", [1, 2])
 
 
 def record(name: str) -> Record:
@@ -92,7 +92,7 @@ async def written(*operations: Callable[[Callable[[], None]], None]) -> None:
 
 def test_requests_and_outputs_come_back_as_they_were(tmp_path: Path) -> None:
     lines: list[Line] = [
-        (0, ToldOutput(0, "", None, 0, 0, 0, None, None, None)),
+        (0, OutputMessage(0, "", None, 0, 0, 0, None, None, None)),
         (1, OUTPUT),
         (0, ContextError(5, 4)),
         (0, UserError("no")),
@@ -131,7 +131,7 @@ def test_requests_and_outputs_come_back_as_they_were(tmp_path: Path) -> None:
 def test_what_has_expired_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also from the file's bytes: who asks for nothing to be stored has texts in it, too."""
     monkeypatch.setattr(journal_module, "_SWEEP_INTERVAL_S", 0.05)
-    secret = ToldOutput(0, "a secret of foxes", 7, 0, 0, 0, None, "stop", None)
+    secret = OutputMessage(0, "a secret of foxes", 7, 0, 0, 0, None, "stop", None)
 
     async def write(kept: Journal) -> None:
         await written(
@@ -156,7 +156,7 @@ def test_what_is_too_much_goes_before_its_time(tmp_path: Path, monkeypatch: pyte
     async def main() -> None:
         kept = Journal(tmp_path / "journal", max_bytes=1 << 20)
         kept.start()
-        long = ToldOutput(0, "x" * (600 << 10), 7, 0, 0, 0, None, "stop", None)
+        long = OutputMessage(0, "x" * (600 << 10), 7, 0, 0, 0, None, "stop", None)
         for name, keep_s in (("old", 100.0), ("new", 200.0)):
             await written(
                 lambda then, name=name: add(kept, name, then),  # type: ignore[misc]
@@ -215,7 +215,7 @@ def test_a_long_answer_that_goes_holds_up_no_other(tmp_path: Path, monkeypatch: 
 
 def test_a_full_disk_keeps_nobody_waiting(tmp_path: Path) -> None:
     """What could not be written whole is not kept; what comes when there is room again is."""
-    long = ToldOutput(0, "x" * (200 << 10), 7, 0, 0, 0, None, None, None)
+    long = OutputMessage(0, "x" * (200 << 10), 7, 0, 0, 0, None, None, None)
 
     async def write(kept: Journal) -> None:
         await written(lambda then: add(kept, "a", then))

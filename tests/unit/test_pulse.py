@@ -7,7 +7,7 @@ import time
 import pytest
 
 from hippo_mpi.engine.prefill_pace import PrefillPace
-from hippo_mpi.transport.pulse import Pulse
+from hippo_mpi.transport.pulse import Activity, Pulse
 
 
 def compute(seconds: float) -> None:
@@ -18,18 +18,18 @@ def compute(seconds: float) -> None:
 
 def test_computing_moves_the_deadline() -> None:
     pulse = Pulse(timeout_s=30)
-    pulse.progress("computing step 1")
+    pulse.progress("computing step 1", Activity.COMPUTING)
     compute(0.1)
     assert pulse.is_working()
 
 
-@pytest.mark.parametrize("doing", ["waiting for step 1", "computing step 1"])
-def test_neither_waiting_nor_sleeping_does(doing: str) -> None:
+@pytest.mark.parametrize("activity", [Activity.WAITING, Activity.COMPUTING])
+def test_neither_waiting_nor_sleeping_does(activity: Activity) -> None:
     """MLX's receives spin, so a rank that waits uses a core; one that is stuck in its work uses none."""
     pulse = Pulse(timeout_s=30)
-    pulse.progress(doing)
+    pulse.progress("step 1", activity)
     pulse.is_working()
-    if doing.startswith("waiting"):
+    if activity is Activity.WAITING:
         compute(0.1)
     else:
         time.sleep(0.2)
@@ -38,17 +38,17 @@ def test_neither_waiting_nor_sleeping_does(doing: str) -> None:
 
 def test_an_endless_loop_ends() -> None:
     pulse = Pulse(timeout_s=0.001)
-    pulse.progress("computing step 1")
+    pulse.progress("computing step 1", Activity.COMPUTING)
     compute(0.15)
     assert not pulse.is_working()
 
 
 def test_the_longest_step_is_known() -> None:
     pulse = Pulse(timeout_s=30)
-    for doing, seconds in (("loading weights", 0.2), ("computing step 0", 0.05), ("waiting after step 0", 0.2)):
-        pulse.progress(doing)
+    for activity, seconds in ((Activity.OTHER, 0.2), (Activity.COMPUTING, 0.05), (Activity.WAITING, 0.2)):
+        pulse.progress("step 0", activity)
         time.sleep(seconds)
-    pulse.progress("computing step 1")
+    pulse.progress("computing step 1", Activity.COMPUTING)
     assert 0.05 <= pulse.longest_s < 0.2
 
 

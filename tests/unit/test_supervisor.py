@@ -22,7 +22,7 @@ front.connect(os.environ["HIPPO_FRONT"])
 def say(**message):
     front.sendall(json.dumps(message).encode() + b"\\n")
 def ready():
-    say(ready={"max_context": 100, "vocab_size": 100, "ranks": [], "machines": []})
+    say(type="ready", max_context=100, vocab_size=100)
 """
 
 
@@ -43,7 +43,7 @@ def run(*lives: str, work: Callable[[Front], Sequence[Answer]]) -> tuple[Front, 
         answers = work(front)
 
         async def until_told() -> None:
-            while front.num_requests:
+            while front.num_requests or not answers:
                 await asyncio.sleep(0.02)
 
         await asyncio.wait(
@@ -64,9 +64,36 @@ def test_what_a_rank_said_before_a_reset_is_heard() -> None:
 ready()
 while not front.recv(1, socket.MSG_PEEK):
     pass
-front.sendall(b'{"beat": {"ranks": [], "waiting": 0, "stalled_s": 0}}\\n' * 100 + b'{"begun": [0]}\\n')
+front.sendall(b'{"type": "beat", "ranks": [], "waiting": 0, "stalled_s": 0}\\n' * 100 + b'{"type": "begun", "request_ids": [0]}\\n')
 os._exit(1)  # with a request unread: the front's next read fails
 """
     front, (answer,) = run(dies, work=lambda front: [front.submit([1], SamplingParams(), "m")])
     assert "the ranks failed 3 times in a row" in answer.outcome
     assert front.num_starts == MAX_RESTARTS + 1
+
+
+def test_a_model_that_was_loaded_before_isnt_refused_at_once() -> None:
+    """Status 2 of its ranks may come from a disk that is full just now: they are started again."""
+    loads = "ready()\nwhile front.recv(1 << 16):\n    pass"
+    answers = """
+ready()
+said = b""
+while b'"add"' not in said:
+    said += front.recv(1 << 16)
+number = json.loads(said.split(b"\\n")[0])["request"]["id"]
+say(type="output", request_id=number, text="x", token=1, finish_reason="length")
+while front.recv(1 << 16):
+    pass
+"""
+
+    def work(front: Front) -> Sequence[Answer]:
+        async def change() -> None:
+            await front.load("other")
+            told.append(front.submit([1], SamplingParams(), "m"))
+
+        changing.append(asyncio.ensure_future(change()))
+        return told
+
+    told, changing = list[Answer](), list[asyncio.Future[None]]()
+    _, (answer,) = run(loads, loads, "sys.exit(2)", answers, work=work)
+    assert answer.outcome == "length"

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings
+from hippo_mpi.engine.messages import ErrorMessage, OutputMessage
+from hippo_mpi.engine.request import FinishReason, Request, SamplingParams
 from hippo_mpi.errors import ForeignError, HippoError, RankError
 from hippo_mpi.serving.supervision.answer import Answer, Told
 from hippo_mpi.serving.supervision.front import Front
-from hippo_mpi.serving.supervision.rank_link import About, error_object, line_of, output_object
+from hippo_mpi.serving.supervision.messages import Add, Begun, Ready, Refused, Report, Taking, line_of, read_order
 from hippo_mpi.serving.supervision.suspects import may_begin
 
 MOST_FAILURES = 5
@@ -33,28 +33,28 @@ class Life:
     front: Front
     rows: int
     reader: asyncio.StreamReader = field(default_factory=asyncio.StreamReader)
-    waiting: list[dict[str, Any]] = field(default_factory=list)
-    running: dict[int, dict[str, Any]] = field(default_factory=dict)
+    waiting: list[Request] = field(default_factory=list)
+    running: dict[int, Request] = field(default_factory=dict)
+    steps: dict[int, int] = field(default_factory=dict)  # that each of these has had
     told: list[list[int]] = field(default_factory=list)  # the numbers at work, by step
 
     def write(self, line: bytes) -> None:
-        message = json.loads(line)
-        if "add" in message:
-            self.waiting.append(message["add"])
+        if isinstance(order := read_order(line), Add):
+            self.waiting.append(order.request)
 
     def close(self) -> None:
         pass
 
-    async def say(self, **message: Any) -> None:
-        """And let the front hear it."""
-        self.reader.feed_data(line_of(**message))
+    async def say(self, report: Report) -> None:
+        """Say it, and let the front hear it."""
+        self.reader.feed_data(line_of(report))
         for _ in range(10):
             await asyncio.sleep(0)
 
     async def run(self) -> bool:
         """Answer what comes until nothing is left (True), or a request ends this life."""
         serving = asyncio.ensure_future(self.front.serve_ranks(self.reader, cast(Any, self), 60.0))
-        await self.say(ready=asdict(About(1000, 1000)))
+        await self.say(Ready(1000, 1000))
         survives = True
         while survives and (self.waiting or self.running):
             survives = await self.step()
@@ -65,24 +65,21 @@ class Life:
     async def step(self) -> bool:
         while self.waiting and len(self.running) < self.rows:
             request = self.waiting.pop(0)
-            await self.say(taking=request["id"])
-            if request["prompt"][0] == READING:
+            await self.say(Taking(request.id))
+            if request.prompt[0] == READING:
                 return False
-            await self.say(taking=None)
-            self.running[request["id"]] = {**request, "steps": 0}
-            await self.say(begun=[request["id"]])
+            await self.say(Taking(None))
+            self.running[request.id], self.steps[request.id] = request, 0
+            await self.say(Begun([request.id]))
         self.told.append(list(self.running))
-        if any(request["prompt"][0] == POISON for request in self.running.values()):
+        if any(request.prompt[0] == POISON for request in self.running.values()):
             return False
         for number, request in list(self.running.items()):
-            request["steps"] += 1
-            if request["steps"] >= request["prompt"][1]:
-                made = (
-                    len((request["resume"] or {"tokens": []})["tokens"]) + 1 + request["steps"] - request["prompt"][1]
-                )
-                reason = "length" if made == NUM_TOKENS else None
-                output = RequestOutput(number, "x", made, Timings(), finish_reason=cast(Any, reason))
-                await self.say(output=output_object(output))
+            self.steps[number] += 1
+            if (num_more := self.steps[number] - request.prompt[1]) >= 0:
+                made = (len(request.resume.tokens) if request.resume else 0) + 1 + num_more
+                reason: FinishReason | None = "length" if made == NUM_TOKENS else None
+                await self.say(OutputMessage(number, "x", made, finish_reason=reason))
                 if reason:
                     del self.running[number]
         return True
@@ -151,7 +148,7 @@ def test_who_waits_loses_a_try_only_if_ranks_dont_start(was_ready: bool) -> None
         for _ in range(MOST_FAILURES + 1):
             if was_ready:
                 life = Life(front, 0)
-                life.reader.feed_data(line_of(ready=asdict(About(1000, 1000))))
+                life.reader.feed_data(line_of(Ready(1000, 1000)))
                 life.reader.feed_eof()
                 await front.serve_ranks(life.reader, cast(Any, life), 60.0)
             front.lose_ranks("no reason", MOST_FAILURES)
@@ -177,8 +174,8 @@ def test_an_error_of_ours_ends_one_answer(sent: HippoError, expected: type[Hippo
     async def refuse() -> None:
         life = Life(front, 4)
         serving = asyncio.ensure_future(front.serve_ranks(life.reader, cast(Any, life), 60.0))
-        await life.say(ready=asdict(About(1000, 1000)))
-        await life.say(refused=first.request.id, **error_object(sent))
+        await life.say(Ready(1000, 1000))
+        await life.say(Refused(first.request.id, ErrorMessage.of(sent)))
         (error,) = told
         assert type(error) is expected and str(error) == str(sent)
         life.reader.feed_eof()

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+from msgspec import to_builtins
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -78,8 +79,9 @@ class AboutEndpoints:
         front = self._front
         status = front.status()
         if front.about is not None and self._access.has_key(request):  # hosts and memory are for holders of a key only
-            status |= {"model": front.model, "max_context": front.about.max_context, "ranks": front.about.ranks}
-            status |= {"now": front.beat.get("ranks", []), "silent_hosts": front.silent_hosts}
+            about, now = front.about, front.beat.ranks if front.beat else []
+            status |= {"model": front.model, "max_context": about.max_context, "ranks": to_builtins(about.ranks)}
+            status |= {"now": [to_builtins(rank) or {} for rank in now], "silent_hosts": front.silent_hosts}
         return JSONResponse(status, 200 if status["ready"] else 503)
 
     async def metrics(self, _: Request) -> Response:

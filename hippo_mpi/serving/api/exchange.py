@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from hippo_mpi.engine.messages import OutputMessage
 from hippo_mpi.engine.request import RequestOutput, Timings
 from hippo_mpi.errors import HippoError
 from hippo_mpi.serving.api.journal import Journal
 from hippo_mpi.serving.api.journal_records import Line, Record
 from hippo_mpi.serving.supervision.answer import Answer, ServerEnding, Told, note_told
-from hippo_mpi.serving.supervision.rank_link import ToldOutput
 
 
 class Exchange:
@@ -45,7 +45,7 @@ class Exchange:
         self.num_readers = 0
         self.ending: ServerEnding | None = None  # set if the server ends first: the next one resumes this exchange
         self._told: list[Line] = []
-        self._outputs: list[list[ToldOutput]] = [[] for _ in record.requests]  # the same, by answer
+        self._outputs: list[list[OutputMessage]] = [[] for _ in record.requests]  # the same, by answer
         self._error: HippoError | None = None  # that ended all answers
         self._running = set(range(len(record.requests)))
         for line in told:
@@ -63,7 +63,7 @@ class Exchange:
         """The numbers of the answers that haven't ended."""
         return sorted(self._running)
 
-    def outputs_of(self, index: int) -> list[ToldOutput]:
+    def outputs_of(self, index: int) -> list[OutputMessage]:
         """Return the outputs of one of the answers so far."""
         return self._outputs[index]
 
@@ -99,7 +99,7 @@ class Exchange:
 
     def _note(self, index: int, told: Told) -> None:
         self._told.append((index, told))
-        if not isinstance(told, ToldOutput):
+        if not isinstance(told, OutputMessage):
             self._error = told
             self._running.clear()
             return
@@ -129,7 +129,7 @@ class Exchange:
                 await self._more.wait()
             index, told = self._told[num_read]
             num_read += 1
-            if not isinstance(told, ToldOutput):
+            if not isinstance(told, OutputMessage):
                 running.clear()
             elif told.finish_reason is not None:
                 running.discard(index)
@@ -192,8 +192,8 @@ class Reader:
         return [self._read(index, told) for index, told in self._exchange.lines_so_far()]
 
     def _read(self, index: int, told: Told) -> tuple[int, RequestOutput]:
-        if not isinstance(told, ToldOutput):
+        if not isinstance(told, OutputMessage):
             raise told
         timings = self._timings[index]
         note_told(timings, told)
-        return index, RequestOutput(index, told.text, told.token, timings, told.logprobs, told.finish_reason)
+        return index, told.output(timings)

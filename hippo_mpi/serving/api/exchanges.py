@@ -17,12 +17,12 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 
+from hippo_mpi.engine.messages import OutputMessage
 from hippo_mpi.errors import RankError
 from hippo_mpi.serving.api.exchange import Exchange, Reader
 from hippo_mpi.serving.api.journal import Journal
 from hippo_mpi.serving.api.journal_records import Record, record_text
 from hippo_mpi.serving.supervision.front import Front
-from hippo_mpi.serving.supervision.rank_link import ToldOutput
 
 _log = logging.getLogger(__name__)
 _RECONNECT_TIMEOUT_S = 60.0  # for a client to come back: after a start, or after an end that may not have reached it
@@ -115,7 +115,7 @@ class Exchanges:
     def abort(self, exchange: Exchange) -> None:
         """Abort those answers of an exchange that haven't ended."""
         for index in exchange.running:
-            exchange.tell(index, ToldOutput(index, "", None, 0, 0, 0, None, "abort", None))
+            exchange.tell(index, OutputMessage(index, finish_reason="abort"))
 
     async def delete(self, exchange: Exchange) -> None:
         """Abort and forget an exchange; return when it can't be found any more."""

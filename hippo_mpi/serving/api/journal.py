@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
+
 from hippo_mpi.errors import UserError
 from hippo_mpi.serving.api.journal_records import Line, Record, line_text, read_line, read_record
 
 _log = logging.getLogger(__name__)
-_VERSION = 1  # of the tables
+_VERSION = 2  # of the tables, and of what is in them
 _TABLES = """
 CREATE TABLE requests (number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, record TEXT NOT NULL,
                        expires REAL, -- seconds since 1970; NULL: it is under way
@@ -167,7 +169,7 @@ class Journal:
         for number, text, deaths, lines_before in self._writer.execute(sql).fetchall():
             try:
                 record, lines = read_record(text), _lines(self._writer, number)
-            except (ValueError, KeyError, TypeError) as error:  # written by another version
+            except (msgspec.DecodeError, ValueError, RecursionError) as error:  # written by another version
                 _log.warning("a request in the journal %s can't be read, and is forgotten: %r", self.path, error)
                 self._writer.execute("UPDATE requests SET expires = 0 WHERE number = ?", (number,))
                 continue

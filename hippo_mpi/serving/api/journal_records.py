@@ -6,16 +6,12 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
+from hippo_mpi.engine.messages import ErrorMessage, OutputMessage
 from hippo_mpi.engine.request import Request
+from hippo_mpi.errors import HippoError
 from hippo_mpi.serving.supervision.answer import Told
-from hippo_mpi.serving.supervision.rank_link import (
-    ToldOutput,
-    error_object,
-    read_error,
-    read_output,
-    read_request,
-    request_object,
-)
 
 Line = tuple[int, Told]
 """The number of an answer of a request, and an output or error of it."""
@@ -57,48 +53,56 @@ class Record:
         return list({id(request.prompt): request.prompt for request in self.requests}.values())
 
 
+_Stored = tuple[int, Request]
+"""The number of a request's prompt among those of its record, and the request without it."""
+
+
+class _StoredRecord(msgspec.Struct):
+    """A record without its body and requests; the body as JSON, of which msgspec takes no number of any size; each
+    prompt once.
+    """
+
+    record: Record
+    body: str
+    requests: list[_Stored]
+    prompts: list[list[int]]
+
+
+_read_stored = msgspec.json.Decoder(_StoredRecord).decode
+_read_line = msgspec.json.Decoder(tuple[int, OutputMessage | ErrorMessage]).decode
+
+
 def record_text(record: Record) -> str:
-    """Return a record as JSON text, with each prompt once."""
+    """Return what `read_record` reads."""
     places = {id(prompt): place for place, prompt in enumerate(record.prompts)}
-    requests = [(places[id(one.prompt)], request_object(replace(one, prompt=[]))) for one in record.requests]
-    return json.dumps({**vars(record), "requests": requests, "prompts": record.prompts})
+    requests = [(places[id(one.prompt)], replace(one, prompt=[])) for one in record.requests]
+    rest, body = replace(record, body={}, requests=[]), json.dumps(record.body)
+    return msgspec.json.encode(_StoredRecord(rest, body, requests, record.prompts)).decode()
 
 
 def read_record(text: str) -> Record:
-    """Read what `record_text` returned.
+    """Return the record that `record_text` has written.
 
     Raises:
-        ValueError: it isn't JSON.
-        KeyError: it has other fields, as of another version; likewise TypeError.
+        msgspec.DecodeError: it hasn't.
     """
-    fields = json.loads(text)
-    prompts = fields.pop("prompts")
-    requests = [replace(read_request(one), prompt=prompts[place]) for place, one in fields["requests"]]
-    return Record(**fields | {"requests": requests})
+    stored = _read_stored(text)
+    requests = [replace(request, prompt=stored.prompts[place]) for place, request in stored.requests]
+    return replace(stored.record, body=json.loads(stored.body), requests=requests)
 
 
 def line_text(line: Line) -> str:
-    """Return a line as JSON text."""
+    """Return what `read_line` reads."""
     index, told = line
-    fields = _output_object(told) if isinstance(told, ToldOutput) else error_object(told)
-    return json.dumps([index, fields], separators=(",", ":"))
+    message = ErrorMessage.of(told) if isinstance(told, HippoError) else told
+    return msgspec.json.encode((index, message)).decode()
 
 
 def read_line(text: str) -> Line:
-    """Read what `line_text` returned; raises as `read_record`."""
-    index, fields = json.loads(text)
-    return index, read_output({"id": index, **fields}) if "text" in fields else read_error(fields)
+    """Return the line that `line_text` has written.
 
-
-def _output_object(told: ToldOutput) -> dict[str, Any]:
-    """Return the object that `read_output` reads, without the id, which is valid for one run of a server only."""
-    logprobs = told.logprobs
-    return {
-        "text": told.text,
-        "token": told.token,
-        "cached": told.cached_tokens,
-        "draft": [told.num_draft_tokens, told.num_accepted],
-        "logprobs": None if logprobs is None else logprobs.as_object(),
-        "finish": told.finish_reason,
-        "state": told.random_state,
-    }
+    Raises:
+        msgspec.DecodeError: it hasn't.
+    """
+    index, message = _read_line(text)
+    return index, message.error() if isinstance(message, ErrorMessage) else message

@@ -81,12 +81,14 @@ class _Ranks(Collector):
         hops = CounterMetricFamily("hippo_hops", "Messages with arrays to a rank.", labels=["rank"])
         cache = GaugeMetricFamily("hippo_cache_bytes", "KV caches of a rank.", labels=["rank"])
         in_flight = GaugeMetricFamily("hippo_steps_in_flight", "Steps that are on their way round the ring.")
-        for rank, status in enumerate(self._front.beat.get("ranks", [])):
-            if status:
-                busy.add_metric([str(rank)], status["busy_s"])
-                hop.add_metric([str(rank)], status["hop_s"])
-                hops.add_metric([str(rank)], status["num_hops"])
-                cache.add_metric([str(rank)], status["cache_bytes"])
-            if "num_in_flight" in status:
-                in_flight.add_metric([], status["num_in_flight"])
+        beat = self._front.beat
+        for rank, status in enumerate(beat.ranks if beat else ()):
+            if status is None:
+                continue
+            busy.add_metric([str(rank)], status.busy_s)
+            hop.add_metric([str(rank)], status.hop_s)
+            hops.add_metric([str(rank)], status.num_hops)
+            cache.add_metric([str(rank)], status.cache_bytes)
+            if status.num_in_flight is not None:
+                in_flight.add_metric([], status.num_in_flight)
         yield from (busy, hop, hops, cache, in_flight)

@@ -76,6 +76,10 @@ async def read_json(request: Request, settings: ApiSettings) -> dict[str, Any]:
         raise HTTPException(408, f"the body took longer than {settings.body_timeout_s:.0f} s") from None
     try:
         body = json.loads(data)
+        if b"\\u" in data:
+            json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError("half of a surrogate pair in a text") from None
     except ValueError:
         raise UserError("the body is not JSON") from None
     except RecursionError:

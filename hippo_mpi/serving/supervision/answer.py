@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from hippo_mpi.engine.messages import OutputMessage
 from hippo_mpi.engine.request import Request, RequestOutput, Resume, Timings
 from hippo_mpi.errors import HippoError, RankError
-from hippo_mpi.serving.supervision.rank_link import ToldOutput
 
 
 class ServerEnding(RankError):
     """The server ends, and its ranks with it: what is under way is not at fault."""
 
 
-Told = ToldOutput | HippoError
+Told = OutputMessage | HippoError
 """What comes for an answer: an output, or why there will be none."""
 
 
-def note_told(timings: Timings, told: ToldOutput) -> None:
+def note_told(timings: Timings, told: OutputMessage) -> None:
     """Count an output of an answer."""
     if told.token is not None:
         timings.note(told.token)
@@ -52,14 +52,14 @@ class Answer:
         resume = Resume(self.timings.token_ids, self.emitted_chars, self.random_state)
         return replace(self.request, resume=resume)
 
-    def take(self, told: ToldOutput) -> RequestOutput:
+    def take(self, told: OutputMessage) -> RequestOutput:
         """Note what came, and hand it on."""
         self.num_failures = 0
         self.note(told)
         self.tell(told)
-        return RequestOutput(told.request_id, told.text, told.token, self.timings, told.logprobs, told.finish_reason)
+        return told.output(self.timings)
 
-    def note(self, told: ToldOutput) -> None:
+    def note(self, told: OutputMessage) -> None:
         """Note what came, now or to another front before this one."""
         note_told(self.timings, told)
         self.emitted_chars += len(told.text)

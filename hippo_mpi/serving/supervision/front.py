@@ -10,31 +10,37 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
+import msgspec
+
+from hippo_mpi.engine.messages import OutputMessage
 from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams, Timings, check_request
 from hippo_mpi.errors import HippoError, RankError, UserError
 from hippo_mpi.planning.layer_split import Machine
 from hippo_mpi.serving.supervision.answer import Answer, Told
-from hippo_mpi.serving.supervision.rank_link import (
-    About,
-    ToldOutput,
+from hippo_mpi.serving.supervision.messages import (
+    Abort,
+    Add,
+    Beat,
+    Begun,
+    Order,
+    Ready,
+    Refused,
+    Report,
+    Taking,
     line_of,
-    read_about,
-    read_error,
-    read_output,
-    request_object,
+    read_report,
 )
 from hippo_mpi.serving.supervision.suspects import is_suspect, may_begin
 from hippo_mpi.units import count_of, show_layers
 
 _log = logging.getLogger(__name__)
+_ANY = 1 << 31  # tokens of a context or a vocabulary: more than any model has
 _MOST_SILENT_S = 5.0  # of rank 0, which says something every second
 
 
@@ -66,14 +72,15 @@ class Front:
         self._model_before: str | None = None  # while another is being loaded: the one to return to
         self._wanted: list[tuple[str, asyncio.Future[None]]] = []  # models that somebody waits for without a request
         self.turn_is_over = asyncio.Event()
-        self._abouts: dict[str, About] = {}
+        self._abouts: dict[str, Ready] = {}
         self.machines: list[Machine] = []  # the budgets of the ranks that were ready last, whatever they held
         self._made_s = time.monotonic()
         self._set_state(f"{model} is being loaded")
         self.num_starts = 0
         self.num_restarts = 0  # after failures
         self.silent_hosts: list[str] = []  # without which the ranks were started
-        self.beat: dict[str, Any] = {}  # what the ranks said last of themselves
+        self.beat: Beat | None = None  # what the ranks said last of themselves
+        self._beat_s = 0.0  # when, since this front was made
         self.has_progressed = False  # since the last ranks became ready
         self.heard_s = 0.0  # when an output came last, of whatever request
         self.on_output: Callable[[RequestOutput, float], None] = lambda output, before_s: None
@@ -82,7 +89,7 @@ class Front:
         """And of answers that end without a last output: "abort" if nobody wants them any more, or "error"."""
 
     @property
-    def about(self) -> About | None:
+    def about(self) -> Ready | None:
         """Of the last ranks that were ready with the present model."""
         return self._abouts.get(self.model)
 
@@ -93,11 +100,11 @@ class Front:
     @property
     def why_stuck(self) -> str:
         """Say why ranks that are there don't answer; empty if they do, for all that is known."""
-        if not self.is_ready or not self.beat:
+        if not self.is_ready or self.beat is None:
             return ""
-        if stalled_s := self.beat["stalled_s"]:
-            return f"no rank has got on for {stalled_s:.0f} s"
-        silent_s = time.monotonic() - self._made_s - self.beat["at_s"]
+        if self.beat.stalled_s:
+            return f"no rank has got on for {self.beat.stalled_s:.0f} s"
+        silent_s = time.monotonic() - self._made_s - self._beat_s
         return f"rank 0 has said nothing for {silent_s:.0f} s" if silent_s > _MOST_SILENT_S else ""
 
     @property
@@ -121,9 +128,9 @@ class Front:
             return self.state if model == self.model else f"{self.state}; {model} is loaded after that"
         return "" if model == self.model else self._turn_of(model)
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> dict[str, object]:
         """Return what anybody may know: the state, and counts of requests (a second old) and of restarts."""
-        waiting = len(self._answers) - len(self._begun) + self.beat.get("waiting", 0)
+        waiting = len(self._answers) - len(self._begun) + (self.beat.waiting if self.beat else 0)
         running = max(0, len(self._answers) - waiting)
         return {
             "ready": self.is_ready and not self.why_stuck,
@@ -133,7 +140,7 @@ class Front:
             "running": running,
             "waiting": len(self._answers) - running,
             "restarts": self.num_restarts,
-            "beat_s": self.beat.get("at_s", 0.0),  # when the ranks spoke last, on the clock of uptime_s
+            "beat_s": self._beat_s if self.beat else 0.0,  # when the ranks spoke last, on the clock of uptime_s
         }
 
     def _turn_of(self, model: str) -> str:
@@ -159,20 +166,21 @@ class Front:
         """
         if len(self._answers) >= self._most_requests:
             raise Overloaded(f"{self._most_requests} requests are under way or wait already")
-        if about := self._abouts.get(model):
-            check_request(prompt, sampling, about.max_context, about.vocab_size)
+        about = self._abouts.get(model)
+        limits = (about.max_context, about.vocab_size) if about else (_ANY, _ANY)
+        check_request(prompt, sampling, *limits)
         if sampling.seed is None:  # every answer draws numbers of its own, so that it can go on elsewhere
             sampling = replace(sampling, seed=secrets.randbits(63))
         return self._take_in(Request(next(self._ids), prompt, sampling, cache_salt=cache_salt), model, tell, ())
 
     def bring_back(
-        self, request: Request, model: str, tell: Callable[[Told], None], before: Sequence[ToldOutput]
+        self, request: Request, model: str, tell: Callable[[Told], None], before: Sequence[OutputMessage]
     ) -> Answer:
         """Go on with an answer that another front has begun, behind what was told `before`. It was let in then."""
         return self._take_in(replace(request, id=next(self._ids)), model, tell, before)
 
     def _take_in(
-        self, request: Request, model: str, tell: Callable[[Told], None], before: Sequence[ToldOutput]
+        self, request: Request, model: str, tell: Callable[[Told], None], before: Sequence[OutputMessage]
     ) -> Answer:
         answer = Answer(request, Timings(prompt_tokens=len(request.prompt)), model, tell)
         for told in before:
@@ -189,7 +197,7 @@ class Front:
         if self._answers.pop(number, None) is not None:
             self.on_early_end("abort")
             if number in self._begun:
-                self._tell(abort=number)
+                self._tell(Abort(number))
             self._forget(number)
 
     async def load(self, model: str) -> None:
@@ -231,7 +239,7 @@ class Front:
         failures = {n: answer.num_failures for n, answer in self._answers.items() if answer.model == self.model}
         for number in may_begin(failures, self._begun):
             self._begun.add(number)
-            self._tell(add=request_object(self._answers[number].resumed()))
+            self._tell(Add(self._answers[number].resumed()))
 
     def _forget(self, number: int) -> None:
         """An answer has ended: that may have been the last before another model's turn."""
@@ -331,53 +339,57 @@ class Front:
                 line = await asyncio.wait_for(reader.readline(), silence_s)
                 if not line.endswith(b"\n"):
                     return "rank 0 is gone"
-                self._take(json.loads(line), writer)
+                self._take(read_report(line), writer)
         except TimeoutError:
             return f"rank 0 said nothing for {silence_s:.0f} s"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, msgspec.DecodeError) as error:
             return f"rank 0 is gone: {error}"
         finally:
             if self._writer is writer:
                 self._writer = None
                 self._set_state("the ranks are gone")
-            self.beat = {}
+            self.beat = None
             self._begun.clear()
             writer.close()
 
-    def _take(self, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-        if "output" in message:
-            self._note(read_output(message["output"]))
-        elif "begun" in message:
-            self._at_work.update(number for number in message["begun"] if number in self._answers)
-        elif "taking" in message:
-            self._taking = message["taking"]
-        elif "refused" in message:
-            answer = self._answers.get(message["refused"])
-            if answer is not None:
-                self._fail(answer, read_error(message))
-                self._forget(answer.request.id)
-        elif "beat" in message:
-            self.beat = {**message["beat"], "at_s": round(time.monotonic() - self._made_s, 3)}
-        elif "ready" in message:
-            about = read_about(message["ready"])
-            self._abouts[self.model], self.machines = about, about.machines
-            self._writer = writer
-            self.was_ready = self._was_loaded = True
-            self._num_failed_starts = 0
-            for answer in self._answers.values():
-                answer.num_failed_starts = 0
-            self.num_starts += 1
-            self._log_start(about)
-            self._begin_all()
-            self._advance()
+    def _take(self, report: Report, writer: asyncio.StreamWriter) -> None:
+        match report:
+            case OutputMessage():
+                self._note(report)
+            case Begun():
+                self._at_work.update(number for number in report.request_ids if number in self._answers)
+            case Taking():
+                self._taking = report.request_id
+            case Refused():
+                answer = self._answers.get(report.request_id)
+                if answer is not None:
+                    self._fail(answer, report.error.error())
+                    self._forget(answer.request.id)
+            case Beat():
+                self.beat, self._beat_s = report, round(time.monotonic() - self._made_s, 3)
+            case Ready():
+                self._welcome(report, writer)
 
-    def _log_start(self, about: About) -> None:
+    def _welcome(self, about: Ready, writer: asyncio.StreamWriter) -> None:
+        """Begin with ranks that have loaded their model."""
+        self._abouts[self.model], self.machines = about, about.machines
+        self._writer = writer
+        self.was_ready = self._was_loaded = True
+        self._num_failed_starts = 0
+        for answer in self._answers.values():
+            answer.num_failed_starts = 0
+        self.num_starts += 1
+        self._log_start(about)
+        self._begin_all()
+        self._advance()
+
+    def _log_start(self, about: Ready) -> None:
         took_s = time.monotonic() - self._state_since_s
-        ranks = ", ".join(f"{rank['host']} {show_layers(*rank['layers'])}" for rank in about.ranks)
+        ranks = ", ".join(f"{rank.host} {show_layers(*rank.layers)}" for rank in about.ranks)
         waiting = sum(answer.model == self.model for answer in self._answers.values())
         _log.info("%s is loaded after %.1f s: %s; %s", self.model, took_s, ranks, _waiting(waiting))
 
-    def _note(self, told: ToldOutput) -> None:
+    def _note(self, told: OutputMessage) -> None:
         self.has_progressed, self.heard_s = True, time.monotonic()
         answer = self._answers.get(told.request_id)
         if answer is None:  # aborted meanwhile
@@ -390,10 +402,10 @@ class Front:
         elif was_suspect:  # it is none any more, and the next one's turn
             self._advance()
 
-    def _tell(self, **message: Any) -> None:
+    def _tell(self, order: Order) -> None:
         """To the ranks, if there are any; those to come are told everything."""
         if self._writer is not None:
-            self._writer.write(line_of(**message))
+            self._writer.write(line_of(order))
 
 
 def _waiting(count: int) -> str:

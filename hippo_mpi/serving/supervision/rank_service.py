@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import queue
 import socket
 import threading
 import time
-from dataclasses import asdict
-from typing import Any
+
+import msgspec
 
 from hippo_mpi.engine.engine import Engine, unexpected
+from hippo_mpi.engine.messages import ErrorMessage, OutputMessage
 from hippo_mpi.engine.request import RequestOutput
 from hippo_mpi.errors import HippoError, RankError
 from hippo_mpi.parallel.timeline import Timeline
-from hippo_mpi.serving.supervision.rank_link import About, error_object, line_of, output_object, read_request
+from hippo_mpi.serving.supervision.messages import (
+    Add,
+    Beat,
+    Begun,
+    Order,
+    Ready,
+    Refused,
+    Report,
+    Taking,
+    line_of,
+    read_order,
+)
 from hippo_mpi.transport.control import Control
 
 BEAT_S = 0.5
@@ -25,17 +36,17 @@ class RankService:
 
     def __init__(self, connection: socket.socket, control: Control) -> None:
         self._connection, self._control = connection, control
-        self._inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._inbox: queue.Queue[Order | None] = queue.Queue()
         self._write_lock = threading.Lock()
         self._engine: Engine | None = None
         for work, name in ((self._read, "hippo-front"), (self._beat, "hippo-beat")):
             threading.Thread(target=work, name=name, daemon=True).start()
 
-    def run(self, engine: Engine, about: About, timeline: Timeline) -> None:
+    def run(self, engine: Engine, ready: Ready, timeline: Timeline) -> None:
         """Answer requests until the front is gone."""
         self._engine = engine
-        engine.on_begin = lambda numbers: self._tell(line_of(begun=numbers))
-        self._tell(line_of(ready=asdict(about)))
+        engine.on_begin = lambda numbers: self._tell(Begun(numbers))
+        self._tell(ready)
         while True:
             if engine.is_idle:
                 timeline.pause()
@@ -48,28 +59,29 @@ class RankService:
                     return
             outputs = engine.step()
             if outputs:
-                self._tell(b"".join(map(_line, outputs)))
+                self._tell(*map(_report, outputs))
 
-    def _take(self, engine: Engine, message: dict[str, Any] | None) -> bool:
+    def _take(self, engine: Engine, order: Order | None) -> bool:
         """Do what the front says; False when it is gone."""
-        if message is None:
+        if order is None:
             return False
-        if "abort" in message:
-            engine.abort(message["abort"])
+        if not isinstance(order, Add):
+            engine.abort(order.request_id)
             return True
-        request = read_request(message["add"])
-        self._tell(line_of(taking=request.id))
+        request = order.request
+        self._tell(Taking(request.id))
         try:
             engine.add(request)
         except HippoError as error:
-            self._tell(line_of(refused=request.id, **error_object(error)))
+            self._tell(Refused(request.id, ErrorMessage.of(error)))
         except Exception as error:  # this request's: others go on
-            self._tell(line_of(refused=request.id, **error_object(unexpected(request.id, error))))
-        self._tell(line_of(taking=None))
+            self._tell(Refused(request.id, ErrorMessage.of(unexpected(request.id, error))))
+        self._tell(Taking(None))
         self._control.progress("taking requests")
         return True
 
-    def _tell(self, lines: bytes) -> None:
+    def _tell(self, *reports: Report) -> None:
+        lines = b"".join(map(line_of, reports))
         try:
             with self._write_lock:
                 self._connection.sendall(lines)
@@ -81,8 +93,8 @@ class RankService:
         with self._connection.makefile("rb") as lines:
             try:
                 for line in lines:
-                    self._inbox.put(json.loads(line))
-            except (OSError, ValueError):
+                    self._inbox.put(read_order(line))
+            except (OSError, msgspec.DecodeError):
                 pass  # gone in the middle of a line
         self._inbox.put(None)
 
@@ -92,13 +104,12 @@ class RankService:
             time.sleep(BEAT_S)
             try:
                 waiting = self._engine.num_waiting if self._engine else 0
-                beat = {"ranks": self._control.statuses(), "waiting": waiting, "stalled_s": self._control.stalled_s}
-                self._tell(line_of(beat=beat))
+                self._tell(Beat(self._control.statuses(), waiting, self._control.stalled_s))
             except RankError:
                 return
 
 
-def _line(output: RequestOutput) -> bytes:
+def _report(output: RequestOutput) -> Report:
     if output.error is not None:
-        return line_of(refused=output.request_id, **error_object(output.error))
-    return line_of(output=output_object(output))
+        return Refused(output.request_id, ErrorMessage.of(output.error))
+    return OutputMessage.of(output)

@@ -25,7 +25,7 @@ from hippo_mpi.cluster.host_checks import Host, hand_over, linked
 from hippo_mpi.environment import STATUS_FILE, TERMINAL
 from hippo_mpi.errors import ForeignError, HippoError, UserError
 from hippo_mpi.serving.supervision.front import Front
-from hippo_mpi.serving.supervision.rank_link import FRONT, MAX_LINE_BYTES
+from hippo_mpi.serving.supervision.messages import FRONT, MAX_LINE_BYTES
 from hippo_mpi.transport.ports import HeldPorts, new_loopback
 from hippo_mpi.transport.run_key import RunKey
 from hippo_mpi.transport.status_file import read_status
@@ -322,7 +322,9 @@ class Supervisor:
             if not self._front.num_starts:
                 kind = UserError if code == UserError.exit_code else ForeignError
                 raise kind("the ranks didn't start; they said why")
-            refused = code == UserError.exit_code  # a mistake of ours may not come again
+            # A mistake of ours may not come again; nor may what is wrong with a model that could be loaded before, such as
+            # a disk that is full now.
+            refused = code == UserError.exit_code and self._front.about is None
             if refused and self._front.give_up_model("its ranks refuse it; the server's log says why"):
                 return None
         return group.last_words or f"exit status {code}"
