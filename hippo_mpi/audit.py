@@ -12,11 +12,13 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
-from hippo_mpi import config
+from hippo_mpi.config import checks
+from hippo_mpi.config.parser import OptionsParser, changed, option
 from hippo_mpi.errors import HippoError, UserError, print_error
 from hippo_mpi.serving.api.audit_chain import (
     Anchor,
@@ -32,38 +34,11 @@ from hippo_mpi.serving.api.audit_chain import (
 )
 from hippo_mpi.serving.api.audit_report import GROUPS, make_report
 
-_MOST_MISTAKES = 20  # that are told
-_OF_VERIFY, _OF_REPORT = ("lines", "last_hash"), ("by", "since", "json")
-
-
-def make_parser() -> config.Parser:
-    parser = config.Parser(prog="hippo_mpi.audit", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "what",
-        choices=("verify", "report", "digest"),
-        help="verify: find lines that were changed, dropped or moved; report: add up requests, tokens and errors;"
-        " digest: what stands in the log for the text on standard input",
-    )
-    parser.add_argument("log", type=_log_path, help="the log; older files beside it (LOG.1, LOG.2 ...) belong to it")
-    parser.add_argument("--audit-key", type=Path, help="file with the log's key; by default LOG.key")
-    group = parser.add_argument_group("verify")
-    group.add_argument(
-        "--last-hash",
-        type=_sha256,
-        help="of the last line when it was noted: also finds what was written all anew since",
-    )
-    group.add_argument("--lines", type=config.whole, help="how many there were then; later ones are no mistake")
-    group = parser.add_argument_group("report")
-    group.add_argument(
-        "--by", type=_groups, help=f"some of {','.join(GROUPS)} (days and months of UTC); else key,model,day"
-    )
-    group.add_argument("--since", type=_time, help="first day, such as 2026-11-01, or a time")
-    group.add_argument("--json", action="store_true", help="print a JSON object and no table")
-    return parser
+_MAX_MISTAKES = 20  # printed; the rest are only counted
 
 
 def _log_path(text: str) -> Path:
-    """Find what belongs to a log beside the file itself, wherever links to it are."""
+    """Resolve links: a log's key, anchor and older files are beside the file itself."""
     return Path(text).resolve()
 
 
@@ -74,28 +49,74 @@ def _sha256(text: str) -> str:
 
 
 def _groups(text: str) -> tuple[str, ...]:
-    found = tuple(text.split(","))
-    if not set(found) <= set(GROUPS) or len(set(found)) < len(found):
+    names = tuple(text.split(","))
+    if not set(names) <= set(GROUPS) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} is not some of {','.join(GROUPS)}")
-    return found
+    return names
 
 
 def _time(text: str) -> datetime:
     try:
-        found = datetime.fromisoformat(text)
+        moment = datetime.fromisoformat(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a day or a time such as 2026-11-01T12:00") from None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _VerifyOptions:
+    """What was noted of a log before."""
+
+    GROUP: ClassVar = "verify"
+    last_hash: str | None = option(
+        None, "of the last line when it was noted: also finds what was written all anew since", check=_sha256
+    )
+    lines: int | None = option(None, "how many there were then; later ones are no mistake", check=checks.whole)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ReportOptions:
+    """How a log is added up."""
+
+    GROUP: ClassVar = "report"
+    by: tuple[str, ...] | None = option(
+        None, f"some of {','.join(GROUPS)} (days and months of UTC); else key,model,day", check=_groups
+    )
+    since: datetime | None = option(None, "first day, such as 2026-11-01, or a time", check=_time)
+    json: bool = option(False, "print a JSON object and no table")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions(_VerifyOptions, _ReportOptions):
+    """All options of hippo_mpi.audit."""
+
+    what: str = option(
+        "",
+        "verify: find lines that were changed, dropped or moved; report: add up requests, tokens and errors;"
+        " digest: what stands in the log for the text on standard input",
+        "what",
+        choices=("verify", "report", "digest"),
+    )
+    log: Path = option(Path(), "the log; older files beside it (LOG.1, LOG.2 ...) belong to it", "log", check=_log_path)
+    audit_key: Path | None = option(None, "file with the log's key; by default LOG.key", check=Path)
+
+
+def make_parser() -> OptionsParser[AuditOptions]:
+    """Return the parser of the command's options."""
+    return OptionsParser(AuditOptions, prog="hippo_mpi.audit", description=(__doc__ or "").splitlines()[0])
 
 
 def verify(log: Path, key_path: Path | None = None, last_hash: str | None = None, num_lines: int | None = None) -> None:
-    """Print that a log is whole, and the options with which a later call finds out whether it still is.
+    """Verify that a log is complete and unchanged; print so, with the options that let a later call check it again.
 
     Args:
-        last_hash, num_lines: what was noted of it before; None: not noted.
+        log: the newest file to check; older files of the log are beside it.
+        key_path: of the log's key; None: the default place beside the log.
+        last_hash: of the last line, as an earlier call printed it; None: unknown.
+        num_lines: of the log, as an earlier call printed it; None: unknown.
 
     Raises:
-        UserError: it isn't; the mistakes, a line each.
+        UserError: it isn't; the message has a line for each mistake. Or a file is missing.
     """
     files = _files(log)
     key = _given_key(key_path) if key_path else read_key(key_path_of(log))
@@ -106,8 +127,8 @@ def verify(log: Path, key_path: Path | None = None, last_hash: str | None = None
         chain.mistakes.append(mistake)
     if chain.mistakes:
         count = len(chain.mistakes)
-        more = [f"... and {count - _MOST_MISTAKES:,} more"] * (count > _MOST_MISTAKES)
-        raise UserError("\nerror: ".join([*chain.mistakes[:_MOST_MISTAKES], *more]))
+        more = [f"... and {count - _MAX_MISTAKES:,} more"] * (count > _MAX_MISTAKES)
+        raise UserError("\nerror: ".join([*chain.mistakes[:_MAX_MISTAKES], *more]))
     here = chain.num_lines - (chain.num_before or 0)
     print(f"whole: {here:,} line{'s' * (here != 1)} in {len(files)} file{'s' * (len(files) > 1)}")
     for line in (*_remarks(chain), *chain.notes):
@@ -118,7 +139,7 @@ def verify(log: Path, key_path: Path | None = None, last_hash: str | None = None
 
 
 def _unknown(log: Path, chain: Chain, is_current: bool, anchor: Anchor | None) -> str | None:
-    """Say why nobody can know whether a log in which nothing is wrong is all that was written."""
+    """Return why a log without mistakes may still be incomplete, or None if it can't be."""
     path = anchor_path_of(log)
     if is_current and chain.key is None and path.exists():
         return f"the key {key_path_of(log)} isn't there, but {path} is: give --audit-key"
@@ -131,41 +152,51 @@ def _unknown(log: Path, chain: Chain, is_current: bool, anchor: Anchor | None) -
 
 
 def _remarks(chain: Chain) -> list[str]:
-    """What isn't wrong with a log, but to be known."""
-    found = []
+    """Return lines about what is no mistake in a log, but worth knowing."""
+    remarks = []
     if chain.num_before is None:
-        found.append("lines before them are elsewhere")
+        remarks.append("lines before them are elsewhere")
     elif chain.num_before:
-        found.append(f"the {chain.num_before:,} lines before them are elsewhere")
+        remarks.append(f"the {chain.num_before:,} lines before them are elsewhere")
     if chain.num_unkeyed:
-        found.append(
+        remarks.append(
             f"{chain.num_unkeyed:,} of them were written without a key: until another followed that has one, they could be"
             " made anew"
         )
     if chain.torn_bytes:
-        found.append(f"half a line ({chain.torn_bytes:,} bytes) is behind them: being written, or left by a kill")
-    return found
+        remarks.append(f"half a line ({chain.torn_bytes:,} bytes) is behind them: being written, or left by a kill")
+    return remarks
 
 
 def report(log: Path, by: tuple[str, ...], since: datetime | None, as_json: bool) -> None:
-    """Print what a log adds up to."""
-    found = make_report(_files(log), by, since)
+    """Print the requests, tokens and errors of a log, summed by group.
+
+    Args:
+        log: the newest file; older files of the log are beside it.
+        by: names of GROUPS.
+        since: the time from which requests count; None: all of them.
+        as_json: print a JSON object instead of a table.
+
+    Raises:
+        UserError: there is no such log.
+    """
+    totals = make_report(_files(log), by, since)
     if as_json:
-        rest = {"requests_not_written": found.num_lost, "unreadable_lines": found.num_unreadable}
-        print(json.dumps({"groups": found.rows(), **rest}, indent=1))
+        rest = {"requests_not_written": totals.num_lost, "unreadable_lines": totals.num_unreadable}
+        print(json.dumps({"groups": totals.rows(), **rest}, indent=1))
         return
-    print(found.table() if found.groups else "no requests")
-    if found.num_lost:
-        print(f"{found.num_lost:,} more could not be written down")
-    if found.num_unreadable:
-        print(f"{found.num_unreadable:,} lines could not be read: see hippo_mpi.audit verify {log}")
+    print(totals.table() if totals.groups else "no requests")
+    if totals.num_lost:
+        print(f"{totals.num_lost:,} more could not be written down")
+    if totals.num_unreadable:
+        print(f"{totals.num_unreadable:,} lines could not be read: see hippo_mpi.audit verify {log}")
 
 
 def digest(log: Path, key_path: Path | None, text: str) -> None:
-    """Print what stands for a text in a log.
+    """Print the digest that stands for a text in a log.
 
     Raises:
-        UserError: there is no key, or the log isn't one of it, or there is no text.
+        UserError: there is no key, the log wasn't written with it, or the text is empty.
     """
     key = _given_key(key_path or key_path_of(log))
     first_lines = (next(lines_of(file), b"").removesuffix(b"\n") for file in _files(log))
@@ -192,22 +223,23 @@ def _files(log: Path) -> list[Path]:
     return files
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    for what, names in (("verify", _OF_VERIFY), ("report", _OF_REPORT)):
-        given = [name for name in names if getattr(arguments, name) not in (None, False)]
-        if given and arguments.what != what:
-            raise UserError(f"--{given[0].replace('_', '-')} is for {what}, not for {arguments.what}")
-    if arguments.what == "verify":
-        verify(arguments.log, arguments.audit_key, arguments.last_hash, arguments.lines)
-    elif arguments.what == "report":
-        report(arguments.log, arguments.by or ("key", "model", "day"), arguments.since, arguments.json)
+def _run(options: AuditOptions) -> None:
+    for what, kind in (("verify", _VerifyOptions), ("report", _ReportOptions)):
+        given = [field.name for field in fields(kind) if field.name in changed(options)]
+        if given and options.what != what:
+            raise UserError(f"--{given[0].replace('_', '-')} is for {what}, not for {options.what}")
+    if options.what == "verify":
+        verify(options.log, options.audit_key, options.last_hash, options.lines)
+    elif options.what == "report":
+        report(options.log, options.by or ("key", "model", "day"), options.since, options.json)
     else:
-        digest(arguments.log, arguments.audit_key, sys.stdin.read())
+        digest(options.log, options.audit_key, sys.stdin.read())
 
 
 def main() -> NoReturn:
+    """Run the command and exit with its status."""
     try:
-        _run(make_parser().parse_args())
+        _run(make_parser().read())
     except HippoError as error:
         print_error(str(error))
         sys.exit(error.exit_code)

@@ -1,6 +1,6 @@
 """hippo-mpi: all commands under one name; `hippo-mpi generate` is hippo_mpi.generate.
 
-Knows the commands by name only: one is loaded, with all that it needs, when it is asked for.
+It knows commands by name only, and imports a command when it is asked for.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def make_parser() -> Parser:
+    """Return the parser of `hippo-mpi` itself; the commands have their own."""
     parser = Parser(
         prog="hippo-mpi",
         usage="hippo-mpi COMMAND [options]",
@@ -47,6 +48,7 @@ def make_parser() -> Parser:
 
 
 def main() -> None:
+    """Run the command that sys.argv names, or print what else it asks for."""
     argv = sys.argv[1:] or ["--help"]
     if argv[0] in COMMANDS:
         sys.argv = [f"hippo_mpi.{argv[0]}", *argv[1:]]
@@ -64,12 +66,15 @@ def main() -> None:
 
 
 def completion_script(shell: str) -> str:
-    """Return a shell's completions, written ahead from the parsers: to ask those takes MLX, and seconds."""
+    """Return the completion script of a shell.
+
+    The scripts are generated from the parsers beforehand: importing all of those takes MLX, and seconds.
+    """
     return (files("hippo_mpi") / "completions" / f"hippo-mpi.{shell}").read_text()
 
 
 def _load(command: str) -> ModuleType:
-    """Import a command; a Ctrl-C meanwhile needs no traceback."""
+    """Import a command; a Ctrl-C during the import ends the process without a traceback."""
     previous = signal.getsignal(signal.SIGINT)
     if previous is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -19,16 +19,17 @@ from typing import BinaryIO
 from hippo_mpi.errors import UserError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems over a network
-_WHO = "process "  # how every lock begins
+_OWNER_PREFIX = "process "  # the beginning of every lock file's content
 
 
 class FileLock:
-    """The right to write a file, for as long as this process lives: a lock on FILE.lock, in which stands who has it.
+    """The exclusive right to write a file while this process lives: a lock on FILE.lock, which says who holds it.
 
-    The file itself may be replaced meanwhile. After a kill FILE.lock stays, but locks nothing.
+    The file itself may be replaced meanwhile. After a kill FILE.lock stays, but no longer locks anything.
 
     Raises:
-        UserError: another process has it, on this machine or over a network's file system, or FILE.lock is something else.
+        UserError: another process has it, on this machine or through a network file system; or FILE.lock isn't a lock
+            file of ours.
         OSError: FILE.lock can't be written.
     """
 
@@ -40,17 +41,18 @@ class FileLock:
                 if not _is_lock(self._descriptor):
                     raise self._refusal()
                 self._take(path)
-                if self._is_the_one():
+                if self._is_current():
                     break
             except BaseException:
                 os.close(self._descriptor)
                 raise
-            os.close(self._descriptor)  # whoever had it has removed it since it was opened
+            os.close(self._descriptor)  # its previous owner removed the file after we had opened it
         os.ftruncate(self._descriptor, 0)
-        with contextlib.suppress(OSError):  # on a full disk nobody learns who it is
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without its owner's name
             os.pwrite(self._descriptor, _who().encode(), 0)
 
     def release(self) -> None:
+        """Give the lock up and remove FILE.lock."""
         self._path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
@@ -79,28 +81,31 @@ class FileLock:
                 raise
             sys.stderr.write(f"note: {path} can't be locked here ({error.strerror}): let nobody else write it\n")
 
-    def _is_the_one(self) -> bool:
+    def _is_current(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
         return False
 
 
 def _is_lock(descriptor: int) -> bool:
-    """True if the file has nothing in it but, perhaps, what a lock says: nobody's work is lost with it."""
+    """Return True if the file is empty or a lock file of ours, so that overwriting it loses nobody's data."""
     is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
-    return is_file and os.pread(descriptor, len(_WHO), 0) in (b"", _WHO.encode())
+    return is_file and os.pread(descriptor, len(_OWNER_PREFIX), 0) in (b"", _OWNER_PREFIX.encode())
 
 
 def _who() -> str:
     job = os.environ.get("SLURM_JOB_ID")
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return f"{_WHO}{os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}, since {since}"
+    return f"{_OWNER_PREFIX}{os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}, since {since}"
 
 
 def create_beside(path: Path) -> tuple[int, Path]:
-    """Create a file under a name that nothing else has, in the folder of `path`, and remove those that kills have left.
+    """Create a file with a unique name in the folder of `path`, and remove earlier ones that killed processes left.
 
-    Only who has the lock of `path` may do so. Returns an open descriptor, to append with, and the name.
+    The caller must hold the lock of `path`.
+
+    Returns:
+        A descriptor that is open for appending, and the file's path.
 
     Raises:
         OSError: it can't be created.
@@ -115,7 +120,13 @@ def create_beside(path: Path) -> tuple[int, Path]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place and the rights of `path` once it is whole and on disk. The lock of `path` must be had."""
+    """Yield a file that replaces `path`, with the same permissions, once it is complete and on disk.
+
+    The caller must hold the lock of `path`. If the block raises, `path` stays as it was.
+
+    Raises:
+        OSError: it can't be written.
+    """
     descriptor, temporary = create_beside(path)
     try:
         with open(descriptor, "wb") as stream:
@@ -131,10 +142,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def open_no_link(path: Path) -> int:
-    """Open a file of ours to write in it, or create it.
+    """Open a file of ours for writing, without truncating it; create it if it is missing.
+
+    Returns:
+        Its descriptor.
 
     Raises:
-        UserError: it is a link, which would lead to a file that isn't ours.
+        UserError: it is a symbolic link, and might lead to a file that isn't ours.
         OSError: it can't be written.
     """
     try:
@@ -146,7 +160,11 @@ def open_no_link(path: Path) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to disk: those of files that were made or renamed."""
+    """Sync a folder, so that files that were created or renamed in it keep their names after a power cut.
+
+    Raises:
+        OSError: it can't be opened or synced.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -155,7 +173,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_place(path: Path, option: str) -> None:
-    """Raise a UserError if no file can be at a path that an option has given."""
+    """Check that a file can be at a path that an option has given.
+
+    Raises:
+        UserError: it is a folder, or its folder doesn't exist.
+    """
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder: give a file in it")
     if not path.absolute().parent.is_dir():

@@ -25,15 +25,17 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 UNREAD = 141
 """Exit status after SIGPIPE, as shells have it."""
-_LAST_WORDS_MS = 1000  # for a full pipe to be read
+_PIPE_TIMEOUT_MS = 1000  # for the reader of a full pipe to make room for the last error line
 
 
 class HippoError(Exception):
+    """The base of all errors that are shown to the user as one line, without a traceback."""
+
     exit_code = 1
 
 
 class ForeignError(HippoError):
-    """MLX, mlx-lm or Python raised what nobody expected: our mistake, as long as nobody knows better."""
+    """An unexpected error of MLX, mlx-lm or Python; treated as a bug of this project until shown otherwise."""
 
     @classmethod
     def caused_by(cls, error: BaseException, what: str = "") -> ForeignError:
@@ -44,30 +46,36 @@ class ForeignError(HippoError):
 
 
 class UserError(HippoError):
+    """A mistake in the user's input or configuration."""
+
     exit_code = 2
 
 
 class ModelError(UserError):
-    pass
+    """A checkpoint that can't be used."""
 
 
 class PlanError(UserError):
-    pass
+    """Layers that don't fit the ranks or their memory."""
 
 
 class LaunchError(UserError):
-    pass
+    """Ranks that don't form one world, or hosts on which they can't start."""
 
 
 class FieldError(UserError):
+    """An invalid field of a request's body; `field` is its name."""
+
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
-        self.field = field.encode("utf-8", "replace").decode()  # a body's own word may hold half a surrogate pair
+        self.field = field.encode("utf-8", "replace").decode()  # names from a body may hold half a surrogate pair
 
 
 class ContextError(UserError):
+    """A prompt that leaves no room for an answer; its length and the maximum are in tokens."""
+
     def __init__(self, prompt_tokens: int, max_context: int) -> None:
-        super().__init__(  # with words and digits that clients look for
+        super().__init__(  # clients search the text for "maximum context length" and for plain digits
             f"the prompt has {prompt_tokens} tokens, but this model's maximum context length is {max_context} tokens"
             " (--max-context): make it shorter"
         )
@@ -75,37 +83,39 @@ class ContextError(UserError):
 
 
 class RankError(HippoError):
+    """A rank that failed, fell silent, or lost its link."""
+
     exit_code = 3
 
 
 class DesyncError(RankError):
-    pass
+    """A rank that received another step than it expected."""
 
 
 def interrupted() -> HippoError:
-    """Return the error of a run that a Ctrl-C has ended."""
+    """Return the error of a run that was ended by Ctrl-C."""
     error = HippoError("left by Ctrl-C")
     error.exit_code = INTERRUPTED
     return error
 
 
 def unread() -> HippoError:
-    """Return the error of a run whose reader has had enough (`| head`)."""
+    """Return the error of a run whose output pipe was closed by its reader (`| head`)."""
     error = HippoError("nobody reads the answer any more")
     error.exit_code = UNREAD
     return error
 
 
 def print_traceback(error: BaseException) -> None:
-    """Print where an error comes from, if HIPPO_TRACEBACK asks for it."""
+    """Print the traceback of an error if HIPPO_TRACEBACK is set."""
     if os.environ.get("HIPPO_TRACEBACK"):
         traceback.print_exception(error)
 
 
 def install_hint(extra: str) -> str:
-    """Return the pip command that installs what one of our extras lists, by the packages' own names.
+    """Return the pip command that installs the requirements of one of our extras.
 
-    It works wherever hippo-mpi came from.
+    It names the packages themselves, so that it works wherever hippo-mpi was installed from.
     """
     ends = (f"extra == '{extra}'", f'extra == "{extra}"')  # build backends differ
     listed = [line.partition(";")[0].strip() for line in requires("hippo-mpi") or () if line.endswith(ends)]
@@ -113,10 +123,13 @@ def install_hint(extra: str) -> str:
 
 
 def print_error(line: str, starts_anew: bool = False) -> None:
-    """Write one line on stderr, a new one if asked. Nobody may be left to read it: that never raises, nor waits for long."""
+    """Write one error line to stderr, after a newline if `starts_anew`.
+
+    Never raises; if stderr is a full pipe that nobody reads, gives up after a second.
+    """
     data = f"{chr(10) * starts_anew}error: {line}\n".encode()
-    with contextlib.suppress(OSError, ValueError):  # it is closed
+    with contextlib.suppress(OSError, ValueError):  # stderr is closed
         ready = select.poll()
         ready.register(2, select.POLLOUT)
-        while data and ready.poll(_LAST_WORDS_MS):
-            data = data[os.write(2, data[: select.PIPE_BUF]) :]  # so much doesn't wait, if anything doesn't
+        while data and ready.poll(_PIPE_TIMEOUT_MS):
+            data = data[os.write(2, data[: select.PIPE_BUF]) :]  # no more than a writable pipe takes without blocking

@@ -8,36 +8,43 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from typing import NoReturn
 
-from hippo_mpi import config
+from hippo_mpi.config import checks
+from hippo_mpi.config.parser import OptionsParser, option
+from hippo_mpi.config.serve_options import API_KEYS
 from hippo_mpi.errors import HippoError, UserError, install_hint, print_error
 from hippo_mpi.serving.addresses import TRUST_HINT, is_loopback, is_untrusted, url_of
 from hippo_mpi.serving.page.cluster_view import ClusterView, fetch_status, own_key
 
-_ASK_S = 5.0
+_REQUEST_TIMEOUT_S = 5.0
 
 
-def make_parser() -> config.Parser:
-    parser = config.Parser(prog="hippo_mpi.page", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--url", default="http://127.0.0.1:8080", help=f"of hippo_mpi.serve; its key from {config.API_KEYS}"
-    )
-    parser.add_argument("--address", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=config.port, default=7860, help="port to listen on")
-    parser.add_argument("--insecure", action="store_true", help="listen on other addresses, where anyone may ask")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class PageOptions:
+    """All options of hippo_mpi.page."""
+
+    url: str = option("http://127.0.0.1:8080", f"of hippo_mpi.serve; its key from {API_KEYS}")
+    address: str = option("127.0.0.1", "address to listen on")
+    port: int = option(7860, "port to listen on", check=checks.port)
+    insecure: bool = option(False, "listen on other addresses, where anyone may ask")
+
+
+def make_parser() -> OptionsParser[PageOptions]:
+    """Return the parser of the command's options."""
+    return OptionsParser(PageOptions, prog="hippo_mpi.page", description=(__doc__ or "").splitlines()[0])
 
 
 def show(argv: list[str]) -> int:
-    """Serve the page until a signal ends it.
+    """Serve the page until a signal ends the process; return the exit status.
 
     Raises:
         UserError: the server doesn't answer, or the page can't be shown.
     """
-    arguments = make_parser().parse_args(argv)
-    if not is_loopback(arguments.address) and not arguments.insecure:
-        raise UserError(f"others could reach {arguments.address}, and the page asks for no password: give --insecure")
+    options = make_parser().read(argv)
+    if not is_loopback(options.address) and not options.insecure:
+        raise UserError(f"others could reach {options.address}, and the page asks for no password: give --insecure")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import openai
@@ -45,28 +52,29 @@ def show(argv: list[str]) -> int:
         from hippo_mpi.serving.page.web_page import CSS, make_page, theme
     except ImportError as missing:
         raise UserError(f"hippo_mpi.page needs {missing.name}: {install_hint('page')}") from None
-    url = arguments.url.rstrip("/")
+    url = options.url.rstrip("/")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=own_key())
     try:
-        models = [model.id for model in client.with_options(timeout=_ASK_S, max_retries=0).models.list()]
+        models = [model.id for model in client.with_options(timeout=_REQUEST_TIMEOUT_S, max_retries=0).models.list()]
     except openai.OpenAIError as error:
         advice = TRUST_HINT if is_untrusted(error) else "start hippo_mpi.serve, or give --url"
         raise UserError(f"no server answers at {url}: {error} ({advice})") from None
     page = make_page(client, models, ClusterView(lambda: fetch_status(url)))
     try:
         page.launch(
-            server_name=arguments.address, server_port=arguments.port, prevent_thread_lock=True, quiet=True, theme=theme(),
+            server_name=options.address, server_port=options.port, prevent_thread_lock=True, quiet=True, theme=theme(),
             css=CSS, ssr_mode=False, footer_links=[],
         )  # fmt: skip
     except OSError as error:
-        raise UserError(f"can't listen on {arguments.address}:{arguments.port}: {error}") from None
-    sys.stderr.write(f"page: {url_of(arguments.address, arguments.port)}\n")
+        raise UserError(f"can't listen on {options.address}:{options.port}: {error}") from None
+    sys.stderr.write(f"page: {url_of(options.address, options.port)}\n")
     sys.stderr.flush()
     page.block_thread()
     return 0
 
 
 def main() -> NoReturn:
+    """Run the command and exit with its status."""
     try:
         sys.exit(show(sys.argv[1:]))
     except HippoError as error:

@@ -9,7 +9,7 @@ def count_of(number: int, noun: str) -> str:
 
 
 def show_bytes(count: int) -> str:
-    """Return a number of bytes in the unit that suits it: 12.5 MiB."""
+    """Return a number of bytes with a binary unit that keeps it short: 12.5 MiB."""
     sign, size = ("-" if count < 0 else ""), float(abs(count))
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
@@ -19,5 +19,5 @@ def show_bytes(count: int) -> str:
 
 
 def show_layers(start: int, stop: int) -> str:
-    """Return the layers [start, stop): layer 3, layers 0-3."""
+    """Return the half-open range [start, stop) of layers as text: layer 3, layers 0-3."""
     return f"layer {start}" if stop == start + 1 else f"layers {start}-{stop - 1}"

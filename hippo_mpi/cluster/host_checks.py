@@ -1,6 +1,6 @@
-"""Which hosts can take part in the next start: those that let us in, and that the rank before reaches.
+"""Which hosts can take part in the next start: those that ssh lets us into, and that their neighbors in the ring reach.
 
-ssh may go another way than the ring: a host whose cable is pulled still lets us in.
+Both are checked, since ssh may use another network than the ring: a host whose ring cable is pulled still lets us in.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from hippo_mpi.transport.run_key import SSH, RunKey
 
 Host = dict[str, Any]
 """An entry of a hostfile: {"ssh": name, "ips": [address]}."""
-_ANSWER_S = 5  # for a host to let us in, or to be reached
-_END_S = 3.0
-# A port with nobody behind it refuses us: that is an answer, too.
-_REACH = """
+_CONNECT_TIMEOUT_S = 5  # for a host to let us in, or to be reached
+_END_TIMEOUT_S = 3.0  # for the command to end after that
+# A refused connection also shows that the host is reached: nothing needs to listen on the port.
+_CONNECT_SCRIPT = """
 import socket, sys
 try: socket.create_connection((sys.argv[1], int(sys.argv[2])), float(sys.argv[3]))
 except ConnectionRefusedError: pass
@@ -30,46 +30,46 @@ except ConnectionRefusedError: pass
 
 
 async def hand_over(key: RunKey, hosts: Sequence[Host]) -> list[int]:
-    """Give the key of the ranks to come to all hosts; return the places of those that let us in."""
+    """Copy the run key of the next ranks to all hosts; return the indices of those that let us in."""
     are_in = await asyncio.gather(*(_hand_over(key, host) for host in hosts))
     return [index for index, is_in in enumerate(are_in) if is_in]
 
 
 async def linked(hosts: Sequence[Host], living: Sequence[int]) -> list[int]:
-    """Return those of the `living` that make a ring: each is reached by the one before, and the first by the last."""
-    found = list(living[:1])
+    """Return those of the `living` indices that form a ring: each host reaches the next, and the last the first."""
+    ring = list(living[:1])
     for index in living[1:]:
-        if await _reaches(hosts[found[-1]], hosts[index]):
-            found.append(index)
-    while len(found) > 1 and not await _reaches(hosts[found[-1]], hosts[found[0]]):
-        found.pop()
-    return found
+        if await _reaches(hosts[ring[-1]], hosts[index]):
+            ring.append(index)
+    while len(ring) > 1 and not await _reaches(hosts[ring[-1]], hosts[ring[0]]):
+        ring.pop()
+    return ring
 
 
 async def _hand_over(key: RunKey, host: Host) -> bool:
     if host["ssh"] == THIS_MACHINE:
         return True
-    return await _succeeds(key.command(host["ssh"], _ANSWER_S), key.key.encode())
+    return await _succeeds(key.command(host["ssh"], _CONNECT_TIMEOUT_S), key.key.encode())
 
 
 async def _reaches(host: Host, other: Host) -> bool:
-    """Return True if a host reaches the first address of another, at a port such as rings have; or if there is none."""
+    """Return True if a host reaches the first address of another, at a port from the ring's range, or it has none."""
     if not other.get("ips"):
         return True
     port = random.randrange(FIRST, LAST)
-    command = [sys.executable, "-c", _REACH, str(other["ips"][0]), str(port), str(_ANSWER_S)]
+    command = [sys.executable, "-c", _CONNECT_SCRIPT, str(other["ips"][0]), str(port), str(_CONNECT_TIMEOUT_S)]
     if host["ssh"] != THIS_MACHINE:
-        command = [*SSH, "-o", f"ConnectTimeout={_ANSWER_S}", host["ssh"], shlex.join(command)]
+        command = [*SSH, "-o", f"ConnectTimeout={_CONNECT_TIMEOUT_S}", host["ssh"], shlex.join(command)]
     return await _succeeds(command)
 
 
 async def _succeeds(command: Sequence[str], data: bytes = b"") -> bool:
-    """Return True if a command with this input ends well, in time."""
+    """Return True if a command, given this input, exits with status 0 in time; kill it otherwise."""
     process = await asyncio.create_subprocess_exec(
         *command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        async with asyncio.timeout(2 * _ANSWER_S + _END_S):
+        async with asyncio.timeout(2 * _CONNECT_TIMEOUT_S + _END_TIMEOUT_S):
             await process.communicate(data)
         return process.returncode == 0
     except (TimeoutError, OSError):

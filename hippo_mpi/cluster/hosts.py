@@ -1,4 +1,4 @@
-"""The hosts of a run: read from a hostfile, checked, and let in. No MLX, so that starting needs none."""
+"""The hosts of a run: read from a hostfile, checked, and given the run key. Loads no MLX."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hippo_mpi.errors import LaunchError
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.transport.run_key import RunKey
 
-_KNOCK_S = 5
+_SSH_TIMEOUT_S = 5  # to connect; the whole command gets twice as long
 
 
 def read_hostfile(path: Path) -> list[dict[str, Any]]:
-    """The hosts of a hostfile.
+    """Read a hostfile; return its entries, {"ssh": name, "ips": [address]}, one per rank.
 
     Raises:
-        LaunchError: it can't be read, names no host, or a host that can't be found.
+        LaunchError: it can't be read, names no host, or a host that can't be ended.
     """
     content = read_json(path)
     hosts = content.get("hosts") if isinstance(content, dict) else content
@@ -33,6 +33,11 @@ def read_hostfile(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> Any:
+    """Read a hostfile as JSON, without checking its content.
+
+    Raises:
+        LaunchError: it can't be read, or isn't JSON.
+    """
     try:
         return json.loads(path.read_text())
     except OSError as error:
@@ -42,7 +47,11 @@ def read_json(path: Path) -> Any:
 
 
 def check_hosts(hosts: list[Any], where: str) -> None:
-    """Raise a LaunchError if an entry isn't {"ssh": name, "ips": [...]}, or there is no such host."""
+    """Check that entries are {"ssh": name, "ips": [...]} with valid addresses, and that their hosts exist.
+
+    Raises:
+        LaunchError: one isn't, or its host can't be ended; the message begins with `where`.
+    """
     for rank, host in enumerate(hosts):
         if not isinstance(host, dict) or not isinstance(host.get("ssh"), str):
             raise LaunchError(f'{where}: the entry of rank {rank} has no "ssh"')
@@ -58,7 +67,7 @@ def _check_host(where: str, rank: int, name: str) -> None:
     if name == THIS_MACHINE:
         return
     try:
-        # ssh knows aliases that name servers don't.
+        # The name may be an alias of ssh's configuration, which name servers don't know.
         settings = subprocess.run(["ssh", "-G", name], capture_output=True, text=True, timeout=10, check=True).stdout
         real = next(line.split()[1] for line in settings.splitlines() if line.startswith("hostname "))
         socket.getaddrinfo(real, 22)
@@ -69,13 +78,20 @@ def _check_host(where: str, rank: int, name: str) -> None:
 
 
 def installed(command: str) -> str:
-    """A command's full path, if it is installed beside us: through ssh, no PATH leads to a virtual environment."""
+    """Return a command's full path if it is installed beside our Python, else its name.
+
+    Through ssh, PATH doesn't include the virtual environment.
+    """
     path = Path(sys.executable).parent / command
     return str(path) if path.exists() else command
 
 
 def check_addresses(hosts: list[dict[str, Any]], backend: str, where: str) -> None:
-    """Raise a LaunchError if the ring's ranks wouldn't know where to listen."""
+    """Check that each host of a ring has an address to listen on.
+
+    Raises:
+        LaunchError: one has none; the message begins with `where`.
+    """
     for rank, host in enumerate(hosts):
         if backend == "ring" and not host.get("ips"):
             raise LaunchError(
@@ -85,10 +101,10 @@ def check_addresses(hosts: list[dict[str, Any]], backend: str, where: str) -> No
 
 
 def knock(hosts: list[dict[str, Any]], where: str, key: RunKey) -> None:
-    """Hand the run's key to all other machines at once, which let us in without a password.
+    """Copy the run's key to all other machines in parallel, through ssh without a password.
 
     Raises:
-        LaunchError: some don't, within seconds; it names each, with ssh's last line.
+        LaunchError: some don't let us in within seconds; the message names each, with ssh's last line.
     """
     names: dict[str, int] = {}
     for rank, host in enumerate(hosts):
@@ -102,14 +118,14 @@ def knock(hosts: list[dict[str, Any]], where: str, key: RunKey) -> None:
 
 
 def _hand_over(key: RunKey, name: str) -> str:
-    """ "" if ssh lets us in and the key is there, else its last line."""
+    """Copy the key to a host; return "" if that worked, else the last line of ssh."""
     try:
-        found = subprocess.run(
-            key.command(name, _KNOCK_S), input=key.key.encode(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            timeout=2 * _KNOCK_S,
+        ended = subprocess.run(
+            key.command(name, _SSH_TIMEOUT_S), input=key.key.encode(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            timeout=2 * _SSH_TIMEOUT_S,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"no answer within {2 * _KNOCK_S} s"
-    lines = found.stderr.decode(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), f"exit status {found.returncode}")
-    return last if found.returncode else ""
+        return f"no answer within {2 * _SSH_TIMEOUT_S} s"
+    lines = ended.stderr.decode(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), f"exit status {ended.returncode}")
+    return last if ended.returncode else ""

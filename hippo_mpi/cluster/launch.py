@@ -19,15 +19,16 @@ from hippo_mpi.transport.run_key import RunKey
 from hippo_mpi.transport.status_file import read_status
 from hippo_mpi.transport.terminal import kept_terminal
 
-_LOOK_S = 0.1
-_END_S = 5.0  # for ranks and their launcher, from SIGTERM to SIGKILL
-_OUTLIVE_S = 10.0  # for them from a rank's end to SIGKILL: mlx.launch waits for a rank that is stopped, say, for ever
+_POLL_INTERVAL_S = 0.1
+_TERM_TIMEOUT_S = 5.0  # for ranks and their launcher, from SIGTERM to SIGKILL
+# For them, from a rank's end to SIGKILL: otherwise mlx.launch would wait forever for a stopped rank, for example.
+_RANK_END_TIMEOUT_S = 10.0
 # Open MPI refuses to start anything as root without these.
 _AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
 class Launch:
-    """One run. A Ctrl-C, SIGTERM or SIGHUP ends all ranks; a second one, or seconds, kills them."""
+    """One run of mlx.launch. Ctrl-C, SIGTERM or SIGHUP ends all ranks; a second one, or a timeout, kills them."""
 
     def __init__(self) -> None:
         self._launcher: subprocess.Popen[bytes] | None = None
@@ -36,10 +37,13 @@ class Launch:
         self._kill_at_s = float("inf")
 
     def run(self, command_line: list[str], key: RunKey) -> int:
-        """Run mlx.launch to its end, with ranks that know a key; the exit status of rank 0, or what a shell has for the signal that ended us.
+        """Run mlx.launch to its end, and pass the run key to its ranks.
+
+        Returns:
+            The exit status of rank 0, or 128 + the number of the signal that ended us.
 
         Raises:
-            LaunchError: rank 0 can't be lent our streams.
+            LaunchError: the socket through which rank 0 gets our standard streams can't be made.
         """
         with tempfile.TemporaryDirectory(prefix="hippo-run-") as folder, self._signals_handled():
             status = Path(folder) / "status"
@@ -48,14 +52,15 @@ class Launch:
             except OSError as error:
                 raise LaunchError(f"no socket in {folder}: {error} (a shorter TMPDIR may help)") from None
             given = {STATUS_FILE: str(status), CONSOLE: str(self._console.path), **key.passed_on}
-            # A host that isn't called 127.0.0.1 is reached through ssh, which passes no environment on.
+            # Hosts other than 127.0.0.1 are reached through ssh, which doesn't pass the environment on.
             words = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
-            # In a group of its own no Ctrl-C reaches it: it would live on, with nobody to read its ranks' output.
+            # After a SIGINT mlx.launch lives on without reading its ranks' output: in a process group of its own,
+            # the terminal's Ctrl-C doesn't reach it.
             self._launcher = subprocess.Popen(
                 [command_line[0], *words, *command_line[1:]], env={**_AS_ROOT, **os.environ, **given, **key.environment},
                 stdin=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0,
             )  # fmt: skip
-            if self._ended_by is not None:  # while it was started
+            if self._ended_by is not None:  # the signal came while the launcher was starting
                 self._signal(signal.SIGTERM)
             messages = LauncherMessages(self._launcher)
             with kept_terminal():
@@ -63,32 +68,32 @@ class Launch:
                 messages.await_end()
             if self._ended_by is not None:
                 return 128 + self._ended_by
-            if found := read_status(status):
-                return found[0]
-            messages.show()  # rank 0 has said nothing: the launcher may know why
+            if rank_0_status := read_status(status):
+                return rank_0_status[0]
+            messages.show()  # rank 0 left no status: the launcher's own messages may say why
             return RankError.exit_code if self._console.pid else self._launcher.returncode or 1
 
     def _await_end(self, messages: LauncherMessages) -> None:
-        """Wait for the launcher, then for the ranks, of which rank 0 says its last words itself; kill what doesn't end."""
+        """Wait for the launcher, then for the ranks (rank 0 may still be printing its error); kill what doesn't end."""
         assert self._launcher and self._console
         while self._launcher.poll() is None:
             if time.monotonic() > self._kill_at_s:
                 self._signal(signal.SIGKILL)
             if self._console.is_rank_gone or messages.has_lost_a_rank:
-                self._kill_at_s = min(self._kill_at_s, time.monotonic() + _OUTLIVE_S)
+                self._kill_at_s = min(self._kill_at_s, time.monotonic() + _RANK_END_TIMEOUT_S)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._launcher.wait(_LOOK_S)
+                self._launcher.wait(_POLL_INTERVAL_S)
         if self._ended_by is None:
-            self._signal(signal.SIGTERM)  # ranks that have outlived it
-        ends_s = time.monotonic() + _END_S
+            self._signal(signal.SIGTERM)  # ranks that have outlived the launcher
+        ends_s = time.monotonic() + _TERM_TIMEOUT_S
         while self._is_group_alive() or self._console.is_rank_alive:
             if time.monotonic() > min(ends_s, self._kill_at_s):
                 self._signal(signal.SIGKILL)
                 return
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_INTERVAL_S)
 
     def _is_group_alive(self) -> bool:
-        """Whether anything of the launcher's group runs; zombies, which init has yet to look at, don't."""
+        """Return True if a process of the launcher's group runs; zombies that init hasn't reaped yet don't count."""
         assert self._launcher
         command = ["ps", "-A", "-o", "pgid=,stat="]
         listing = subprocess.run(command, capture_output=True, text=True).stdout
@@ -97,7 +102,7 @@ class Launch:
 
     @contextlib.contextmanager
     def _signals_handled(self) -> Iterator[None]:
-        """Handle what would end us, unless it is ignored, as nohup and a script's background jobs have it."""
+        """Handle the signals that would end us, but leave ignored ones so: nohup and shells' background jobs need it."""
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         previous = {number: signal.getsignal(number) for number in numbers}
         for number, handler in previous.items():
@@ -113,20 +118,20 @@ class Launch:
         if number == signal.SIGINT and self._console and self._console.takes_interrupts:
             self._console.interrupt()
         elif self._ended_by is None:
-            self._ended_by, self._kill_at_s = number, time.monotonic() + _END_S
+            self._ended_by, self._kill_at_s = number, time.monotonic() + _TERM_TIMEOUT_S
             self._signal(signal.SIGTERM)
         else:
             self._kill_at_s = 0.0
 
     def _signal(self, number: signal.Signals) -> None:
-        """Signal the launcher with all of its local ranks, and rank 0, which has a group of its own.
+        """Signal the launcher with all of its local ranks, and rank 0, which has a process group of its own.
 
-        At once for both, so that neither sees the other end, and calls that a failure.
+        Rank 0 is stopped until both have the signal, so that neither sees the other end and reports that as a failure.
         """
         if self._console:
             self._console.signal(signal.SIGSTOP)
         if self._launcher:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # all gone
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # all have ended
                 os.killpg(self._launcher.pid, number)
         if self._console:
             self._console.signal(number)

@@ -1,4 +1,4 @@
-"""What comes on a launcher's standard error: its ranks' lines, passed on, and its own, kept back."""
+"""The standard error of mlx.launch: its ranks' lines are passed on at once, its own are held back."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ import threading
 from hippo_mpi.errors import print_error
 
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
-# mlx.launch's threads write the parts of these lines one by one, between each other's.
+# mlx.launch's threads write these lines in pieces, which may end up inside each other's lines.
 _WARNING = re.compile(r"(?:\x1b\[3\dm\[(?:WARN|INFO|ERROR)\]|\s*Node with rank \d+ |\s*\x1b\[0m\s*$).*")
-_RULE = re.compile(r"-{20,}")  # above and below what mpirun has to say
+_RULE = re.compile(r"-{20,}")  # the lines of dashes above and below a message of mpirun
 _USAGE, _MISTAKE = "usage: mlx.launch", "mlx.launch: error: "
-_JOIN_S = 2.0
+_JOIN_TIMEOUT_S = 2.0
 
 
 class LauncherMessages:
-    """Reads mlx.launch's standard error from now on.
+    """A reader of mlx.launch's standard error, in a thread of its own.
 
-    After an error of ours, that a rank "exited with code 2" is news to nobody; without one, it may be all there is.
+    The launcher's own messages, such as that a rank "exited with code 2", say nothing new after a rank's error line;
+    without one they may be all that explains a failure. So they are held back until `show`.
 
     Args:
-        launcher: started with a pipe for it.
+        launcher: a process whose standard error is a pipe.
     """
 
     def __init__(self, launcher: subprocess.Popen[bytes]) -> None:
         self._kept: list[str] = []
-        self._is_ruled = False  # between two rules of mpirun's
-        self._is_usage = False  # between a usage line of mlx.launch and its point
-        self._has_error = False  # a rank has said what went wrong
-        self.has_lost_a_rank = False  # the launcher tells that one has ended badly
+        self._is_ruled = False  # inside a message of mpirun, between its two lines of dashes
+        self._is_usage = False  # inside a usage text of mlx.launch, before its error line
+        self._has_error = False  # a rank has printed an error line
+        self.has_lost_a_rank = False  # the launcher has reported a failed rank
         assert launcher.stderr is not None
         self._descriptor = launcher.stderr.fileno()
         self._thread = threading.Thread(target=self._read, name="hippo-messages", daemon=True)
         self._thread.start()
 
     def await_end(self) -> None:
-        """Wait until all is read; but not for a rank that has outlived its launcher."""
-        self._thread.join(_JOIN_S)
+        """Wait until all is read, at most _JOIN_TIMEOUT_S: a rank that outlives its launcher keeps the pipe open."""
+        self._thread.join(_JOIN_TIMEOUT_S)
 
     def show(self) -> None:
-        """Pass on what was kept back, unless a rank has said more."""
+        """Print the held messages, unless a rank has printed an error."""
         if self._has_error:
             return
         sys.stderr.write("".join(f"{line}\n" for line in self._kept))
@@ -67,7 +68,7 @@ class LauncherMessages:
         elif warning := _WARNING.search(line):
             self.has_lost_a_rank |= "Node with rank" in text
             self._kept += list(filter(None, [_COLOR.sub("", warning[0]).strip()]))
-            os.write(2, line[: warning.start()].encode())  # of a rank's line that it came into
+            os.write(2, line[: warning.start()].encode())  # the piece of a rank's line before it
         else:
             self._has_error |= text.startswith("error: ")
             os.write(2, line.encode())

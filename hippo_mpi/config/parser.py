@@ -135,6 +135,8 @@ class OptionsParser(Parser, Generic[_O]):
         )
         if names[0].startswith("-"):
             settings["dest"] = field.name
+        elif "nargs" not in settings:
+            settings.pop("default", None)  # it must be given
         group.add_argument(*names, **settings)
 
     def read(self, argv: Sequence[str] | None = None) -> _O:

@@ -75,6 +75,16 @@ def read_config(path: Path, options: type[Options] = ServeOptions) -> ConfigFile
     return file
 
 
+def read_hosts(path: Path) -> list[Any]:
+    """Return the hosts of a file; none if it has none.
+
+    Raises:
+        UserError: it can't be read, or they are no list of hosts.
+    """
+    entries = _entries(_load(path, "--config"), path)
+    return next((_hosts(value, where, path) for name, _, value, where in entries if name == "hosts"), [])
+
+
 def read_card(path: Path) -> Settings:
     """Return the settings of a card file; relative paths of its models begin where the card lies.
 

@@ -1,4 +1,4 @@
-"""The answers to a batch, in OpenAI's lines: in a file from which the same command goes on, or on standard output."""
+"""The answers to a batch as OpenAI's batch output lines: in a file that an interrupted run resumes, or on stdout."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from hippo_mpi.units import count_of
 
 
 class Answers(ABC):
-    """Where answers go, a line each."""
+    """A destination of answers, one line each."""
 
     def __init__(self) -> None:
-        self.done: dict[str, str] = {}  # custom_id -> id of the record, which holds the task's digest
+        self.done: dict[str, str] = {}  # custom_id -> id of the record, which contains the task's digest
 
     def write(self, task: Task, response: dict[str, Any] | None, mistake: str = "") -> None:
         """Append a task's answer, or the mistake that prevents one.
 
         Raises:
-            UserError: the disk is full, say; everything before is kept.
+            UserError: it can't be written, for example to a full disk; earlier answers are kept.
+            BrokenPipeError: nobody reads standard output any more.
         """
         error = None if response else {"code": "invalid_request", "message": mistake, "param": None, "line": task.line}
         body = response and {"status_code": 200, "request_id": response["id"], "body": response}
@@ -39,27 +40,39 @@ class Answers(ABC):
             self.done[task.custom_id] = _record_id(task)
 
     def is_done(self, task: Task) -> bool:
-        """Whether a task has its answer; one that can't be asked never has."""
+        """Return whether a task has its answer; an invalid task never has."""
         return task.asked is not None and task.custom_id in self.done
 
     @abstractmethod
     def check(self, tasks: Iterable[Task]) -> int:
-        """Return the number of tasks, if what is there already answers no other ones."""
+        """Return the number of tasks, after checking that the answers so far are to these tasks.
+
+        Raises:
+            UserError: they aren't.
+        """
 
     @abstractmethod
     def sort(self, order: Iterable[Task]) -> None:
-        """Put the lines into the order of the input, when all are there."""
+        """Put the lines into the order of the input; to be called when all have been written.
+
+        Raises:
+            UserError: they can't be written.
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """Let others write."""
+        """Release the destination, so that others may write it."""
 
     @abstractmethod
     def _append(self, task: Task, line: bytes) -> None: ...
 
 
 class StandardOutput(Answers):
-    """Answers for whoever reads our output; with `keeps_order`, none before the last has been made."""
+    """Answers on standard output.
+
+    Args:
+        keeps_order: hold all answers back until `sort`; otherwise each is written at once.
+    """
 
     def __init__(self, keeps_order: bool) -> None:
         super().__init__()
@@ -69,15 +82,17 @@ class StandardOutput(Answers):
         return "standard output"
 
     def check(self, tasks: Iterable[Task]) -> int:
+        """Return the number of tasks."""
         return sum(1 for _ in tasks)
 
     def sort(self, order: Iterable[Task]) -> None:
+        """Write the answers that were held back, in the order of the input."""
         held, self._held = self._held or {}, None
         for task in order:
             self._append(task, held.pop(task.custom_id, b""))
 
     def close(self) -> None:
-        pass
+        """Do nothing: standard output stays open."""
 
     def _append(self, task: Task, line: bytes) -> None:
         if self._held is not None:
@@ -87,29 +102,31 @@ class StandardOutput(Answers):
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
         except BrokenPipeError:
-            raise  # its reader has had enough, which is no mistake
+            raise  # the reader has closed the pipe, which is no mistake
         except OSError as error:
             raise UserError(f"{self} can't be written: {error.strerror}") from None
 
 
 class AnswerFile(Answers):
-    """A file of answers, each flushed to disk as it is written, which nobody else may write until it is closed.
+    """A file of answers, locked until it is closed; each answer is synced to disk when it is written.
 
-    What is there already counts as done, but for lines with errors, which are tried again; a torn last line is
-    cut off. The options that answers were made with are in a second file beside it, so that lines stay OpenAI's.
+    Answers that the file already has count as done, except lines with errors, whose tasks are tried again; an
+    incomplete last line is cut off. The options that answers were made with are in a second file beside it, so that
+    the lines stay in OpenAI's format.
 
     Args:
-        options: those that change what an answer is, with their values.
-        restart: forget what is there.
+        path: of the file.
+        options: those that affect answers, with their values.
+        restart: discard what the file has.
 
     Raises:
-        UserError: it can't be read or written, is being written by another process, or holds something else, or answers
-            that were made with other options.
+        UserError: the file can't be read or written, is being written by another process, is no file of answers, or has
+            answers that were made with other options.
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any], restart: bool = False) -> None:
         super().__init__()
-        self._name, path = str(path), path.resolve()  # a link stays one
+        self._name, path = str(path), path.resolve()  # replacing the file keeps a link to it
         self._path, self._options_path = path, path.with_name(f"{path.name}.options.json")
         if path.exists() and not path.is_file():
             raise UserError(f"{self} can't be written: it isn't a file")
@@ -127,7 +144,7 @@ class AnswerFile(Answers):
         return self._name
 
     def _open(self, options: dict[str, Any], restart: bool) -> None:
-        if restart:  # before its options are: a kill between must not leave old answers with new ones
+        if restart:  # before the options are written: a kill between must not leave old answers with new options
             self._path.write_bytes(b"")
         elif self._path.exists():
             self._take_over()
@@ -136,30 +153,33 @@ class AnswerFile(Answers):
         sync_folder(self._path.parent)
 
     def close(self) -> None:
+        """Close the file and release its lock."""
         self._stream.close()
         self._lock.release()
 
     def check(self, tasks: Iterable[Task]) -> int:
-        """Return the number of tasks. Answers to lines that have moved take the names of where these are now.
+        """Return the number of tasks, after checking that the answers so far are to these tasks.
+
+        Answers to tasks whose lines have moved, and whose generated custom_ids have changed with that, are renamed.
 
         Raises:
-            UserError: what is there answers another task under the same custom_id, or can't be written anew.
+            UserError: the file answers another task under the same custom_id, or can't be rewritten.
         """
-        count, at_home, kept = 0, set(), set(self.done.values())
-        moved: list[tuple[str, str]] = []  # (record, custom_id) of tasks that may have had another name
-        taken: dict[str, int] = {}  # custom_id of another answer -> line
+        count, in_place, kept = 0, set(), set(self.done.values())
+        moved: list[tuple[str, str]] = []  # (record, custom_id) of tasks that may have had another custom_id
+        taken: dict[str, int] = {}  # custom_id that another task's answer has -> line
         for task in tasks:
             count += 1
             if task.asked is None:
                 continue
             if self.done.get(task.custom_id) == _record_id(task):
-                at_home.add(task.custom_id)
+                in_place.add(task.custom_id)
                 continue
             if _record_id(task) in kept:
                 moved.append((_record_id(task), task.custom_id))
             if task.custom_id in self.done:
                 taken[task.custom_id] = task.line
-        names = self._new_names(moved, at_home)
+        names = self._new_names(moved, in_place)
         for custom_id, line in taken.items():
             if custom_id not in names:
                 raise UserError(
@@ -170,13 +190,13 @@ class AnswerFile(Answers):
             self._rename(names)
         return count
 
-    def _new_names(self, moved: list[tuple[str, str]], at_home: set[str]) -> dict[str, str]:
-        """Match answers whose tasks aren't under their names any more with where these are now: old name -> new name."""
-        homeless: defaultdict[str, deque[str]] = defaultdict(deque)
+    def _new_names(self, moved: list[tuple[str, str]], in_place: set[str]) -> dict[str, str]:
+        """Return old custom_id -> new custom_id for answers whose tasks now have another one."""
+        displaced: defaultdict[str, deque[str]] = defaultdict(deque)
         for custom_id, record in self.done.items():
-            if custom_id not in at_home:
-                homeless[record].append(custom_id)
-        return {homeless[record].popleft(): custom_id for record, custom_id in moved if homeless[record]}
+            if custom_id not in in_place:
+                displaced[record].append(custom_id)
+        return {displaced[record].popleft(): custom_id for record, custom_id in moved if displaced[record]}
 
     def _rename(self, names: dict[str, str]) -> None:
         def renamed(line: bytes) -> bytes:
@@ -216,7 +236,7 @@ class AnswerFile(Answers):
         """Put the lines into the order of the input; lines of other tasks come last.
 
         Raises:
-            UserError: the disk is full, say; everything stays as it was.
+            UserError: the file can't be written, for example on a full disk; it stays as it was.
         """
         places: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         try:
@@ -236,7 +256,7 @@ class AnswerFile(Answers):
             ) from None
 
     def _keep_options(self, options: dict[str, Any]) -> None:
-        """Write down the options of answers to come, which must be those of the answers that are there."""
+        """Write the options to their file, after checking that the answers so far were made with the same ones."""
         before = _read_options(self._options_path) if self.done else options
         if before is None:
             sys.stderr.write(
@@ -253,7 +273,7 @@ class AnswerFile(Answers):
             stream.write(json.dumps(options, indent=1).encode())
 
     def _take_over(self) -> None:
-        """Count what is there as done, and drop what isn't an answer."""
+        """Count the file's answers as done, and remove lines with errors and an incomplete last line."""
         is_whole = True
         with self._path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
@@ -275,7 +295,7 @@ def _record_id(task: Task) -> str:
 
 
 def _read_record(line: bytes) -> dict[str, Any] | None:
-    """A line of the output; None for one that is torn, or something else."""
+    """Parse a line of the file; None if it is incomplete or no answer."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
@@ -286,16 +306,16 @@ def _read_record(line: bytes) -> dict[str, Any] | None:
 
 
 def _read_options(path: Path) -> dict[str, Any] | None:
-    """Read a file of options; None for one that isn't there, or was torn."""
+    """Read a file of options; None if it is missing or incomplete."""
     try:
-        found = json.loads(path.read_text())
+        options = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return options if isinstance(options, dict) else None
 
 
 def _shown(option: str, value: Any) -> str:
-    """Say in a command line's words how an option was given."""
+    """Return a phrase that says how an option was given, quoted as on a command line."""
     if value in (None, False, []):
         return f"without {option}"
     if value is True:

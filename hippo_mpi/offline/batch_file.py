@@ -1,8 +1,8 @@
-"""Batch prompt files: what is asked, line by line.
+"""Batch input files, read line by line.
 
-Input is recognised by its content: OpenAI batch lines, short JSON lines ({"prompt": ...} or {"messages": [...]}),
-or plain text, a prompt a line; a job script (#!) carries options in #HIPPO lines in front of any of them. Files are
-read as needed, in several passes.
+The format is recognised by its content: OpenAI's batch lines, short JSON lines ({"prompt": ...} or
+{"messages": [...]}), or plain text with one prompt per line; a job script (#!) has options in #HIPPO lines in front of
+any of them. Files are read as needed, in several passes.
 """
 
 from __future__ import annotations
@@ -25,30 +25,31 @@ from typing import Any, BinaryIO
 
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.errors import UserError
-from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body
+from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, GenerationRequest, read_body
 
 _MAX_LINE_BYTES = 64 << 20
-_MADE_UP = re.compile(r"^line-|\(line \d+\)")
-"""What a custom_id of our own has: of a line without one, or of one that repeats another's."""
+_GENERATED_ID = re.compile(r"^line-|\(line \d+\)")
+"""Matches custom_ids as we generate them, for lines without one, or with one that an earlier line has."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One line of the input: what it asks, or why it can't be answered."""
+    """One line of the input: its request, or the mistake for which it can't be answered."""
 
     line: int  # counted from 1
     custom_id: str
-    digest: str  # of the line: tells another request with the same custom_id
-    asked: Asked | None
+    digest: str  # of the line; distinguishes requests with the same custom_id
+    asked: GenerationRequest | None
     mistake: str = ""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts that can be read again and again: a file, or what came from a pipe.
+    """A batch input that can be read repeatedly: a file, or a copy of what came from a pipe.
 
     Args:
-        name: of where they come from, for messages.
+        name: of the source, for messages.
+        stream: open and seekable; closed at the end of a `with` block.
     """
 
     name: str
@@ -64,39 +65,39 @@ class Prompts:
         self.stream.close()
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yield (number from 1, line) without a byte order mark. Of a line over _MAX_LINE_BYTES so many and one come.
+        """Yield (number from 1, line), without a byte order mark; lines are cut after _MAX_LINE_BYTES + 1 bytes.
 
         Raises:
             UserError: the file can't be read.
         """
-        number, most = 0, _MAX_LINE_BYTES + 1
+        number, max_bytes = 0, _MAX_LINE_BYTES + 1
         try:
             self.stream.seek(0)
-            while line := self.stream.readline(most):
+            while line := self.stream.readline(max_bytes):
                 number += 1
                 yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                while len(line) == most and not line.endswith(b"\n"):  # the rest of it
-                    line = self.stream.readline(most)
+                while len(line) == max_bytes and not line.endswith(b"\n"):  # skip the rest of it
+                    line = self.stream.readline(max_bytes)
         except OSError as error:
             raise UserError(f"{self} can't be read: {error.strerror}") from None
 
     @cached_property
     def given_names(self) -> set[str]:
-        """The custom_ids that look like those that are made up."""
-        found: set[str] = set()
+        """The custom_ids of the input that look like generated ones."""
+        names: set[str] = set()
         for _, line in self.lines():
             if (b"line" in line or b"\\u" in line) and line.lstrip().startswith(b"{"):
                 with contextlib.suppress(ValueError, RecursionError):
                     name = json.loads(line).get("custom_id")
-                    found |= {name} if isinstance(name, str) and _MADE_UP.search(name) else set()
-        return found
+                    names |= {name} if isinstance(name, str) and _GENERATED_ID.search(name) else set()
+        return names
 
 
 def open_prompts(path: Path) -> Prompts:
-    """Open a file of prompts. What can be read only once, such as a pipe, goes into a temporary file.
+    """Open a file of prompts; what can be read only once, such as a pipe, is copied to a temporary file.
 
     Raises:
-        UserError: it can't be read, or kept, or has options, for which it is too late.
+        UserError: it can't be read or copied, or a pipe has #HIPPO lines, whose options come too late.
     """
     try:
         stream = path.open("rb")
@@ -109,7 +110,12 @@ def open_prompts(path: Path) -> Prompts:
 
 
 def kept_prompts(name: str, text: bytes) -> Prompts:
-    """Prompts that have been read from somewhere; raises as `open_prompts`."""
+    """Return prompts of text that was read already, copied to a temporary file; raises as `open_prompts`.
+
+    Args:
+        name: of the source, for messages.
+        text: the content of a batch input.
+    """
     return _spooled(name, io.BytesIO(text))
 
 
@@ -129,12 +135,12 @@ def _spooled(name: str, source: BinaryIO) -> Prompts:
 
 
 def job_options(prompts: Prompts) -> list[str]:
-    """The options of a job script's #HIPPO lines; none for other files.
+    """Return the options of a job script's #HIPPO lines; other files have none.
 
     Raises:
         UserError: the file can't be read, or a quote isn't closed.
     """
-    found: list[str] = []
+    options: list[str] = []
     for number, line in prompts.lines():
         if number == 1 and not line.startswith(b"#!"):
             return []
@@ -142,20 +148,24 @@ def job_options(prompts: Prompts) -> list[str]:
             break
         if line.startswith(b"#HIPPO"):
             try:
-                found += shlex.split(line.removeprefix(b"#HIPPO").decode())
+                options += shlex.split(line.removeprefix(b"#HIPPO").decode())
             except ValueError as error:
                 raise UserError(f"{prompts}, line {number}: {error}") from None
-    return found
+    return options
 
 
 def read_tasks(prompts: Prompts, defaults: SamplingParams) -> Iterator[Task]:
-    """The tasks, in order. A line that can't be understood is a task with a mistake.
+    """Yield the tasks in order; an invalid line is a task with a mistake.
+
+    Args:
+        prompts: the input.
+        defaults: of fields that a line doesn't have; a seed becomes another one for each line.
 
     Raises:
         UserError: the file can't be read.
     """
     seen: set[str] = set()
-    given = prompts.given_names  # a pass of its own: there is one position to read from
+    given = prompts.given_names  # read before the loop: both move the file's one position
     is_job = is_json = None
     for number, line in prompts.lines():
         is_job = line.startswith(b"#!") if number == 1 else is_job
@@ -173,7 +183,7 @@ def read_tasks(prompts: Prompts, defaults: SamplingParams) -> Iterator[Task]:
 
 
 def _unlike(name: str, given: set[str]) -> str:
-    """Return a name that no line was given; two lines' names differ by their numbers."""
+    """Return the name, with a suffix if a line was given it as its custom_id; lines' names differ by their numbers."""
     tried = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
     return next(one for one in tried if one not in given)
 
@@ -185,7 +195,9 @@ def _read_line(number: int, line: bytes, is_json: bool, defaults: SamplingParams
             raise UserError(f"longer than {_MAX_LINE_BYTES:,} bytes")
         text = line.decode().strip()
         if not is_json:
-            return Task(number, custom_id, digest, Asked(CHAT, defaults, [{"role": "user", "content": text}]))
+            return Task(
+                number, custom_id, digest, GenerationRequest(CHAT, defaults, [{"role": "user", "content": text}])
+            )
         fields = json.loads(text)
         if not isinstance(fields, dict):
             raise UserError("not a JSON object")
@@ -208,7 +220,7 @@ def _read_line(number: int, line: bytes, is_json: bool, defaults: SamplingParams
     return Task(number, custom_id, digest, None, f"line {number}: {mistake}")
 
 
-def _read_fields(fields: dict[str, Any], defaults: SamplingParams) -> Asked:
+def _read_fields(fields: dict[str, Any], defaults: SamplingParams) -> GenerationRequest:
     if "body" in fields or "url" in fields:
         if (method := fields.get("method", "POST")) != "POST":
             raise UserError(f"method must be POST, not {method!r}")
@@ -217,7 +229,7 @@ def _read_fields(fields: dict[str, Any], defaults: SamplingParams) -> Asked:
         return read_body(str(fields.get("url")), fields.get("body"), defaults)
     if "messages" in fields:
         return read_body(CHAT, fields, defaults)
-    if isinstance(fields.get("prompt"), str):  # asked, as on a line of plain text
+    if isinstance(fields.get("prompt"), str):  # a user's message, as on a line of plain text
         prompt = fields.pop("prompt")
         return read_body(CHAT, {**fields, "messages": [{"role": "user", "content": prompt}]}, defaults)
     if "prompt" in fields:

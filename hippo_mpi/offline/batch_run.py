@@ -1,4 +1,4 @@
-"""Answering a batch: tasks into the engine as it has room, answers into the file as they end."""
+"""A run over a batch: tasks go to the engine when it has room, answers to the file when they are complete."""
 
 from __future__ import annotations
 
@@ -17,17 +17,22 @@ from hippo_mpi.offline.batch_file import Task
 from hippo_mpi.offline.progress import BatchProgress
 from hippo_mpi.protocols.openai_answers import AnswerHead, Choice, answer_object
 
-_REASONS = 3  # of failures, that are told at the end
-_BACKLOG = 4  # requests that wait in the engine: enough that it never runs dry, few enough for any length of file
+_MAX_REASONS = 3  # failures whose reasons are printed at the end
+_BACKLOG = 4  # requests that wait in the engine: enough to keep it busy, and few, however long the file is
 
 
 class BatchRun:
     """One run over a batch of tasks.
 
     Args:
-        model: the name that answers carry.
-        system_prompt: for chats that bring none of their own.
-        pausing: entered while an answer is written, for as long as its reader takes.
+        engine: that answers them.
+        tokenizer: of the model.
+        chat_format: of the model.
+        answers: where the answers go.
+        progress: told about tokens and ended tasks.
+        model: the name that answers show.
+        system_prompt: for chats without one of their own.
+        pausing: a context that is entered while an answer is written, which may take as long as its reader does.
     """
 
     def __init__(
@@ -46,13 +51,18 @@ class BatchRun:
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self._running: dict[int, tuple[Task, Choice]] = {}
         self._pausing, self._grammars = pausing, GrammarCheck()
-        self.reasons: list[str] = []  # the first ones why requests failed
+        self.reasons: list[str] = []  # why the first failed requests failed
 
     def run(self, tasks: Iterable[Task], on_task: Callable[[], None]) -> None:
-        """Answer every task that isn't answered yet; `on_task` is called for each that is looked at.
+        """Answer every task that has no answer yet.
+
+        Args:
+            tasks: all tasks of the batch.
+            on_task: called before each task, whether it has an answer or not.
 
         Raises:
             UserError: the answers can't be written.
+            BrokenPipeError: nobody reads the answers on standard output any more.
         """
         todo = self._unanswered(tasks, on_task)
         try:
@@ -70,7 +80,7 @@ class BatchRun:
                 yield task
 
     def _fill(self, todo: Iterator[Task]) -> bool:
-        """Hand some tasks to the engine, if it has room; False when there are no more."""
+        """Hand tasks to the engine until _BACKLOG requests wait in it; return False when no tasks are left."""
         for _ in range(_BACKLOG - self._engine.num_waiting):
             task = next(todo, None)
             if task is None:
@@ -87,7 +97,7 @@ class BatchRun:
                 with self._pausing():
                     self._grammars.check(field, grammar)
             self._engine.add(Request(task.line, prompt, sampling))
-        except Exception as error:  # this line's: others go on
+        except Exception as error:  # concerns this line only: others go on
             known = error if isinstance(error, HippoError) else unexpected(task.line, error)
             self._fail(task, task.mistake or f"line {task.line}: {known}")
             return
@@ -96,7 +106,7 @@ class BatchRun:
     def _fail(self, task: Task, mistake: str) -> None:
         with self._pausing():
             self._answers.write(task, None, mistake)
-        self.reasons += [mistake] if len(self.reasons) < _REASONS else []
+        self.reasons += [mistake] if len(self.reasons) < _MAX_REASONS else []
         self._progress.finish_one(is_failed=True)
 
     def _take(self, output: RequestOutput) -> None:

@@ -1,4 +1,4 @@
-"""Text in, text out: one conversation on rank 0. Knows the Engine, never MLX or ranks."""
+"""One conversation on rank 0, from text to text. It knows the Engine, but neither MLX nor ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hippo_mpi.transport.terminal import changed_terminal
 
 @dataclass
 class Answer:
-    """What a request gave."""
+    """The answer to one turn."""
 
     text: str
     finish_reason: str
@@ -29,7 +29,7 @@ class Answer:
 
 
 class Conversation:
-    """A chat. The engine keeps its cache between turns, so that only what a turn adds is prefilled."""
+    """A chat. The engine keeps its cache between turns, so that each turn prefills only its new tokens."""
 
     engine: Engine  # set once the model is loaded
 
@@ -40,12 +40,12 @@ class Conversation:
         self._turns = 0
 
     def reset(self) -> None:
-        """Forget everything said so far, on every rank."""
+        """Start a new conversation, and drop the cached prefixes on every rank."""
         self.messages = list(self._system)
         self.engine.forget_prefixes()
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of the conversation with `text` as the user's next turn.
+        """Return the tokens of the conversation with `text` as the user's next turn.
 
         Raises:
             UserError: it is empty.
@@ -60,12 +60,18 @@ class Conversation:
         progress: Progress,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> Answer:
-        """Answer the user's next turn; `show` gets each piece of text as it is made.
+        """Answer the user's next turn.
 
-        An answer that `is_stopped` ends where it is, and stays in the conversation as far as it goes.
+        Args:
+            text: of the turn.
+            sampling: parameters of the answer.
+            show: called with each piece of the answer as it is generated.
+            progress: shows the prefill.
+            is_stopped: asked before every step; True ends the answer there, and what it has stays in the conversation.
 
         Raises:
             UserError: the turn is empty or too long.
+            HippoError: the answer failed.
         """
         request = Request(self._turns, self.encode(text), sampling)
         self._turns += 1
@@ -88,12 +94,12 @@ class Conversation:
 
 
 def ask(launcher: Launcher, prompt: str) -> str | None:
-    """The next line that a person types, on a terminal with the keys of readline; None at the end of the input."""
+    """Print a prompt and read a line, on a terminal with readline's editing keys; None at the end of the input."""
     if not launcher.is_terminal:
         sys.stderr.write(prompt)
         sys.stderr.flush()
         return launcher.read_line()
-    with contextlib.suppress(ImportError):  # a Python without it: then there is no history
+    with contextlib.suppress(ImportError):  # a Python built without readline has no history
         import readline  # noqa: F401
     with launcher.foreground(), changed_terminal(0, {}):
         try:
@@ -103,12 +109,13 @@ def ask(launcher: Launcher, prompt: str) -> str | None:
 
 
 def write(text: str) -> None:
+    """Write text to standard output at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def statistics_line(timings: Timings, ranks: Sequence[RankStatistics]) -> str:
-    """What mlx_lm.generate tells after an answer, in one line, with every rank's memory."""
+    """Return the statistics that mlx_lm.generate prints after an answer, in one line, with every rank's peak memory."""
     draft = f"; {timings.num_accepted} of {timings.num_draft_tokens} draft tokens accepted"
     memory = ", ".join(f"{rank.peak_memory_bytes / 1e9:.3f}" for rank in ranks)
     return (
@@ -119,6 +126,7 @@ def statistics_line(timings: Timings, ranks: Sequence[RankStatistics]) -> str:
 
 
 def json_answer(answer: Answer, ranks: Sequence[RankStatistics]) -> str:
+    """Return an answer with its statistics as a JSON object; `ranks` are those of every rank."""
     timings = answer.timings
     stats = {
         "prompt_tokens": timings.prompt_tokens,

@@ -1,4 +1,4 @@
-"""Ctrl-C in a conversation: during an answer it ends the answer, and a second one, or one at the prompt, leaves."""
+"""Ctrl-C in a conversation: during an answer it ends the answer; a second one, or one at the prompt, ends the chat."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator
 
 
 class Interrupts:
-    """Takes SIGINT for itself.
+    """A handler of SIGINT for the rest of the process.
 
-    At the prompt it raises KeyboardInterrupt. During an answer the main thread may be inside MLX, where no Python handler
-    runs; so a thread counts what the signal writes into a pipe.
+    At the prompt, SIGINT raises KeyboardInterrupt. During an answer the main thread may be inside MLX, where no Python
+    signal handler runs; so a thread counts the bytes that the signal writes to a wakeup pipe.
 
     Args:
-        leave: called by that thread at the second Ctrl-C of an answer; ends the process.
+        leave: called by that thread at the second Ctrl-C during an answer; ends the process.
     """
 
     def __init__(self, leave: Callable[[], None]) -> None:
-        self.is_stopped = False  # the answer to the last question
+        self.is_stopped = False  # Ctrl-C was pressed during the current answer
         self._is_asking = False
         self._leave = leave
         self._read, write = os.pipe()
@@ -31,7 +31,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def asking(self) -> Iterator[None]:
-        """A person is asked in the block; elsewhere the answer is made."""
+        """Let SIGINT raise KeyboardInterrupt in the block, where the user is asked; outside it an answer is made."""
         self._is_asking = True
         try:
             yield

@@ -1,6 +1,6 @@
-"""What an answer's text is made of: what is said, what is thought, and tools that are called.
+"""The parts of an answer's text: content, reasoning and tool calls, independent of any API's names for them.
 
-The marks between them are the tokenizer's, found by mlx-lm, as are the parsers of tool calls. Knows no API's words.
+The marks between them, and the parsers of tool calls, are those that mlx-lm finds in the tokenizer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Kind = Literal["content", "reasoning", "tool"]
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of one kind; of a tool call, the whole."""
+    """A piece of text of one kind; a tool call comes in one piece."""
 
     kind: Kind
     text: str
@@ -30,7 +30,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Call:
-    """A tool called by its name, with arguments as JSON."""
+    """A call of a tool: its name, and its arguments as JSON text."""
 
     name: str
     arguments: str
@@ -38,11 +38,12 @@ class Call:
 
 
 class PartSplitter:
-    """Splits the text of one answer as it comes.
+    """A splitter of one answer's text into parts, as the text is generated.
 
     Args:
-        prompt: its tokens; a template may end with the beginning of a thought.
-        has_tools: whether tools were offered: otherwise a call is just text.
+        tokenizer: whose marks separate the parts.
+        prompt: its tokens; a chat template may end inside a thought that it has opened.
+        has_tools: whether tools were offered; without them a call counts as text.
     """
 
     def __init__(self, tokenizer: TokenizerWrapper, prompt: list[int], has_tools: bool) -> None:
@@ -61,7 +62,10 @@ class PartSplitter:
         self._held = ""
 
     def feed(self, text: str, is_last: bool) -> list[Part]:
-        """The parts that are known to be complete with this text; the beginning of a mark is held back."""
+        """Return the parts that are certain with this text.
+
+        What may be the beginning of a mark is held back until it is decided, and a tool call until it is complete.
+        """
         self._held += text
         parts: list[Part] = []
         while True:
@@ -81,27 +85,30 @@ class PartSplitter:
 
 
 def _calls(tokenizer: TokenizerWrapper, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]] | None:
-    """What a model wrote as a call: names, and arguments as JSON; None if its parser doesn't understand it."""
+    """Parse a model's tool calls; return names with arguments as JSON text, or None if the parser fails on them."""
     try:
         parsed = tokenizer.tool_parser(text, tools)
-        found = []
+        calls = []
         for call in parsed if isinstance(parsed, list) else [parsed]:
             arguments = call["arguments"]
             text_of = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
             json.loads(text_of)
-            found.append((str(call["name"]), text_of))
-    except Exception:  # mlx-lm's parsers raise whatever they meet: a model may write anything
+            calls.append((str(call["name"]), text_of))
+    except Exception:  # a model may write anything, and mlx-lm's parsers may raise anything
         return None
-    return found
+    return calls
 
 
 class AnswerReader:
-    """Reads one answer as it comes.
+    """A reader of one answer's parts and calls, as its text is generated.
 
     Args:
-        prompt, tools: what it answers, and what it may call.
-        most_calls: later ones are left out; None: any number.
-        name: of the answer; calls are named after it, so that an answer that is read again has the same; empty: any.
+        tokenizer: of the model that answers.
+        prompt: the tokens that are answered.
+        tools: which the answer may call.
+        max_calls: further calls are left out; None: no limit.
+        name: of the answer; call ids are derived from it, so that reading an answer again gives the same ones. Empty: a
+            random name.
     """
 
     def __init__(
@@ -109,27 +116,27 @@ class AnswerReader:
         tokenizer: TokenizerWrapper,
         prompt: list[int],
         tools: list[dict[str, Any]],
-        most_calls: int | None = None,
+        max_calls: int | None = None,
         name: str = "",
     ) -> None:
-        self._tokenizer, self._tools, self._most_calls = tokenizer, tools, most_calls
+        self._tokenizer, self._tools, self._max_calls = tokenizer, tools, max_calls
         self._name = name or secrets.token_hex(12)
         self._splitter = PartSplitter(tokenizer, prompt, bool(tools))
         self.num_calls = 0
 
     def read(self, text: str, is_last: bool) -> list[Part | Call]:
-        """What this text adds. A call that nobody understands is at least shown."""
-        found: list[Part | Call] = []
+        """Return the parts and calls that this text adds; a call that can't be parsed is returned as content."""
+        pieces: list[Part | Call] = []
         for part in self._splitter.feed(text, is_last):
             calls = _calls(self._tokenizer, part.text, self._tools) if part.kind == "tool" else None
             if calls is None:
-                found.append(Part("reasoning" if part.kind == "reasoning" else "content", part.text))
+                pieces.append(Part("reasoning" if part.kind == "reasoning" else "content", part.text))
             else:
-                calls = calls[: None if self._most_calls is None else self._most_calls - self.num_calls]
+                calls = calls[: None if self._max_calls is None else self._max_calls - self.num_calls]
                 for name, arguments in calls:
-                    found.append(Call(name, arguments, self._call_id()))
+                    pieces.append(Call(name, arguments, self._call_id()))
                     self.num_calls += 1
-        return found
+        return pieces
 
     def _call_id(self) -> str:
         return f"call_{hashlib.sha256(f'{self._name}/{self.num_calls}'.encode()).hexdigest()[:24]}"
@@ -137,7 +144,7 @@ class AnswerReader:
 
 @dataclass
 class Block:
-    """Neighbouring pieces of one kind, or one call."""
+    """Adjacent pieces of one kind, or one call."""
 
     index: int
     kind: Literal["content", "reasoning", "call"]
@@ -146,11 +153,11 @@ class Block:
 
 
 Change = tuple[Literal["open", "more", "close"], Block, str]
-"""What happens to a block; with "more", the text that it gets."""
+"""A change of a block, and the text that "more" adds to it."""
 
 
 class Blocks:
-    """An answer as blocks, as Anthropic's messages and OpenAI's responses have it."""
+    """An answer as a list of blocks, as in Anthropic's messages and OpenAI's responses."""
 
     def __init__(self, reader: AnswerReader) -> None:
         self.all: list[Block] = []
@@ -159,10 +166,11 @@ class Blocks:
 
     @property
     def num_calls(self) -> int:
+        """The number of tool calls so far."""
         return self._reader.num_calls
 
     def take(self, text: str, is_last: bool) -> list[Change]:
-        """What this text does to the blocks; one is there at the end."""
+        """Add text to the blocks and return how they change; after the last text there is at least one block."""
         return list(self._changes(self._reader.read(text, is_last), is_last))
 
     def _changes(self, pieces: Iterable[Part | Call], is_last: bool) -> Iterator[Change]:

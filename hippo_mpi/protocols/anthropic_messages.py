@@ -1,5 +1,7 @@
-"""Anthropic's words for requests and answers (POST /v1/messages). Every field is honoured, refused by name, or in
-ignored_fields.py's table."""
+"""Requests and answers of Anthropic's API (POST /v1/messages).
+
+Every field is honoured, refused by name, or in a table of ignored_fields.py.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,22 @@ from hippo_mpi.engine.request import RequestOutput, SamplingParams, Timings
 from hippo_mpi.errors import ContextError, FieldError, HippoError, UserError
 from hippo_mpi.protocols.answer_parts import Block, Blocks
 from hippo_mpi.protocols.ignored_fields import MESSAGES_IGNORED, without_ignored
-from hippo_mpi.protocols.openai_requests import CHAT, Asked, read_body, renamed
+from hippo_mpi.protocols.openai_requests import CHAT, GenerationRequest, read_body, renamed
 
 MESSAGES = "/v1/messages"
 COUNT_TOKENS = f"{MESSAGES}/count_tokens"
 _SAME = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
          "stop_sequences": "stop"}  # fmt: skip
-"""OpenAI's names of fields that hold the same."""
-_ROLES = ("user", "assistant", "system")  # the last in the middle of a conversation, too
+"""Fields with the same content in OpenAI's API, with their names there."""
+_ROLES = ("user", "assistant", "system")  # system messages may also come in the middle of a conversation
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-def read_messages_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
-    """Check a request body.
+def read_messages_body(body: dict[str, Any], defaults: SamplingParams) -> GenerationRequest:
+    """Read and check the body of a request to MESSAGES.
 
     Raises:
-        UserError: what is wrong with it, with the name of the field.
+        UserError: it is invalid; the message names the field.
     """
     rest = without_ignored(body, MESSAGES_IGNORED)
     if "max_tokens" not in rest:
@@ -49,53 +51,53 @@ def read_messages_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
     return replace(asked, sampling=sampling, format_field="output_config")
 
 
-def count_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
-    """As `read_messages_body`, of a body whose tokens are only to be counted: nothing says how many may follow."""
+def count_body(body: dict[str, Any], defaults: SamplingParams) -> GenerationRequest:
+    """Read and check the body of a request to COUNT_TOKENS, which has no max_tokens; raises as `read_messages_body`."""
     return read_messages_body({**body, "max_tokens": 1 << 29}, defaults)
 
 
 def _output(config: Any, older_format: Any) -> dict[str, Any]:
-    """How much to think, and a format to be held to."""
+    """Return OpenAI's fields for an effort and an output format; `older_format` is where earlier clients put it."""
     if not isinstance(config, dict) or set(config) - {"effort", "format"}:
         raise FieldError("output_config", "output_config takes an effort and a format only")
     form = older_format if config.get("format") is None else config["format"]
-    found: dict[str, Any] = {"reasoning_effort": config.get("effort")}
+    fields: dict[str, Any] = {"reasoning_effort": config.get("effort")}
     if form is not None:
         if not isinstance(form, dict) or form.get("type") != "json_schema":
             raise FieldError("output_config", "output_config: format must have the type json_schema, and a schema")
-        found["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.get("schema")}}
-    return found
+        fields["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.get("schema")}}
+    return fields
 
 
 def _messages(given: Any, system: Any) -> list[dict[str, Any]]:
-    """OpenAI's messages: results of tools are messages of their own."""
+    """Return OpenAI's messages, in which each tool result is a message of its own."""
     if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
         raise FieldError("messages", "messages must be a list of objects with role and content")
-    found: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for message in given:
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
             raise FieldError("messages", f"messages: role must be one of {', '.join(_ROLES)}, not {role!r}")
-        found += [{"role": role, "content": content}] if not isinstance(content, list) else _blocks(role, content)
-    return _in_turns(found)
+        messages += [{"role": role, "content": content}] if not isinstance(content, list) else _blocks(role, content)
+    return _in_turns(messages)
 
 
 def _in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Join texts of one role that follow each other, as Anthropic does: many templates want roles to take turns."""
-    found: list[dict[str, Any]] = []
+    """Join consecutive texts of one role, as Anthropic does: many chat templates require that roles alternate."""
+    joined: list[dict[str, Any]] = []
     for message in messages:
-        last = found[-1] if found else {}
+        last = joined[-1] if joined else {}
         texts = [last.get("content"), message["content"]]
         is_plain = set(last) == set(message) == {"role", "content"} and message["role"] in ("user", "assistant")
         if is_plain and last["role"] == message["role"] and all(isinstance(text, str) for text in texts):
-            found[-1] = {**message, "content": "\n\n".join(texts)}
+            joined[-1] = {**message, "content": "\n\n".join(texts)}
         else:
-            found.append(message)
-    return found
+            joined.append(message)
+    return joined
 
 
 def _is_prefill(messages: list[dict[str, Any]]) -> bool:
-    """Whether the answer is to go on from a text of the assistant's."""
+    """Return True if the last message is the beginning of the answer, which is to be continued."""
     last = messages[-1] if messages else {}
     text = last.get("content")
     return last.get("role") == "assistant" and isinstance(text, str) and bool(text.strip()) and "tool_calls" not in last
@@ -117,7 +119,7 @@ def _blocks(role: str, content: list[Any]) -> list[dict[str, Any]]:
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind == "tool_result" and role == "user":
             result = block.get("content") or ""
-            if block.get("is_error") is True:  # templates have no other word for it
+            if block.get("is_error") is True:  # chat templates have no field for it
                 result = (
                     f"Error: {result}" if isinstance(result, str) else [{"type": "text", "text": "Error: "}, *result]
                 )
@@ -135,15 +137,15 @@ def _blocks(role: str, content: list[Any]) -> list[dict[str, Any]]:
 
 
 def _tools(given: Any) -> list[dict[str, Any]]:
-    found = []
+    tools = []
     for tool in given if isinstance(given, list) else [None]:
         if not isinstance(tool, dict) or tool.get("type", "custom") not in ("custom", None):
             raise FieldError(
                 "tools", "tools must be a list of objects with name and input_schema; the server has none of its own"
             )
         function = {"name": tool.get("name"), "description": tool.get("description") or ""}
-        found.append({"type": "function", "function": {**function, "parameters": tool.get("input_schema")}})
-    return found
+        tools.append({"type": "function", "function": {**function, "parameters": tool.get("input_schema")}})
+    return tools
 
 
 def _tool_choice(given: Any) -> dict[str, Any]:
@@ -151,13 +153,13 @@ def _tool_choice(given: Any) -> dict[str, Any]:
     many = {} if kind is None else {"parallel_tool_calls": given.get("disable_parallel_tool_use") is not True}
     if kind == "tool":
         return {"tool_choice": {"type": "function", "function": {"name": given.get("name")}}, **many}
-    if kind not in list(_CHOICES):  # it may be anything, even what has no hash
+    if kind not in list(_CHOICES):  # a list, since `kind` may be unhashable
         raise FieldError("tool_choice", f"tool_choice: type must be auto, any, tool or none, not {kind!r}")
     return {"tool_choice": _CHOICES[kind], **many}
 
 
 def _thinking(given: Any, max_tokens: Any) -> tuple[int | None, dict[str, Any]]:
-    """(tokens that a thought may have, arguments for the chat template)."""
+    """Return the most tokens that thinking may take (None: no limit), and arguments for the chat template."""
     kind = given.get("type") if isinstance(given, dict) else None
     if given is None or kind == "adaptive":
         return None, {}
@@ -175,9 +177,9 @@ def _thinking(given: Any, max_tokens: Any) -> tuple[int | None, dict[str, Any]]:
 
 @dataclass
 class MessageAnswer:
-    """The answer to one request."""
+    """The answer to one request, with the id and the model that it shows."""
 
-    asked: Asked
+    asked: GenerationRequest
     model: str
     id: str
     prompt: list[int]
@@ -187,7 +189,7 @@ class MessageAnswer:
         self._blocks = Blocks(self.asked.reader(self.tokenizer, self.prompt, self.id))
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """All of it."""
+        """Return the complete answer as Anthropic's message object."""
         for output in outputs:
             self._blocks.take(output.text, output.finish_reason is not None)
         blocks = [
@@ -197,7 +199,7 @@ class MessageAnswer:
         return {**self._head(), **self._stop(last), "content": blocks, "usage": _usage(last.timings)}
 
     async def events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[bytes]:
-        """The events of its stream."""
+        """Yield the answer as server-sent events; an error of the outputs becomes an error event."""
         is_begun = False
         try:
             async for output in outputs:
@@ -223,8 +225,11 @@ class MessageAnswer:
         return {"id": self.id, "type": "message", "role": "assistant", "model": self.model}
 
     def _stop(self, last: RequestOutput) -> dict[str, Any]:
-        """Why the message ended. One that stops without an end token has met a stop sequence: the first in it."""
-        if last.finish_reason != "stop":  # Anthropic has no word for an answer that was ended because it repeats itself
+        """Return why the answer ended.
+
+        If it stopped without an end token, that was a stop sequence: the one that comes first in the text.
+        """
+        if last.finish_reason != "stop":  # Anthropic has no reason for an answer that was ended for repeating itself
             return {"stop_reason": "max_tokens", "stop_sequence": None}
         if last.token in self.tokenizer.eos_token_ids:
             return {"stop_reason": "tool_use" if self._blocks.num_calls else "end_turn", "stop_sequence": None}
@@ -236,7 +241,7 @@ class MessageAnswer:
 def _block_object(block: Block, content: Any) -> dict[str, Any]:
     if block.call is not None:
         return {"type": "tool_use", "id": block.call.id, "name": block.call.name, "input": content}
-    if block.kind == "reasoning":  # nobody signs thoughts here
+    if block.kind == "reasoning":  # thoughts aren't signed here
         return {"type": "thinking", "thinking": content, "signature": ""}
     return {"type": "text", "text": content}
 
@@ -250,10 +255,10 @@ def _delta(block: Block, text: str) -> dict[str, Any]:
 
 
 def messages_error(error: Exception, kind: str = "") -> dict[str, Any]:
-    """An error in Anthropic's shape."""
+    """Return an error as Anthropic's error object, of type `kind` or, if empty, of one that fits the error."""
     kind = kind or ("invalid_request_error" if isinstance(error, UserError) else "api_error")
     message = str(error)
-    if isinstance(error, ContextError):  # clients look for these words, and for the numbers
+    if isinstance(error, ContextError):  # clients search for this text and its numbers
         message = f"prompt is too long: {error.prompt_tokens} tokens > {error.max_context} maximum; {error}"
     return {"type": "error", "error": {"type": kind, "message": message}}
 

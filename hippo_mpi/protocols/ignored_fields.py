@@ -1,7 +1,7 @@
-"""Fields of requests that are taken without effect on the answer, one table per API, each with the reason.
+"""Fields of requests that are accepted without effect on the answer: one table per API, with the reason for each.
 
-Some are hints, of any value. Others say what is done anyway: of these only such values are taken, and any other is
-refused by name, as is a field that no table knows.
+Some are hints, accepted with any value. Others are accepted only with values that ask for what is done anyway; other
+values are refused by name, as are fields that no table has.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from hippo_mpi.errors import FieldError
 
 @dataclass(frozen=True)
 class Ignored:
-    """Why a field has no effect, and with which values; None: with any."""
+    """The reason why a field has no effect, and the values with which it is accepted; None: any."""
 
     reason: str
     values: tuple[Any, ...] | None = None
 
     def schema(self) -> dict[str, Any]:
-        """The same for OpenAPI."""
+        """Return the field's JSON schema for the OpenAPI description."""
         return {"description": self.reason} | ({} if self.values is None else {"enum": [None, *self.values]})
 
 
@@ -41,7 +41,7 @@ _OPENAI: dict[str, Ignored] = {
     **dict.fromkeys(("user", "metadata", "safety_identifier", "request_id", "client_metadata"), _RECORDS),
     **dict.fromkeys(("service_tier", "prompt_cache_key", "prompt_cache_retention", "cache_prompt", "priority"), _ROUTE),
 }
-"""Of all of OpenAI's endpoints."""
+"""Fields of all of OpenAI's endpoints."""
 
 
 def _only(*values: Any, reason: str = _NEUTRAL.reason) -> Ignored:
@@ -57,7 +57,7 @@ _TOKENS: dict[str, Ignored] = {
     "include_stop_str_in_output": _only(False),
     "stop_token_ids": _only([]),
 }
-"""Of vLLM's and others' servers, for clients that send them all."""
+"""Fields of vLLM and other servers, for clients that always send all of them."""
 
 CHAT_IGNORED: dict[str, Ignored] = {
     **_OPENAI,
@@ -103,20 +103,20 @@ MESSAGES_IGNORED: dict[str, Ignored] = {
 
 
 def without_ignored(body: Mapping[str, Any], ignored: Mapping[str, Ignored]) -> dict[str, Any]:
-    """The fields of a body that may have an effect; null is as good as absent.
+    """Return the fields of a body that may have an effect; null counts as absent.
 
     Raises:
-        FieldError: one that is only taken with other values.
+        FieldError: a field of the table has a value that it isn't accepted with.
     """
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in body.items():
         if value is None:
             continue
         if name not in ignored:
-            found[name] = value
+            fields[name] = value
             continue
         values = ignored[name].values
         if values is not None and not any(type(value) is type(one) and value == one for one in values):
             taken = " or ".join(json.dumps(one) for one in values or (None,))
             raise FieldError(name, f"{name} must be {taken} here, not {value!r}")
-    return found
+    return fields

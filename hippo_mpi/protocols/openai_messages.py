@@ -1,4 +1,4 @@
-"""Messages and tools of OpenAI's chats, as chat templates want them."""
+"""Messages and tools of OpenAI's chats, in the form that chat templates expect."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def read_messages(value: Any) -> list[dict[str, Any]]:
-    """Read messages as chat templates want them: text, and arguments of calls as objects.
+    """Check messages and return them as chat templates expect them: content as text, arguments of calls as objects.
 
     Raises:
-        FieldError: they aren't messages.
+        FieldError: they aren't valid messages.
     """
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise FieldError("messages", "messages must be a list of objects with role and content")
@@ -30,17 +30,20 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if content is None and role in ("assistant", "tool"):
         content = message.get("refusal") or ""
-    found = {**message, "content": _content(content)}
+    read = {**message, "content": _content(content)}
     if calls is not None:
         try:
-            found["tool_calls"] = [{**call, "function": _called(call["function"])} for call in calls]
+            read["tool_calls"] = [{**call, "function": _called(call["function"])} for call in calls]
         except (AttributeError, TypeError, KeyError):
             raise FieldError("messages", "messages: tool_calls must be a list of OpenAI's calls") from None
-    return found
+    return read
 
 
 def _called(function: dict[str, Any]) -> dict[str, Any]:
-    """A call of the past. Templates count on an object, but a model may have written anything: it is kept as it was."""
+    """Return an earlier call with its arguments as an object, which templates rely on.
+
+    A model may have written something else; that is kept under the name "arguments".
+    """
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):
@@ -49,7 +52,7 @@ def _called(function: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_tools(value: Any) -> list[dict[str, Any]]:
-    """Return a list of functions that may be called.
+    """Check a list of OpenAI's function tools and return it.
 
     Raises:
         FieldError: it is something else.
@@ -71,12 +74,12 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
 
 
 def _content(value: Any) -> str:
-    """The text of a message: a string, or OpenAI's list of parts."""
+    """Return the text of a message whose content is a string or OpenAI's list of parts."""
     if isinstance(value, str):
         return value
     parts = value if isinstance(value, list) else [None]
     texts = [p.get("text", p.get("refusal")) for p in parts if isinstance(p, dict) and p.get("type", "text") in _PARTS]
-    found = [text for text in texts if isinstance(text, str)]
-    if len(found) < len(parts):
+    valid = [text for text in texts if isinstance(text, str)]
+    if len(valid) < len(parts):
         raise FieldError("messages", "messages: content must be a string or a list of text parts")
-    return "".join(found)
+    return "".join(valid)

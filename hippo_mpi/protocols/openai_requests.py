@@ -1,5 +1,7 @@
-"""OpenAI's words for requests: checked bodies. Every field is honoured, refused by name, or in a table of
-ignored_fields.py. The words for answers are in openai_answers.py."""
+"""Requests in OpenAI's format: bodies, checked. Answers are in openai_answers.py.
+
+Every field is honoured, refused by name, or in a table of ignored_fields.py.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from hippo_mpi.protocols.openai_sampling import boolean, read_sampling
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-_BESIDE_ECHO = {"max_tokens", "logprobs", "temperature", "top_p", "top_k", "min_p", "seed", "add_special_tokens"}
+_ALLOWED_WITH_ECHO = {"max_tokens", "logprobs", "temperature", "top_p", "top_k", "min_p", "seed", "add_special_tokens"}
 _OUR_TEMPLATE_ARGS = {
     "tools", "messages", "conversation", "documents", "tokenize", "chat_template", "add_generation_prompt",
     "continue_final_message", "return_dict", "return_tensors", "padding", "truncation", "max_length",
@@ -29,38 +31,39 @@ _OUR_TEMPLATE_ARGS = {
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A checked body: messages of a chat, or a prompt (text or tokens) to be continued."""
+class GenerationRequest:
+    """A request for text, read from a checked body: a chat's messages, or a prompt (text or tokens) to continue."""
 
     url: str
     sampling: SamplingParams
     messages: list[dict[str, Any]] = field(default_factory=list)
     prompt: str | list[int] = ""
     tools: list[dict[str, Any]] = field(default_factory=list)
-    must_call: bool = False  # one of the tools
-    most_calls: int | None = None
+    must_call: bool = False  # the answer has to call one of the tools
+    max_calls: int | None = None  # None: no limit
     template_args: dict[str, Any] = field(default_factory=dict)
-    continues: bool = False  # the last message, or a text that is no message
+    continues: bool = False  # the answer continues the last message, or a text without a chat
     add_special_tokens: bool = True  # to a prompt that is text
-    echo: bool = False  # the prompt is told, too, and how likely its tokens are
-    format_field: str = "response_format"  # what its body calls the schema that the answer is held to
+    echo: bool = False  # the answer begins with the prompt, with its tokens' log-probabilities if asked
+    format_field: str = "response_format"  # the body's name for the schema that constrains the answer
 
     def grammars(self, sampling: SamplingParams) -> list[tuple[str, str]]:
-        """The fields of its body that an answer is held to, each with a grammar that is to be checked.
+        """Return the fields of the body that constrain the answer, each with its grammar, which has yet to be checked.
 
         Args:
             sampling: as `prepare` returned it.
         """
         own, both = self.sampling.grammar, sampling.grammar
-        found = [] if own is None else [(self.format_field, own)]
-        return found if both in (None, own) else [*found, ("tools", str(both))]
+        fields = [] if own is None else [(self.format_field, own)]
+        return fields if both in (None, own) else [*fields, ("tools", str(both))]
 
-    def within(self, modes: Sequence[str]) -> Asked:
-        """The same of a model that is served for some of config.MODES only; without thinking, it is told not to think,
-        whatever is asked.
+    def within(self, modes: Sequence[str]) -> GenerationRequest:
+        """Return this request, adapted to a model that is served for these config.MODES only.
+
+        Without "thinking" among them, the chat template is told not to think, whatever the request says.
 
         Raises:
-            UserError: what is asked is none of them.
+            UserError: the request needs another mode.
         """
         needed = ["chat" if self.url == CHAT else "completion", *["tools"] * bool(self.tools)]
         if missing := [mode for mode in needed if mode not in modes]:
@@ -73,10 +76,15 @@ class Asked:
     def prepare(
         self, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system: list[dict[str, str]] | None = None
     ) -> tuple[list[int], SamplingParams]:
-        """The prompt's tokens, and how they are to be answered; `system` as for `encode`.
+        """Return the prompt's tokens and the sampling parameters with which to answer them.
+
+        Args:
+            tokenizer: of the model.
+            chat_format: its chat template.
+            system: messages to put in front of a chat without a system message.
 
         Raises:
-            UserError: the model can't be asked this.
+            UserError: the prompt is empty, or this model can't answer such a request.
         """
         prompt = self.encode(tokenizer, chat_format, system)
         sampling = replace(self.sampling, keep_space=self.continues)
@@ -84,21 +92,21 @@ class Asked:
             prompt, sampling = _echoing(prompt, sampling)
         if self.must_call:
             sampling = replace(sampling, grammar=call_grammar(tokenizer, self.tools))
-        elif self.tools and sampling.grammar is not None:  # a format is for what is said, and calls may be made instead
+        elif self.tools and sampling.grammar is not None:  # the format constrains content; calls stay possible
             sampling = replace(sampling, grammar=call_grammar(tokenizer, self.tools, sampling.grammar))
         return prompt, sampling
 
     def reader(self, tokenizer: TokenizerWrapper, prompt: list[int], name: str = "") -> AnswerReader:
-        """For an answer to this, of this name."""
-        return AnswerReader(tokenizer, prompt, self.tools, self.most_calls, name)
+        """Return a reader for the answer with this name; `prompt` is its prompt's tokens."""
+        return AnswerReader(tokenizer, prompt, self.tools, self.max_calls, name)
 
     def encode(
         self, tokenizer: TokenizerWrapper, chat_format: ChatFormat, system: list[dict[str, str]] | None = None
     ) -> list[int]:
-        """The prompt's tokens; `system` goes in front of messages that have no system message.
+        """Return the prompt's tokens; `system` goes in front of a chat without a system message.
 
         Raises:
-            UserError: there are none, or the chat template doesn't take the messages.
+            UserError: the prompt is empty, or the chat template doesn't accept the messages.
         """
         if self.url == CHAT:
             has_system = any(message.get("role") in ("system", "developer") for message in self.messages)
@@ -111,11 +119,11 @@ class Asked:
         return encode(tokenizer, self.prompt, add_special_tokens=self.add_special_tokens)
 
 
-def read_body(url: str, body: Any, defaults: SamplingParams) -> Asked:
-    """Check a request body with one prompt.
+def read_body(url: str, body: Any, defaults: SamplingParams) -> GenerationRequest:
+    """Read and check a request body with one prompt.
 
     Raises:
-        UserError: what is wrong with it, with the name of the field.
+        UserError: it is invalid; the message names the field.
     """
     asked, *others = read_prompts(url, body, defaults)
     if others:
@@ -125,7 +133,14 @@ def read_body(url: str, body: Any, defaults: SamplingParams) -> Asked:
 
 @contextlib.contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """Raise errors about OpenAI's fields with the names that another API has for them."""
+    """Replace the names of OpenAI's fields by another API's in errors of the block.
+
+    Args:
+        names: from OpenAI's to the other API's.
+
+    Raises:
+        FieldError: the block has raised one; with the other name.
+    """
     try:
         yield
     except FieldError as error:
@@ -133,11 +148,11 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         raise FieldError(name, str(error).replace(error.field, name, 1)) from None
 
 
-def read_prompts(url: str, body: Any, defaults: SamplingParams) -> list[Asked]:
-    """Check a request body, and return what is asked with each of its prompts; a chat has one.
+def read_prompts(url: str, body: Any, defaults: SamplingParams) -> list[GenerationRequest]:
+    """Read and check a request body; return a request for each of its prompts (a chat has one).
 
     Raises:
-        UserError: what is wrong with it, with the name of the field.
+        UserError: it is invalid; the message names the field.
     """
     if url not in (CHAT, COMPLETION):
         raise UserError(f"url must be {CHAT} or {COMPLETION}, not {url!r}")
@@ -149,7 +164,7 @@ def read_prompts(url: str, body: Any, defaults: SamplingParams) -> list[Asked]:
     prompts = _prompts(rest.pop("prompt", None))
     echo = boolean("echo", rest.pop("echo", False))
     if echo:
-        for name in set(rest) - _BESIDE_ECHO:
+        for name in set(rest) - _ALLOWED_WITH_ECHO:
             raise FieldError(name, f"{name} can't stand beside echo")
     tells_only_prompt = echo and type(rest.get("max_tokens")) is int and rest["max_tokens"] == 0
     if tells_only_prompt:
@@ -158,12 +173,12 @@ def read_prompts(url: str, body: Any, defaults: SamplingParams) -> list[Asked]:
     sampling = read_sampling(rest, defaults, is_chat=False)
     if tells_only_prompt:
         sampling = replace(sampling, max_tokens=0)
-    asked = Asked(url, sampling, continues=True, add_special_tokens=has_specials, echo=echo)
+    asked = GenerationRequest(url, sampling, continues=True, add_special_tokens=has_specials, echo=echo)
     return [replace(asked, prompt=prompt) for prompt in prompts]
 
 
 def _echoing(prompt: list[int], sampling: SamplingParams) -> tuple[list[int], SamplingParams]:
-    """Make all of a prompt but its first token, of which nothing can be said, the beginning of the answer."""
+    """Force the prompt's tokens as the beginning of the answer, except the first, which has no log-probability."""
     first, *others = prompt
     if not others and not sampling.max_tokens:
         raise FieldError("max_tokens", "max_tokens must be at least 1 with echo and a prompt of one token")
@@ -171,7 +186,7 @@ def _echoing(prompt: list[int], sampling: SamplingParams) -> tuple[list[int], Sa
     return [first], replace(forced, stop_words=(), max_repeats=0)
 
 
-def _read_chat(rest: dict[str, Any], defaults: SamplingParams) -> Asked:
+def _read_chat(rest: dict[str, Any], defaults: SamplingParams) -> GenerationRequest:
     messages = read_messages(rest.pop("messages", None))
     tools, must_call = _chosen(read_tools(rest.pop("tools", [])), rest.pop("tool_choice", "auto"))
     many = boolean("parallel_tool_calls", rest.pop("parallel_tool_calls", True))
@@ -180,23 +195,25 @@ def _read_chat(rest: dict[str, Any], defaults: SamplingParams) -> Asked:
     sampling = read_sampling(rest, defaults, is_chat=True)
     if continues and sampling.grammar is not None:
         raise FieldError("response_format", "a format can't hold an answer that is continued to its schema")
-    return Asked(CHAT, sampling, messages, "", tools, must_call, None if many else 1, template_args, continues)
+    return GenerationRequest(
+        CHAT, sampling, messages, "", tools, must_call, None if many else 1, template_args, continues
+    )
 
 
 def _continues(rest: dict[str, Any], messages: list[dict[str, Any]]) -> bool:
-    """Whether the last message is to be continued; its fields are vLLM's, and are taken out."""
-    found = boolean("continue_final_message", rest.pop("continue_final_message", False))
-    if boolean("add_generation_prompt", rest.pop("add_generation_prompt", not found)) is found:
+    """Return whether the last message is to be continued; removes the fields that say so, which are vLLM's."""
+    continues = boolean("continue_final_message", rest.pop("continue_final_message", False))
+    if boolean("add_generation_prompt", rest.pop("add_generation_prompt", not continues)) is continues:
         raise FieldError(
             "add_generation_prompt", "add_generation_prompt must be the contrary of continue_final_message"
         )
-    if found and (messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip()):
+    if continues and (messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip()):
         raise FieldError("continue_final_message", "continue_final_message needs a text of the assistant's at the end")
-    return found
+    return continues
 
 
 def _chosen(tools: list[dict[str, Any]], choice: Any) -> tuple[list[dict[str, Any]], bool]:
-    """The tools that may be called, and whether one must be."""
+    """Return the tools that may be called, and whether one must be."""
     if choice == "none":
         return [], False
     if choice == "auto":
@@ -216,23 +233,23 @@ def _chosen(tools: list[dict[str, Any]], choice: Any) -> tuple[list[dict[str, An
 
 
 def _template_args(rest: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for the chat template; taken out of the fields."""
-    found = rest.pop("chat_template_kwargs", {})
-    if not isinstance(found, dict) or set(found) & _OUR_TEMPLATE_ARGS:
+    """Return the arguments for the chat template; removes them from the fields."""
+    arguments = rest.pop("chat_template_kwargs", {})
+    if not isinstance(arguments, dict) or set(arguments) & _OUR_TEMPLATE_ARGS:
         raise FieldError(
             "chat_template_kwargs",
             "chat_template_kwargs must be an object of arguments that the chat template knows",
         )
     effort = rest.pop("reasoning_effort", None)
     if effort is None:
-        return found
+        return arguments
     if effort not in EFFORTS:
         raise FieldError("reasoning_effort", f"reasoning_effort must be one of {', '.join(EFFORTS)}, not {effort!r}")
-    return {**found, **({"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort})}
+    return {**arguments, **({"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort})}
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    """The prompts of a completion: a text, tokens, or a list of either."""
+    """Return the prompts of a completion, given as a text, a list of tokens, or a list of either."""
     if _is_prompt(value):
         return [value]
     if not isinstance(value, list) or not value or not all(_is_prompt(one) for one in value):

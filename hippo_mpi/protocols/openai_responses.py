@@ -1,5 +1,7 @@
-"""OpenAI's words for responses (POST /v1/responses). Every field is honoured, refused by name, or in ignored_fields.py's
-table; nothing is kept for a later request."""
+"""Requests and answers of OpenAI's responses API (POST /v1/responses).
+
+Every field is honoured, refused by name, or in a table of ignored_fields.py. Nothing is kept for a later request.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +20,24 @@ from hippo_mpi.engine.thinking import thought_tokens
 from hippo_mpi.errors import ContextError, FieldError, HippoError
 from hippo_mpi.protocols.answer_parts import Block, Blocks
 from hippo_mpi.protocols.ignored_fields import RESPONSES_IGNORED, without_ignored
-from hippo_mpi.protocols.openai_requests import CHAT, Asked, read_body, renamed
+from hippo_mpi.protocols.openai_requests import CHAT, GenerationRequest, read_body, renamed
 
 RESPONSES = "/v1/responses"
 _SAME = {"temperature": "temperature", "top_p": "top_p", "parallel_tool_calls": "parallel_tool_calls",
          "max_output_tokens": "max_tokens"}  # fmt: skip
-"""A chat's names of fields that hold the same."""
+"""Fields with the same content in a chat's body, with their names there."""
 _OTHER_NAMES = {"max_tokens": "max_output_tokens", "messages": "input", "response_format": "text",
                 "reasoning_effort": "reasoning"}  # fmt: skip
-_INCLUDED = "message.output_text.logprobs"  # the rest of what may be included is of tools and thoughts kept elsewhere
+_INCLUDED = "message.output_text.logprobs"  # other values concern tools and thoughts that a provider keeps
 _SUMMARIES = (None, "auto", "concise", "detailed")
 _INCOMPLETE = {"length": "max_output_tokens"}
 
 
-def read_responses_body(body: dict[str, Any], defaults: SamplingParams) -> Asked:
-    """Check a request body.
+def read_responses_body(body: dict[str, Any], defaults: SamplingParams) -> GenerationRequest:
+    """Read and check the body of a request to RESPONSES.
 
     Raises:
-        UserError: what is wrong with it, with the name of the field.
+        UserError: it is invalid; the message names the field.
     """
     rest = without_ignored(body, RESPONSES_IGNORED)
     chat = {_SAME[name]: rest.pop(name) for name in list(rest) if name in _SAME}
@@ -51,31 +53,31 @@ def read_responses_body(body: dict[str, Any], defaults: SamplingParams) -> Asked
 
 
 def _messages(given: Any, instructions: Any) -> list[dict[str, Any]]:
-    """A chat's messages: calls and thoughts that stand beside a message are the assistant's."""
+    """Return a chat's messages, in which calls and thoughts are part of the assistant's message next to them."""
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
         raise FieldError("input", "input must be a text, or a list of items")
-    found: list[dict[str, Any]] = [] if instructions is None else [{"role": "system", "content": instructions}]
-    is_open = False  # whether the last message is an assistant's that goes on
+    messages: list[dict[str, Any]] = [] if instructions is None else [{"role": "system", "content": instructions}]
+    is_open = False  # whether the last message is the assistant's, to which further items belong
     for item in given:
         kind = item.get("type", "message")
         if kind == "message" and item.get("role") != "assistant":
-            found.append({"role": item.get("role"), "content": item.get("content")})
+            messages.append({"role": item.get("role"), "content": item.get("content")})
         elif kind == "function_call_output":
-            found.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
+            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
         elif kind in ("message", "function_call", "reasoning"):
-            if not is_open or (kind == "message" and found[-1]["content"]):
-                found.append({"role": "assistant", "content": ""})
-            _add(found[-1], kind, item)
+            if not is_open or (kind == "message" and messages[-1]["content"]):
+                messages.append({"role": "assistant", "content": ""})
+            _add(messages[-1], kind, item)
         else:
             raise FieldError("input", f"input: there can be no item of the type {kind!r} here")
-        is_open = found[-1]["role"] == "assistant"
-    return found
+        is_open = messages[-1]["role"] == "assistant"
+    return messages
 
 
 def _add(message: dict[str, Any], kind: str, item: dict[str, Any]) -> None:
-    """Put an item into an assistant's message."""
+    """Add an item to an assistant's message."""
     if kind == "message":
         message["content"] = item.get("content")
     elif kind == "function_call":
@@ -93,9 +95,11 @@ def _add(message: dict[str, Any], kind: str, item: dict[str, Any]) -> None:
 
 
 def _tools(given: Any) -> list[dict[str, Any]]:
-    """OpenAI's tools of a chat: here the function's fields stand beside its type. Others are left out: a client offers
-    them all to whatever model, and has to bear that none is called."""
-    found = []
+    """Return the functions as a chat's tools; in this API a function's fields are beside its type.
+
+    Tools of other types are left out: clients offer all of theirs to any model, and cope if one is never called.
+    """
+    functions = []
     for tool in given if isinstance(given, list) else [None]:
         if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
             raise FieldError("tools", "tools must be a list of objects with a type")
@@ -103,17 +107,17 @@ def _tools(given: Any) -> list[dict[str, Any]]:
             _note_left_out(tool["type"][:40])
             continue
         function = {name: tool[name] for name in ("name", "description", "parameters") if tool.get(name) is not None}
-        found.append({"type": "function", "function": function})
-    return found
+        functions.append({"type": "function", "function": function})
+    return functions
 
 
-@lru_cache(maxsize=64)  # once
+@lru_cache(maxsize=64)  # logs once per type
 def _note_left_out(kind: str) -> None:
     logging.getLogger(__name__).warning("tools of the type %r are left out: only functions can be called", kind)
 
 
 def _check_included(given: Any) -> None:
-    """Raise a FieldError for what could be included but isn't; of the rest there is nothing here."""
+    """Raise a FieldError for log-probabilities, which aren't returned here; other values have no effect."""
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
         raise FieldError("include", "include must be a list of texts")
     if _INCLUDED in given:
@@ -127,17 +131,17 @@ def _tool_choice(given: Any) -> Any:
 
 
 def _format(given: Any) -> Any:
-    """A chat's response_format."""
+    """Return a chat's response_format."""
     if not isinstance(given, dict) or set(given) - {"format", "verbosity"}:
         raise FieldError("text", "text takes a format (text, json_object or json_schema) and a verbosity only")
-    found = given.get("format")
-    if isinstance(found, dict) and found.get("type") == "json_schema":
-        return {"type": "json_schema", "json_schema": {"schema": found.get("schema")}}
-    return found
+    form = given.get("format")
+    if isinstance(form, dict) and form.get("type") == "json_schema":
+        return {"type": "json_schema", "json_schema": {"schema": form.get("schema")}}
+    return form
 
 
 def _effort(given: Any) -> Any:
-    """A chat's reasoning_effort. Thoughts are told as they are, whatever summary is wanted."""
+    """Return a chat's reasoning_effort. A wanted summary has no effect: thoughts are returned as they are."""
     if not isinstance(given, dict) or set(given) - {"effort", "summary", "generate_summary"}:
         raise FieldError("reasoning", "reasoning takes an effort and a summary only")
     for name in ("summary", "generate_summary"):
@@ -151,11 +155,17 @@ class ResponseAnswer:
     """The answer to one request.
 
     Args:
+        asked: the request.
+        model: the name that the answer shows.
+        id: of the answer.
+        prompt: its tokens.
+        tokenizer: of the model that answers.
         created: seconds since 1970.
-        is_stored, is_background: whether it is kept for a later GET, and made without a client that waits for it.
+        is_stored: whether the answer is kept for a later GET.
+        is_background: whether the answer is made without a client that waits for it.
     """
 
-    asked: Asked
+    asked: GenerationRequest
     model: str
     id: str
     prompt: list[int]
@@ -168,28 +178,28 @@ class ResponseAnswer:
         self._blocks = Blocks(self.asked.reader(self.tokenizer, self.prompt, self.id))
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """All of it."""
+        """Return the complete answer as OpenAI's response object."""
         for output in outputs:
             self._blocks.take(output.text, output.finish_reason is not None)
         return self._object(outputs[-1].timings, outputs[-1].finish_reason)
 
     def so_far(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """An answer that is still being made."""
-        found = self._object(outputs[-1].timings if outputs else Timings(prompt_tokens=len(self.prompt)), None)
-        return found if outputs else {**found, "status": "queued"}
+        """Return the response object of an answer that isn't complete yet."""
+        response = self._object(outputs[-1].timings if outputs else Timings(prompt_tokens=len(self.prompt)), None)
+        return response if outputs else {**response, "status": "queued"}
 
     def failed(self, error: Exception) -> dict[str, Any]:
-        """An answer that ended with an error."""
-        found = self._object(Timings(prompt_tokens=len(self.prompt)), None)
-        return {**found, "status": "failed", "error": {"code": _error_code(error), "message": str(error)}}
+        """Return the response object of an answer that ended with an error."""
+        response = self._object(Timings(prompt_tokens=len(self.prompt)), None)
+        return {**response, "status": "failed", "error": {"code": _error_code(error), "message": str(error)}}
 
     async def events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[bytes]:
-        """The events of its stream."""
+        """Yield the answer as server-sent events; an error of the outputs becomes an error event."""
         numbers = count()
 
         def event(kind: str, **fields: Any) -> bytes:
-            found = {"type": f"response.{kind}", "sequence_number": next(numbers), **fields}
-            return f"event: response.{kind}\ndata: {json.dumps(found)}\n\n".encode()
+            data = {"type": f"response.{kind}", "sequence_number": next(numbers), **fields}
+            return f"event: response.{kind}\ndata: {json.dumps(data)}\n\n".encode()
 
         try:
             yield event("created", response=self.so_far([]))
@@ -201,17 +211,17 @@ class ResponseAnswer:
                     whole = self._object(output.timings, output.finish_reason)
                     yield event("incomplete" if whole["status"] == "cancelled" else whole["status"], response=whole)
         except HippoError as error:
-            found = {
+            data = {
                 "type": "error",
                 "sequence_number": next(numbers),
                 "message": str(error),
                 "code": _error_code(error),
                 "param": None,
             }
-            yield f"event: error\ndata: {json.dumps(found)}\n\n".encode()
+            yield f"event: error\ndata: {json.dumps(data)}\n\n".encode()
 
     def _block_events(self, what: str, block: Block, text: str) -> list[tuple[str, dict[str, Any]]]:
-        """What a stream says when a block opens, goes on, or closes."""
+        """Return the stream's events for a block that opens, grows or closes."""
         of_item = {"item_id": self._item_id(block)}
         of_part = {**of_item, "content_index": 0}
         name, extra = _TEXT_EVENTS[block.kind]
@@ -250,7 +260,7 @@ class ResponseAnswer:
             "error": None,
             "incomplete_details": {"reason": _INCOMPLETE.get(reason or "", reason)} if status == "incomplete" else None,
             "output": [] if reason is None else [self._item(block, is_whole=True) for block in self._blocks.all],
-            "parallel_tool_calls": self.asked.most_calls is None,
+            "parallel_tool_calls": self.asked.max_calls is None,
             "tool_choice": "required" if self.asked.must_call else "auto",
             "tools": [
                 {"type": "function", "strict": False, "parameters": {}, **tool["function"]} for tool in self.asked.tools
@@ -270,16 +280,16 @@ class ResponseAnswer:
         return f"{_ID_PREFIXES[block.kind]}_{self.id}_{block.index}"
 
     def _item(self, block: Block, is_whole: bool) -> dict[str, Any]:
-        """An item of the output; one that isn't whole has just begun."""
-        found: dict[str, Any] = {"id": self._item_id(block), "status": "completed" if is_whole else "in_progress"}
+        """Return an item of the output, without content if it isn't whole."""
+        head: dict[str, Any] = {"id": self._item_id(block), "status": "completed" if is_whole else "in_progress"}
         if block.call is not None:
             arguments = block.text if is_whole else ""
             call = {"call_id": block.call.id, "name": block.call.name, "arguments": arguments}
-            return {**found, "type": "function_call", **call}
+            return {**head, "type": "function_call", **call}
         content = [_part(block.kind, block.text)] if is_whole else []
         if block.kind == "reasoning":
-            return {**found, "type": "reasoning", "summary": [], "content": content}
-        return {**found, "type": "message", "role": "assistant", "content": content}
+            return {**head, "type": "reasoning", "summary": [], "content": content}
+        return {**head, "type": "message", "role": "assistant", "content": content}
 
 
 def _error_code(error: Exception) -> str:

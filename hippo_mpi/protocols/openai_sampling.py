@@ -1,4 +1,4 @@
-"""OpenAI's words for how tokens are chosen: the fields of a body, what they may hold, and what they set."""
+"""The sampling fields of OpenAI's requests: which values they may have, and which parameters they set."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from hippo_mpi.errors import FieldError
 _MAX_LOGPROBS = 20
 _MAX_TOKENS = 1 << 30
 IGNORING_EOS = _MAX_TOKENS + 1
-"""The min_tokens that ignore_eos stands for; more than anybody may ask for."""
-_MAX_BIAS = 10_000  # OpenAI's is 100; any logit is far below
-_MAX_STOPS, _MAX_STOP_CHARS = 16, 256  # each is looked for in every answer after every token
+"""The min_tokens that ignore_eos sets: more tokens than an answer can have."""
+_MAX_BIAS = 10_000  # OpenAI's limit is 100; logits are far smaller than this
+_MAX_STOPS, _MAX_STOP_CHARS = 16, 256  # limited, since every answer is searched for each of them after every token
 
 
 def read_sampling(fields: dict[str, Any], defaults: SamplingParams, is_chat: bool) -> SamplingParams:
-    """Read how tokens are chosen from fields that aren't null.
+    """Read sampling parameters from a body's fields, none of them null.
 
     Raises:
-        FieldError: one has a value that it can't have, or isn't known.
+        FieldError: a field is unknown or has an invalid value.
     """
-    found: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for name, value in fields.items():
         if name in _FIELDS:
             target, check = _FIELDS[name]
-            found[target] = check.read(name, value)
-        elif name not in _TOGETHER:
+            given[target] = check.read(name, value)
+        elif name not in _READ_TOGETHER:
             raise FieldError(name, f"unknown field {name!r}")
-    if "max_completion_tokens" in fields:  # the newer name wins, wherever it stands
-        found["max_tokens"] = fields["max_completion_tokens"]
-    found |= {"logprobs": _count_of_logprobs(fields, is_chat)}
+    if "max_completion_tokens" in fields:  # the newer name takes precedence, in any order
+        given["max_tokens"] = fields["max_completion_tokens"]
+    given |= {"logprobs": _count_of_logprobs(fields, is_chat)}
     if "ignore_eos" in fields and boolean("ignore_eos", fields["ignore_eos"]):
-        found["min_tokens"] = IGNORING_EOS
-    if found.get("min_tokens") and found.get("stop_words"):
+        given["min_tokens"] = IGNORING_EOS
+    if given.get("min_tokens") and given.get("stop_words"):
         raise FieldError("min_tokens", "min_tokens and ignore_eos can't stand beside stop")
-    return replace(defaults, **found)
+    return replace(defaults, **given)
 
 
-_TOGETHER = {"logprobs", "top_logprobs", "ignore_eos"}
-"""Fields that are read together with others."""
+_READ_TOGETHER = {"logprobs", "top_logprobs", "ignore_eos"}
+"""Fields whose meaning depends on other fields."""
 
 
 def _count_of_logprobs(fields: dict[str, Any], is_chat: bool) -> int | None:
-    """How many likeliest tokens are to be told beside the chosen one; None: nothing at all."""
+    """Return for how many of the likeliest tokens log-probabilities are returned; None: not even for the chosen one."""
     wanted, top = fields.get("logprobs", False), fields.get("top_logprobs", 0)
     if not is_chat:
         if "top_logprobs" in fields:
@@ -62,21 +62,25 @@ def _count_of_logprobs(fields: dict[str, Any], is_chat: bool) -> int | None:
 
 @dataclass(frozen=True)
 class _Check:
-    """What a field may hold: a reader that raises, and the same as a JSON schema."""
+    """The valid values of a field: as a reader that raises a FieldError for others, and as a JSON schema."""
 
     read: Callable[[str, Any], Any]
     schema: dict[str, Any]
 
 
 def boolean(name: str, value: Any) -> bool:
-    """Return a field that must be true or false."""
+    """Return the value of a field that must be true or false.
+
+    Raises:
+        FieldError: it is neither.
+    """
     if not isinstance(value, bool):
         raise FieldError(name, f"{name} must be true or false, not {value!r}")
     return value
 
 
 def _whole(low: int, high: int, neutral: dict[int, Any] | None = None) -> _Check:
-    """Whole numbers; some more may stand for what is done without the field."""
+    """Return a check for whole numbers; `neutral` maps further values to those that stand for an absent field."""
 
     def check(name: str, value: Any) -> Any:
         if type(value) is int and value in (neutral or {}):
@@ -89,7 +93,7 @@ def _whole(low: int, high: int, neutral: dict[int, Any] | None = None) -> _Check
 
 
 def _number(low: float, high: float, least: float = 0.0) -> _Check:
-    """Numbers; those whose reciprocal float32 can't hold, below `least`, are as good as 0."""
+    """Return a check for numbers; those below `least` count as 0, since float32 can't hold their reciprocal."""
 
     def check(name: str, value: Any) -> float:
         if type(value) not in (int, float) or not low <= value <= high:
@@ -110,16 +114,16 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
 
 def _bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     try:
-        found = tuple((int(token), float(amount)) for token, amount in value.items())
+        pairs = tuple((int(token), float(amount)) for token, amount in value.items())
     except (AttributeError, TypeError, ValueError, OverflowError):
-        found = ()
-    if not all(-_MAX_BIAS <= amount <= _MAX_BIAS for _, amount in found) or (value and not found):
+        pairs = ()
+    if not all(-_MAX_BIAS <= amount <= _MAX_BIAS for _, amount in pairs) or (value and not pairs):
         raise FieldError(name, f"{name} must be an object of tokens and numbers from -{_MAX_BIAS} to {_MAX_BIAS}")
-    return found
+    return pairs
 
 
 def _response_format(name: str, value: Any) -> str | None:
-    """The grammar that a format asks for."""
+    """Return the grammar of a response format; None: any text."""
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "text":
         return None
@@ -167,8 +171,8 @@ _FIELDS: dict[str, tuple[str, _Check]] = {
 
 
 def field_schemas(is_chat: bool) -> dict[str, Any]:
-    """JSON schemas of the optional fields of a body, by name."""
-    found = {name: check.schema for name, (_, check) in _FIELDS.items()} | {"ignore_eos": {"type": "boolean"}}
+    """Return the JSON schemas of a body's sampling fields, by name."""
+    schemas = {name: check.schema for name, (_, check) in _FIELDS.items()} | {"ignore_eos": {"type": "boolean"}}
     if is_chat:
-        return found | {"logprobs": {"type": "boolean"}, "top_logprobs": _LOGPROBS.schema}
-    return found | {"logprobs": _LOGPROBS.schema}
+        return schemas | {"logprobs": {"type": "boolean"}, "top_logprobs": _LOGPROBS.schema}
+    return schemas | {"logprobs": _LOGPROBS.schema}

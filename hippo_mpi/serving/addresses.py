@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 
-_ANY = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # an address to listen on, and one to connect to
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # addresses that listen on all interfaces -> one to connect to
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only processes of this machine reach what listens there."""
+    """Return whether only processes of this machine can reach what listens on an address."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -16,29 +16,33 @@ def is_loopback(address: str) -> bool:
 
 
 def network_of(address: str) -> str:
-    """Return what counts as one client: of IPv6 addresses everybody has a network of 64 bits to take them from."""
+    """Return what counts as one client: an IPv4 address, or the /64 network of an IPv6 address.
+
+    Anyone with IPv6 has a whole /64 network of addresses to use.
+    """
     try:
-        found = ipaddress.ip_address(address)
+        parsed = ipaddress.ip_address(address)
     except ValueError:
         return address
-    if isinstance(found, ipaddress.IPv4Address):
+    if isinstance(parsed, ipaddress.IPv4Address):
         return address
-    return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
+    return str(parsed.ipv4_mapped or ipaddress.ip_network((parsed, 64), strict=False))
 
 
 def url_of(address: str, port: int, is_encrypted: bool = False) -> str:
+    """Return the http or https URL of an address and a port."""
     return f"http{'s' * is_encrypted}://{f'[{address}]' if ':' in address else address}:{port}"
 
 
 def url_to_ask(url: str) -> str:
-    """Return the URL by which this machine reaches a server that says that it listens on `url`: on all addresses, perhaps."""
+    """Return the URL by which this machine reaches a server that listens on `url`, perhaps on all interfaces."""
     scheme, _, rest = url.partition("://")
     host, _, port = rest.rpartition(":")
-    return f"{scheme}://{_ANY[host]}:{port}" if host in _ANY else url
+    return f"{scheme}://{_WILDCARDS[host]}:{port}" if host in _WILDCARDS else url
 
 
 def is_untrusted(error: BaseException | None) -> bool:
-    """Whether an error comes of a certificate that nobody vouches for."""
+    """Return whether an error was caused by a certificate that isn't trusted."""
     while error is not None:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             return True

@@ -1,4 +1,4 @@
-"""API keys, from files and from the environment. What should hold keys and holds none is an error, never "no key"."""
+"""API keys from files and from the environment. A source without keys is an error: it never means "no key needed"."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ _OTHERS_MAY_READ = 0o044
 
 
 def keys_of_environment() -> tuple[str, ...]:
-    """Return the keys in API_KEYS, with commas between; none if it isn't set.
+    """Return the keys of the environment variable API_KEYS, separated by commas; none if it isn't set.
 
     Raises:
-        UserError: it is set and has no key in it, or one that no header can carry.
+        UserError: it is set and has no key in it, or one that can't be sent in a header.
     """
     text = os.environ.get(API_KEYS)
     if text is None:
         return ()
-    found = tuple(key for part in text.split(",") if (key := part.strip()))
-    if not found:
+    keys = tuple(key for part in text.split(",") if (key := part.strip()))
+    if not keys:
         raise UserError(f"{API_KEYS} is set, but has no key in it: set it to one, or unset it")
-    for number, key in enumerate(found, start=1):
+    for number, key in enumerate(keys, start=1):
         _check(key, f"{API_KEYS}, key {number}", "keys have commas between them")
-    return found
+    return keys
 
 
 def read_key_file(path: Path, option: str) -> tuple[str, ...]:
-    """Return the keys of a file: one a line; blank lines and those that begin with # don't count.
+    """Return the keys of a file, one per line; blank lines and those that begin with # are skipped.
 
     Args:
-        option: that has named the file.
+        path: of the file.
+        option: that has named the file, for messages.
 
     Raises:
-        UserError: it can't be read, has no key in it, or a line that is none.
+        UserError: it can't be read, has no key in it, or has a line that isn't a valid key.
     """
     try:
         text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode
@@ -45,15 +46,15 @@ def read_key_file(path: Path, option: str) -> tuple[str, ...]:
         raise UserError(f"{option} {path} can't be read: {error}") from None
     if path.is_file() and mode & _OTHERS_MAY_READ:
         _log.warning("other users may read the keys in %s: chmod 600 %s", path, path)
-    found = []
+    keys = []
     for number, line in enumerate(text.splitlines(), start=1):
         key = line.strip()
         if key and not key.startswith("#"):
             _check(key, f"{option} {path}, line {number}", "a line is a key and nothing else; names go into # lines")
-            found.append(key)
-    if not found:
+            keys.append(key)
+    if not keys:
         raise UserError(f"{option} {path} has no key in it: write one a line, or leave the option out")
-    return tuple(found)
+    return tuple(keys)
 
 
 def _check(key: str, where: str, rule: str) -> None:

@@ -1,4 +1,4 @@
-"""A server's log: lines with time and level on stderr, through Python's logging."""
+"""A server's log: lines with time and level on stderr, written through Python's logging."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import threading
 import time
 
 ANNOUNCEMENTS = "hippo_mpi.announcements"
-"""Name of the logger for what scripts wait for: shown at every level."""
-_MAX_WAITING = 10_000
-_END_S = 1.0
+"""Name of the logger for lines that scripts wait for, which are shown at every level."""
+_MAX_WAITING = 10_000  # lines; more are dropped until some have been written
+_FLUSH_TIMEOUT_S = 1.0  # at the end of the process
 
 
 class _StderrHandler(logging.Handler):
-    """Write lines from a thread: a server goes on if nobody reads its stderr; what is too much then is dropped."""
+    """A handler that writes from a thread, so that a stderr which nobody reads doesn't stop the server."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,13 +37,13 @@ class _StderrHandler(logging.Handler):
             self._lines.task_done()
 
     def _write_rest(self) -> None:
-        ends = time.monotonic() + _END_S
+        ends = time.monotonic() + _FLUSH_TIMEOUT_S
         while self._lines.unfinished_tasks and time.monotonic() < ends:
             time.sleep(0.01)
 
 
 def set_up_logging(level: str) -> None:
-    """Show what is logged from `level` on; of other libraries at most their warnings."""
+    """Log to stderr from `level` on; of other libraries show warnings and errors at most."""
     least = logging.getLevelNamesMapping()[level.upper()]
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))

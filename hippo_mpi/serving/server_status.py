@@ -8,29 +8,33 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from hippo_mpi import config
+from hippo_mpi.config.parser import OptionsParser, option
+from hippo_mpi.config.serve_options import API_KEYS
 from hippo_mpi.errors import UserError, print_error
 from hippo_mpi.serving.addresses import TRUST_HINT, is_untrusted, url_to_ask
 from hippo_mpi.serving.page.cluster_view import COLUMNS, ClusterView, fetch_status
 
-_BETWEEN_LOOKS_S = 1.2  # rank 0 tells how busy the ranks are every second
+_LOOK_INTERVAL_S = 1.2  # longer than the second after which rank 0 reports anew how busy the ranks are
 
 
-def make_parser() -> config.Parser:
-    parser = config.Parser(prog="./launch/serve status", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("url", help=f"of the server; its key from {config.API_KEYS}")
-    parser.add_argument("--json", action="store_true", help="print what the server says as it is")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class StatusOptions:
+    """All options of ./launch/serve status."""
+
+    url: str = option("", f"of the server; its key from {API_KEYS}", "url")
+    json: bool = option(False, "print what the server says as it is")
 
 
 def report(status: dict[str, Any], url: str, rows: list[list[str]]) -> str:
-    """Return lines for people.
+    """Return the status of a server as text.
 
     Args:
-        status: what GET /ready says.
+        status: the body of GET /ready.
+        url: to show as the server's.
         rows: a row per rank, in the order of COLUMNS.
     """
     requests = f"{status['running']:,} running, {status['waiting']:,} waiting"
@@ -49,7 +53,7 @@ def report(status: dict[str, Any], url: str, rows: list[list[str]]) -> str:
 
 def _why_no_ranks(status: dict[str, Any]) -> str:
     if status["ready"] and "ranks" not in status:
-        return f"The ranks are shown to who has a key of the server in {config.API_KEYS}."
+        return f"The ranks are shown to who has a key of the server in {API_KEYS}."
     return "No ranks are ready."
 
 
@@ -60,32 +64,34 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 
 def show(argv: list[str]) -> None:
-    """Print how a server stands.
+    """Print the status of a server.
 
     Raises:
         UserError: it doesn't answer.
     """
-    arguments = make_parser().parse_args(argv)
-    if not arguments.url:
+    description = (__doc__ or "").splitlines()[0]
+    options = OptionsParser(StatusOptions, prog="./launch/serve status", description=description).read(argv)
+    if not options.url:
         raise UserError("it doesn't listen yet: ./launch/serve logs shows what it does")
-    url = url_to_ask(arguments.url)
+    url = url_to_ask(options.url)
     try:
         status = fetch_status(url)
-        if arguments.json:
+        if options.json:
             print(json.dumps(status))
             return
         view = ClusterView(lambda: fetch_status(url))
         view.look()
         if view.rows:
-            time.sleep(_BETWEEN_LOOKS_S)
+            time.sleep(_LOOK_INTERVAL_S)
             view.look()
     except (OSError, ValueError) as error:
         advice = f" ({TRUST_HINT})" if is_untrusted(error) else ""
-        raise UserError(f"{arguments.url} doesn't answer: {error}{advice}") from None
-    print(report(status, arguments.url, view.rows))
+        raise UserError(f"{options.url} doesn't answer: {error}{advice}") from None
+    print(report(status, options.url, view.rows))
 
 
 def main() -> NoReturn:
+    """Run the command and exit with its status."""
     try:
         show(sys.argv[1:])
     except UserError as error:

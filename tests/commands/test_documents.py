@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from hippo_mpi import audit, batch, benchmark, chat, errors, generate, models, page, plan, run, serve
+from hippo_mpi.config.yaml_file import read_config
 from hippo_mpi.errors import HippoError
-from hippo_mpi.serving.config_file import read_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hippo_mpi.config.bundled import BUNDLED_MODEL
+from hippo_mpi.config.serve_options import ServeOptions
 from hippo_mpi.errors import UserError
 from hippo_mpi.serve import _silence_s, serve
 from hippo_mpi.serving.supervision.rank_service import BEAT_S
@@ -84,7 +84,7 @@ def test_the_shortest_deadline_is_longer_than_beats_are_apart() -> None:
     with ranks.single([SERVE, "--timeout", "0.9"]) as refused:
         assert refused.wait() == 2
         assert "from 1 up" in refused.err
-    shortest = argparse.Namespace(timeout=1.0)
+    shortest = ServeOptions(timeout=1.0)
     assert _silence_s(shortest) >= 4 * BEAT_S
 
 

@@ -23,7 +23,7 @@ import openai
 import pytest
 
 from hippo_mpi.config.bundled import BUNDLED_MODEL, DEFAULT_PROMPT
-from hippo_mpi.serving.config_file import make_parser
+from hippo_mpi.serve import make_parser
 from tests import ranks
 from tests.servers import GOES_ON, JSON, MODEL, SERVE, Server, server
 from tests.small_disk import fill, small_disk
@@ -473,4 +473,4 @@ def test_units_start_what_there_is() -> None:
     assert unit["Service"]["Restart"] == "always" and agent["KeepAlive"] is True
     for program, *options in (unit["Service"]["ExecStart"].split(), agent["ProgramArguments"]):
         assert program.endswith("/hippo-mpi/.venv/bin/hippo_mpi.serve")
-        assert make_parser().parse_args(options).journal
+        assert make_parser().read(options).journal

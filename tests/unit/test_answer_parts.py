@@ -24,7 +24,7 @@ from hippo_mpi.engine.text import ChatFormat, open_tokenizer
 from hippo_mpi.errors import UserError
 from hippo_mpi.protocols.answer_parts import AnswerReader, Blocks, Call, Part, PartSplitter
 from hippo_mpi.protocols.openai_answers import AnswerHead, Choice, answer_object
-from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body
+from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, GenerationRequest, read_body
 from tests.local_ring import LocalRing, make_stages, open_folder
 
 TOOLS = [{"type": "function", "function": {"name": "find_fox", "parameters": {
@@ -75,7 +75,7 @@ def test_cut_anywhere(tokenizer: TokenizerWrapper, cuts: list[int]) -> None:
 
 def test_only_so_many_calls(tokenizer: TokenizerWrapper) -> None:
     """parallel_tool_calls: false."""
-    pieces = AnswerReader(tokenizer, [5], TOOLS, most_calls=1).read(ANSWER + ANSWER, True)
+    pieces = AnswerReader(tokenizer, [5], TOOLS, max_calls=1).read(ANSWER + ANSWER, True)
     assert len([piece for piece in pieces if isinstance(piece, Call)]) == 1
 
 
@@ -91,7 +91,9 @@ def test_a_call_that_nobody_understands_is_shown(tokenizer: TokenizerWrapper) ->
     assert reader.num_calls == 0
 
 
-def answer(tokenizer: TokenizerWrapper, asked: Asked, resume: Resume | None = None) -> tuple[dict[str, Any], str]:
+def answer(
+    tokenizer: TokenizerWrapper, asked: GenerationRequest, resume: Resume | None = None
+) -> tuple[dict[str, Any], str]:
     """What the bundled model makes of a request: the choice, and its text, behind that which is there already."""
     prompt, sampling = asked.prepare(tokenizer, ChatFormat())
     story = open_folder(BUNDLED_MODEL)

@@ -27,7 +27,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from hippo_mpi.serving.api.audit_log import AuditLog
-log = AuditLog(Path(sys.argv[1]), most_bytes=200_000)
+log = AuditLog(Path(sys.argv[1]), max_bytes=200_000)
 print("open", flush=True)
 for number in range(int(sys.argv[2])):
     log.write({"id": f"r{number}", "text": "x" * 20_000})
@@ -45,7 +45,7 @@ def test_older_files_may_be_moved_away(tmp_path: Path, capsys: pytest.CaptureFix
     """Whatever is moved, no number is given twice, and what is here and what was moved can both be verified."""
     path, archive = tmp_path / "audit.jsonl", tmp_path / "archive"
     archive.mkdir()
-    log, moved = AuditLog(path, most_bytes=1000), set()
+    log, moved = AuditLog(path, max_bytes=1000), set()
     for number in range(30):
         log.write({"id": f"r{number}"})
         if number % 7 == 6:
@@ -56,7 +56,7 @@ def test_older_files_may_be_moved_away(tmp_path: Path, capsys: pytest.CaptureFix
     log.close()
     assert len(moved) > 4
     assert "lines before them are elsewhere" in verified(capsys, path)[1]
-    log = AuditLog(path, most_bytes=1000)
+    log = AuditLog(path, max_bytes=1000)
     for number in range(30, 40):
         log.write({"id": f"r{number}"})
     log.close()
@@ -72,7 +72,7 @@ def test_older_files_may_be_moved_away(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_new_file_that_can_not_be_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With no descriptor left the old file grows; nothing is lost."""
     path = tmp_path / "audit.jsonl"
-    log = AuditLog(path, most_bytes=1000)
+    log = AuditLog(path, max_bytes=1000)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = os.open("/dev/null", os.O_RDONLY)
     resource.setrlimit(resource.RLIMIT_NOFILE, (used, hard))
@@ -112,7 +112,7 @@ def test_a_disk_that_is_full_for_a_while(small_disk: Path, capsys: pytest.Captur
     assert verified(capsys, path)[1] == "line 2: lacks 3 requests (No space left on device)"
     log = AuditLog(path)
     log.close()
-    audit._run(audit.make_parser().parse_args(["report", str(path)]))
+    audit._run(audit.make_parser().read(["report", str(path)]))
     assert "3 more could not be written down" in capsys.readouterr().out
 
 
@@ -131,9 +131,9 @@ def test_a_disk_that_is_full_at_the_start(small_disk: Path, capsys: pytest.Captu
     verified(capsys, path)
 
 
-@pytest.mark.parametrize("most_bytes", [1000, 1 << 20])
+@pytest.mark.parametrize("max_bytes", [1000, 1 << 20])
 def test_a_disk_that_says_late_that_it_is_full(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, most_bytes: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, max_bytes: int
 ) -> None:
     """As those of networks do. Lines that may not be there are taken back, and counted."""
     path, sync = tmp_path / "audit.jsonl", os.fsync
@@ -141,7 +141,7 @@ def test_a_disk_that_says_late_that_it_is_full(
     def refuse(_: int) -> None:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    log = AuditLog(path, most_bytes=most_bytes)
+    log = AuditLog(path, max_bytes=max_bytes)
     log.write({"id": "r0", **REQUEST})
     log._sync()
     monkeypatch.setattr(os, "fsync", refuse)
@@ -174,7 +174,7 @@ def test_folders_know_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "fsync", spy)
     write(path, 4)
     assert names[-1] >= {"audit.jsonl", "audit.jsonl.key", "audit.jsonl.anchor"}
-    write(path, 4, first=4, most_bytes=1500)
+    write(path, 4, first=4, max_bytes=1500)
     assert names[-1] >= {"audit.jsonl", "audit.jsonl.1"} and not any(".new" in name for name in names[-1])
 
 
@@ -231,7 +231,7 @@ def test_an_anchor_that_is_behind(tmp_path: Path, capsys: pytest.CaptureFixture[
     anchor.write_bytes(old)
     write(path, 2, first=6)
     old = anchor.read_bytes()
-    write(path, 3, first=8, most_bytes=1000)
+    write(path, 3, first=8, max_bytes=1000)
     assert (tmp_path / "audit.jsonl.1").exists()
     anchor.write_bytes(old)
     write(path, 1, first=11)
@@ -286,7 +286,7 @@ def test_what_a_start_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
 
 def test_a_start_reads_only_the_end(tmp_path: Path) -> None:
     """Older files are verify's business, not that of a start."""
-    path = write(tmp_path / "audit.jsonl", 20, most_bytes=1500)
+    path = write(tmp_path / "audit.jsonl", 20, max_bytes=1500)
     (tmp_path / "audit.jsonl.1").write_bytes(b"something else\n")
     write(path, 1, first=20)
     assert "audit.jsonl.1, line 1 is no line of an audit log" in mistake(path)
@@ -327,7 +327,7 @@ def test_a_link_to_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "disk").mkdir()
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "disk" / "audit.jsonl")
-    write(link, 20, most_bytes=1500)
+    write(link, 20, max_bytes=1500)
     assert link.is_symlink() and not (tmp_path / "link.1").exists()
     assert verified(capsys, link) == verified(capsys, tmp_path / "disk" / "audit.jsonl")
 

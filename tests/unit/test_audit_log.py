@@ -24,10 +24,10 @@ REQUEST = {
 }
 
 
-def write(path: Path, count: int, first: int = 0, most_bytes: int = 1 << 20) -> Path:
+def write(path: Path, count: int, first: int = 0, max_bytes: int = 1 << 20) -> Path:
     """Write some records, in a log that is opened again and again."""
     for start in range(first, first + count, 4):
-        log = AuditLog(path, most_bytes=most_bytes)
+        log = AuditLog(path, max_bytes=max_bytes)
         for number in range(start, min(first + count, start + 4)):
             log.write({"id": f"r{number}", **REQUEST})
         log.close()
@@ -42,13 +42,13 @@ def lines_in(path: Path) -> list[str]:
 def verified(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
     """What the command prints of a log that is whole."""
     capsys.readouterr()
-    audit._run(audit.make_parser().parse_args(["verify", *map(str, words)]))
+    audit._run(audit.make_parser().read(["verify", *map(str, words)]))
     return capsys.readouterr().out.splitlines()
 
 
 def mistake(*words: object) -> str:
     with pytest.raises(UserError) as found:
-        audit._run(audit.make_parser().parse_args(["verify", *map(str, words)]))
+        audit._run(audit.make_parser().read(["verify", *map(str, words)]))
     return str(found.value)
 
 
@@ -70,7 +70,7 @@ def write_old(path: Path, count: int, files: int = 1) -> None:
 
 
 def test_a_log_is_whole_over_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path / "audit.jsonl", 20, most_bytes=1500)
+    path = write(tmp_path / "audit.jsonl", 20, max_bytes=1500)
     assert (tmp_path / "audit.jsonl.3").exists()
     assert verified(capsys, path)[0].startswith("whole: 20 lines in ")
     assert [json.loads(line)["id"] for line in lines_in(path)] == [f"r{number}" for number in range(20)]
@@ -135,10 +135,10 @@ def forge(path: Path, keep: Callable[[str], bool]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-@pytest.mark.parametrize("most_bytes", [1 << 20, 1500])
-def test_a_log_that_is_forged_without_macs(tmp_path: Path, most_bytes: int) -> None:
+@pytest.mark.parametrize("max_bytes", [1 << 20, 1500])
+def test_a_log_that_is_forged_without_macs(tmp_path: Path, max_bytes: int) -> None:
     """Where there is a key, lines without MACs want one behind them that has one; no start makes up for that."""
-    path = write(tmp_path / "audit.jsonl", 10, most_bytes=most_bytes)
+    path = write(tmp_path / "audit.jsonl", 10, max_bytes=max_bytes)
     forge(path, lambda line: '"r3"' not in line)
     reason = (
         "none of the log's 9 lines has a MAC, although there is a key: they were made anew without it, or before it (then"
@@ -226,17 +226,17 @@ def test_a_torn_last_line_is_told_as_such(tmp_path: Path) -> None:
 
 
 def test_a_file_of_the_middle_that_is_gone(tmp_path: Path) -> None:
-    path = write(tmp_path / "audit.jsonl", 20, most_bytes=1500)
+    path = write(tmp_path / "audit.jsonl", 20, max_bytes=1500)
     (tmp_path / "audit.jsonl.2").unlink()
     assert "doesn't follow the line before" in mistake(path)
 
 
 def test_an_end_that_was_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What verify prints is pasted back: either part of it finds that all was written anew; more lines are no mistake."""
-    path = write(tmp_path / "audit.jsonl", 20, most_bytes=1500)
+    path = write(tmp_path / "audit.jsonl", 20, max_bytes=1500)
     noted = verified(capsys, path)[-1].split()
     assert noted[:3] == ["--lines", "20", "--last-hash"]
-    write(path, 1, first=20, most_bytes=1500)
+    write(path, 1, first=20, max_bytes=1500)
     for given in (noted, noted[:2], noted[2:]):
         assert verified(capsys, path, *given)[0].startswith("whole: 21 lines in ")
     (tmp_path / "new").mkdir()
@@ -248,7 +248,7 @@ def test_an_end_that_was_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str
         f"the hash {last} is that of line 18, not of line 3: they were not noted together"
     )
     with pytest.raises(UserError, match="64 hexadecimal digits"):
-        audit.make_parser().parse_args(["verify", str(path), "--last-hash", "abc"])
+        audit.make_parser().read(["verify", str(path), "--last-hash", "abc"])
 
 
 @pytest.mark.parametrize("files", [1, 3])
@@ -308,7 +308,7 @@ def test_texts_can_not_be_guessed(
     def digest(log: str, key: str, text: str) -> None:
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
         words = ["digest", str(tmp_path / log), "--audit-key", str(tmp_path / key)]
-        audit._run(audit.make_parser().parse_args(words))
+        audit._run(audit.make_parser().read(words))
 
     for name in ("a.jsonl", "archive/a.jsonl"):
         digest(name, "a.jsonl.key", "yes")
@@ -340,7 +340,7 @@ def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     log.close()
 
     def printed(*words: str) -> str:
-        audit._run(audit.make_parser().parse_args(["report", str(path), *words]))
+        audit._run(audit.make_parser().read(["report", str(path), *words]))
         return capsys.readouterr().out
 
     rows = [line.split() for line in printed().splitlines()]

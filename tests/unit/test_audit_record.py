@@ -26,7 +26,7 @@ from hippo_mpi.serving.supervision.catalogue import ServedModel
     ],
 )
 def test_parameters_are_what_was_asked(tmp_path: Path, asked: dict[str, Any], written: dict[str, Any]) -> None:
-    model = ServedModel("story", make_parser().parse_args(["--model", str(BUNDLED_MODEL)]))
+    model = ServedModel("story", make_parser().read(["--model", str(BUNDLED_MODEL)]))
     sampling = read_body(COMPLETION, {"prompt": "A fox", **asked}, model.defaults).sampling
     log = AuditLog(tmp_path / "audit.jsonl")
     record = request_record(log, EndedRequest("x", None, COMPLETION, sampling, [[1]], [([2], "stop")]), model)

@@ -174,7 +174,7 @@ def test_options_of_a_pipe_come_too_late(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"])
 def test_every_name_of_standard_input(name: str) -> None:
-    assert batch.make_parser().parse_args([name]).prompts == Path("-")
+    assert batch.make_parser().read([name]).prompts == Path("-")
 
 
 def test_a_line_that_is_too_long_is_one_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,7 +366,7 @@ def test_a_prompts_file_brings_no_code_and_no_paths(line: str, tmp_path: Path) -
     path.write_text(f"#!\n#HIPPO {line}\nhello\n")
     name = next(word for word in line.split("=")[0].split() if word not in ("--", "--max-tokens", "5"))[:17]
     with pytest.raises(UserError) as found:
-        batch.make_parser().parse_args([str(path)])
+        batch.make_parser().read([str(path)])
     told = "-o" if name.startswith("-o") else name
     assert str(found.value).startswith(f"{path}: a file of prompts can't set {told}")
     assert str(found.value).endswith("give it on the command line")
@@ -378,15 +378,15 @@ def test_a_prompts_file_says_how_to_sample(tmp_path: Path) -> None:
         "#!\n#HIPPO --temp 0.5 -m 7 --stop-words 'a fox' bear --keep-order\n#HIPPO --max-batch-size 3\n"
         "#HIPPO --system-prompt 'Be brief.' --top-p 0.9\nhello\n"
     )
-    found = batch.make_parser().parse_args([str(path), "--temp", "1"])
+    found = batch.make_parser().read([str(path), "--temp", "1"])
     assert (found.temp, found.max_tokens, found.stop_words, found.keep_order) == (1.0, 7, ["a fox", "bear"], True)
     assert (found.max_batch_size, found.system_prompt, found.top_p) == (3, "Be brief.", 0.9)
     path.write_text("#!\n#HIPPO --temperature 5\nhello\n")
     with pytest.raises(UserError, match=f"{path}: unrecognized arguments: --temperature"):
-        batch.make_parser().parse_args([str(path)])
+        batch.make_parser().read([str(path)])
     path.write_text("#!\n#HIPPO --temp hot\nhello\n")
     with pytest.raises(UserError, match=f"{path}: argument --temp: 'hot' is not a number"):
-        batch.make_parser().parse_args([str(path)])
+        batch.make_parser().read([str(path)])
 
 
 @pytest.mark.slow

@@ -21,11 +21,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from hippo_mpi.errors import UserError
+from hippo_mpi.serve import make_parser
 from hippo_mpi.serving import server_status
 from hippo_mpi.serving.addresses import is_loopback, is_untrusted, network_of, url_of, url_to_ask
 from hippo_mpi.serving.api import connections
 from hippo_mpi.serving.api.http_server import HttpSettings, listen, serve_http
-from hippo_mpi.serving.config_file import make_parser
 from hippo_mpi.serving.logs import ANNOUNCEMENTS
 from hippo_mpi.serving.page.cluster_view import fetch_status
 from hippo_mpi.serving.supervision.front import Front
@@ -162,7 +162,7 @@ def test_more_than_is_kept_of_requests_ahead(caplog: pytest.LogCaptureFixture) -
 def test_a_client_that_never_reads(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its stream is ended; one that reads slowly isn't."""
     monkeypatch.setattr(connections, "UNREAD_S", 1.0)
-    monkeypatch.setattr(connections, "_LOOK_S", 0.1)
+    monkeypatch.setattr(connections, "_POLL_INTERVAL_S", 0.1)
     with serving(caplog) as running, running.connect(1 << 16) as client:
         client.sendall(b"GET /flood HTTP/1.1\r\n" + HEAD)
         ends = time.monotonic() + 2.0
@@ -286,8 +286,8 @@ def test_files_of_a_certificate(certificate: tuple[Path, Path], tmp_path: Path) 
         (["--ssl-certfile", cert, "--ssl-keyfile", locked], "has a password"),
     ):
         with pytest.raises(UserError, match=line):
-            HttpSettings.from_options(make_parser().parse_args(options))
-    found = HttpSettings.from_options(make_parser().parse_args(["--ssl-certfile", cert, "--ssl-keyfile", key]))
+            HttpSettings.from_options(make_parser().read(options))
+    found = HttpSettings.from_options(make_parser().read(["--ssl-certfile", cert, "--ssl-keyfile", key]))
     assert (found.certfile, found.keyfile, found.proxies) == (*certificate, ())
-    found = HttpSettings.from_options(make_parser().parse_args(["--trusted-proxy", "10.0.0.7", "fd00::1/64"]))
+    found = HttpSettings.from_options(make_parser().read(["--trusted-proxy", "10.0.0.7", "fd00::1/64"]))
     assert found.proxies == ("10.0.0.7/32", "fd00::/64")

@@ -69,7 +69,7 @@ def test_a_file_of_the_user_s_beside_ours(tmp_path: Path, is_link: bool) -> None
     answers = AnswerFile(tmp_path / "out", {})
     answers.sort([])
     answers.close()
-    log = AuditLog(tmp_path / "audit.jsonl", most_bytes=500)
+    log = AuditLog(tmp_path / "audit.jsonl", max_bytes=500)
     for number in range(5):
         log.write({"id": f"r{number}"})
     log.close()

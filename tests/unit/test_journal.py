@@ -130,7 +130,7 @@ def test_requests_and_outputs_come_back_as_they_were(tmp_path: Path) -> None:
 
 def test_what_has_expired_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also from the file's bytes: who asks for nothing to be stored has texts in it, too."""
-    monkeypatch.setattr(journal_module, "_SWEEP_S", 0.05)
+    monkeypatch.setattr(journal_module, "_SWEEP_INTERVAL_S", 0.05)
     secret = OutputMessage(0, "a secret of foxes", 7, 0, 0, 0, None, "stop", None)
 
     async def write(kept: Journal) -> None:
@@ -151,10 +151,10 @@ def test_what_has_expired_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_too_much_goes_before_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_module, "_SWEEP_S", 0.05)
+    monkeypatch.setattr(journal_module, "_SWEEP_INTERVAL_S", 0.05)
 
     async def main() -> None:
-        kept = Journal(tmp_path / "journal", most_bytes=1 << 20)
+        kept = Journal(tmp_path / "journal", max_bytes=1 << 20)
         kept.start()
         long = OutputMessage(0, "x" * (600 << 10), 7, 0, 0, 0, None, "stop", None)
         for name, keep_s in (("old", 100.0), ("new", 200.0)):
@@ -191,13 +191,13 @@ def test_all_that_has_expired_goes_at_once(tmp_path: Path, monkeypatch: pytest.M
         while num_left(kept) != (1, 1):
             await asyncio.sleep(0.01)
 
-    monkeypatch.setattr(journal_module, "_SWEEP_S", 3600.0)
+    monkeypatch.setattr(journal_module, "_SWEEP_INTERVAL_S", 3600.0)
     run(write, tmp_path / "journal")
 
 
 def test_a_long_answer_that_goes_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes meanwhile is written between two slices of it; nobody finds a part, and a clean end takes the rest."""
-    monkeypatch.setattr(journal_module, "_SLICE_S", 1e-3)
+    monkeypatch.setattr(journal_module, "_SWEEP_SLICE_S", 1e-3)
 
     async def write(kept: Journal) -> None:
         await written(lambda then: add(kept, "long", then), lambda then: add(kept, "other", then))
@@ -236,7 +236,7 @@ def test_a_full_disk_keeps_nobody_waiting(tmp_path: Path) -> None:
 
 def test_a_silent_disk_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process holds the file, which is as good as a disk that doesn't answer."""
-    monkeypatch.setattr(journal_module, "_PATIENCE_S", 0.4)
+    monkeypatch.setattr(journal_module, "_DISK_TIMEOUT_S", 0.4)
 
     async def write(kept: Journal) -> None:
         kept._writer.execute("PRAGMA busy_timeout = 3000")

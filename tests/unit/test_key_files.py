@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,10 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from hippo_mpi.config.serve_options import API_KEYS
+from hippo_mpi.config.serve_options import API_KEYS, ServeOptions
 from hippo_mpi.errors import FieldError, UserError
 from hippo_mpi.serve import read_rules
 from hippo_mpi.serving.api.access import Access, AccessRules
-from hippo_mpi.serving.config_file import make_parser
 from hippo_mpi.serving.key_files import keys_of_environment, read_key_file
 
 
@@ -52,7 +51,7 @@ def test_a_file_that_holds_no_keys(tmp_path: Path, text: str, line: str) -> None
 
 
 def rules(**options: Any) -> AccessRules:
-    return read_rules(argparse.Namespace(**vars(make_parser().parse_args([])) | options))
+    return read_rules(replace(ServeOptions(), **options))
 
 
 def test_no_key_is_never_what_was_meant_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +68,7 @@ def test_no_key_is_never_what_was_meant_to_be_one(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv(API_KEYS, "first, second,")
     assert keys_of_environment() == ("first", "second")
     found = rules(api_key_file=write(tmp_path / "keys", "third\n"), max_batch_size=4, max_queue=6)
-    assert found.keys == ("first", "second", "third") and (found.most_requests, found.requests_per_key) == (10, 5)
+    assert found.keys == ("first", "second", "third") and (found.max_requests, found.requests_per_key) == (10, 5)
     assert rules(requests_per_key=0).requests_per_key == 0
     monkeypatch.setenv(API_KEYS, "only")
     assert rules().requests_per_key == 0
@@ -126,7 +125,7 @@ def test_only_some_may_change_the_model() -> None:
 
 def test_places_are_given_back() -> None:
     """Also those of answers to one request, and of a client that had no key."""
-    access = Access(AccessRules(keys=("alice", "bob"), most_requests=6, requests_per_key=4))
+    access = Access(AccessRules(keys=("alice", "bob"), max_requests=6, requests_per_key=4))
     first, second = asking(x_api_key="alice"), asking(x_api_key="bob")
     access.take_places(first, 1)
     access.take_places(first, 3)
@@ -147,14 +146,14 @@ def test_places_are_given_back() -> None:
 
 
 def test_what_can_never_be_let_in_is_not_asked_to_try_again() -> None:
-    access = Access(AccessRules(keys=("alice",), most_requests=3, requests_per_key=2))
+    access = Access(AccessRules(keys=("alice",), max_requests=3, requests_per_key=2))
     access.check_choices(asking(x_api_key="alice"), "n", 2)
     with pytest.raises(FieldError) as refused:
         access.check_choices(asking(x_api_key="alice"), "n", 3)
     assert str(refused.value) == "n asks for 3 answers at once, and this key may have 2 (--requests-per-key)"
     assert refused.value.field == "n"
     with pytest.raises(FieldError, match="prompt asks for 4 answers at once, and this server may have 3"):
-        Access(AccessRules(most_requests=3)).check_choices(asking(), "prompt", 4)
+        Access(AccessRules(max_requests=3)).check_choices(asking(), "prompt", 4)
     Access(AccessRules()).check_choices(asking(), "n", 128)
     access.take_places(asking(x_api_key="alice"), 1)
     with pytest.raises(HTTPException, match="this key has 1 request under way or waiting, and may have 2 at once"):

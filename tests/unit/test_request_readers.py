@@ -12,7 +12,7 @@ from hippo_mpi.engine.grammar import json_grammar
 from hippo_mpi.engine.request import SamplingParams
 from hippo_mpi.errors import FieldError
 from hippo_mpi.protocols.anthropic_messages import count_body, read_messages_body
-from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body, read_prompts
+from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, GenerationRequest, read_body, read_prompts
 from hippo_mpi.protocols.openai_responses import RESPONSES, read_responses_body
 from hippo_mpi.serving.api.questions import read_question
 
@@ -22,19 +22,19 @@ FUNCTION = {"name": "find_fox", "parameters": {"type": "object"}}
 SCHEMA = {"type": "object", "properties": {"at": {"enum": ["river"]}}}
 
 
-def chat(**fields: Any) -> Asked:
+def chat(**fields: Any) -> GenerationRequest:
     return read_body(CHAT, {"messages": [USER], **fields}, DEFAULTS)
 
 
-def completion(**fields: Any) -> Asked:
+def completion(**fields: Any) -> GenerationRequest:
     return read_body(COMPLETION, {"prompt": "A fox", **fields}, DEFAULTS)
 
 
-def responses(**fields: Any) -> Asked:
+def responses(**fields: Any) -> GenerationRequest:
     return read_responses_body({"input": "Where?", **fields}, DEFAULTS)
 
 
-def messages(**fields: Any) -> Asked:
+def messages(**fields: Any) -> GenerationRequest:
     return read_messages_body({"messages": [USER], "max_tokens": 9, **fields}, DEFAULTS)
 
 
@@ -71,8 +71,8 @@ HINTS: dict[Any, dict[str, Any]] = {
 @pytest.mark.parametrize(("read", "name"), [(read, name) for read, fields in HINTS.items() for name in fields])
 def test_hints_and_neutral_values_change_nothing(read: Any, name: str) -> None:
     plain, hinted = read(), read(**{name: HINTS[read][name]})
-    assert hinted == replace(plain, most_calls=hinted.most_calls)
-    assert hinted.most_calls is None
+    assert hinted == replace(plain, max_calls=hinted.max_calls)
+    assert hinted.max_calls is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Endpoints about the server itself: what it is, how it stands, which models it has.
+"""Endpoints about the server itself: its version, its state and its models.
 
-Knows the front and the catalogue. Must not know how anything is answered.
+They know the front and the catalogue, and must not know how requests are answered.
 """
 
 from __future__ import annotations
@@ -25,22 +25,28 @@ from hippo_mpi.serving.api.request_bodies import model_of
 from hippo_mpi.serving.supervision.catalogue import Catalogue
 from hippo_mpi.serving.supervision.front import Front, Overloaded
 
-_DEEP_S = 10.0  # for a token
-_LOOK_S = 0.02
+_DEEP_TIMEOUT_S = 10.0  # for a token to come
+_POLL_INTERVAL_S = 0.02
 
 
 class AboutEndpoints:
+    """The endpoints, as methods from a request to its response."""
+
     def __init__(self, front: Front, catalogue: Catalogue, access: Access, metrics: Metrics) -> None:
         self._front, self._catalogue, self._access, self._metrics = front, catalogue, access, metrics
         self._started = datetime.now(UTC)
 
     async def introduce(self, _: Request) -> Response:
-        """Say what this is, to whom looks whether it is there."""
-        found = {"name": "Hippo MPI", "version": version("hippo-mpi"), "api": "/v1", "openapi": "/openapi.json"}
-        return JSONResponse(found)
+        """Answer with the server's name and version, and where its API is."""
+        introduction = {"name": "Hippo MPI", "version": version("hippo-mpi"), "api": "/v1", "openapi": "/openapi.json"}
+        return JSONResponse(introduction)
 
     async def health(self, request: Request) -> Response:
-        """Say that this process lives; with `deep=1`, to who has a key, whether ranks make tokens."""
+        """Answer that this process lives; with `deep=1`, which needs a key, whether ranks generate tokens.
+
+        Raises:
+            HTTPException: `deep=1` comes without a key.
+        """
         if request.query_params.get("deep", "0") in ("0", "false"):
             return JSONResponse({"status": "ok"})
         self._access.check_key(request)
@@ -49,7 +55,7 @@ class AboutEndpoints:
         return JSONResponse({"status": "ok"})
 
     async def _why_no_token(self) -> str:
-        """Wait for a token: of one request of our own, or of whatever other is sooner. Empty: it has come."""
+        """Wait for the next token, of a request of our own or of any other; return "" or why none has come."""
         front, began_s = self._front, time.monotonic()
         if not front.is_ready:
             return front.state
@@ -60,43 +66,50 @@ class AboutEndpoints:
             while front.heard_s < began_s:
                 if why := front.why_stuck:
                     return why
-                if time.monotonic() - began_s > _DEEP_S:
-                    return f"no token came within {_DEEP_S:.0f} s; requests under way or waiting: {front.num_requests}"
-                await asyncio.sleep(_LOOK_S)
+                if time.monotonic() - began_s > _DEEP_TIMEOUT_S:
+                    return f"no token came within {_DEEP_TIMEOUT_S:.0f} s; requests under way or waiting: {front.num_requests}"
+                await asyncio.sleep(_POLL_INTERVAL_S)
         finally:
             if own is not None:
                 front.abort(own)
         return ""
 
     async def ready(self, request: Request) -> Response:
+        """Answer with the server's state, with status 503 if it isn't ready; clients with a key also see the ranks."""
         front = self._front
         status = front.status()
-        if front.about is not None and self._access.has_key(request):  # hosts and memory are nobody else's business
+        if front.about is not None and self._access.has_key(request):  # hosts and memory are for holders of a key only
             about, now = front.about, front.beat.ranks if front.beat else []
             status |= {"model": front.model, "max_context": about.max_context, "ranks": to_builtins(about.ranks)}
             status |= {"now": [to_builtins(rank) or {} for rank in now], "silent_hosts": front.silent_hosts}
         return JSONResponse(status, 200 if status["ready"] else 503)
 
     async def metrics(self, _: Request) -> Response:
+        """Answer with the metrics in Prometheus' text format."""
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def describe(self, _: Request) -> Response:
+        """Answer with the OpenAPI description of this server."""
         return JSONResponse(openapi_object(self._catalogue.names))
 
     async def models(self, _: Request) -> Response:
-        """The catalogue, as OpenAI's and as Anthropic's clients read it."""
-        found = [self._model_object(name) for name in self._catalogue.names]
-        ends = {"has_more": False, "first_id": found[0]["id"], "last_id": found[-1]["id"]}
-        return JSONResponse({"object": "list", "data": found, **ends})
+        """Answer with the catalogue, in a form that suits OpenAI's and Anthropic's clients."""
+        models = [self._model_object(name) for name in self._catalogue.names]
+        ends = {"has_more": False, "first_id": models[0]["id"], "last_id": models[-1]["id"]}
+        return JSONResponse({"object": "list", "data": models, **ends})
 
     async def model(self, request: Request) -> Response:
+        """Answer with one model of the catalogue.
+
+        Raises:
+            HTTPException: there is no such model.
+        """
         name = model_of(self._catalogue, {"model": request.path_params["model"]}).name
         return JSONResponse(self._model_object(name))
 
     def _model_object(self, name: str) -> dict[str, Any]:
-        about = (
-            self._front.about if name == self._front.model else None
-        )  # what isn't loaded may get less than it asks for
+        # A model that isn't loaded yet may get a shorter context than it asks for.
+        about = self._front.about if name == self._front.model else None
         return {
             "id": name,
             "object": "model",

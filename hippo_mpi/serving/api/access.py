@@ -1,4 +1,4 @@
-"""Who may ask, how often, and how much at once."""
+"""Access control: who may send requests, how often, and how many at once."""
 
 from __future__ import annotations
 
@@ -19,38 +19,40 @@ from hippo_mpi.errors import FieldError
 from hippo_mpi.serving.addresses import network_of
 from hippo_mpi.units import count_of
 
-_MOST_CLIENTS = 10_000  # buckets that are remembered; beyond that, full ones are forgotten
-_LONGEST_SALT = 256
+_MAX_CLIENTS = 10_000  # whose buckets are remembered; beyond that, those unused for a minute are forgotten
+_MAX_SALT_CHARS = 256
 _RETRY_AFTER = {"Retry-After": "2"}
 
 
 def _keys_of(request: Request) -> list[str]:
-    """The API keys that a request brings, in OpenAI's header, Anthropic's or Azure's. Some clients fill several, one with
-    a key of somewhere else."""
+    """Return the API keys in a request's headers: OpenAI's, Anthropic's and Azure's.
+
+    Some clients send several of these, one of them with another server's key.
+    """
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     bearer = key.strip() if scheme.lower() == "bearer" else request.headers.get("authorization", "")
-    found = [bearer, *(request.headers.get(name, "") for name in ("x-api-key", "api-key"))]
-    return [key for key in found if key]
+    keys = [bearer, *(request.headers.get(name, "") for name in ("x-api-key", "api-key"))]
+    return [key for key in keys if key]
 
 
 def _is_one_of(given: str, keys: tuple[str, ...]) -> bool:
-    # Every key is compared, in constant time, so that how long it takes says nothing.
+    # Every key is compared, each in constant time, so that the duration reveals nothing.
     return any([hmac.compare_digest(given.encode(), key.encode()) for key in keys])
 
 
 @dataclass
 class _Bucket:
-    """A token bucket: it holds a minute's worth, and fills as time goes by."""
+    """A token bucket: it holds what a client may use in a minute, and refills steadily."""
 
     level: float
     filled_s: float
 
 
 class Rate:
-    """So much per minute for each client.
+    """A rate limit that applies to each client separately.
 
     Args:
-        per_minute: 0: no limit.
+        per_minute: the limit; 0: none.
     """
 
     def __init__(self, per_minute: int) -> None:
@@ -58,13 +60,13 @@ class Rate:
         self._buckets: dict[str, _Bucket] = {}
 
     def wait_s(self, client: str) -> float:
-        """Seconds until this client may go on; 0: now."""
+        """Return the seconds until this client may go on; 0: now."""
         if not self._per_minute:
             return 0.0
         return max(0.0, 1 - self._filled(client).level) * 60 / self._per_minute
 
     def spend(self, client: str, amount: float) -> None:
-        """Count something; what was spent beyond the limit must be waited for."""
+        """Count an amount; what exceeds the limit has to be waited for."""
         if self._per_minute:
             self._filled(client).level -= amount
 
@@ -72,7 +74,7 @@ class Rate:
         now = time.monotonic()
         bucket = self._buckets.get(client)
         if bucket is None:
-            if len(self._buckets) >= _MOST_CLIENTS:
+            if len(self._buckets) >= _MAX_CLIENTS:
                 self._buckets = {c: b for c, b in self._buckets.items() if now - b.filled_s < 60}
             bucket = self._buckets[client] = _Bucket(self._per_minute, now)
         bucket.level = min(self._per_minute, bucket.level + (now - bucket.filled_s) * self._per_minute / 60)
@@ -82,7 +84,7 @@ class Rate:
 
 @dataclass
 class _Held:
-    """Places of a request, and how many must free them: itself, and its answers."""
+    """The places of a request, and how many holders have to free them: the request itself, and its answers."""
 
     client: str
     count: int = 0
@@ -91,61 +93,74 @@ class _Held:
 
 @dataclass(frozen=True)
 class AccessRules:
-    """What is asked of clients.
+    """The limits for clients.
 
     Args:
-        keys: one of them must come; none: everybody may ask, and counts by address.
+        keys: of which a request needs one; none: anybody may send requests, and is counted by address.
         admin_keys: keys that may also change the model; none: every client may.
-        requests_per_minute, tokens_per_minute: of each key, prompt and answer together; 0: any number.
-        most_requests: under way or waiting at once, of all clients; 0: any number.
-        requests_per_key: of them, those of one key; 0: any number.
-        shares_prefixes: whether a prompt may begin with what was computed for another key.
+        requests_per_minute: of each key; 0: no limit.
+        tokens_per_minute: of each key, prompts and answers together; 0: no limit.
+        max_requests: under way or waiting at once, of all clients; 0: no limit.
+        requests_per_key: under way or waiting at once, of one key; 0: no limit.
+        shares_prefixes: whether a prompt may use a prefix that was computed for another key.
     """
 
     keys: tuple[str, ...] = ()
     admin_keys: tuple[str, ...] = ()
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
-    most_requests: int = 0
+    max_requests: int = 0
     requests_per_key: int = 0
     shares_prefixes: bool = False
 
 
 class Access:
-    """What is checked before a request is read, and counted until it has ended."""
+    """The checks of requests before they are read, and the counts of those under way."""
 
     def __init__(self, rules: AccessRules) -> None:
         self._rules = rules
         self._known_keys = rules.keys + rules.admin_keys
         self._requests, self._tokens = Rate(rules.requests_per_minute), Rate(rules.tokens_per_minute)
-        self._places: Counter[str] = Counter()  # that each client's requests have now
+        self._places: Counter[str] = Counter()  # client -> places that its requests hold now
         self._salt_key = secrets.token_bytes(32)
 
     # ---- keys
 
     def has_key(self, request: Request) -> bool:
-        """Whether a request brings a key of ours, or needs none."""
+        """Return whether a request has a valid key, or needs none."""
         return not self._rules.keys or any(_is_one_of(key, self._known_keys) for key in _keys_of(request))
 
     def key_of(self, request: Request) -> str:
-        """Return the key that a request brings, ours if there are several; empty if none."""
-        found = _keys_of(request)
-        return next((key for key in found if _is_one_of(key, self._known_keys)), found[0] if found else "")
+        """Return the key of a request, a valid one if it has several; empty if none."""
+        keys = _keys_of(request)
+        return next((key for key in keys if _is_one_of(key, self._known_keys)), keys[0] if keys else "")
 
     def check_key(self, request: Request) -> None:
-        """Raise an HTTPException if a request needs a key and brings none."""
+        """Check a request's key.
+
+        Raises:
+            HTTPException: it needs a key and has no valid one.
+        """
         if not self.has_key(request):
             raise HTTPException(401, "this server needs an API key: Authorization: Bearer KEY")
 
     def check_admin(self, request: Request) -> None:
-        """Raise an HTTPException if a request may not change the model."""
+        """Check that a request may change the model.
+
+        Raises:
+            HTTPException: it may not.
+        """
         if self._rules.admin_keys and not any(_is_one_of(key, self._rules.admin_keys) for key in _keys_of(request)):
             raise HTTPException(403, "another model is loaded now, and only a key of --admin-key-file may change that")
 
     # ---- rates
 
     def count_request(self, request: Request) -> None:
-        """Raise an HTTPException if this client has had enough for now."""
+        """Count a request against the rate of its client.
+
+        Raises:
+            HTTPException: the client has used up its requests or tokens for now.
+        """
         client = self._client(request)
         wait_s = max(self._requests.wait_s(client), self._tokens.wait_s(client))
         if wait_s > 0:
@@ -155,27 +170,33 @@ class Access:
         self._requests.spend(client, 1)
 
     def count_tokens(self, request: Request, number: int) -> None:
+        """Count tokens against the rate of a request's client."""
         self._tokens.spend(self._client(request), number)
 
     # ---- places
 
     def check_choices(self, request: Request, field: str, count: int) -> None:
-        """Raise a FieldError if so many answers to one request can never be under way at once.
+        """Check that this many answers to one request can be under way at once, when nothing else is.
 
         Args:
-            field: of the body, that asks for so many.
+            request: the request.
+            field: of the body, which asks for this many.
+            count: number of answers.
+
+        Raises:
+            FieldError: they never can.
         """
         rules, who = self._rules, self._client(request).partition(" ")[0]
-        for most, whose, options in (
+        for limit, whose, options in (
             (rules.requests_per_key, f"this {who}", "--requests-per-key"),
-            (rules.most_requests, "this server", "--max-batch-size and --max-queue"),
+            (rules.max_requests, "this server", "--max-batch-size and --max-queue"),
         ):
-            if most and count > most:
-                why = f"{field} asks for {count} answers at once, and {whose} may have {most} ({options})"
+            if limit and count > limit:
+                why = f"{field} asks for {count} answers at once, and {whose} may have {limit} ({options})"
                 raise FieldError(field, why)
 
     def take_places(self, request: Request, count: int) -> None:
-        """Count so many answers more as under way, until all who hold the request's places have freed them.
+        """Count this many more answers as under way, until every holder of the request's places has freed them.
 
         Raises:
             HTTPException: that would be too many, of this client or of all.
@@ -183,13 +204,13 @@ class Access:
         client, rules = self._client(request), self._rules
         taken = self._places[client]
         if rules.requests_per_key and taken + count > rules.requests_per_key:
-            who, most = client.partition(" ")[0], rules.requests_per_key
+            who, limit = client.partition(" ")[0], rules.requests_per_key
             has = f"{count_of(taken, 'request')} under way or waiting"
-            why = f"this {who} has {has}, and may have {most} at once: try again later"
+            why = f"this {who} has {has}, and may have {limit} at once: try again later"
             raise HTTPException(429, why, _RETRY_AFTER)
-        if rules.most_requests and self._places.total() + count > rules.most_requests:
+        if rules.max_requests and self._places.total() + count > rules.max_requests:
             has = f"{count_of(self._places.total(), 'request')} under way or waiting"
-            why = f"this server has {has}, and may have {rules.most_requests} at once: try again later"
+            why = f"this server has {has}, and may have {rules.max_requests} at once: try again later"
             raise HTTPException(429, why, _RETRY_AFTER)
         self._places[client] += count
         held = self._held_by(request) or _Held(client)
@@ -197,12 +218,12 @@ class Access:
         request.state.places = held
 
     def hold_places(self, request: Request) -> None:
-        """Let a request's places last for one more who frees them: its answers may go on without it."""
+        """Add a holder who has to free a request's places, too: its answers may go on without it."""
         if held := self._held_by(request):
             held.num_holders += 1
 
     def free_places(self, request: Request) -> None:
-        """One of those who hold a request's places doesn't need them any more."""
+        """Free a request's places on behalf of one holder; they are free when all holders have done so."""
         held = self._held_by(request)
         if held is None:
             return
@@ -216,7 +237,7 @@ class Access:
         return getattr(request.state, "places", None)
 
     def _client(self, request: Request) -> str:
-        """Whose rate and places a request counts in: its key's, or else its address's."""
+        """Return whom a request counts for: the holder of its key, or else its address."""
         if self._rules.keys and self.has_key(request):
             return f"key {self.key_of(request)}"
         return f"address {network_of(request.client.host)}" if request.client else ""
@@ -224,17 +245,18 @@ class Access:
     # ---- prefixes
 
     def cache_salt(self, request: Request, body: dict[str, Any]) -> str:
-        """Return whose cached prompts a request may begin with: those with the same salt. Takes `cache_salt` out of a
-        body, which parts a key's own requests further, as vLLM has it.
+        """Return the salt of a request's cached prompts; it may use prefixes only of requests with the same salt.
+
+        Removes `cache_salt` from the body, with which clients can separate requests of one key further, as in vLLM.
 
         Raises:
-            FieldError: it is no text.
+            FieldError: `cache_salt` isn't a text, or too long.
         """
         given = body.pop("cache_salt", None)
-        if given is not None and not (isinstance(given, str) and 0 < len(given) <= _LONGEST_SALT):
-            raise FieldError("cache_salt", f"cache_salt must be a text of 1 to {_LONGEST_SALT} characters")
+        if given is not None and not (isinstance(given, str) and 0 < len(given) <= _MAX_SALT_CHARS):
+            raise FieldError("cache_salt", f"cache_salt must be a text of 1 to {_MAX_SALT_CHARS} characters")
         key = self.key_of(request) if self._rules.keys and not self._rules.shares_prefixes else ""
         if not key and given is None:
             return ""
-        # Ranks learn neither the key nor what could be compared with guesses of it.
+        # A keyed hash: ranks learn neither the key nor anything that guesses of it could be compared with.
         return hmac.new(self._salt_key, json.dumps([key, given]).encode(), hashlib.sha256).hexdigest()

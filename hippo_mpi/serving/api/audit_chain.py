@@ -1,10 +1,12 @@
-"""The chain of an audit log, and its end: written with a key, and checked with it.
+"""The hash chain of an audit log and its anchor, written and checked with a key.
 
-Every line has the SHA-256 of the line before, and a MAC (HMAC-SHA256) of its own. The anchor, a small file beside the log,
-has the number of lines and the hash of the last one, under a MAC, too: so without the key no line can be changed, dropped,
-added or moved, the last ones neither. Logs of before had no key: their lines are chained by hashes alone, until the first
-line with a MAC follows. It seals them: under the key are its own number, and thus theirs, and the hash of their last one
-(and until it comes, in the anchor). Where there is a key, lines without a MAC and a seal are mistakes.
+Every line has the SHA-256 of the line before, and a MAC (HMAC-SHA256) of its own. The anchor, a small file beside the
+log, has the number of lines and the hash of the last one, with a MAC, too. So without the key no line can be changed,
+dropped, added or moved, not even the last ones.
+
+Logs of older versions had no key: their lines are chained by hashes alone. The first line with a MAC that follows seals
+them, since its MAC covers its own number, which tells theirs, and the hash of their last line; until it is written, the
+anchor does so. Where there is a key, lines without a MAC that nothing seals are mistakes.
 """
 
 from __future__ import annotations
@@ -25,20 +27,23 @@ from hippo_mpi.errors import UserError
 from hippo_mpi.units import count_of
 
 FIRST = "0" * 64
-"""What the first line of all has instead of a hash."""
-_ANCHOR_BYTES = 512  # a disk's sector: written as a whole, or not at all
+"""The previous hash of a log's very first line."""
+_ANCHOR_BYTES = 512  # one disk sector, which is written completely or not at all
 _BROKEN = "doesn't follow the line before: one was changed, dropped or moved"
 _SEALED = re.compile(rb'(.*), "mac": "([0-9a-f]{64})"\}', re.DOTALL)
 
 
 class ChainKey:
-    """A log's secret. Lines, anchors and texts have MACs of different kinds, so that none can be had as another."""
+    """The secret key of a log.
+
+    Lines, anchors and texts have MACs of different kinds, so that the MAC of one can't stand in for another's.
+    """
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
 
     def text_digest(self, text: str) -> str:
-        """Return what stands for a text: who hasn't the key can't try short ones."""
+        """Return the digest that stands for a text; without the key, short texts can't be found by trying."""
         return self._mac(b"text", text.encode("utf-8", "surrogatepass"))
 
     def sealed(self, fields: dict[str, Any], kind: bytes = b"line") -> bytes:
@@ -47,24 +52,24 @@ class ChainKey:
         return body[:-1] + b', "mac": "%s"}' % self._mac(kind, body).encode()
 
     def is_sealed(self, line: bytes, kind: bytes = b"line") -> bool:
-        """Whether a JSON object has the MAC that belongs to it."""
-        found = _SEALED.fullmatch(line)
-        return bool(found) and hmac.compare_digest(found[2].decode(), self._mac(kind, found[1] + b"}"))  # type: ignore[index]
+        """Return whether a JSON object has the MAC that belongs to it."""
+        match = _SEALED.fullmatch(line)
+        return bool(match) and hmac.compare_digest(match[2].decode(), self._mac(kind, match[1] + b"}"))  # type: ignore[index]
 
     def _mac(self, kind: bytes, data: bytes) -> str:
         return hmac.new(self._secret, kind + b"\0" + data, hashlib.sha256).hexdigest()
 
 
 def key_path_of(log: Path) -> Path:
-    """Where the key of a log is, if nobody says otherwise: beside it, also for one of its older files."""
+    """Return the default path of a log's key, which is beside it; `log` may be one of its older files."""
     return log.with_name(f"{re.sub(r'[.][0-9]+$', '', log.name)}.key")
 
 
 def read_key(path: Path) -> ChainKey | None:
-    """Read a key; None if there is none.
+    """Read a key; None if the file doesn't exist.
 
     Raises:
-        UserError: it can't be read, or is something else.
+        UserError: it can't be read, or isn't a key.
     """
     try:
         text = path.read_text().strip()
@@ -78,10 +83,10 @@ def read_key(path: Path) -> ChainKey | None:
 
 
 def make_key(path: Path) -> ChainKey:
-    """Make a key that only this user may read.
+    """Create a key file that only this user may read.
 
     Raises:
-        OSError: it can't be written.
+        OSError: it can't be written, or exists already.
     """
     secret = secrets.token_bytes(32)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -96,8 +101,15 @@ def make_key(path: Path) -> ChainKey:
 
 @dataclass(frozen=True)
 class Anchor:
-    """Where a log ends: `num_lines` of all its files, of which the last one, with that hash, is from `start` to `end` (bytes)
-    of the file that is, or will be, number `file`."""
+    """The end of a log.
+
+    Args:
+        num_lines: of all its files.
+        last_hash: of the last line.
+        file: number that the current file has, or will have when it is set aside.
+        start: offset of the last line in it, in bytes.
+        end: offset of the last line's end, in bytes.
+    """
 
     num_lines: int = 0
     last_hash: str = FIRST
@@ -106,21 +118,22 @@ class Anchor:
     end: int = 0
 
     def followed_by(self, line: bytes) -> Anchor:
-        """The end after another line (without its newline)."""
+        """Return the end after another line, given without its newline."""
         end = self.end + len(line) + 1
         return Anchor(self.num_lines + 1, hash_of(line), self.file, self.end, end)
 
     def written(self, key: ChainKey) -> bytes:
-        """As it stands in a file."""
+        """Return the content of an anchor file."""
         return key.sealed(asdict(self), b"anchor").ljust(_ANCHOR_BYTES - 1) + b"\n"
 
 
 def anchor_path_of(log: Path) -> Path:
+    """Return the path of a log's anchor."""
     return log.with_name(f"{log.name}.anchor")
 
 
 def read_anchor(log: Path, key: ChainKey) -> Anchor | None:
-    """Read a log's anchor; None if there is none, or half of one.
+    """Read a log's anchor; None if it is missing or incomplete.
 
     Raises:
         UserError: it can't be read, or was made with another key.
@@ -141,11 +154,12 @@ def read_anchor(log: Path, key: ChainKey) -> Anchor | None:
 
 
 def hash_of(line: bytes) -> str:
+    """Return the SHA-256 of a line without its newline, in hexadecimal."""
     return hashlib.sha256(line).hexdigest()
 
 
 def numbers_of(log: Path) -> list[int]:
-    """The numbers of a log's older files that are there, oldest first."""
+    """Return the numbers of a log's older files that exist, oldest first."""
     names = (path.name.removeprefix(f"{log.name}.") for path in log.parent.glob(f"{_escaped(log.name)}.*"))
     return sorted(int(name) for name in names if name.isdecimal() and name.isascii())
 
@@ -155,13 +169,13 @@ def _escaped(name: str) -> str:
 
 
 def files_of(log: Path, since: int = 1) -> list[Path]:
-    """The files of a log that are there, oldest first, from number `since` on."""
+    """Return the files of a log that exist, oldest first, from number `since` on."""
     older = [log.with_name(f"{log.name}.{number}") for number in numbers_of(log) if number >= since]
     return [*older, *([log] if log.exists() else [])]
 
 
 def lines_of(path: Path, start: int = 0) -> Iterator[bytes]:
-    """Yield the lines of a file, each with its newline, from a byte on.
+    """Yield the lines of a file, each with its newline, from byte `start` on.
 
     Raises:
         UserError: it can't be read.
@@ -176,10 +190,10 @@ def lines_of(path: Path, start: int = 0) -> Iterator[bytes]:
 
 @dataclass
 class Chain:
-    """A log as it is read, line by line: where it begins and ends, what it notes of itself, and what is wrong with it.
+    """The state of reading a log line by line: what was read so far, the log's own notes, and its mistakes.
 
     Args:
-        key: None: lines with MACs are mistakes.
+        key: of the log; None: lines with MACs are mistakes.
     """
 
     key: ChainKey | None
@@ -188,19 +202,22 @@ class Chain:
     num_before: int | None = 0  # lines in older files that aren't here; None: an unknown number
     num_unkeyed: int = 0
     is_keyed: bool = False  # whether any line has a MAC
-    is_astray: bool = False  # after a line that isn't itself: what it was, and so what follows it, nobody knows
+    is_astray: bool = False  # the last line isn't the original: its hash, and so what has to follow, is unknown
     last_gap: int = 0  # number of the last line that notes that lines before it may have been dropped
-    noted_at: int = 0  # number of the line with the hash that somebody has noted
-    last_bytes: int = 0  # of the last line, with its newline
-    torn_bytes: int = 0  # behind it
+    noted_at: int = 0  # number of the line whose hash was given to `read_chain`
+    last_bytes: int = 0  # length of the last line, with its newline
+    torn_bytes: int = 0  # of an incomplete line behind it
     mistakes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def take(self, path: Path, number: int, line: bytes, is_first: bool = False) -> bool:
-        """Check the next line, number `number` in its file; whether nothing is wrong with it.
+        """Check the next line; return True if nothing is wrong with it.
 
         Args:
-            is_first: of all that are here.
+            path: of its file.
+            number: of the line in that file, from 1.
+            line: without its newline.
+            is_first: whether it is the first line of all files that exist.
         """
         mistake = self._mistake_of(path, number, line, is_first)
         self.is_astray = mistake not in (None, _BROKEN)
@@ -227,7 +244,7 @@ class Chain:
             if is_first and fields["line"] > 1:
                 self.num_before = self.num_lines = fields["line"] - 1
                 self.last_hash = previous
-            elif self.num_before is None:  # now it is known
+            elif self.num_before is None:  # the first line with a MAC tells
                 self.num_lines = fields["line"] - 1
                 self.num_before = self.num_lines - self.num_unkeyed
             if "note" in fields:
@@ -237,7 +254,7 @@ class Chain:
 
     def _mistake_of_mac(self, number: int, line: bytes, fields: dict[str, Any]) -> str | None:
         was_keyed, self.is_keyed = self.is_keyed, True
-        if self.key is None:  # which is told once
+        if self.key is None:  # a mistake of the first line with a MAC only
             return None if was_keyed else "can't be checked: the key isn't there (--audit-key)"
         if not self.key.is_sealed(line):
             return "was changed, or written with another key than this"
@@ -253,13 +270,14 @@ def read_chain(
     last_hash: str | None = None,
     num_lines: int | None = None,
 ) -> Chain:
-    """Check every line of a log and, if its end was noted, that nothing of what was there then is missing.
+    """Check every line of a log and, if an earlier end is known, that nothing up to there is missing.
 
     Args:
         files: oldest first.
-        anchor: the end that the log itself has noted.
-        last_hash: of the last line when somebody else noted it.
-        num_lines: of all files at that time; lines that came later are no mistake.
+        key: of the log; None: it has none.
+        anchor: the end that the log's own anchor has.
+        last_hash: of the last line at an earlier time, as somebody noted it.
+        num_lines: of all files at that time; later lines are no mistake.
 
     Raises:
         UserError: a file can't be read.
@@ -282,7 +300,7 @@ def read_chain(
 
 
 def _missing(chain: Chain, anchor: Anchor | None, last_hash: str | None, num_lines: int | None) -> str | None:
-    """Say what an unbroken chain lacks of what was noted of it, or of a seal."""
+    """Return what an unbroken chain lacks: lines that the anchor or a note has, or a seal; None: nothing."""
     for wanted in (anchor.num_lines if anchor else 0, num_lines or 0):
         if chain.num_lines < wanted:
             return _dropped(chain, wanted)
@@ -302,8 +320,8 @@ def _missing(chain: Chain, anchor: Anchor | None, last_hash: str | None, num_lin
 
 
 def _dropped(chain: Chain, wanted: int) -> str:
-    found = f"the log has {chain.num_lines:,} of {wanted:,} lines"
+    has = f"the log has {chain.num_lines:,} of {wanted:,} lines"
     if chain.torn_bytes:
-        return f"{found}, and {chain.torn_bytes:,} bytes of another: the rest was cut off"
+        return f"{has}, and {chain.torn_bytes:,} bytes of another: the rest was cut off"
     count = wanted - chain.num_lines
-    return f"{found}: {f'its last {count} lines were' if count > 1 else 'its last line was'} dropped"
+    return f"{has}: {f'its last {count} lines were' if count > 1 else 'its last line was'} dropped"

@@ -1,8 +1,8 @@
-"""Who asked for what, when, and how it ended: JSON lines in a chain that a key holds together (audit_chain.py).
+"""The audit log: who asked for what, when, and how it ended, as JSON lines in a hash chain with a key (audit_chain.py).
 
-A line is written as a whole when its request ends, so a kill takes none; a thread brings it to disk (fsync), and then the
-anchor, as soon as the disk lets it, at most every _SYNC_EVERY_S. What can't be written costs no answer: the next line that
-can says what is missing.
+A line is written completely when its request ends, so that a kill loses none; a thread syncs it to disk, and then the
+anchor, as soon as the disk permits, at most every _SYNC_INTERVAL_S. Requests are answered even if their lines can't be
+written: the next line that can be says how many are missing.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from hippo_mpi.serving.api.audit_start import find_end
 from hippo_mpi.units import count_of
 
 _log = logging.getLogger(__name__)
-_MOST_BYTES = 64 << 20  # then a new file begins
-_SYNC_EVERY_S = 0.5
-_COMPLAIN_EVERY_S = 60.0
+_MAX_FILE_BYTES = 64 << 20  # then a new file begins
+_SYNC_INTERVAL_S = 0.5
+_COMPLAINT_INTERVAL_S = 60.0
 
 
 def key_id(key: str) -> str:
-    """Return a name for an API key that doesn't give it away."""
+    """Return a name for an API key that doesn't reveal it."""
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class _Written:
-    """What is in the log: where it ends, and of this process how many requests, and how many lost ones lines tell of."""
+    """What the log has: its end, this process's requests, and how many lost requests its notes account for."""
 
     end: Anchor
     num_requests: int = 0
@@ -45,27 +45,30 @@ class _Written:
 
 
 class AuditLog:
-    """Appends to a file; one that has grown large is set aside as FILE.1, FILE.2 ... and the chain goes on in a new one.
+    """An audit log that is appended to, and locked until it is closed.
 
-    Those may be moved away: their numbers aren't given again. Nobody else may write the log until it is closed.
+    A file that has grown large becomes FILE.1, FILE.2 ..., and a new one continues the chain. Those may be moved away:
+    their numbers aren't used again.
 
     Args:
-        has_text: whether prompts and answers are written down, too, and not only their digests.
-        key_path: where the key is, or is made; beside the log if not given.
+        path: of the current file.
+        has_text: whether prompts and answers are written, too, and not only their digests.
+        key_path: of the key, which is created if it is missing; None: beside the log.
+        max_bytes: the size beyond which a new file begins.
 
     Raises:
         UserError: the file can't be written, another process writes it, or its chain is broken already.
     """
 
     def __init__(
-        self, path: Path, has_text: bool = False, key_path: Path | None = None, most_bytes: int = _MOST_BYTES
+        self, path: Path, has_text: bool = False, key_path: Path | None = None, max_bytes: int = _MAX_FILE_BYTES
     ) -> None:
-        path = path.resolve()  # beside the file itself, wherever links to it are
-        self._path, self.has_text, self._most_bytes = path, has_text, most_bytes
+        path = path.resolve()  # the log's other files are beside the file itself, not beside links to it
+        self._path, self.has_text, self._max_bytes = path, has_text, max_bytes
         self.num_lost = 0
-        """Requests of this process that aren't in the log."""
-        self._reason = ""  # why the last ones were lost
-        self._wanted_bytes, self._complained_s = 0, -_COMPLAIN_EVERY_S
+        """Number of requests of this process that aren't in the log."""
+        self._reason = ""  # why the last of them were lost
+        self._wanted_bytes, self._complained_s = 0, -_COMPLAINT_INTERVAL_S
         self._has_half_a_line, self._sync_error = False, ""
         self._sync_lock, self._is_dirty, self._is_closed = threading.Lock(), threading.Event(), threading.Event()
         try:
@@ -76,7 +79,7 @@ class AuditLog:
                 self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
                 self._anchor = open_no_link(anchor_path_of(path))
                 sync_folder(path.parent)
-                with contextlib.suppress(OSError):  # else notes come with the first request
+                with contextlib.suppress(OSError):  # the notes are then written with the first request
                     self._append()
                 self._bring_to_disk()
             except BaseException:
@@ -85,12 +88,12 @@ class AuditLog:
         except OSError as error:
             raise UserError(f"the audit log {path} can't be written: {error.strerror}") from None
         _log.info("audit log %s: %s", path, _told(end))
-        self._thread = threading.Thread(target=self._sync_again_and_again, name="hippo-audit", daemon=True)
+        self._thread = threading.Thread(target=self._keep_syncing, name="hippo-audit", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Bring all to disk, and let others write."""
+        """Sync everything to disk, and release the lock."""
         atexit.unregister(self.close)
         self._is_closed.set()
         self._is_dirty.set()
@@ -100,11 +103,11 @@ class AuditLog:
         self._lock.release()
 
     def text_digest(self, text: str) -> str:
-        """Return what stands for a text in this log."""
+        """Return the digest that stands for a text in this log."""
         return self._key.text_digest(text)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add a line, or note in the next one that it is missing."""
+        """Append a request's record; if that fails, count it as lost, and let the next line say so."""
         try:
             self._append(record)
         except OSError as error:
@@ -114,7 +117,7 @@ class AuditLog:
             self._complain(f"can't be written ({error.strerror}): {lacks}")
 
     def is_writable(self) -> bool:
-        """Whether the last request could be written down or, if not, there is room for one like it by now."""
+        """Return whether the last request could be written or, if not, there is room for one like it by now."""
         if self.num_lost == self._written.num_noted and not self._sync_error:
             return True
         try:
@@ -127,14 +130,14 @@ class AuditLog:
         return True
 
     def _append(self, *records: dict[str, Any]) -> None:
-        """Write notes that are due, and records, all or nothing.
+        """Write pending notes and the records, all or nothing.
 
         Raises:
             OSError: nothing was written.
         """
         if self._sync_error:
             self._take_back()
-        if self._written.end.end > self._most_bytes:
+        if self._written.end.end > self._max_bytes:
             self._begin_file()
         before = self._written
         notes = list(self._notes)
@@ -155,7 +158,7 @@ class AuditLog:
         self._is_dirty.set()
 
     def _take_back(self) -> None:
-        """Take back the lines that may not have reached the disk: nobody knows which of them did."""
+        """Cut off the lines since the last sync, which has failed: which of them reached the disk is unknown."""
         with self._sync_lock:
             os.ftruncate(self._file, self._on_disk.end.end)
             self.num_lost += self._written.num_requests - self._on_disk.num_requests
@@ -179,16 +182,16 @@ class AuditLog:
             raise
 
     def _complain(self, what: str) -> None:
-        """Log an error, but not the same for every request."""
+        """Log an error, at most one every _COMPLAINT_INTERVAL_S."""
         now = time.monotonic()
-        if now - self._complained_s > _COMPLAIN_EVERY_S:
+        if now - self._complained_s > _COMPLAINT_INTERVAL_S:
             self._complained_s = now
             _log.error("the audit log %s %s", self._path, what)
 
     # ---- files
 
     def _begin_file(self) -> None:
-        """Set the file aside under a number that no other had, and begin a new one; if that can't be, go on in the old."""
+        """Rename the file to a number that none had before, and begin a new one; if that fails, go on with the old."""
         try:
             number = max([self._written.end.file, *(number + 1 for number in numbers_of(self._path))])
             new, new_path = create_beside(self._path)
@@ -209,12 +212,12 @@ class AuditLog:
         except OSError as error:
             self._complain(f"grows: no new file can be begun ({error.strerror})")
 
-    def _sync_again_and_again(self) -> None:
+    def _keep_syncing(self) -> None:
         while not self._is_closed.is_set():
             self._is_dirty.wait()
             self._is_dirty.clear()
             self._sync()
-            self._is_closed.wait(_SYNC_EVERY_S)
+            self._is_closed.wait(_SYNC_INTERVAL_S)
         self._sync()
 
     def _sync(self) -> None:
@@ -225,15 +228,16 @@ class AuditLog:
             self._complain(f"can't be brought to disk ({error.strerror})")
 
     def _bring_to_disk(self) -> None:
-        """Bring all lines to disk, and only then the anchor, so that it never tells of a line that a power cut took.
+        """Sync all lines to disk, and only then the anchor, so that it never has a line that a power cut has taken.
 
-        There is none while notes are due: a next start would have nothing to note, and nobody would learn of them.
+        While notes are pending no anchor is written: with one, the next start would find nothing to note, and they
+        would be lost.
 
         Raises:
-            OSError: the disk (of a network, say) has no room for them after all, or is broken.
+            OSError: the disk (for example of a network) has no room for them after all, or is broken.
         """
         if self._sync_error:
-            return  # another call may succeed all the same: what it didn't write is forgotten
+            return  # another fsync might succeed, although what the failed one didn't write is lost
         written = self._written
         try:
             os.fsync(self._file)
@@ -248,7 +252,7 @@ class AuditLog:
 
 
 def _told(end: Anchor) -> str:
-    """Say where a log goes on, for whoever keeps what servers say elsewhere."""
+    """Return where an audit log goes on, for the server's log: whoever keeps that can verify this end later."""
     if not end.num_lines:
         return "a new one"
     return (
@@ -258,10 +262,10 @@ def _told(end: Anchor) -> str:
 
 
 def _change_places(new: Path, current: Path, older: Path) -> None:
-    """Rename the current file to the older one, and the new one to the current.
+    """Rename the current file to `older`, and the new one to `current`.
 
     Raises:
-        OSError: all is as it was.
+        OSError: that failed; the files have their old names.
     """
     current.rename(older)
     try:

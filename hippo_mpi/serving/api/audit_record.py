@@ -1,4 +1,4 @@
-"""What an audit log says of a request. Texts are digests, unless the log has texts."""
+"""The record of a request in an audit log, with digests instead of texts unless the log keeps texts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from hippo_mpi.serving.supervision.catalogue import ServedModel
 
 @dataclass(frozen=True)
 class EndedRequest:
-    """What is told of a request that has ended.
+    """A request that has ended, as the audit log sees it.
 
     Args:
-        id: that its answer went out with.
-        key: the name of the key that it brought, from `key_id`.
-        sampling: as it was asked for.
-        prompts: tokens of each.
-        answers: tokens of each, and how it ended.
+        id: of its answer.
+        key: the name of its API key, from `key_id`; None: it had none.
+        endpoint: path of the endpoint.
+        sampling: the parameters of the request.
+        prompts: the tokens of each prompt.
+        answers: the tokens of each answer, and how it ended.
     """
 
     id: str
@@ -33,7 +34,7 @@ class EndedRequest:
 
 
 def request_record(log: AuditLog, ended: EndedRequest, model: ServedModel) -> dict[str, Any]:
-    """Return the record of a request."""
+    """Return the record of a request, as a JSON object."""
     prompt = "".join(model.tokenizer.decode(tokens) for tokens in ended.prompts)
     record: dict[str, Any] = {
         "id": ended.id,
@@ -50,13 +51,13 @@ def request_record(log: AuditLog, ended: EndedRequest, model: ServedModel) -> di
 
 def _choice(log: AuditLog, tokens: list[int], outcome: str, model: ServedModel) -> dict[str, Any]:
     text = model.tokenizer.decode(tokens)
-    # The message of an error may quote what was asked.
+    # The message of an error may quote the prompt.
     told = {"tokens": len(tokens), "outcome": outcome if log.has_text else outcome.partition(":")[0]}
     return {**told, "digest": log.text_digest(text), **({"text": text} if log.has_text else {})}
 
 
 def _parameters(log: AuditLog, sampling: SamplingParams, model: ServedModel) -> dict[str, Any]:
-    """Return those that aren't the model's defaults, as they were asked for."""
+    """Return the parameters that differ from the model's defaults; texts as digests, unless the log keeps texts."""
     given = {name: value for name, value in asdict(sampling).items() if value != getattr(model.defaults, name)}
     if given.get("min_tokens") == IGNORING_EOS:
         del given["min_tokens"]

@@ -1,4 +1,4 @@
-"""What an audit log adds up to: requests, tokens and errors, by key, model and day."""
+"""Sums over an audit log: requests, tokens and errors, by key, model and day."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ GROUPS = ("key", "model", "endpoint", "day", "month")
 
 @dataclass
 class Sums:
-    """Of the requests of a group."""
+    """The sums of a group of requests."""
 
     requests: int = 0
     prompt_tokens: int = 0
     answer_tokens: int = 0
-    errors: int = 0  # requests of which an answer ended so
-    aborted: int = 0  # by their clients
+    errors: int = 0  # requests of which an answer ended with an error
+    aborted: int = 0  # requests of which an answer was aborted by the client
 
     def take(self, record: dict[str, Any]) -> None:
+        """Add a request's record."""
         outcomes = [str(choice["outcome"]) for choice in record["choices"]]
         self.requests += 1
         self.prompt_tokens += record["prompt_tokens"]
@@ -35,21 +36,28 @@ class Sums:
 
 @dataclass
 class Report:
-    """Sums by group (its values in the order in which they were asked for), and what isn't in them."""
+    """Sums by group, and what they don't include.
+
+    Args:
+        by: the names of GROUPS that make up a group, in the order of the keys of `groups`.
+        groups: the sums.
+        num_lost: requests that couldn't be written to the log.
+        num_unreadable: lines that couldn't be read.
+    """
 
     by: tuple[str, ...]
     groups: dict[tuple[str, ...], Sums] = field(default_factory=dict)
-    num_lost: int = 0  # requests that couldn't be written down
-    num_unreadable: int = 0  # lines
+    num_lost: int = 0
+    num_unreadable: int = 0
 
     def rows(self) -> list[dict[str, Any]]:
-        """The groups with their sums, sorted."""
+        """Return the groups with their sums, sorted."""
         return [
             {**dict(zip(self.by, group, strict=True)), **asdict(self.groups[group])} for group in sorted(self.groups)
         ]
 
     def table(self) -> str:
-        """The same for people, with a last row for all."""
+        """Return the groups as a text table, with their total in the last row."""
         total = Sums(
             *(sum(column) for column in zip(*(asdict(one).values() for one in self.groups.values()), strict=True))
         )
@@ -72,8 +80,9 @@ def make_report(files: Sequence[Path], by: Sequence[str], since: datetime | None
     """Add up a log's requests.
 
     Args:
-        by: some of GROUPS; days and months are UTC's.
-        since: what ended before isn't counted.
+        files: of the log.
+        by: names of GROUPS; days and months are in UTC.
+        since: requests that ended before aren't counted; None: all are.
 
     Raises:
         UserError: a file can't be read.

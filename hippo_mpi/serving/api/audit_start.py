@@ -1,4 +1,4 @@
-"""The start of an audit log: where it ends, and what kills, power cuts and older versions have left there."""
+"""The start of an audit log: its end is found, and what kills, power cuts and older versions left there is repaired."""
 
 from __future__ import annotations
 
@@ -32,10 +32,13 @@ _GAP = "no anchor was found, though the key is older than this start: lines befo
 
 
 def find_end(log: Path, key_path: Path) -> tuple[ChainKey, Anchor, list[dict[str, Any]]]:
-    """Find a log's key and end, and the notes that are to be its next lines. What no line goes on from is set aside.
+    """Find a log's key and end, and set aside what is behind its last valid line.
 
-    With an anchor only what came after it is read; without, all is. A log of before, which had no key, stays as it is,
-    under a number, and the chain goes on from its last line in a new file.
+    With an anchor only what follows it is read; without one, everything is. A log of an older version, which had no
+    key, is renamed to a numbered file, and the chain goes on from its last line in a new one.
+
+    Returns:
+        The key, which is made if there is none; the end; and notes that are to become the log's next lines.
 
     Raises:
         UserError: lines are missing or were changed, or have no MAC although the key is older; or the key is missing.
@@ -69,7 +72,7 @@ def _anew(log: Path) -> str:
 
 
 def _after_anchor(log: Path, key: ChainKey, anchor: Anchor) -> Anchor:
-    """Go from the anchor to the end of the last line that follows."""
+    """Return the end of the last valid line that follows the anchor."""
     files = files_of(log, anchor.file)
     if anchor.end and (not files or not _has_line(files[0], anchor)):
         raise UserError(
@@ -78,7 +81,7 @@ def _after_anchor(log: Path, key: ChainKey, anchor: Anchor) -> Anchor:
         )
     chain = Chain(key, anchor.num_lines, anchor.last_hash, is_keyed=True)
     end = replace(anchor, file=max([anchor.file, *(number + 1 for number in numbers_of(log))]))
-    for path in files:  # several if the log was continued in another file just before a kill
+    for path in files:  # several if the log was continued in a new file just before a kill
         is_anchored = path == files[0] and anchor.end > 0
         if not is_anchored:
             end = replace(end, start=0, end=0)
@@ -105,13 +108,13 @@ def _end_of(chain: Chain, log: Path) -> Anchor:
 
 
 def _set_tail_aside(log: Path, end: Anchor) -> list[dict[str, Any]]:
-    """Cut off what is behind the last line: half a line, or what a power cut has left. Return a note of it."""
+    """Move what is behind the last line (half a line, or what a power cut left) to a file; return a note of it."""
     num_bytes = log.stat().st_size - end.end if log.exists() else 0
     if not num_bytes:
         return []
     aside = log.with_name(f"{log.name}.torn-{time.time_ns()}")
     note = f"{num_bytes} bytes behind the last line, which a kill or a power cut has left, were set aside"
-    with contextlib.suppress(OSError), log.open("rb") as stream:  # on a full disk they are only cut off
+    with contextlib.suppress(OSError), log.open("rb") as stream:  # on a full disk it is only cut off
         stream.seek(end.end)
         with aside.open("xb") as copy:
             copy.write(stream.read())
@@ -122,7 +125,7 @@ def _set_tail_aside(log: Path, end: Anchor) -> list[dict[str, Any]]:
 
 
 def _numbered(log: Path, end: Anchor) -> Anchor:
-    """Set a file of before aside."""
+    """Rename a file without a key to a numbered one; return the end with a new file."""
     if not log.exists():
         return end
     log.rename(log.with_name(f"{log.name}.{end.file}"))

@@ -1,4 +1,4 @@
-"""Streams of OpenAI's completions: chunks as tokens come, of whichever choice."""
+"""Streams of OpenAI's completions: chunks of all choices, as their tokens come."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from hippo_mpi.serving.api.http_errors import error_of
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """What a stream tells beside its choices.
+    """What a stream includes beside its choices.
 
     Args:
-        include_usage: tokens of all choices, in a chunk at the end.
-        continuous_usage_stats: tokens of a choice in each of its chunks, too, as vLLM has it.
+        include_usage: the numbers of tokens of all choices, in a chunk at the end.
+        continuous_usage_stats: the numbers of tokens of a choice in each of its chunks, too, as in vLLM.
     """
 
     include_usage: bool = False
@@ -41,7 +41,7 @@ class StreamOptions:
         """Read a body's `stream_options`.
 
         Raises:
-            FieldError: they are something else, or nothing is to be streamed.
+            FieldError: they are invalid, or the body doesn't ask for a stream.
         """
         if given is None:
             return cls()
@@ -55,23 +55,25 @@ class StreamOptions:
 
 
 class CompletionAnswer:
-    """The answer to one request: all its choices.
+    """The answer to one request, with all its choices.
 
     Args:
-        head: what each of its objects begins with.
+        head: the fields that each of its objects begins with.
+        choices: one for each answer, in the order of their indices.
+        options: of its stream.
     """
 
     def __init__(self, head: AnswerHead, choices: Sequence[Choice], options: StreamOptions) -> None:
         self._head, self._choices, self._options = head, choices, options
 
     def whole(self, outputs: Sequence[tuple[int, RequestOutput]]) -> dict[str, Any]:
-        """All of it, of what its choices got."""
+        """Return the complete answer as one object, from (index of the choice, output)."""
         for index, output in outputs:
             self._choices[index].take(output)
         return answer_object(self._head, self._choices)
 
     async def events(self, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> AsyncIterator[bytes]:
-        """The events of its stream: every output as it comes, whichever choice it is of."""
+        """Yield the answer as server-sent events; an error of the outputs becomes the last event."""
         head, choices, options = self._head, self._choices, self._options
         no_usage: dict[str, Any] = {"usage": None} if options.include_usage else {}
         for index in range(len(choices)):
@@ -90,5 +92,5 @@ class CompletionAnswer:
         yield DONE
 
 
-def _event(found: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(found)}\n\n".encode()
+def _event(data: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(data)}\n\n".encode()

@@ -1,7 +1,7 @@
-"""How many connections there may be, and for how long one may refuse to take what it has asked for.
+"""The limits of connections: their number, and how long a client may leave its answer unread.
 
-When all places are taken, a new connection gets that of one without a request, the longest silent first: connections that
-only lie there keep nobody out.
+When all places are taken, a new connection replaces the one that has been without a request for longest, so that idle
+connections keep nobody out.
 """
 
 from __future__ import annotations
@@ -15,50 +15,51 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-UNREAD_S = 30.0  # that a client may read nothing of what waits for it
-_LOOK_S = 1.0
-_SPARE = 64  # connections that were accepted a moment ago, and have no place yet
-_OTHER_DESCRIPTORS = 64 + _SPARE  # of files, ranks, logs
-_NETWORK_SHARE = 2  # one client may have half of the places
+UNREAD_S = 30.0  # after which a client that reads nothing of what waits for it is disconnected
+_POLL_INTERVAL_S = 1.0
+_MAX_PENDING = 64  # connections that were accepted, but have no place yet
+_OTHER_DESCRIPTORS = 64 + _MAX_PENDING  # of files, ranks, logs
+_NETWORK_DIVISOR = 2  # one client may have half of the places
 
 
 class Connection(Protocol):
-    """What is known of a connection."""
+    """What `Connections` needs to know of a connection."""
 
     address: str
     network: str  # what counts as one client
 
     @property
     def silent_since_s(self) -> float | None:
-        """When it was answered last, or made, on time.monotonic(); None: a request or its answer is under way."""
+        """When it was last answered, or opened, on time.monotonic(); None: a request or its answer is under way."""
 
     @property
-    def unsent_bytes(self) -> int: ...
+    def unsent_bytes(self) -> int:
+        """How much of its answers waits to be sent."""
 
     def abort(self) -> None:
-        """Close it at once, whatever is unsent."""
+        """Close it at once; what is unsent is lost."""
 
 
 class Connections:
-    """Those that are open.
+    """The open connections.
 
     Args:
-        most: at once.
-        proxies: addresses or networks behind which there are many clients.
+        max_open: how many there may be at once.
+        proxies: addresses or networks that stand for many clients, and may have all places.
     """
 
-    def __init__(self, most: int, proxies: Sequence[str] = ()) -> None:
-        self._most, self._most_of_network = most, max(1, most // _NETWORK_SHARE)
+    def __init__(self, max_open: int, proxies: Sequence[str] = ()) -> None:
+        self._max_open, self._max_per_network = max_open, max(1, max_open // _NETWORK_DIVISOR)
         self._proxies = [ipaddress.ip_network(proxy, strict=False) for proxy in proxies]
-        self._open: dict[Connection, tuple[int, float]] = {}  # bytes unsent at the last look, and since when no fewer
+        self._open: dict[Connection, tuple[int, float]] = {}  # bytes unsent at the last look, since when not fewer
         self._by_network: Counter[str] = Counter()
 
     def admit(self, new: Connection) -> bool:
-        """Find a place for a connection, that of another if need be; whether there is one."""
-        if self._by_network[new.network] >= self._most_of_network and not self._is_proxy(new.address):
+        """Find a place for a connection, if need be that of another, which is closed; return False if there is none."""
+        if self._by_network[new.network] >= self._max_per_network and not self._is_proxy(new.address):
             rivals = [one for one in self._open if one.network == new.network]
         else:
-            rivals = list(self._open) if len(self._open) >= self._most else []
+            rivals = list(self._open) if len(self._open) >= self._max_open else []
         if rivals:
             silent = [(one.silent_since_s, index) for index, one in enumerate(rivals) if one.silent_since_s is not None]
             if not silent:
@@ -71,16 +72,16 @@ class Connections:
         return True
 
     def remove(self, connection: Connection) -> None:
-        """It is closed; unknown ones are ignored."""
+        """Free the place of a closed connection; unknown ones are ignored."""
         if self._open.pop(connection, None) is not None:
             self._by_network[connection.network] -= 1
             if not self._by_network[connection.network]:
                 del self._by_network[connection.network]
 
     async def watch(self) -> None:
-        """End those that take nothing, for as long as the server lives."""
+        """Close connections whose clients read nothing for UNREAD_S; runs until it is cancelled."""
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_INTERVAL_S)
             now = time.monotonic()
             for connection, (before, since_s) in list(self._open.items()):
                 unsent = connection.unsent_bytes
@@ -92,31 +93,37 @@ class Connections:
 
     def _is_proxy(self, address: str) -> bool:
         try:
-            found = ipaddress.ip_address(address)
+            parsed = ipaddress.ip_address(address)
         except ValueError:
             return False
-        return any(found in network for network in self._proxies)
+        return any(parsed in network for network in self._proxies)
 
 
 class Listener(socket.socket):
-    """A listening socket that turns away what no descriptor is kept for, also while TLS shakes hands: `Connections` isn't
-    told of a connection before that.
+    """A listening socket that closes connections at once for which there is no descriptor.
+
+    It also counts those whose TLS handshake goes on: `Connections` learns of a connection only after that.
 
     Args:
-        listener: whose place it takes.
-        most: connections at once.
+        listener: the socket to take over.
+        max_open: connections that may have a place at once.
     """
 
-    def __init__(self, listener: socket.socket, most: int) -> None:
+    def __init__(self, listener: socket.socket, max_open: int) -> None:
         super().__init__(fileno=listener.detach())
         self._accepted: list[socket.socket] = []
-        self._most = most + _SPARE
+        self._max_accepted = max_open + _MAX_PENDING
 
     def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection.
+
+        Raises:
+            BlockingIOError: there are too many; it was closed.
+        """
         connection, address = super().accept()
-        if len(self._accepted) >= self._most:
+        if len(self._accepted) >= self._max_accepted:
             self._accepted = [one for one in self._accepted if one.fileno() >= 0]  # asyncio has closed the others
-        if len(self._accepted) >= self._most:
+        if len(self._accepted) >= self._max_accepted:
             connection.close()
             raise BlockingIOError
         self._accepted.append(connection)
@@ -124,7 +131,7 @@ class Listener(socket.socket):
 
 
 def room_for_connections(wanted: int) -> int:
-    """Let this process open enough descriptors, if it may; returns for how many connections there are some."""
+    """Raise the limit of descriptors as needed and permitted; return for how many connections it is enough."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + _OTHER_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < needed:

@@ -1,6 +1,6 @@
-"""The HTTP side: OpenAI's endpoints, and Anthropic's, over a Front. Starlette does the protocol.
+"""The HTTP API: OpenAI's and Anthropic's endpoints over a Front, on top of Starlette.
 
-Knows bodies and answers. Must not know how ranks are started.
+It knows bodies and answers, and must not know how ranks are started.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hippo_mpi.engine.request import Request as EngineRequest
 from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.errors import FieldError
 from hippo_mpi.protocols.anthropic_messages import COUNT_TOKENS, count_body
-from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, Asked, read_body
+from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, GenerationRequest, read_body
 from hippo_mpi.serving.api.about_endpoints import AboutEndpoints
 from hippo_mpi.serving.api.access import Access
 from hippo_mpi.serving.api.audit_log import AuditLog, key_id
@@ -48,9 +48,15 @@ from hippo_mpi.serving.supervision.front import Front
 
 
 class Api:
-    """The endpoints.
+    """The endpoints of a server.
 
     Args:
+        front: that answers requests.
+        catalogue: the models to choose from.
+        access: checks and counts requests.
+        settings: limits of the API.
+        metrics: what GET /metrics shows.
+        audit: the log of ended requests; None: there is none.
         journal: keeps requests and answers; None: nothing is kept.
     """
 
@@ -74,10 +80,12 @@ class Api:
         self._kept = KeptEndpoints(self.exchanges, catalogue, self._owner_of, self._stream)
 
     def start(self) -> None:
-        """Go on with what a server before this one has left; called in the event loop, before clients come."""
+        """Resume the answers that the previous server has left; to be called in the event loop, before clients come."""
         self.exchanges.start(self._catalogue.names)
 
     def app(self) -> Starlette:
+        """Return the ASGI application with all endpoints and middleware."""
+
         def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
             async def call(request: Request) -> Response:
                 self._access.check_key(request)
@@ -87,7 +95,7 @@ class Api:
 
         about, kept = self._about, self._kept
         answering = [Route(url, guarded(partial(self._answer, url)), methods=["POST"]) for url in ID_PREFIXES]
-        found = Starlette(
+        application = Starlette(
             routes=[
                 Route("/", about.introduce),
                 Route("/health", about.health),
@@ -104,23 +112,23 @@ class Api:
             ],
             exception_handlers=HANDLERS,
         )
-        found.add_middleware(Gate, self._access, self._settings.hosts, self._settings.origins)
+        application.add_middleware(Gate, self._access, self._settings.hosts, self._settings.origins)
         if self._settings.origins:
-            found.add_middleware(
+            application.add_middleware(
                 CORSMiddleware,
                 allow_origins=self._settings.origins,
                 allow_methods=["*"],
                 allow_headers=["*"],
                 expose_headers=REQUEST_ID_HEADERS,
             )
-        found.add_middleware(RequestIds)
-        found.add_middleware(RequestLog, key_of=self._access.key_of)
-        return found
+        application.add_middleware(RequestIds)
+        application.add_middleware(RequestLog, key_of=self._access.key_of)
+        return application
 
     # ---- the endpoints
 
     async def _load_model(self, request: Request) -> Response:
-        """Hot-swap: answered when the model is there."""
+        """Load another model in place of the present one, and answer when it is ready."""
         self._access.check_admin(request)
         model = model_of(self._catalogue, await read_json(request, self._settings))
         await self._check_fits(model)
@@ -136,7 +144,7 @@ class Api:
         return JSONResponse({"tokens": tokens, "count": len(tokens)})
 
     async def _count(self, request: Request) -> Response:
-        """Anthropic's /tokenize."""
+        """Answer with the number of tokens of a prompt, in Anthropic's format."""
         self._access.count_request(request)
         body = await read_json(request, self._settings)
         model = model_of(self._catalogue, body)
@@ -144,7 +152,7 @@ class Api:
         return JSONResponse({"input_tokens": len(tokens)})
 
     async def _answer(self, url: str, request: Request) -> Response:
-        """Answer in the words of an endpoint."""
+        """Answer a request for text in the format of its endpoint."""
         self._access.count_request(request)
         body = await read_json(request, self._settings)
         model = model_of(self._catalogue, body)
@@ -158,7 +166,7 @@ class Api:
             self._access.check_admin(request)
             await self._check_fits(model)
         writer = question.writer(record, model.tokenizer)
-        self._access.take_places(request, total - 1)  # the Gate has taken the first
+        self._access.take_places(request, total - 1)  # the Gate has taken one
         self._access.hold_places(request)
         try:
             exchange = await self.exchanges.open(record, partial(self._note_over, request))
@@ -180,25 +188,27 @@ class Api:
     # ---- what they share
 
     def _num_answers(self, request: Request, question: Question) -> int:
-        """How many answers are asked for.
+        """Return how many answers a request asks for.
 
         Raises:
             FieldError: more than there may be at once.
         """
-        total, most = question.num_choices * len(question.every), self._settings.max_choices
+        total, limit = question.num_choices * len(question.every), self._settings.max_choices
         field, what = ("n", "n") if len(question.every) == 1 else ("prompt", "n times the number of prompts")
-        if total > most:
-            raise FieldError(field, f"{what} is at most {most} (--max-choices), not {total}")
+        if total > limit:
+            raise FieldError(field, f"{what} is at most {limit} (--max-choices), not {total}")
         self._access.check_choices(request, field, total)
         return total
 
     async def _check_fits(self, model: ServedModel) -> None:
-        """Refuse a model that wouldn't fit while the present one stays."""
+        """Raise a UserError for a model that doesn't fit these machines, while the present one still runs."""
         if self._front.machines:
             await self._catalogue.plan(model, self._front.machines)
 
-    async def _prepare(self, request: Request, asked: Asked, model: ServedModel) -> tuple[list[int], SamplingParams]:
-        """Tokens of the prompt, and how they are to be answered."""
+    async def _prepare(
+        self, request: Request, asked: GenerationRequest, model: ServedModel
+    ) -> tuple[list[int], SamplingParams]:
+        """Return the prompt's tokens and the sampling parameters with which to answer them."""
         if model.options.modes:
             asked = asked.within(await asyncio.to_thread(lambda: model.modes))
         system = [{"role": "system", "content": model.system_prompt}] if model.system_prompt else []
@@ -212,7 +222,7 @@ class Api:
     async def _record(
         self, request: Request, url: str, body: dict[str, Any], question: Question, model: ServedModel, salt: str
     ) -> Record:
-        """What is asked, as it is kept."""
+        """Return the record of a request, with a seed for each of its answers."""
         prepared = [await self._prepare(request, asked, model) for asked in question.every]
         asked_once = [
             (prompt, replace(once, seed=secrets.randbits(63) if once.seed is None else once.seed + index))
@@ -234,13 +244,13 @@ class Api:
         )
 
     def _owner_of(self, request: Request) -> str:
-        """Who alone may fetch an answer later; where no keys are asked for, whoever has its id."""
+        """Return the key id that may fetch an answer later; "" if the server needs no keys, and its id is enough."""
         return key_id(self._access.key_of(request)) if self._settings.has_keys else ""
 
     def _stream(
         self, exchange: Exchange, reader: Reader, writer: AnswerWriter, after: int, end: Callable[[], None]
     ) -> Response:
-        """The events of an answer behind one's number, to the end of it or its client."""
+        """Stream the events of an answer after the one numbered `after`; `end` is called when the stream has ended."""
         events = writer.events(reader.outputs())
         if exchange.journal is not None:
             events = numbered(events, after, lambda: reader.is_cut)
@@ -253,23 +263,23 @@ class Api:
         return EventStream(events, leave, partial(self._front.why_waiting, exchange.record.model))
 
     def _note_left(self, request: Request, exchange: Exchange) -> None:
-        """The client of a request has got its answer, or has gone away."""
+        """Leave a request's answers for the request log, when its client has them or has gone away."""
         record, answers = exchange.record, list(exchange.answers.values())
         request.state.answered = Answered(record.id, record.model, answers)
 
     def _note_over(self, request: Request, num_tokens: int) -> None:
-        """A request's answers are over, whether or not it has waited for them."""
+        """Free the place and count the tokens of a request whose answers have ended, even after it did."""
         self._access.free_places(request)
         self._access.count_tokens(request, num_tokens)
 
     def _write_audit(self, exchange: Exchange) -> None:
-        """Write down an exchange that is over."""
+        """Write the audit record of an exchange whose answers have ended."""
         model = self._catalogue.find(exchange.record.model)
         if self._audit is None or model is None:
             return
         record = exchange.record
         question = read_question(record.url, record.body, model.defaults, self.exchanges.can_keep)
-        # What is forced at an answer's beginning is an echo of the prompt's end.
+        # With echo, a prompt's tokens after its first are forced as the answer's beginning: they count as prompt.
         given = {id(one.prompt): [*one.prompt, *one.sampling.forced] for one in record.requests}
         answers = []
         for index, one in enumerate(record.requests):
@@ -282,4 +292,4 @@ class Api:
 
 
 async def _all(reader: Reader) -> list[tuple[int, RequestOutput]]:
-    return [found async for found in reader.outputs()]
+    return [output async for output in reader.outputs()]

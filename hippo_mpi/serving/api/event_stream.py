@@ -1,4 +1,4 @@
-"""Server-sent events: streams that end what they are of, and don't fall silent."""
+"""Streams of server-sent events that report their end, and never fall silent."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from starlette.types import Receive, Scope, Send
 
 DONE = b"data: [DONE]\n\n"
 """The last event of OpenAI's completions."""
-_KEEP_ALIVE_S = 10.0  # proxies and clients give up on connections that say nothing for a minute or so
+_KEEP_ALIVE_INTERVAL_S = 10.0  # proxies and clients close connections that are silent for a minute or so
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of an answer.
+    """A response of server-sent events.
 
     Args:
-        end: called when they have ended, or the client has gone away, even before the first.
-        why_waiting: says what the answer waits for; empty: for nothing but its tokens.
+        events: of an answer.
+        end: called when they have ended, or the client has gone away, even before the first one.
+        why_waiting: returns what the answer waits for; empty: only for its next token.
     """
 
     def __init__(self, events: AsyncIterator[bytes], end: Callable[[], None], why_waiting: Callable[[], str]) -> None:
         headers = {"Cache-Control": "no-store"}
-        pieces = kept_alive(events, _KEEP_ALIVE_S, why_waiting)
+        pieces = kept_alive(events, _KEEP_ALIVE_INTERVAL_S, why_waiting)
         super().__init__(pieces, media_type="text/event-stream", headers=headers)
         self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events, and call `end` in any case."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -37,8 +39,13 @@ class EventStream(StreamingResponse):
 async def kept_alive(
     events: AsyncIterator[bytes], silence_s: float, why_waiting: Callable[[], str]
 ) -> AsyncIterator[bytes]:
-    """Yield the same events, and comments, which clients skip: at once if they have to wait for something, and after
-    every so many seconds without an event."""
+    """Yield the same events, and between them comments, which clients skip.
+
+    Args:
+        events: of an answer.
+        silence_s: seconds without an event after which a comment comes.
+        why_waiting: returns what the answer waits for; if it isn't empty, a comment with it comes at once.
+    """
     pending = asyncio.ensure_future(_next(events))
     try:
         if why := why_waiting():
@@ -60,12 +67,14 @@ def _comment(text: str) -> bytes:
 
 
 async def numbered(events: AsyncIterator[bytes], after: int, is_cut: Callable[[], bool]) -> AsyncIterator[bytes]:
-    """Yield events with their numbers as ids, from 0, for a client that will ask for those after the last that it got. If
-    that was the last of all, it gets the end of the stream again, or a comment.
+    """Yield the events after a number, with their numbers from 0 as ids, so that a client can resume the stream.
+
+    A client that has all events gets the end of the stream again, or a comment.
 
     Args:
-        after: the number of the last one that isn't wanted.
-        is_cut: whether an event that comes now only says that the rest is to be fetched elsewhere; such has no number.
+        events: all events of an answer.
+        after: the number of the last event that isn't wanted; -1: all are.
+        is_cut: returns whether the present event only says that the rest has to be fetched later; it gets no number.
     """
     number, event, has_come = 0, b"", False
     async for event in events:

@@ -1,6 +1,6 @@
-"""A request and what is told of its answers, for any number of readers, at once or one after another.
+"""A request and the outputs of its answers, for any number of readers, at the same time or one after another.
 
-Knows what ranks tell. Must not know HTTP or the words of an API.
+It knows the outputs of ranks, and must not know HTTP or the format of an API.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from hippo_mpi.serving.supervision.answer import Answer, ServerEnding, Told, not
 
 
 class Exchange:
-    """A request and what has been told of its answers.
+    """A request and the outputs and errors that its answers have had so far.
 
     Args:
-        journal: where it is kept; None: nowhere.
-        count_tokens: told how many its prompts and answers have had, when nothing more will be told.
-        told: what was told of them before.
-        on_over: called once, when nothing more will be told.
+        record: of the request.
+        journal: where outputs are kept; None: nowhere.
+        on_over: called once, when nothing more will come.
+        told: outputs and errors that came before, for an exchange from the journal.
+        count_tokens: called when nothing more will come, with the number of tokens of prompts and answers.
 
     Attributes:
         answers: those that the front has, by their number.
-        patience_s: how long it goes on without a reader; None: to its end.
+        patience_s: how many seconds it goes on without a reader; None: to its end.
     """
 
     def __init__(
@@ -42,32 +43,33 @@ class Exchange:
         self.answers: dict[int, Answer] = {}
         self.patience_s: float | None = 0.0
         self.num_readers = 0
-        self.ending: ServerEnding | None = None  # the server's: this is cut, and taken up again by the next
+        self.ending: ServerEnding | None = None  # set if the server ends first: the next one resumes this exchange
         self._told: list[Line] = []
-        self._outputs: list[list[OutputMessage]] = [[] for _ in record.requests]  # the same, of each answer
-        self._error: HippoError | None = None  # that ended them all
+        self._outputs: list[list[OutputMessage]] = [[] for _ in record.requests]  # the same, by answer
+        self._error: HippoError | None = None  # that ended all answers
         self._running = set(range(len(record.requests)))
         for line in told:
             self._note(*line)
-        self._num_public = len(self._told)  # so much of it readers may see: it is in the journal
+        self._num_public = len(self._told)  # how many of these readers may see: those that the journal has
         self._more = asyncio.Event()
 
     @property
     def is_over(self) -> bool:
+        """True if all answers have ended."""
         return not self._running
 
     @property
     def running(self) -> list[int]:
-        """The numbers of the answers that go on."""
+        """The numbers of the answers that haven't ended."""
         return sorted(self._running)
 
     def outputs_of(self, index: int) -> list[OutputMessage]:
-        """Return what has been told of one of the answers."""
+        """Return the outputs of one of the answers so far."""
         return self._outputs[index]
 
     @property
     def num_tokens(self) -> int:
-        """Of prompts and answers."""
+        """The number of tokens of prompts and answers."""
         made = sum(told.token is not None for outputs in self._outputs for told in outputs)
         return sum(map(len, self.record.prompts)) + made
 
@@ -79,7 +81,7 @@ class Exchange:
         return "abort" if self._error is None else f"error: {self._error}"
 
     def tell(self, index: int, told: Told) -> None:
-        """Something has come for one of the answers; after an error nothing more comes for any."""
+        """Add an output of one of the answers, or an error, which ends all of them."""
         if self.is_over:
             return
         if isinstance(told, ServerEnding) and self.journal is not None:
@@ -114,10 +116,10 @@ class Exchange:
         self._more = asyncio.Event()
 
     async def lines(self) -> AsyncIterator[Line]:
-        """Yield all that is told, from the first on, as it comes.
+        """Yield all outputs and errors from the first on, waiting for those to come.
 
         Raises:
-            ServerEnding: there is more to come, but not from this server.
+            ServerEnding: there is more to come, but from the next server.
         """
         num_read, running = 0, set(range(len(self.record.requests)))
         while running:
@@ -134,29 +136,30 @@ class Exchange:
             yield index, told
 
     async def settle(self) -> None:
-        """Wait until readers may see all that has been told by now."""
+        """Wait until readers may see all that has come by now."""
         num_told = len(self._told)
         while self._num_public < num_told:
             await self._more.wait()
 
     def lines_so_far(self) -> list[Line]:
-        """Return what readers may see by now."""
+        """Return the outputs and errors that readers may see by now."""
         return self._told[: self._num_public]
 
 
 class Reader:
-    """One of those who read an exchange from its beginning; as `with`, it counts as one inside.
+    """A reader of an exchange from its beginning, which counts as present inside its `with` block.
 
-    Counts in the timings of what it reads are those of then, and so the same for every reader.
+    The token counts in the timings of an output are those of its time, and so the same for every reader.
 
     Args:
-        on_leave: called when it has gone.
+        exchange: to read.
+        on_leave: called with the exchange at the end of the block.
     """
 
     def __init__(self, exchange: Exchange, on_leave: Callable[[Exchange], None]) -> None:
         self._exchange, self._on_leave = exchange, on_leave
         self.is_cut = False
-        """Whether it has read all that this server tells, and the next one will tell more."""
+        """True if this server's outputs are read, and the next server will have more."""
         self._timings = [Timings(prompt_tokens=len(request.prompt)) for request in exchange.record.requests]
 
     def __enter__(self) -> Reader:
@@ -168,10 +171,10 @@ class Reader:
         self._on_leave(self._exchange)
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """Yield what the answers get, and which one gets it.
+        """Yield (number of the answer, output) as outputs come.
 
         Raises:
-            HippoError: the ranks refuse it, or can't be brought back, or the server ends.
+            HippoError: the ranks refuse a request, or can't be brought back, or the server ends.
         """
         try:
             async for index, told in self._exchange.lines():
@@ -181,7 +184,7 @@ class Reader:
             raise
 
     def outputs_so_far(self) -> list[tuple[int, RequestOutput]]:
-        """Return what the answers have got by now.
+        """Return (number of the answer, output) for the outputs so far.
 
         Raises:
             HippoError: as `outputs`.

@@ -1,5 +1,8 @@
-"""What a request must be like to get in, before its body is read. Web pages of elsewhere must not: a browser lets any page
-post forms and plain text anywhere, and a name that its owner points at 127.0.0.1 makes this server the page's own."""
+"""Checks of a request before its body is read, against web pages of other sites.
+
+A browser lets any page post forms and plain text to any server; and if the owner of a page's host name lets it point at
+127.0.0.1 (DNS rebinding), the browser takes this server for the page's own.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ _JSON = "application/json"
 
 
 class Gate:
-    """ASGI middleware that checks where a request comes from, and counts those with a body until they have ended.
+    """ASGI middleware that checks where requests come from; those with a body hold a place until they have ended.
 
     Args:
-        access: whose places they take.
-        hosts: names that this server may be called by; none: any.
-        origins: of pages in browsers that may ask; "*": any.
+        app: the application behind it.
+        access: that has the places.
+        hosts: names that the Host header may have; none: any.
+        origins: of web pages that may send requests; "*": any.
     """
 
     def __init__(self, app: ASGIApp, access: Access, hosts: tuple[str, ...], origins: tuple[str, ...]) -> None:
@@ -27,6 +31,7 @@ class Gate:
         self._hosts, self._origins = {host.lower() for host in hosts}, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request that passes the checks, and answer others with an error."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -61,7 +66,7 @@ class Gate:
 
 
 def _host_of(authority: str) -> str:
-    """The name or address in a Host header, as it is compared: [::1]:8080 is ::1."""
+    """Return the name or address in a Host header, as it is compared: [::1]:8080 is ::1."""
     host, _, port = authority.rpartition(":")
     name = host if host and port.isdecimal() and (host.endswith("]") or ":" not in host) else authority
     return name.strip("[]").rstrip(".").lower()

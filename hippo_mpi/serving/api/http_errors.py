@@ -1,4 +1,4 @@
-"""What went wrong, as a response in the shape of its endpoint: OpenAI's or Anthropic's."""
+"""Error responses, in the format of the endpoint: OpenAI's or Anthropic's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OPENAI_CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limi
 
 
 def error_of(error: Exception) -> dict[str, Any]:
-    """OpenAI's object."""
+    """Return an error as OpenAI's error object."""
     kind = "invalid_request_error" if isinstance(error, UserError) else "server_error"
     code = "context_length_exceeded" if isinstance(error, ContextError) else None
     return error_object(str(error), kind, code, error.field if isinstance(error, FieldError) else None)
@@ -40,7 +40,7 @@ def _speaks_anthropic(request: Request) -> bool:
 
 
 async def http_error(request: Request, error: Exception) -> Response:
-    """Answer with an HTTPException."""
+    """Return the response to an HTTPException."""
     assert isinstance(error, HTTPException)
     status, text = error.status_code, error.detail
     has_no_route = status == 404 and text == HTTPStatus.NOT_FOUND.phrase
@@ -57,29 +57,29 @@ async def http_error(request: Request, error: Exception) -> Response:
 
 
 def _meant(request: Request) -> str:
-    """The path of ours that a wrong one ends like: a base URL may lack /v1, or have it twice."""
+    """Return a known path with the same end as an unknown one, or "": a base URL may lack /v1, or have it twice."""
     path, paths = request.url.path, [route.path for route in request.app.routes]
     return next((known for known in paths if known.startswith("/v1/") and path.endswith(known.removeprefix("/v1"))), "")
 
 
 async def _overloaded(request: Request, error: Exception) -> Response:
-    found = HTTPException(429, f"{error}; try again later", {"Retry-After": str(_RETRY_AFTER_S)})
-    return await http_error(request, found)
+    refusal = HTTPException(429, f"{error}; try again later", {"Retry-After": str(_RETRY_AFTER_S)})
+    return await http_error(request, refusal)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    found = messages_error(error) if _speaks_anthropic(request) else error_of(error)
-    if isinstance(error, ContextError) and "error" in found and "param" in found["error"]:
-        found["error"]["param"] = _LONG_FIELDS.get(request.url.path)
+    body = messages_error(error) if _speaks_anthropic(request) else error_of(error)
+    if isinstance(error, ContextError) and "error" in body and "param" in body["error"]:
+        body["error"]["param"] = _LONG_FIELDS.get(request.url.path)
     status = 400 if isinstance(error, UserError) else 500 if isinstance(error, ForeignError) else 503
-    return JSONResponse(found, status)
+    return JSONResponse(body, status)
 
 
 async def _broken(request: Request, _: Exception) -> Response:
-    """A mistake of ours, whose traceback is in the log. No middleware sees this answer."""
+    """Return the response to a bug of ours, whose traceback is in the log; middleware doesn't see this response."""
     error = HippoError("a mistake of the server's: please report it, with the traceback in its log")
-    found = messages_error(error) if _speaks_anthropic(request) else error_of(error)
-    return JSONResponse(found, 500, id_headers(request_id(request)))
+    body = messages_error(error) if _speaks_anthropic(request) else error_of(error)
+    return JSONResponse(body, 500, id_headers(request_id(request)))
 
 
 async def _gone(_: Request, __: Exception) -> Response:

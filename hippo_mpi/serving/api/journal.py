@@ -1,9 +1,9 @@
-"""What was asked and what was told of it, in an SQLite file: what a server that dies leaves to the next one.
+"""Requests and their outputs in an SQLite file, from which the next server goes on after one has died.
 
-A thread writes; what comes while it does goes into the next commit together. Who waits for a commit (`then`) tells clients
-only what is in the file, so that what they have seen is never made anew. A commit is in the system's hands when it is
-done, without waiting for the disk (WAL, synchronous=NORMAL): it outlives this process; a power cut may take the last of
-them, and those tokens are then computed again, with the same random numbers.
+A thread writes; operations that come during a commit go into the next one together. Outputs are shown to clients only
+when the file has them (`then` is called), so that what a client has seen is never computed anew. A commit is in the
+operating system's hands when it is done, without waiting for the disk (WAL, synchronous=NORMAL): it survives this
+process. A power cut may take the last commits, whose tokens are then computed again, with the same random numbers.
 """
 
 from __future__ import annotations
@@ -38,32 +38,33 @@ CREATE TABLE lines (request INTEGER NOT NULL REFERENCES requests ON DELETE CASCA
 CREATE INDEX lines_of ON lines (request);
 CREATE INDEX expiring ON requests (expires);
 """
-_MOST_BYTES = 1 << 30  # of all that is kept; beyond that the oldest answers go before their time
+_MAX_BYTES = 1 << 30  # of everything in the file; beyond that the oldest answers are deleted before they expire
 _ADD = "INSERT INTO requests (id, record) VALUES (?, ?)"
 _NOTE = "INSERT INTO lines SELECT number, ? FROM requests WHERE id = ?"
 _END = "UPDATE requests SET expires = ? WHERE id = ? AND expires IS NULL"
-_FORGET = "UPDATE requests SET expires = 0 WHERE id = ?"  # nobody finds it any more, and it is deleted soon
-_GATHER_S = (
-    0.002  # for the other outputs of a step: without it the front takes 0.25 ms for a token of 16 streams, not 0.17
-)
+_FORGET = "UPDATE requests SET expires = 0 WHERE id = ?"  # it can't be found any more, and is deleted soon
+# For the other outputs of a step to come: without it the front takes 0.25 ms for a token of 16 streams, not 0.17.
+_GATHER_DELAY_S = 0.002
 _SURVIVE = "UPDATE requests SET deaths = deaths - 1 WHERE expires IS NULL AND deaths > 0"  # this server didn't die
-_SWEEP_S = 5.0  # between two looks for what has been kept long enough
-_AT_ONCE = 256  # lines that one statement deletes
-_SLICE_S = 0.01  # of deleting, then it is written what has come meanwhile: somebody may wait for it
-_PATIENCE_S = 2.0  # with a disk that doesn't answer; then clients are told without it
+_SWEEP_INTERVAL_S = 5.0  # between two deletions of what has expired
+_LINES_PER_DELETE = 256  # that one statement deletes
+_SWEEP_SLICE_S = 0.01  # of deleting, before what has come meanwhile is written: a client may wait for it
+_DISK_TIMEOUT_S = 2.0  # for a disk that doesn't answer; then outputs go to clients without it
 
 Then = Callable[[], None]
 Left = tuple[Record, list[Line], int]
-"""A request that was under way when a server died, what came for it, and how many servers in a row have died since."""
+"""A request that was under way when a server died, its outputs, and how many servers have died since the last one."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Operation:
-    """Something to write.
+    """A statement to execute in the next commit.
 
     Args:
         name: id of the request.
-        put_s: since when it waits.
+        statement: in SQL.
+        values: of its parameters.
+        put_s: when it was queued, on time.monotonic().
     """
 
     name: str
@@ -73,22 +74,22 @@ class _Operation:
 
 
 class Journal:
-    """Keeps requests until they expire.
+    """A journal, which keeps requests and their outputs until they expire.
 
     Args:
-        path: of the file, which is made, and which nobody else can read.
-        most_bytes: of all that is kept.
+        path: of the file, which is created if needed, and which other users can't read.
+        max_bytes: of everything in it.
 
     Attributes:
-        silent_s: how long ago it was written last, before it was opened.
+        silent_s: how many seconds before it was opened it was last written.
 
     Raises:
-        UserError: it can't be used.
+        UserError: it can't be used, or another server uses it.
     """
 
-    def __init__(self, path: Path, most_bytes: int = _MOST_BYTES) -> None:
-        path = Path(os.path.realpath(path))  # by whatever name, it is one journal
-        self.path, self._most_bytes = path, most_bytes
+    def __init__(self, path: Path, max_bytes: int = _MAX_BYTES) -> None:
+        path = Path(os.path.realpath(path))  # links to it mean the same journal
+        self.path, self._max_bytes = path, max_bytes
         self._lock_file = _locked(path)
         self.silent_s = _silent_s(path)
         try:
@@ -98,17 +99,19 @@ class Journal:
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"the journal {path} can't be used: {error}") from None
         self._operations: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
-        self._waiting: dict[_Operation, Then] = {}  # for operations, in their order; each is called once
+        self._waiting: dict[_Operation, Then] = {}  # in the order of the operations; each is called once
         self._next_sweep_s = 0.0
-        self._torn: set[str] = set()  # requests of which something could not be written: the rest would be no answer
+        self._torn: set[str] = set()  # ids of requests of which an operation failed: the rest wouldn't be an answer
         self._thread = threading.Thread(target=self._write_all, name="hippo-journal", daemon=True)
 
     def start(self) -> list[Left]:
-        """Return what the server before this one has left, oldest first, whose death counts from now on, and begin to write:
-        `then`s are called in the running loop.
+        """Start writing, and return what the previous server has left, oldest first.
+
+        For each of these requests another death of a server is counted. From now on, each `then` is called in the
+        running loop.
 
         Raises:
-            UserError: it can't be read.
+            UserError: the file can't be read.
         """
         try:
             left = self._take_left()
@@ -120,35 +123,39 @@ class Journal:
         return left
 
     def close(self) -> None:
-        """Write what is left, for as long as there is patience."""
+        """Write what is queued, give up after _DISK_TIMEOUT_S, and release the file."""
         self._watching.cancel()
         self._operations.put(_Operation("", _SURVIVE, (), time.monotonic()))
         self._operations.put(None)
-        self._thread.join(_PATIENCE_S)
+        self._thread.join(_DISK_TIMEOUT_S)
         self._lock_file.close()
 
     # ---- what is written
 
     def add(self, name: str, text: str, then: Then) -> None:
-        """Keep a request, whose record is this text."""
+        """Queue a new request with the text of its record; `then` is called when it is in the file."""
         self._put(name, _ADD, (name, text), then)
 
     def note(self, name: str, line: Line, then: Then) -> None:
-        """Keep what came for a request."""
+        """Queue an output or error of a request; `then` is called when it is in the file."""
         self._put(name, _NOTE, (line_text(line), name), then)
 
     def end(self, name: str, keep_s: float, then: Then) -> None:
-        """Let a request expire so many seconds from now."""
+        """Queue the end of a request, which expires in `keep_s` seconds; `then` is called when it is in the file."""
         self._put(name, _END, (time.time() + keep_s, name), then)
 
     def delete(self, name: str, then: Then) -> None:
-        """Forget a request."""
+        """Queue that a request is forgotten; `then` is called when it can't be found any more."""
         self._put(name, _FORGET, (name,), then)
 
     # ---- what is read
 
     def find(self, name: str) -> tuple[Record, list[Line]] | None:
-        """Return a request that has ended, and all that came for it; blocks."""
+        """Return a request that has ended, with all its outputs, or None; blocks while it reads.
+
+        Raises:
+            sqlite3.Error: the file can't be read.
+        """
         with contextlib.closing(self._open()) as reader:
             reader.execute("BEGIN")  # one view of both tables
             sql = "SELECT number, record FROM requests WHERE id = ? AND expires > ?"
@@ -156,7 +163,7 @@ class Journal:
             return None if row is None else (read_record(row[1]), _lines(reader, row[0]))
 
     def _take_left(self) -> list[Left]:
-        found = []
+        left = []
         self._writer.execute("BEGIN IMMEDIATE")
         sql = "SELECT number, record, deaths, lines_before FROM requests WHERE expires IS NULL ORDER BY number"
         for number, text, deaths, lines_before in self._writer.execute(sql).fetchall():
@@ -169,20 +176,20 @@ class Journal:
             deaths = 1 if len(lines) > lines_before else deaths + 1
             sql = "UPDATE requests SET deaths = ?, lines_before = ? WHERE number = ?"
             self._writer.execute(sql, (deaths, len(lines), number))
-            found.append((record, lines, deaths))
+            left.append((record, lines, deaths))
         self._writer.execute("COMMIT")
-        return found
+        return left
 
     # ---- the file
 
     def _open(self) -> sqlite3.Connection:
-        found = sqlite3.connect(self.path, timeout=_PATIENCE_S, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(self.path, timeout=_DISK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON", "secure_delete = ON"):
-            found.execute(f"PRAGMA {pragma}")
-        return found
+            connection.execute(f"PRAGMA {pragma}")
+        return connection
 
     def _prepare(self) -> None:
-        """Make the tables, or see that they are ours."""
+        """Create the tables, or check that they are ours."""
         (version,) = self._writer.execute("PRAGMA user_version").fetchone()
         if version == _VERSION:
             return
@@ -200,20 +207,20 @@ class Journal:
         while not is_over:
             with contextlib.suppress(queue.Empty):
                 batch = [self._operations.get(timeout=max(0.0, self._next_sweep_s - time.monotonic()))]
-                time.sleep(_GATHER_S)
+                time.sleep(_GATHER_DELAY_S)
                 while not self._operations.empty():
                     batch.append(self._operations.get())
                 is_over = None in batch
                 self._commit([operation for operation in batch if operation is not None])
             if time.monotonic() >= self._next_sweep_s:
                 self._sweep()
-        ends_s = time.monotonic() + _PATIENCE_S / 2
-        while self._next_sweep_s <= time.monotonic() < ends_s:  # what was to be deleted isn't left to the next server
+        ends_s = time.monotonic() + _DISK_TIMEOUT_S / 2
+        while self._next_sweep_s <= time.monotonic() < ends_s:  # so that the next server has nothing to delete
             self._sweep()
         self._writer.close()
 
     def _commit(self, batch: Sequence[_Operation]) -> None:
-        """Write operations, all or none, and tell those who wait for them either way."""
+        """Execute operations, all or none, and call what waits for them in both cases."""
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             for one in batch:
@@ -229,56 +236,56 @@ class Journal:
                 self._writer.execute("ROLLBACK")
         if any(one.statement == _FORGET for one in batch):
             self._next_sweep_s = 0.0
-        with contextlib.suppress(RuntimeError):  # the loop has ended
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
             self._loop.call_soon_threadsafe(self._tell, batch)
 
     def _sweep(self) -> None:
-        """Delete a slice of what has expired, or is too much; the next is due at once if there is more."""
+        """Delete for _SWEEP_SLICE_S what has expired or exceeds the size; if more is left, the next is due at once."""
         is_tidy = False
         try:
-            os.utime(self.path)  # the server lives, whether it has something to write or not
+            os.utime(self.path)  # shows when the server last lived, even if it has nothing to write
             self._writer.execute("BEGIN IMMEDIATE")
-            ends_s = time.monotonic() + _SLICE_S
+            ends_s = time.monotonic() + _SWEEP_SLICE_S
             while not is_tidy and time.monotonic() < ends_s:
                 is_tidy = not self._delete_some()
             self._writer.execute("COMMIT")
         except (OSError, sqlite3.Error) as error:
-            is_tidy = True  # for now
+            is_tidy = True  # try again at the next sweep
             _log.warning("the journal can't be tidied: %s", error)
             with contextlib.suppress(sqlite3.Error):
                 self._writer.execute("ROLLBACK")
-        self._next_sweep_s = time.monotonic() + _SWEEP_S if is_tidy else 0.0
+        self._next_sweep_s = time.monotonic() + _SWEEP_INTERVAL_S if is_tidy else 0.0
 
     def _delete_some(self) -> bool:
-        """Delete lines of what is to go first, and with its last ones the request; False if nothing is to go."""
+        """Delete lines of the next request to delete, and with its last ones itself; return False if there is none."""
         pages, free, size = (
             self._writer.execute(f"PRAGMA {name}").fetchone()[0]
             for name in ("page_count", "freelist_count", "page_size")
         )
-        until = float("inf") if (pages - free) * size > self._most_bytes else time.time()
+        until = float("inf") if (pages - free) * size > self._max_bytes else time.time()
         sql = "SELECT number FROM requests WHERE expires < ? ORDER BY expires LIMIT 1"
         number = self._writer.execute(sql, (until,)).fetchone()
         if number is None:
             return False
-        self._writer.execute("UPDATE requests SET expires = 0 WHERE number = ?", number)  # nobody finds a part of it
+        self._writer.execute("UPDATE requests SET expires = 0 WHERE number = ?", number)  # can't be found any more
         sql = "DELETE FROM lines WHERE rowid IN (SELECT rowid FROM lines WHERE request = ? LIMIT ?)"
-        if self._writer.execute(sql, (*number, _AT_ONCE)).rowcount < _AT_ONCE:
+        if self._writer.execute(sql, (*number, _LINES_PER_DELETE)).rowcount < _LINES_PER_DELETE:
             self._writer.execute("DELETE FROM requests WHERE number = ?", number)
         return True
 
     # ---- in the event loop
 
     def _tell(self, done: Iterable[_Operation]) -> None:
-        """Call what waits for operations, unless it has been called."""
+        """Call what waits for these operations and hasn't been called yet."""
         for one in done:
             if then := self._waiting.pop(one, None):
                 then()
 
     async def _watch(self) -> None:
-        """Let nobody wait for a disk that doesn't answer."""
+        """Call what has waited longer than _DISK_TIMEOUT_S for a disk that doesn't answer."""
         while True:
-            await asyncio.sleep(_PATIENCE_S / 4)
-            before_s = time.monotonic() - _PATIENCE_S
+            await asyncio.sleep(_DISK_TIMEOUT_S / 4)
+            before_s = time.monotonic() - _DISK_TIMEOUT_S
             late = [one for one in self._waiting if one.put_s < before_s]
             if late:
                 _log.warning("the journal's disk doesn't answer: answers go on without it")
@@ -296,18 +303,19 @@ def _silent_s(path: Path) -> float:
 
 
 def _locked(path: Path) -> IO[bytes]:
-    """Return an open file that holds the journal for this process. It isn't the journal's own: closing any descriptor of
-    that would give up SQLite's locks.
+    """Return an open file that locks the journal for this process.
+
+    It is another file than the journal itself: closing any descriptor of that would release SQLite's locks.
 
     Raises:
-        UserError: another process has it, or there is no such folder.
+        UserError: another process has it, or it can't be opened.
     """
     lock = path.with_name(f"{path.name}.lock")
     try:
-        found = lock.open("ab")
-        fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file = lock.open("ab")
+        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another server has the journal {path}: each needs one of its own") from None
     except OSError as error:
         raise UserError(f"the journal {path} can't be used: {error.strerror}") from None
-    return found
+    return lock_file

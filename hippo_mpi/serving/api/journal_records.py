@@ -1,4 +1,4 @@
-"""What a journal keeps, as text: a request, and line by line what was told of its answers."""
+"""The text that a journal keeps: of a request, and line by line of its answers' outputs and errors."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from hippo_mpi.errors import HippoError
 from hippo_mpi.serving.supervision.answer import Told
 
 Line = tuple[int, Told]
-"""Which answer of a request, and what came for it."""
+"""The number of an answer of a request, and an output or error of it."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A request.
+    """A request to one of the endpoints that answer.
 
     Args:
-        id: that its client holds.
-        owner: who may see it.
-        key: a name for the API key that came with it.
-        url: of the endpoint.
+        id: by which its client knows it.
+        owner: key id of those who may see it; empty: anybody.
+        key: key id of the API key that came with it; None: none came.
+        url: path of the endpoint.
+        model: name of the model.
         created: seconds since 1970.
         body: as it came.
-        requests: one for each answer, numbered; those of one prompt share its list of tokens.
-        is_stream: whether its client learns its id before its end.
+        requests: one for each answer, numbered; those of one prompt share one list of its tokens.
+        is_stream: whether its client learns its id before the end.
         is_stored: whether it is kept after its end until it expires, and not only until its client has it.
-        is_background: whether it is made to its end without a client.
+        is_background: whether it goes on to its end without a client.
     """
 
     id: str

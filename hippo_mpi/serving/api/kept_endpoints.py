@@ -1,4 +1,4 @@
-"""Endpoints for what has been asked before: an answer, or the rest of its stream, by its id, as long as it is kept."""
+"""Endpoints for earlier requests: an answer, or the rest of its stream, by its id, as long as it is kept."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ _LAST_EVENT = "last-event-id"
 
 
 class _NotKept(HippoError):
-    """There is no such answer, or it is somebody else's: nobody learns which."""
+    """An answer that doesn't exist, or belongs to another key: clients don't learn which."""
 
 
 class KeptEndpoints:
-    """GET and DELETE of what was asked with POST.
+    """GET and DELETE of answers that were requested with POST, and the cancellation of those in the background.
 
     Args:
-        owner_of: who asks.
-        stream: writes events of an exchange for a reader, behind the one with this number, and calls at their end.
+        exchanges: that have the answers.
+        catalogue: of the models.
+        owner_of: returns the key id of a request.
+        stream: returns a response with the events of an exchange, for a reader, after the event with this number; the
+            last argument is called at their end.
     """
 
     def __init__(
@@ -48,34 +51,34 @@ class KeptEndpoints:
         self._exchanges, self._catalogue, self._owner_of, self._stream = exchanges, catalogue, owner_of, stream
 
     def routes(self, guarded: Callable[[_Endpoint], _Endpoint]) -> list[Route]:
-        """Return the routes, behind those of the endpoints themselves."""
+        """Return the routes; `guarded` wraps an endpoint in a check of the API key."""
 
         def named(url: str, work: Callable[[Request, Exchange], Awaitable[Response]]) -> _Endpoint:
             async def call(request: Request) -> Response:
                 try:
                     return await work(request, await self._find(url, request))
                 except _NotKept as error:
-                    found = error_object(str(error), "invalid_request_error", "not_found")
-                    return JSONResponse(messages_error(error, "not_found_error") if url == MESSAGES else found, 404)
+                    body = error_object(str(error), "invalid_request_error", "not_found")
+                    return JSONResponse(messages_error(error, "not_found_error") if url == MESSAGES else body, 404)
 
             return guarded(call)
 
-        found = [Route(f"{RESPONSES}/{{id}}/cancel", named(RESPONSES, self._cancel), methods=["POST"])]
+        routes = [Route(f"{RESPONSES}/{{id}}/cancel", named(RESPONSES, self._cancel), methods=["POST"])]
         for url in ID_PREFIXES:
-            found.append(Route(f"{url}/{{id}}", named(url, self._get)))
-            found.append(Route(f"{url}/{{id}}", named(url, self._delete), methods=["DELETE"]))
-        return found
+            routes.append(Route(f"{url}/{{id}}", named(url, self._get)))
+            routes.append(Route(f"{url}/{{id}}", named(url, self._delete), methods=["DELETE"]))
+        return routes
 
     async def _find(self, url: str, request: Request) -> Exchange:
         name = request.path_params["id"]
-        found = await self._exchanges.find(name, self._owner_of(request))
-        if found is None or found.record.url != url or self._catalogue.find(found.record.model) is None:
+        exchange = await self._exchanges.find(name, self._owner_of(request))
+        if exchange is None or exchange.record.url != url or self._catalogue.find(exchange.record.model) is None:
             why = "it may have expired" if self._exchanges.can_keep else "without --journal this server keeps none"
             raise _NotKept(f"there is no answer {name[:80]!r} here: {why}")
-        return found
+        return exchange
 
     async def _get(self, request: Request, exchange: Exchange) -> Response:
-        """The answer, or with `stream=true` its events behind `starting_after` or Last-Event-ID."""
+        """Return the answer, or with `stream=true` its events after `starting_after` or Last-Event-ID."""
         question, model = await self._question(exchange)
         after = _starting_after(request)
         reader = self._exchanges.reader(exchange)
@@ -105,13 +108,13 @@ class KeptEndpoints:
     async def _question(self, exchange: Exchange) -> tuple[Question, ServedModel]:
         record = exchange.record
         model = self._catalogue.find(record.model)
-        assert model is not None  # looked for by _find
-        await asyncio.to_thread(lambda: model.tokenizer)  # which may have to be opened
+        assert model is not None  # _find has checked that
+        await asyncio.to_thread(lambda: model.tokenizer)  # loads it, if it isn't yet, beside the event loop
         return read_question(record.url, record.body, model.defaults, self._exchanges.can_keep), model
 
 
 def _response(question: Question, exchange: Exchange, reader: Reader, model: ServedModel) -> dict[str, Any]:
-    """A response as it stands."""
+    """Return the response object of an answer in its present state."""
     response = response_of(question, exchange.record, model.tokenizer)
     try:
         outputs = [output for _, output in reader.outputs_so_far()]
@@ -121,7 +124,7 @@ def _response(question: Question, exchange: Exchange, reader: Reader, model: Ser
 
 
 def _starting_after(request: Request) -> int | None:
-    """The number of the last event that a client has, or -1; None: it wants no events."""
+    """Return the number of the last event that a client has, or -1 for none; None: it doesn't want events."""
     query, last = request.query_params, request.headers.get(_LAST_EVENT)
     wants_stream = query.get("stream", "false")
     if wants_stream not in ("true", "false"):
@@ -139,4 +142,4 @@ def _starting_after(request: Request) -> int | None:
 
 
 async def _all(reader: Reader) -> list[Any]:
-    return [found async for found in reader.outputs()]
+    return [output async for output in reader.outputs()]

@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""The metrics of a server for Prometheus."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hippo_mpi.engine.request import RequestOutput
 from hippo_mpi.serving.api.audit_log import AuditLog
 from hippo_mpi.serving.supervision.front import Front
 
-_FIRST_TOKEN_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
-_BETWEEN_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5, 30)
+_FIRST_BUCKETS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_BETWEEN_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5, 30)
 
 
 class Metrics:
-    """Listens to a front, and looks at its audit log."""
+    """The metrics of a front and its audit log, in a registry of their own."""
 
     def __init__(self, front: Front, audit: AuditLog | None = None) -> None:
         self.registry = CollectorRegistry()
@@ -37,10 +37,16 @@ class Metrics:
         self._draft = Counter("hippo_draft_tokens", "Proposed by a draft model.", registry=self.registry)
         self._accepted = Counter("hippo_accepted_draft_tokens", "Those of them accepted.", registry=self.registry)
         self._first = Histogram(
-            "hippo_first_token_seconds", "From request to first token.", buckets=_FIRST_TOKEN_S, registry=self.registry
+            "hippo_first_token_seconds",
+            "From request to first token.",
+            buckets=_FIRST_BUCKETS_S,
+            registry=self.registry,
         )
         self._between = Histogram(
-            "hippo_token_seconds", "Between two tokens of an answer.", buckets=_BETWEEN_S, registry=self.registry
+            "hippo_token_seconds",
+            "Between two tokens of an answer.",
+            buckets=_BETWEEN_BUCKETS_S,
+            registry=self.registry,
         )
         self.registry.register(_Ranks(front))
         front.on_output = self._note
@@ -64,7 +70,7 @@ class Metrics:
 
 
 class _Ranks(Collector):
-    """What the ranks said last of themselves. Their sums begin anew when they are started again."""
+    """The metrics that the ranks last reported. Their counters begin again at 0 when the ranks are restarted."""
 
     def __init__(self, front: Front) -> None:
         self._front = front

@@ -1,4 +1,4 @@
-"""The API described for programs (GET /openapi.json): what each endpoint takes and gives, as OpenAPI 3.1."""
+"""The description of the API (GET /openapi.json): the requests and responses of each endpoint, as OpenAPI 3.1."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _ERRORS = {
 
 
 def openapi_object(models: Sequence[str]) -> dict[str, Any]:
-    """The description of a server of these models."""
+    """Return the OpenAPI description of a server of these models."""
     gets = {
         "/": "What this is.",
         "/health": "Whether the front lives; with deep=1, whether ranks make tokens (503 if not).",
@@ -80,7 +80,7 @@ def openapi_object(models: Sequence[str]) -> dict[str, Any]:
 
 
 def _of_kept(path: str) -> dict[str, Any]:
-    """An answer that a server with a journal keeps."""
+    """Return the path item of an answer that a server with a journal keeps."""
     get = _operation(f"{path}/get", "An answer by its id; or its events, behind one of them.")
     get["parameters"] = [
         _parameter("query", "stream", {"enum": ["true", "false"]}),
@@ -91,7 +91,7 @@ def _of_kept(path: str) -> dict[str, Any]:
 
 
 def _bodies(model: _Schema) -> dict[str, _Schema]:
-    """What is posted, by path."""
+    """Return the schemas of the bodies of POST requests, by path."""
     of_messages = _of_messages(model)
     sampling = _of(field_schemas(True), "max_tokens", "temperature", "top_p", "top_k")
     stops = {"stop_sequences": field_schemas(True)["stop"]}

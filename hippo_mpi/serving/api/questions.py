@@ -1,7 +1,7 @@
-"""What is asked at each endpoint, and who writes what is answered, in the endpoint's words.
+"""The requests of each endpoint, and the writers of their answers in the endpoint's format.
 
-A question can be read again from a body that was kept, and its answer written again from what was told: the same, event
-for event.
+A question can be read again from a body that was kept, and its answer written again from outputs that were kept: the
+result is the same, event for event.
 """
 
 from __future__ import annotations
@@ -16,37 +16,43 @@ from hippo_mpi.engine.request import RequestOutput, SamplingParams
 from hippo_mpi.errors import FieldError
 from hippo_mpi.protocols.anthropic_messages import MESSAGES, MessageAnswer, read_messages_body
 from hippo_mpi.protocols.openai_answers import AnswerHead, Choice
-from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, Asked, read_prompts
+from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION, GenerationRequest, read_prompts
 from hippo_mpi.protocols.openai_responses import RESPONSES, ResponseAnswer, read_responses_body
 from hippo_mpi.protocols.openai_sampling import boolean
 from hippo_mpi.serving.api.completion_stream import CompletionAnswer, StreamOptions
 from hippo_mpi.serving.api.journal_records import Record
 
 ID_PREFIXES = {CHAT: "chatcmpl-", COMPLETION: "cmpl-", RESPONSES: "resp_", MESSAGES: "msg_"}
-"""How the ids of an endpoint's answers begin."""
-_MOST_CHOICES = 16
+"""The prefixes of the ids of each endpoint's answers."""
+_MAX_CHOICES = 16  # to one prompt
 
 
 class AnswerWriter(Protocol):
-    """Writes one answer, from its beginning."""
+    """A writer of one answer from its beginning, to be used once."""
 
-    def events(self, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> AsyncIterator[bytes]: ...
+    def events(self, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> AsyncIterator[bytes]:
+        """Yield the answer as server-sent events, from (number of the answer, output)."""
 
-    def whole(self, outputs: Sequence[tuple[int, RequestOutput]]) -> dict[str, Any]: ...
+    def whole(self, outputs: Sequence[tuple[int, RequestOutput]]) -> dict[str, Any]:
+        """Return the complete answer as a JSON object, from (number of the answer, output)."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A checked body.
+    """A checked body of a request to one of the endpoints that answer.
 
     Args:
-        every: what is asked with each of its prompts.
+        url: path of the endpoint.
+        every: a request for each of its prompts.
         num_choices: answers to each prompt.
-        is_stored, is_background: as in `Record`.
+        is_stream: whether the answer is to be streamed.
+        options: of its stream.
+        is_stored: as in `Record`.
+        is_background: as in `Record`.
     """
 
     url: str
-    every: list[Asked]
+    every: list[GenerationRequest]
     num_choices: int = 1
     is_stream: bool = False
     options: StreamOptions = field(default_factory=StreamOptions)
@@ -54,7 +60,7 @@ class Question:
     is_background: bool = False
 
     def writer(self, record: Record, tokenizer: TokenizerWrapper) -> AnswerWriter:
-        """Who writes its answer."""
+        """Return a new writer of its answer."""
         asked, prompt = self.every[0], record.prompts[0]
         if self.url == MESSAGES:
             return _OneAnswer(MessageAnswer(asked, record.model, record.id, prompt, tokenizer))
@@ -74,7 +80,7 @@ class Question:
 
 
 class _OneAnswer:
-    """The writer of an API that has one answer to a request."""
+    """The writer for an API that has one answer to a request."""
 
     def __init__(self, answer: MessageAnswer | ResponseAnswer) -> None:
         self._answer = answer
@@ -87,7 +93,7 @@ class _OneAnswer:
 
 
 def response_of(question: Question, record: Record, tokenizer: TokenizerWrapper) -> ResponseAnswer:
-    """Return the writer of a response, which also has words for one that isn't complete."""
+    """Return the writer of a response, which can also write one that isn't complete."""
     return ResponseAnswer(
         question.every[0],
         record.model,
@@ -101,13 +107,16 @@ def response_of(question: Question, record: Record, tokenizer: TokenizerWrapper)
 
 
 def read_question(url: str, given: dict[str, Any], defaults: SamplingParams, can_keep: bool) -> Question:
-    """Check the body of a request to one of the endpoints that answer.
+    """Read and check the body of a request to one of the endpoints that answer.
 
     Args:
-        can_keep: whether this server keeps what it is asked to keep.
+        url: path of the endpoint.
+        given: the body, which isn't changed.
+        defaults: of the model, for fields that the body doesn't have.
+        can_keep: whether this server can keep answers.
 
     Raises:
-        UserError: what is wrong with it, with the name of the field.
+        UserError: it is invalid; the message names the field.
     """
     body = dict(given)
     is_stream = _flag(body, "stream")
@@ -131,17 +140,17 @@ def read_question(url: str, given: dict[str, Any], defaults: SamplingParams, can
 
 
 def _flag(body: dict[str, Any], name: str) -> bool:
-    """Whether a field of the body is true; taken out of it."""
+    """Return whether a field of the body is true; removes it."""
     value = body.pop(name, None)
     return value is not None and boolean(name, value)
 
 
 def _num_choices(body: dict[str, Any]) -> int:
-    """How many answers there are to be to each prompt; taken out of the body."""
+    """Return the number of answers to each prompt; removes it from the body."""
     given = body.pop("n", None)
     count = 1 if given is None else given
-    if type(count) is not int or not 1 <= count <= _MOST_CHOICES:
-        raise FieldError("n", f"n must be a whole number from 1 to {_MOST_CHOICES}, not {count!r}")
-    if body.get("best_of") == count:  # all of them are told, so nothing is to be chosen
+    if type(count) is not int or not 1 <= count <= _MAX_CHOICES:
+        raise FieldError("n", f"n must be a whole number from 1 to {_MAX_CHOICES}, not {count!r}")
+    if body.get("best_of") == count:  # all of them are returned, so there is nothing to choose
         del body["best_of"]
     return count

@@ -1,4 +1,4 @@
-"""What comes with a request: its body, within limits, the model that it names, and whether its client is still there."""
+"""Reading requests: the body, within limits, and the model that it names; and working only while the client waits."""
 
 from __future__ import annotations
 
@@ -23,23 +23,26 @@ from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
 
 _T = TypeVar("_T")
 _LONG_BODY_BYTES = 1 << 16
-_MAX_DEPTH = 200  # of a body; templates and json.dumps recurse, and would fail of one that json.loads just bears
+_MAX_DEPTH = 200  # of a body; templates and json.dumps recurse, too, and fail at depths that json.loads still accepts
 _TOO_DEEP = f"the body is nested more than {_MAX_DEPTH} deep"
-_NICE = 10
+_NICE = 10  # priority of the thread for long prompts
 
 
 @dataclass(frozen=True)
 class ApiSettings:
-    """What the API allows.
+    """The settings and limits of the API.
 
     Args:
-        max_body_bytes, body_timeout_s, max_schema_bytes: of a request's body.
+        max_body_bytes: of a request's body.
+        body_timeout_s: for a body to arrive.
         max_choices: answers to all prompts of a request.
-        origins: of pages in browsers that may ask (CORS).
-        hosts: names that the server may be called by; none: any.
-        needs_audit: whether requests are refused while they can't be written down.
-        has_keys: whether clients need a key: then an answer is its key's alone.
-        keep_answers_s, reconnect_s: as in `Keeping`.
+        max_schema_bytes: of the schemas in a body.
+        origins: of web pages that may send requests (CORS).
+        hosts: names that the Host header may have; none: any.
+        needs_audit: whether requests are refused while the audit log can't be written.
+        has_keys: whether clients need a key: then only its key may fetch an answer.
+        keep_answers_s: as `stored_s` of `Keeping`.
+        reconnect_s: as in `Keeping`.
     """
 
     max_body_bytes: int = 4 << 20
@@ -58,8 +61,9 @@ async def read_json(request: Request, settings: ApiSettings) -> dict[str, Any]:
     """Return the JSON object in a request's body.
 
     Raises:
-        HTTPException: it is too large, or too slow.
-        UserError: it is none.
+        HTTPException: the body is too large, or too slow.
+        UserError: it isn't a JSON object, or is nested too deeply.
+        ClientDisconnect: the client went away.
     """
     data = b""
     try:
@@ -87,9 +91,9 @@ async def read_json(request: Request, settings: ApiSettings) -> dict[str, Any]:
     return body
 
 
-def _is_deeper(found: dict[str, Any] | list[Any], depth: int) -> bool:
-    """True if lists and objects are nested more than so many deep."""
-    level = [found]
+def _is_deeper(value: dict[str, Any] | list[Any], depth: int) -> bool:
+    """Return True if lists and objects are nested more than `depth` deep."""
+    level = [value]
     for _ in range(depth):
         insides = (one.values() if isinstance(one, dict) else one for one in level)
         level = [one for inside in insides for one in inside if isinstance(one, (dict, list))]
@@ -97,20 +101,24 @@ def _is_deeper(found: dict[str, Any] | list[Any], depth: int) -> bool:
 
 
 def model_of(catalogue: Catalogue, body: dict[str, Any]) -> ServedModel:
-    """Return the model that a body names; the first if it names none."""
+    """Return the model that a body names, the first of the catalogue if it names none.
+
+    Raises:
+        HTTPException: there is no such model.
+    """
     name = body.get("model")
-    found = catalogue.first if name is None else catalogue.find(name) if isinstance(name, str) else None
-    if found is None:
+    model = catalogue.first if name is None else catalogue.find(name) if isinstance(name, str) else None
+    if model is None:
         names = ", ".join(catalogue.names)
         raise HTTPException(404, f"the model {name!r} does not exist; this server has {names}")
-    return found
+    return model
 
 
 async def unless_gone(request: Request, wanted: asyncio.Future[_T]) -> _T:
-    """Wait for an answer as long as the client does.
+    """Wait for a future and return its result; cancel it if the client goes away.
 
     Raises:
-        ClientDisconnect: it has gone away.
+        ClientDisconnect: the client went away.
     """
 
     async def gone() -> None:
@@ -127,25 +135,25 @@ async def unless_gone(request: Request, wanted: asyncio.Future[_T]) -> _T:
     finally:
         watch.cancel()
         wanted.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):  # it is looked at, or asyncio complains
+        with contextlib.suppress(asyncio.CancelledError, Exception):  # else asyncio logs an unretrieved exception
             await wanted
 
 
 class Tokenizing:
-    """Does what takes a while for a prompt beside the event loop: for long ones in one thread, one after another.
+    """Threads that tokenize prompts beside the event loop: a single one for long prompts, one after another.
 
-    Each takes a core for seconds, and ranks of this machine compute meanwhile; and hundreds of bytes for a token, which
-    glibc would keep, in a heap for each thread.
+    A long prompt takes a core for seconds, while ranks of this machine compute; and hundreds of bytes for each token,
+    which glibc would keep, in a separate heap for each thread.
     """
 
     def __init__(self) -> None:
         self._for_long = ThreadPoolExecutor(1, "hippo-tokenizing", _give_way)
 
     async def run(self, request: Request, work: Callable[[], _T]) -> _T:
-        """Return what `work` returns, for a request whose headers tell how long its body is.
+        """Run `work` in a thread and return its result; the request's content-length decides in which.
 
         Raises:
-            ClientDisconnect: the client of a long one has gone away meanwhile.
+            ClientDisconnect: the client of a long request went away meanwhile.
         """
         if int(request.headers.get("content-length", _LONG_BODY_BYTES)) < _LONG_BODY_BYTES:
             return await asyncio.to_thread(work)
@@ -153,17 +161,17 @@ class Tokenizing:
         try:
             return await unless_gone(request, asyncio.wrap_future(begun))
         finally:
-            begun.cancel()  # at once: a wrapped future's end is passed on later, when the thread may have taken it up
+            begun.cancel()  # directly: cancelling the wrapped future reaches it only later, when it may be running
 
 
 def _give_way() -> None:
-    """Let ranks have the cores before this thread, where threads have priorities of their own."""
+    """Give this thread a lower priority than ranks, on systems where threads have priorities of their own."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _without_leftovers(work: Callable[[], _T]) -> _T:
-    """Return what `work` returns, and what it has freed to the system; other C libraries than glibc do so by themselves."""
+    """Run `work`, and return the memory that it has freed to the system, which only glibc doesn't do by itself."""
     try:
         return work()
     finally:

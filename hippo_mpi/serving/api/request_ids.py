@@ -1,4 +1,4 @@
-"""A name for every request: in the headers of its answer, and in the id of what is answered."""
+"""A unique name for every request, in the headers of its response and in the id of its answer."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-REQUEST_ID_HEADERS = ("x-request-id", "request-id")  # OpenAI's clients look for the first, Anthropic's for the other
+REQUEST_ID_HEADERS = ("x-request-id", "request-id")  # OpenAI's clients read the first, Anthropic's the second
 
 
 class RequestIds:
-    """Middleware that names requests, and puts the names into the headers of all answers."""
+    """ASGI middleware that names requests, and puts the names into the headers of all responses."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request under a new name."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -33,10 +34,10 @@ class RequestIds:
 
 
 def id_headers(name: str) -> dict[str, str]:
-    """Return the headers that tell a client the name of its request."""
+    """Return the headers with the name of a request."""
     return dict.fromkeys(REQUEST_ID_HEADERS, f"req_{name}")
 
 
 def request_id(request: Request) -> str:
-    """Return what a request is named by."""
+    """Return the name of a request."""
     return str(request.state.request_id)

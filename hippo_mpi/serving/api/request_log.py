@@ -1,4 +1,4 @@
-"""A log line for every request. Never a text, a key, or the query of a URL, which may have one."""
+"""A log line for every request. It never has a text, a key, or the query of a URL, which may contain one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hippo_mpi.serving.api.audit_log import key_id
 from hippo_mpi.serving.supervision.answer import Answer
 
 _log = logging.getLogger(__name__)
-_POLLED = ("/health", "/ready", "/metrics")  # every second or so, by machines
+_POLLED = ("/health", "/ready", "/metrics")  # by programs, every second or so
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What an endpoint leaves in `request.state.answered` for the log: its answers, and the id that they went out with."""
+    """What an endpoint leaves for the log in `request.state.answered`: its answers, and their id for clients."""
 
     id: str
     model: str
@@ -28,16 +28,18 @@ class Answered:
 
 
 class RequestLog:
-    """ASGI middleware that logs every request when it has ended, however that was.
+    """ASGI middleware that logs every request when it has ended, in whatever way.
 
     Args:
-        key_of: the key that a request brings; empty if none.
+        app: the application behind it.
+        key_of: returns the API key of a request; empty if it has none.
     """
 
     def __init__(self, app: ASGIApp, key_of: Callable[[Request], str]) -> None:
         self._app, self._key_of = app, key_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request, and log it at its end."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -69,7 +71,7 @@ def _asked(scope: Scope, status: int) -> str:
 
 
 def _made(answered: Answered, began_s: float) -> list[str]:
-    """Return what was computed, as parts of a line."""
+    """Return the parts of a line that describe the answers."""
     timings = [answer.timings for answer in answered.answers]
     tokens = sum(len(one.token_ids) for one in timings)
     first = timings[0]
@@ -89,7 +91,7 @@ def _made(answered: Answered, began_s: float) -> list[str]:
 
 
 def _outcome(outcomes: Sequence[str]) -> str:
-    """Join finish reasons. Errors are named as such only: their messages may quote what was asked."""
+    """Join finish reasons. Errors are only called "error": their messages may quote the prompt."""
     if any(outcome.startswith("error") for outcome in outcomes):
         return "error"
     return "client gone" if "abort" in outcomes else "/".join(dict.fromkeys(outcomes))
@@ -103,5 +105,5 @@ def _level(path: str, status: int, answered: Answered | None) -> int:
 
 
 def _printable(text: str) -> str:
-    """Keep what a client may put into a line from looking like more than it is."""
+    """Replace what a client could use to forge parts of a line, and shorten it."""
     return re.sub("[^!-~]|,", "?", text[:120])

@@ -1,4 +1,4 @@
-"""What a server's ranks do, second by second, for people: a line of words, a table, and series to plot."""
+"""A view of a server's ranks, updated every second: a line of text, a table, and series to plot."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ from hippo_mpi.config.serve_options import API_KEYS
 from hippo_mpi.units import show_bytes
 
 COLUMNS = ("rank", "host", "layers", "weights", "resident", "KV caches", "busy", "hop")
-_LOOK_S = 1.0
-_MOST_LOOKS = 120
-_ASK_S = 5.0
+_LOOK_INTERVAL_S = 1.0
+_MAX_LOOKS = 120  # that are remembered
+_REQUEST_TIMEOUT_S = 5.0
 
 
 def own_key() -> str:
-    """Return the API key for the server that the environment has; "none" if it has none."""
+    """Return the first API key in the environment; "none" if it has none."""
     return os.environ.get(API_KEYS, "").split(",")[0].strip() or "none"
 
 
 def fetch_status(url: str) -> dict[str, Any]:
-    """Return what GET /ready of the server at `url` says, ready or not.
+    """Return the body of GET /ready of the server at `url`, ready or not.
 
     Raises:
         OSError: it doesn't answer.
+        ValueError: its answer isn't JSON.
     """
     request = urllib.request.Request(f"{url}/ready", headers={"Authorization": f"Bearer {own_key()}"})
     try:
-        with urllib.request.urlopen(request, timeout=_ASK_S) as answer:
+        with urllib.request.urlopen(request, timeout=_REQUEST_TIMEOUT_S) as answer:
             return dict(json.loads(answer.read()))
-    except urllib.error.HTTPError as error:  # 503: not ready, and why
+    except urllib.error.HTTPError as error:  # status 503: the body says why it isn't ready
         return dict(json.loads(error.read()))
 
 
 @dataclass(frozen=True)
 class Point:
-    """A rank in one second."""
+    """The activity of a rank between two looks."""
 
     seconds: float  # before now: at most 0
     rank: str
@@ -52,23 +53,23 @@ class Point:
 
 
 class ClusterView:
-    """Keeps the last two minutes.
+    """The state of a server, and the activity of its ranks in the last two minutes.
 
     Args:
-        status: what GET /ready says; raises OSError if the server can't be reached.
+        status: returns the body of GET /ready; raises OSError if the server can't be reached.
     """
 
     def __init__(self, status: Callable[[], dict[str, Any]]) -> None:
         self._fetch = status
         self._status: dict[str, Any] = {}
-        self._points: deque[tuple[float, list[tuple[float, float]]]] = deque(maxlen=_MOST_LOOKS)
+        self._points: deque[tuple[float, list[tuple[float, float]]]] = deque(maxlen=_MAX_LOOKS)
         self._before: list[dict[str, Any]] = []
         self._looked_at = self._beat_s = 0.0
 
     def look(self) -> None:
-        """Ask the server, if that was long enough ago: many pages may share one view."""
+        """Fetch the server's status, unless that was less than a second ago: many pages may share one view."""
         now = time.monotonic()
-        if now - self._looked_at < _LOOK_S * 0.9:
+        if now - self._looked_at < _LOOK_INTERVAL_S * 0.9:
             return
         self._looked_at = now
         try:
@@ -84,7 +85,7 @@ class ClusterView:
 
     @property
     def line(self) -> str:
-        """How it stands."""
+        """The state of the server in a sentence or two."""
         status = self._status
         if not status.get("ready"):
             return f"Not ready: {status.get('state', 'nothing is known yet')}. Answers that have begun go on by themselves."
@@ -99,23 +100,23 @@ class ClusterView:
     @property
     def rows(self) -> list[list[str]]:
         """A row per rank, in the order of COLUMNS."""
-        found = []
+        rows = []
         last = self._points[-1][1] if self._points and self._status.get("ready") else []
         now = self._status.get("now", [])
         for rank, about in enumerate(self._status.get("ranks", [])):
             start, stop = about["layers"]
             status = now[rank] if rank < len(now) else {}
             busy, hop_ms = last[rank] if rank < len(last) else (0.0, 0.0)
-            found.append([
+            rows.append([
                 str(rank), about["host"], f"{start}-{stop - 1}" + (" and head" if rank == 0 else ""),
                 show_bytes(about["weight_bytes"]), show_bytes(status.get("peak_resident_bytes", 0)),
                 show_bytes(status.get("cache_bytes", 0)), f"{busy:.0f} %", f"{hop_ms:.2f} ms",
             ])  # fmt: skip
-        return found
+        return rows
 
     @property
     def html(self) -> str:
-        """Return the rows as a table whose cells know their column's name, so that it can be shown as cards, too."""
+        """The rows as an HTML table; cells have their column's name, so that narrow pages can show cards instead."""
         head = "".join(f"<th>{name}</th>" for name in COLUMNS)
         cells = (
             "".join(f'<td data-name="{name}">{escape(cell)}</td>' for name, cell in zip(COLUMNS, row, strict=True))
@@ -126,7 +127,7 @@ class ClusterView:
 
     @property
     def points(self) -> list[Point]:
-        """All that is remembered, oldest first."""
+        """The activity of all ranks in the last two minutes, oldest first."""
         now = time.monotonic()
         return [
             Point(at - now, f"rank {rank}", busy, hop_ms)
@@ -136,7 +137,7 @@ class ClusterView:
 
 
 def _rates(rank: dict[str, Any], before: dict[str, Any], passed_s: float) -> tuple[float, float]:
-    """(busy percent, milliseconds per hop) between two looks; a rank that was started anew counts from 0."""
+    """Return (busy percent, milliseconds per hop) between two looks, zeros for a rank that was restarted between."""
     hops = rank["num_hops"] - before["num_hops"]
     if hops < 0:
         return 0.0, 0.0

@@ -1,4 +1,4 @@
-"""A page for people, made of Gradio's parts: a chat, and what the ranks do meanwhile."""
+"""The web page, built with Gradio: a chat, and the activity of the ranks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pandas as pd
 
 from hippo_mpi.serving.page.cluster_view import ClusterView
 
-_LOOK_S = 1.0
-_FONTS = ["system-ui", "sans-serif"]  # Gradio's own come from elsewhere
+_LOOK_INTERVAL_S = 1.0
+_FONTS = ["system-ui", "sans-serif"]  # Gradio's default fonts would be fetched from the Internet
 CSS = """
 footer {display: none !important}
 .gradio-container {max-width: 72rem !important; width: 100%; margin: 0 auto}
@@ -33,6 +33,7 @@ footer {display: none !important}
 
 
 def theme() -> gr.themes.Base:
+    """Return the page's theme, with fonts that browsers have."""
     return gr.themes.Soft(font=_FONTS, font_mono=["ui-monospace", "monospace"])
 
 
@@ -40,9 +41,9 @@ def make_page(client: openai.OpenAI, models: list[str], view: ClusterView) -> gr
     """Build the page.
 
     Args:
-        client: of the server that answers.
-        models: its catalogue.
-        view: what its ranks do.
+        client: of the server.
+        models: names of its models.
+        view: of its ranks.
     """
     with gr.Blocks(title="Hippo MPI", analytics_enabled=False, fill_height=True) as page:
         gr.Markdown("# Hippo MPI")
@@ -73,7 +74,7 @@ def make_page(client: openai.OpenAI, models: list[str], view: ClusterView) -> gr
             return view.line, view.html, frame, frame
 
         shown = [state, ranks, busy, hops]
-        gr.Timer(_LOOK_S).tick(look, outputs=shown, show_progress="hidden", api_visibility="private")
+        gr.Timer(_LOOK_INTERVAL_S).tick(look, outputs=shown, show_progress="hidden", api_visibility="private")
         page.load(look, outputs=shown, show_progress="hidden", api_visibility="private")
     return page
 
@@ -122,10 +123,10 @@ def _add_chat(client: openai.OpenAI, models: list[str]) -> None:
 
 
 def _answer(client: openai.OpenAI, options: dict[str, Any]) -> Iterator[list[gr.ChatMessage]]:
-    """Yield the bubbles of an answer as it grows; at its end with how fast it came.
+    """Yield the messages of an answer as it grows; at the end with its rate.
 
     Raises:
-        openai.OpenAIError: the server refuses the question, or is gone.
+        openai.OpenAIError: the server refuses the request, or doesn't answer any more.
     """
     said = thought = rate = ""
     times: list[float] = []
@@ -141,7 +142,7 @@ def _answer(client: openai.OpenAI, options: dict[str, Any]) -> Iterator[list[gr.
 
 
 def _bubbles(thought: str, said: str, rate: str) -> list[gr.ChatMessage]:
-    """Return an answer's parts. Those with a title are not sent back to the model."""
+    """Return the messages that show an answer; those with a title aren't sent back to the model."""
     parts = [gr.ChatMessage(role="assistant", content=thought, metadata={"title": "Thoughts"})] if thought else []
     parts.append(gr.ChatMessage(role="assistant", content=said))
     if rate:
@@ -150,7 +151,7 @@ def _bubbles(thought: str, said: str, rate: str) -> list[gr.ChatMessage]:
 
 
 def _rate(num_tokens: int, times: list[float]) -> str:
-    """Return what to say of an answer whose pieces came at these times, in seconds."""
+    """Return the number of tokens, and their rate if the times (in seconds) at which pieces came show one."""
     tokens = f"{num_tokens:,} token{'s' * (num_tokens != 1)}"
     took_s = times[-1] - times[0] if times else 0.0
     return f"{tokens}, {(num_tokens - 1) / took_s:.1f} tok/s" if num_tokens > 1 and took_s > 0 else tokens
