@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Generic, NoReturn, TypeVar
 
 from hippo_mpi.checkpoint.checkpoint import ModelSource
-from hippo_mpi.config.options import DeadlineOptions, DraftOptions, RunOptions
+from hippo_mpi.config.options import ConfigOptions, DeadlineOptions, DraftOptions, RunOptions
 from hippo_mpi.config.parser import OptionsParser, changed
 from hippo_mpi.config.yaml_file import expanded
 from hippo_mpi.errors import ForeignError, HippoError, UserError, interrupted, print_error, unread
@@ -162,7 +162,8 @@ def _with_model(joined: _Joined[_R], body: Callable[[Session[_R]], int], machine
 
 def _read(parser: OptionsParser[_D], argv: list[str]) -> tuple[_D, UserError | None]:
     try:
-        return parser.read(expanded(argv, parser.options)), None
+        takes_config = issubclass(parser.options, ConfigOptions)
+        return parser.read(expanded(argv, parser.options) if takes_config else argv), None
     except SystemExit:  # --help, --version
         _exit(0, 0)
     except UserError as error:

@@ -57,7 +57,8 @@ def test_cards_that_are_wrong(tmp_path: Path) -> None:
     for text, line in (
         ("models: {tale: {max-context: 5}}\n", "line 1: 'tale' needs the key 'model'"),
         ("ranks: 2\nhosts: [{ssh: a}]\n", "line 1: 'ranks' contradicts 'hosts' (line 2)"),
-        ("hosts: [{ip: a}]\n", 'the entry of rank 0 has no "ssh"'),
+        ("hosts: [{ip: a}]\n", "line 1: unknown key 'ip'; did you mean 'ips'?"),
+        ("hosts: [{ips: [a]}]\n", 'the entry of rank 0 has no "ssh"'),
         (
             f"models: {{tale: {{model: {BUNDLED_MODEL}}}}}\nmodel: fable\n",
             "--model fable is not in the catalogue: tale",
