@@ -209,6 +209,7 @@ def _failures(count: int, reasons: list[str], answers: Answers) -> str:
 
 
 def main() -> None:
+    """Run the command on this process's command line; ends the process."""
     run(make_parser(), answer_all)
 
 

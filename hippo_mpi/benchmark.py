@@ -160,6 +160,7 @@ def _write_trace(path: Path, trace: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    """Run the command on this process's command line; ends the process."""
     run(make_parser(), benchmark)
 
 

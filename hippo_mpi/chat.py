@@ -99,6 +99,7 @@ def _turn(
 
 
 def main() -> None:
+    """Run the command on this process's command line; ends the process."""
     run(make_parser(), chat)
 
 

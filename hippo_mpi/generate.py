@@ -70,6 +70,7 @@ def answer(session: Session[GenerateOptions]) -> int:
 
 
 def main() -> None:
+    """Run the command on this process's command line; ends the process."""
     run(make_parser(), answer)
 
 

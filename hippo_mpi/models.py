@@ -79,6 +79,7 @@ def _row(model: ServedModel, machines: Sequence[Machine]) -> str:
 
 
 def main() -> None:
+    """Run the command on this process's command line; ends the process."""
     run_without_model(make_parser(), list_models)
 
 

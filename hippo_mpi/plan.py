@@ -187,6 +187,7 @@ def _measure(session: Session[PlanOptions], workload: Workload) -> list[Measured
 
 
 def main() -> None:
+    """Run the command on this process's command line; ends the process."""
     run(make_parser(), plan, machines=lambda options: options.machines)
 
 

@@ -133,6 +133,7 @@ def _write_hosts(hosts: list[Any], held: contextlib.ExitStack) -> str:
 
 
 def main() -> None:
+    """Run the command on this process's command line; ends the process."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nor one while hosts are checked
     open_standard_streams()

@@ -62,7 +62,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve_rank(session: Session[ServeOptions]) -> int:
-    """What a launched rank does: rank 0 answers the front, or is one itself if no supervisor has started it."""
+    """Serve as a launched rank: rank 0 answers the front, or is one itself if no supervisor has started it."""
     if session.world.rank > 0:
         session.follow()
         return 0
@@ -292,7 +292,7 @@ def _named_hosts(options: ServeOptions, file: ConfigFile) -> list[Host]:
 def launch_plan(
     argv: list[str], options: ServeOptions, hosts: Sequence[Host], living: Sequence[int] | None
 ) -> LaunchPlan:
-    """How ranks with this command line are started: on all hosts, or on some of them."""
+    """Return how ranks with this command line are started: on all hosts, or on the `living` ones."""
     if not hosts:
         return LaunchPlan([sys.executable, "-m", "hippo_mpi.serve", *argv], options.ranks)
     if living is not None:
@@ -303,7 +303,7 @@ def launch_plan(
 
 
 def read_rules(options: ServeOptions) -> AccessRules:
-    """Who may ask, by the command line and the environment.
+    """Return who may ask, by the command line and the environment.
 
     Raises:
         UserError: keys can't be read, or there are none and others may connect.
@@ -325,13 +325,14 @@ def read_rules(options: ServeOptions) -> AccessRules:
 
 
 def _allowed_hosts(options: ServeOptions) -> tuple[str, ...]:
-    """Names that a Host header may have; none: any. Where others reach the server, it doesn't know what they call it."""
+    """Return the names that a Host header may have; none: any. Where others reach the server, it doesn't know what they call it."""
     if not is_loopback(options.address) and not options.allow_host:
         return ()
     return (*_LOOPBACK, options.address, *options.allow_host)
 
 
 def main() -> NoReturn:
+    """Run the command on this process's command line; ends the process."""
     argv = sys.argv[1:]
     try:
         if FRONT in os.environ or detect_launch().backend:

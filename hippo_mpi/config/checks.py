@@ -25,18 +25,22 @@ def _number(
 
 
 def positive(text: str) -> int:
+    """Return a whole number above 0."""
     return int(_number(text, int, "a whole number above 0", 1))
 
 
 def whole(text: str) -> int:
+    """Return a whole number of at least 0."""
     return int(_number(text, int, "a whole number", 0))
 
 
 def port(text: str) -> int:
+    """Return a port."""
     return int(_number(text, int, "a port, from 0 to 65535", 0, 65535))
 
 
 def network(text: str) -> str:
+    """Return an address or a network, in its normal form."""
     try:
         return str(ipaddress.ip_network(text, strict=False))
     except ValueError:
@@ -46,49 +50,56 @@ def network(text: str) -> str:
 
 
 def seed(text: str) -> int:
+    """Return a seed."""
     return int(_number(text, int, "a seed, from 0 to 2**64 - 1", 0, 2**64 - 1))
 
 
 def at_least_0(text: str) -> float:
+    """Return a number of at least 0."""
     return float(_number(text, float, "a number of at least 0", 0.0))
 
 
 def above_0(text: str) -> float:
+    """Return a number above 0."""
     return float(_number(text, float, "a number above 0", 0.0, open_low=True))
 
 
 def two_beats(text: str) -> float:
+    """Return a number of seconds, in which a rank says at least twice that it lives."""
     return float(_number(text, float, "a number of seconds from 1 up: ranks say twice a second that they live", 1.0))
 
 
 def share(text: str) -> float:
+    """Return a number from 0 to 1."""
     return float(_number(text, float, "a number from 0 to 1", 0.0, 1.0))
 
 
 def half(text: str) -> float:
+    """Return a number from 0 to 0.5."""
     return float(_number(text, float, "a number from 0 to 0.5", 0.0, 0.5))
 
 
 def size(text: str) -> int:
-    """Bytes: a number, or one with K, M or G behind it, as for mlx_lm.server."""
+    """Return a number of bytes, from one or one with K, M or G behind it, as for mlx_lm.server."""
     shift = {"K": 10, "M": 20, "G": 30}.get(text.upper().removesuffix("B")[-1:], 0)
     number = text.upper().removesuffix("B").rstrip("KMG") if shift else text
     return int(_number(number, float, "a size such as 512M or 2G", 0.0) * (1 << shift))
 
 
 def some_bytes(text: str) -> int:
-    """Bytes, at least one."""
+    """Return a number of bytes above 0."""
     return int(_number(str(size(text)), int, "a size above 0", 1))
 
 
 def origin(text: str) -> str:
+    """Return an origin of web pages, or *."""
     if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not an origin such as https://example.org")
     return text
 
 
 def host_name(text: str) -> str:
-    """A name or an address, as it stands in a Host header, but without brackets and port."""
+    """Return a host's name or address, as in a Host header, but without brackets and port."""
     name = text.strip("[]")
     with contextlib.suppress(ValueError):
         return str(ipaddress.ip_address(name))
@@ -98,6 +109,7 @@ def host_name(text: str) -> str:
 
 
 def counts(text: str) -> tuple[int, ...]:
+    """Return numbers of layers, such as 14,10."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -105,6 +117,7 @@ def counts(text: str) -> tuple[int, ...]:
 
 
 def request_counts(text: str) -> tuple[int, ...]:
+    """Return numbers of requests, such as 1,4,16."""
     try:
         return tuple(positive(part) for part in text.split(","))
     except argparse.ArgumentTypeError:

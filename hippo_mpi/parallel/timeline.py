@@ -36,6 +36,7 @@ class Timeline:
         self._busy_s, self._busy_since = 0.0, 0.0
 
     def __call__(self, doing: str, activity: Activity = Activity.OTHER) -> None:
+        """Note what begins, and pass it on."""
         self._account(activity)
         if self._marks is not None:
             self._marks.append(Mark(time.time(), doing, activity))

@@ -92,6 +92,7 @@ def room_for_many(
 
     Args:
         agreement: rank 0's, which has the plan.
+        max_batch_size: most requests at once, whatever the plan has room for.
         prefix_bytes: for what is kept; None: what the plan can spare.
     """
     split = agreement.split

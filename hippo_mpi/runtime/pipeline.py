@@ -80,11 +80,12 @@ class Pipeline:
         self.control.meet()
 
     def leader(self) -> Leader:
+        """Return rank 0's side of the steps."""
         self._worker = Leader(self.stage, self.channel, self._settings, self.agreement.layout.stages, self.timeline)
         return self._worker
 
     def follow(self) -> None:
-        """Obey until rank 0 calls `release`."""
+        """Run rank 0's steps until it calls `release`."""
         layout = self.agreement.layout
         is_last = layout.place(self.world.rank).stage == layout.stages - 1
         self._worker = follower = Follower(self.stage, self.channel, self._settings, is_last, self.timeline)
@@ -92,7 +93,7 @@ class Pipeline:
             pass
 
     def release(self) -> None:
-        """Rank 0 takes no further steps with its leader: the others' `follow` returns."""
+        """Let the others' `follow` return; rank 0 takes no further steps with its leader."""
         if self.world.size > 1:
             self.channel.send(_END, [])
 

@@ -58,7 +58,7 @@ class Session(Generic[_R_co]):
             print(split.table(), flush=True)
 
     def follow(self) -> None:
-        """Do what every rank but the first does: load, obey, end."""
+        """Load, run rank 0's steps, and end: what every rank but the first does."""
         pipeline = self.load()
         pipeline.follow()
         pipeline.end()

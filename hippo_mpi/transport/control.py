@@ -92,12 +92,12 @@ class Control:
         self._pulse.progress(doing, activity)
 
     def idle(self) -> None:
-        """Nothing is due: no deadline runs until the next `progress`."""
+        """Note that nothing is due: no deadline runs until the next `progress`."""
         self._pulse.idle()
 
     @contextlib.contextmanager
     def pausing(self) -> Iterator[None]:
-        """Let no deadline run inside: people who read what we write may take their time."""
+        """Suspend the deadline inside: people who read what we write may take their time."""
         before = self._pulse.doing, self._pulse.activity
         self.idle()
         try:
@@ -131,7 +131,7 @@ class Control:
 
     @property
     def stalled_s(self) -> float:
-        """On rank 0, for how long no rank has got on though something is due; 0 while that may still be a long step."""
+        """On rank 0, seconds without progress of any rank though something is due; 0 while that may still be a long step."""
         silent_s = time.monotonic() - self._moved_at
         is_long = silent_s > self._patience_s() - self.timeout_s * (1 - _STALLED_SHARE)
         return silent_s if is_long and not self._pulse.is_idle else 0.0
@@ -198,7 +198,7 @@ class Control:
     # ---- the end
 
     def close(self) -> None:
-        """A good end: nobody's closing connection is a failure from now on. Rank 0 first, others follow."""
+        """Announce a good end: from now on no closed connection is a failure. Rank 0 calls it first."""
         self._closing = True
         for rank in list(self._star):
             self._send(rank, Bye())

@@ -58,8 +58,9 @@ _Stored = tuple[int, Request]
 
 
 class _StoredRecord(msgspec.Struct):
-    """A record without its body and requests; the body as JSON, of which msgspec takes no number of any size; each
-    prompt once.
+    """A record without its body and requests, and these; each prompt once.
+
+    The body is JSON of its own, since msgspec refuses numbers of more than 64 bits.
     """
 
     record: Record

@@ -1,4 +1,4 @@
-"""An answer as the front knows it: what came of it so far, for its client, and for ranks that are to go on with it."""
+"""An answer as the front knows it: what has come of it so far, for its client and for ranks that resume it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hippo_mpi.errors import HippoError, RankError
 
 
 class ServerEnding(RankError):
-    """The server ends, and its ranks with it: what is under way is not at fault."""
+    """The server is shutting down; the request isn't at fault."""
 
 
 Told = OutputMessage | HippoError
-"""What comes for an answer: an output, or why there will be none."""
+"""An output of an answer, or the error that ended it."""
 
 
 def note_told(timings: Timings, told: OutputMessage) -> None:
@@ -32,7 +32,7 @@ class Answer:
     """A request that is being answered: what was told of it so far.
 
     Args:
-        tell: told of everything that comes for it, in order.
+        tell: called with each output or error, in order.
     """
 
     request: Request
@@ -42,30 +42,31 @@ class Answer:
     emitted_chars: int = 0
     random_state: list[int] | None = None
     outcome: str = "abort"  # or its finish reason, or its error
-    num_failures: int = 0  # of ranks that were at work on it, one after another, without a token of it between
-    num_failed_starts: int = 0  # of ranks that it waited for, one after another
+    num_failures: int = 0  # consecutive failures of ranks that were at work on it, without a token of it in between
+    num_failed_starts: int = 0  # consecutive failures of ranks to start while it waited
 
     def resumed(self) -> Request:
-        """The request for ranks that know nothing of it."""
+        """Return the request with all that ranks must know to go on from its last token."""
         if not self.timings.token_ids:
             return self.request
         resume = Resume(self.timings.token_ids, self.emitted_chars, self.random_state)
         return replace(self.request, resume=resume)
 
     def take(self, told: OutputMessage) -> RequestOutput:
-        """Note what came, and hand it on."""
+        """Record an output, pass it on, and return it with this process's times."""
         self.num_failures = 0
         self.note(told)
         self.tell(told)
         return told.output(self.timings)
 
     def note(self, told: OutputMessage) -> None:
-        """Note what came, now or to another front before this one."""
+        """Record an output, of these ranks or of earlier ones."""
         note_told(self.timings, told)
         self.emitted_chars += len(told.text)
         self.random_state = told.random_state
         self.outcome = told.finish_reason or self.outcome
 
     def fail(self, error: HippoError) -> None:
+        """End with an error."""
         self.outcome = f"error: {error}"
         self.tell(error)

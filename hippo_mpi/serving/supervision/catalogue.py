@@ -1,4 +1,4 @@
-"""The models that a server may be asked for: cards, what they say, and whether a model fits the machines."""
+"""The models that a server offers: their cards, and whether a model fits the machines."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _log = logging.getLogger(__name__)
 
 
 class ServedModel:
-    """A model as the front knows it: its name, its options, its text side; what takes time is done when first asked for.
+    """A model as the front knows it: its name, options and tokenizer. What takes time is done on first use.
 
     Args:
-        options: all those with which its ranks run.
-        card: the words of a command line for what its card says.
+        options: all options of its ranks.
+        card: those of its card, as words of a command line.
     """
 
     def __init__(self, name: str, options: CardOptions, card: Sequence[str] = ()) -> None:
@@ -49,13 +49,13 @@ class ServedModel:
 
     @classmethod
     def from_card(cls, name: str, card: Settings) -> ServedModel:
-        """Return the model of a card, with the defaults of all else."""
+        """Return the model of a card; all else has its default."""
         words = words_of(card, CardOptions)
         return cls(name, OptionsParser(CardOptions, add_help=False).read(words), words)
 
     @cached_property
     def source(self) -> ModelSource:
-        """Where it comes from; a repo's small files are downloaded."""
+        """Where it comes from; the first use downloads a repo's small files."""
         return ModelSource.from_options(self.options)
 
     @property
@@ -65,11 +65,13 @@ class ServedModel:
 
     @cached_property
     def tokenizer(self) -> TokenizerWrapper:
+        """Its tokenizer."""
         eos = load_config(self.path).get("eos_token_id")
         return open_tokenizer(self.path, eos, tuple(self.options.extra_eos_token), self.options.trust_remote_code)
 
     @cached_property
     def config(self) -> dict[str, Any]:
+        """The checkpoint's config.json."""
         return dict(load_config(self.path))
 
     @cached_property
@@ -106,7 +108,7 @@ class ServedModel:
         return self.options.precision or stored_precision(self.config)
 
     def plan(self, machines: Sequence[Machine]) -> LayerSplit:
-        """How it would lie on these machines.
+        """Plan the layer split for these machines.
 
         Raises:
             PlanError: it doesn't fit; the message has the numbers.
@@ -125,9 +127,9 @@ class Catalogue:
         self._planner: threading.Thread | None = None
 
     async def plan(self, model: ServedModel, machines: Sequence[Machine]) -> LayerSplit:
-        """`ServedModel.plan`, beside the event loop.
+        """Run `ServedModel.plan` beside the event loop.
 
-        In a thread that never ends: when one that has used MLX ends, MLX takes the process with it.
+        It runs in a thread that never ends: the end of a thread that has used MLX crashes the process.
         """
         if self._planner is None:
             self._planner = threading.Thread(target=self._plan_all, name="hippo-planner", daemon=True)
@@ -146,11 +148,14 @@ class Catalogue:
 
     @property
     def names(self) -> list[str]:
+        """Names of all models, the first one first."""
         return list(self._models)
 
     @property
     def first(self) -> ServedModel:
+        """The model that is loaded first."""
         return next(iter(self._models.values()))
 
     def find(self, name: str) -> ServedModel | None:
+        """Return the model of a name; None: there is none."""
         return self._models.get(name)

@@ -1,9 +1,9 @@
-"""The front's memory: every request, and what has been answered of it, so that ranks and models may come and go.
+"""The request broker: every request, and what has been answered of it, so that ranks and models may come and go.
 
-Ranks that are gone take nothing with them: when others are ready, each answer goes on from its last token.
-Ranks hold one model at a time. While requests wait for another, no more of the present one's are begun; when those that
-were have ended, it is the other's turn, with all that wait for it by then.
-Knows requests and ranks' messages. Must not know HTTP or how ranks are started.
+When ranks fail nothing is lost: once new ones are ready, each answer goes on from its last token.
+Ranks hold one model at a time. While requests wait for another model, no further requests for the present one begin; when
+its last answer has ended, the other model is loaded, for all requests that wait for it by then.
+Knows requests and the messages of rank 0. Must not know HTTP or how ranks are started.
 """
 
 from __future__ import annotations
@@ -45,61 +45,62 @@ _MOST_SILENT_S = 5.0  # of rank 0, which says something every second
 
 
 class Overloaded(UserError):
-    """More requests than may wait."""
+    """Too many requests wait already."""
 
 
 class Front:
-    """Between clients and ranks.
+    """Keeps requests between clients and ranks.
 
     Args:
-        most_requests: that may be under way or wait at once.
-        model: the name of the one that comes first.
+        most_requests: how many may run or wait at once.
+        model: the name of the model that is loaded first.
     """
 
     def __init__(self, most_requests: int, model: str) -> None:
         self._most_requests = most_requests
         self._answers: dict[int, Answer] = {}
-        self._begun: set[int] = set()  # those that the ranks know of
-        self._at_work: set[int] = set()  # those of which they have begun a step
-        self._taking: int | None = None  # the one that rank 0 is reading
+        self._begun: set[int] = set()  # requests that the ranks have
+        self._at_work: set[int] = set()  # requests of which a step has begun
+        self._taking: int | None = None  # the request that rank 0 is reading
         self.was_ready = False
-        """Whether the ranks of the present start have been ready."""
-        self._was_loaded = False  # the present model, since its turn began
+        """Whether the present ranks have been ready."""
+        self._was_loaded = False  # whether the present model has been loaded in this turn
         self._num_failed_starts = 0  # in a row
         self._ids = itertools.count()
         self._writer: asyncio.StreamWriter | None = None
-        self.model = model  # that the ranks hold, or are started for
-        self._model_before: str | None = None  # while another is being loaded: the one to return to
-        self._wanted: list[tuple[str, asyncio.Future[None]]] = []  # models that somebody waits for without a request
+        self.model = model  # which the ranks hold, or are started with
+        self._model_before: str | None = None  # the one to return to if the present one can't be loaded
+        self._wanted: list[tuple[str, asyncio.Future[None]]] = []  # models to load without a request
         self.turn_is_over = asyncio.Event()
         self._abouts: dict[str, Ready] = {}
-        self.machines: list[Machine] = []  # the budgets of the ranks that were ready last, whatever they held
+        self.machines: list[Machine] = []  # memory budgets of the ranks that were ready last
         self._made_s = time.monotonic()
         self._set_state(f"{model} is being loaded")
         self.num_starts = 0
         self.num_restarts = 0  # after failures
-        self.silent_hosts: list[str] = []  # without which the ranks were started
-        self.beat: Beat | None = None  # what the ranks said last of themselves
+        self.silent_hosts: list[str] = []  # hosts that the present ranks run without
+        self.beat: Beat | None = None  # the last one
         self._beat_s = 0.0  # when, since this front was made
-        self.has_progressed = False  # since the last ranks became ready
-        self.heard_s = 0.0  # when an output came last, of whatever request
+        self.has_progressed = False  # whether a token has come since the ranks became ready
+        self.heard_s = 0.0  # time of the last output of any request
         self.on_output: Callable[[RequestOutput, float], None] = lambda output, before_s: None
-        """For counting: told of every output, and when the one before it came (0: it is the first)."""
+        """Called with every output, and the time of the one before it (0: it is the first)."""
         self.on_early_end: Callable[[str], None] = lambda reason: None
-        """And of answers that end without a last output: "abort" if nobody wants them any more, or "error"."""
+        """Called when an answer ends without a last output: "abort" if its client has gone, or "error"."""
 
     @property
     def about(self) -> Ready | None:
-        """Of the last ranks that were ready with the present model."""
+        """What the last ranks with the present model could do; None: there were none."""
         return self._abouts.get(self.model)
 
     @property
     def is_ready(self) -> bool:
+        """Whether ranks are there, with their model loaded."""
         return self._writer is not None
 
     @property
     def why_stuck(self) -> str:
-        """Say why ranks that are there don't answer; empty if they do, for all that is known."""
+        """Why ranks that are ready make no progress; empty if they do, as far as is known."""
         if not self.is_ready or self.beat is None:
             return ""
         if self.beat.stalled_s:
@@ -109,12 +110,12 @@ class Front:
 
     @property
     def num_requests(self) -> int:
-        """Under way or waiting."""
+        """Requests that run or wait."""
         return len(self._answers)
 
     @property
     def state(self) -> str:
-        """Return how it stands, in words: "ready", or what is waited for, and for how long by now."""
+        """The state in words: "ready", or what is being waited for, and for how long."""
         if not self.is_ready:
             return f"{self._state} ({time.monotonic() - self._state_since_s:.0f} s)"
         if why := self.why_stuck:
@@ -123,13 +124,13 @@ class Front:
         return "ready" if following is None else f"ready; {self._turn_of(following)}"
 
     def why_waiting(self, model: str) -> str:
-        """Say why a request for a model is not at work; empty if it is, or waits among others for the same."""
+        """Say why a request for a model isn't running; empty if it is, or only queues for the loaded model."""
         if not self.is_ready:
             return self.state if model == self.model else f"{self.state}; {model} is loaded after that"
         return "" if model == self.model else self._turn_of(model)
 
     def status(self) -> dict[str, object]:
-        """Return what anybody may know: the state, and counts of requests (a second old) and of restarts."""
+        """Return what is public: the state, counts of requests (up to a second old) and of restarts."""
         waiting = len(self._answers) - len(self._begun) + (self.beat.waiting if self.beat else 0)
         running = max(0, len(self._answers) - waiting)
         return {
@@ -158,11 +159,11 @@ class Front:
         tell: Callable[[Told], None] = lambda told: None,
         cache_salt: str = "",
     ) -> Answer:
-        """Ask for an answer of a model, of which `tell` is told everything.
+        """Queue a request for a model; `tell` is called with each output, or the error.
 
         Raises:
-            Overloaded: too many wait already.
-            UserError: it can never be answered.
+            Overloaded: too many requests wait already.
+            UserError: the request can never be answered.
         """
         if len(self._answers) >= self._most_requests:
             raise Overloaded(f"{self._most_requests} requests are under way or wait already")
@@ -176,7 +177,7 @@ class Front:
     def bring_back(
         self, request: Request, model: str, tell: Callable[[Told], None], before: Sequence[OutputMessage]
     ) -> Answer:
-        """Go on with an answer that another front has begun, behind what was told `before`. It was let in then."""
+        """Go on with an answer that an earlier server has begun, after the outputs in `before`; no limits are checked again."""
         return self._take_in(replace(request, id=next(self._ids)), model, tell, before)
 
     def _take_in(
@@ -192,7 +193,7 @@ class Front:
         return answer
 
     def abort(self, answer: Answer) -> None:
-        """Nobody wants the rest of an answer; unknown and ended ones are ignored."""
+        """End an answer whose client has gone; unknown and ended ones are ignored."""
         number = answer.request.id
         if self._answers.pop(number, None) is not None:
             self.on_early_end("abort")
@@ -201,7 +202,7 @@ class Front:
             self._forget(number)
 
     async def load(self, model: str) -> None:
-        """Have the ranks hold a model next, when the answers that have begun are complete; returns when they do.
+        """Load a model as soon as the running answers have ended; return when it is loaded.
 
         Raises:
             UserError: it can't be loaded.
@@ -215,7 +216,7 @@ class Front:
     # ---- whose turn it is
 
     def _advance(self) -> None:
-        """Tell the ranks what they may begin; when it is another model's turn, say so."""
+        """Send the ranks what may begin, or signal that it is another model's turn."""
         if self._writer is None:
             return
         self._answer_wanted(self.model)
@@ -225,30 +226,30 @@ class Front:
             self.turn_is_over.set()
 
     def _note_wanted(self, model: str) -> None:
-        """Log that another model is asked for while answers of this one must end first, once per turn."""
+        """Log, once per turn, that a requested model waits for the running answers of another."""
         if model != self.model and self._begun and self._next_model() is None:
             _log.info("%s is asked for: %s", model, self.why_waiting(model))
 
     def _next_model(self) -> str | None:
-        """The model that somebody waits for, if it isn't the present one."""
+        """Return the model that is waited for longest, if it isn't the present one."""
         waited_for = [model for model, _ in self._wanted] + [answer.model for answer in self._answers.values()]
         return next((model for model in waited_for if model != self.model), None)
 
     def _begin_all(self) -> None:
-        """Tell the ranks of all requests that may begin (suspects.py)."""
+        """Send the ranks all requests that may begin (suspects.py)."""
         failures = {n: answer.num_failures for n, answer in self._answers.items() if answer.model == self.model}
         for number in may_begin(failures, self._begun):
             self._begun.add(number)
             self._tell(Add(self._answers[number].resumed()))
 
     def _forget(self, number: int) -> None:
-        """An answer has ended: that may have been the last before another model's turn."""
+        """Drop an ended answer; it may have been the last before another model's turn."""
         self._begun.discard(number)
         self._at_work.discard(number)
         self._advance()
 
     def _answer_wanted(self, model: str, error: UserError | None = None) -> None:
-        """Those who wait for a model learn that it is there, or that it can't be."""
+        """Tell those who wait for a model that it is loaded, or why it can't be."""
         for name, loaded in self._wanted:
             if name == model and not loaded.done():
                 if error is None:
@@ -258,7 +259,7 @@ class Front:
         self._wanted = [(name, loaded) for name, loaded in self._wanted if name != model and not loaded.done()]
 
     def take_turn(self) -> bool:
-        """Let another model have the next ranks, if one waits, and has its turn; whether it does."""
+        """Switch to the next model if it is its turn; return whether it is."""
         is_due = self.turn_is_over.is_set() or not any(a.model == self.model for a in self._answers.values())
         self.turn_is_over.clear()
         other = self._next_model()
@@ -277,7 +278,7 @@ class Front:
         return True
 
     def give_up_model(self, why: str) -> bool:
-        """Go back to the model before, as this one can't be loaded; False if it was in this turn, or none was before."""
+        """Return to the previous model, since this one can't be loaded; False if it has been, or there is no previous one."""
         if self._was_loaded or self._model_before is None:
             return False
         error = UserError(f"the model {self.model!r} can't be loaded: {why}")
@@ -294,8 +295,11 @@ class Front:
     # ---- the ranks
 
     def lose_ranks(self, why: str, most_failures: int) -> None:
-        """Ranks have failed. A request that they were at work on so often, without a token between, is given up: it is
-        what they fail of. Where ranks don't even become ready, that ends whoever waits."""
+        """Count a failure of the ranks against the requests that they were at work on.
+
+        A request with more than `most_failures` consecutive failures is given up: it is what makes ranks fail. Failures
+        to start count against every request that waits.
+        """
         self._set_state(f"the ranks are being started again: {why}")
         self._num_failed_starts += not self.was_ready
         if self._num_failed_starts > most_failures:
@@ -317,12 +321,12 @@ class Front:
         self._end_life()
 
     def _end_life(self) -> None:
-        """What was known of ranks that are gone."""
+        """Forget what was known of ranks that are gone."""
         self._at_work.clear()
         self._taking, self.was_ready = None, False
 
     def fail_all(self, error: RankError) -> None:
-        """Give every request up."""
+        """End every request with an error."""
         for answer in list(self._answers.values()):
             self._fail(answer, error)
 
@@ -332,7 +336,7 @@ class Front:
         self.on_early_end("error")
 
     async def serve_ranks(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, silence_s: float) -> str:
-        """Work with these ranks as long as they live; returns why they don't any more."""
+        """Exchange messages with rank 0 for as long as it lives; return why it doesn't any more."""
         self.has_progressed = False
         try:
             while True:
@@ -371,7 +375,7 @@ class Front:
                 self._welcome(report, writer)
 
     def _welcome(self, about: Ready, writer: asyncio.StreamWriter) -> None:
-        """Begin with ranks that have loaded their model."""
+        """Take ranks into service that have loaded their model."""
         self._abouts[self.model], self.machines = about, about.machines
         self._writer = writer
         self.was_ready = self._was_loaded = True
@@ -403,7 +407,7 @@ class Front:
             self._advance()
 
     def _tell(self, order: Order) -> None:
-        """To the ranks, if there are any; those to come are told everything."""
+        """Send an order to the ranks, if there are any; later ones are sent every request anew."""
         if self._writer is not None:
             self._writer.write(line_of(order))
 

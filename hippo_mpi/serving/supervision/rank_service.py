@@ -1,4 +1,4 @@
-"""Rank 0's side of serving: takes requests from the front, steps the engine, tells what comes out."""
+"""Rank 0's side of serving: take requests from the front, step the engine, send the outputs back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BEAT_S = 0.5
 
 
 class RankService:
-    """The conversation with the front over `connection`; it begins with beats, while the model is being loaded."""
+    """Rank 0's end of the connection to the front. It beats from the start, while the model is being loaded."""
 
     def __init__(self, connection: socket.socket, control: Control) -> None:
         self._connection, self._control = connection, control
@@ -62,7 +62,7 @@ class RankService:
                 self._tell(*map(_report, outputs))
 
     def _take(self, engine: Engine, order: Order | None) -> bool:
-        """Do what the front says; False when it is gone."""
+        """Carry out an order of the front; return False if the front is gone."""
         if order is None:
             return False
         if not isinstance(order, Add):
@@ -99,7 +99,7 @@ class RankService:
         self._inbox.put(None)
 
     def _beat(self) -> None:
-        """Tell that this process lives, and what the watchdog knows of whether it gets on."""
+        """Report twice a second that this process lives, and whether the ranks make progress."""
         while True:
             time.sleep(BEAT_S)
             try:

@@ -1,7 +1,7 @@
-"""Starts the ranks, sees when they fail, ends what is left of them and starts them again, on the hosts that answer.
+"""Start the ranks, notice when they fail, end what is left of them, and start them again on the hosts that answer.
 
-Local ranks are started one by one: under the ring backend mlx.launch would keep a core busy, and a server is idle
-most of the time. For other hosts it is mlx.launch (or, with --backend mpi, its mpirun).
+Local ranks are started one by one: under the ring backend mlx.launch would keep a core busy, and a server is idle most of
+the time. On other hosts mlx.launch starts them (or, with --backend mpi, its mpirun).
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class LaunchPlan:
 
 
 class RankGroup:
-    """The processes of one start, in a session of their own each.
+    """The processes of one start, each in a session of its own.
 
     Args:
-        folder: an empty one of their own.
+        folder: an empty folder for their files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,14 +82,16 @@ class RankGroup:
         self._ports: HeldPorts | None = None
 
     def start(self, plan: LaunchPlan, front: Path, key: RunKey) -> None:
-        """Start them.
+        """Start the processes.
 
         Args:
-            front: the socket where rank 0 finds the front.
+            plan: how.
+            front: path of the socket on which the front listens for rank 0.
+            key: of the run.
 
         Raises:
-            OSError: this machine has no room for another process; those that were started are still to be ended.
-            LaunchError: it has no free ports.
+            OSError: this machine can't start another process; those that run must still be ended.
+            LaunchError: this machine has no free ports.
         """
         env = {
             **os.environ,
@@ -125,8 +127,11 @@ class RankGroup:
         return any(process.poll() is not None for process in self._processes)
 
     def status(self) -> int | None:
-        """Return the exit status of ranks that have ended: what rank 0 has left behind, for mlx.launch knows none, else
-        that of a process, a bad one first. None while all run."""
+        """Return the exit status of ranks that have ended; None while all run.
+
+        Rank 0 leaves it in a file, since mlx.launch always exits with 0; without one it is that of a process, a bad one
+        first.
+        """
         if found := read_status(self._status_file):
             return found[0]
         codes = [code for process in self._processes if (code := process.poll()) is not None]
@@ -134,19 +139,19 @@ class RankGroup:
 
     @property
     def last_words(self) -> str:
-        """Return the line in which rank 0 has said why it ended; empty if it hasn't."""
+        """The line in which rank 0 said why it ended; empty if it didn't."""
         found = read_status(self._status_file)
         return found[1] if found else ""
 
     async def wait(self) -> None:
-        """Until one has ended."""
+        """Wait until a process has ended."""
         while not self.has_ended:
             await asyncio.sleep(_LOOK_S)
 
     async def end(self) -> None:
-        """End what still runs: politely, so that a launcher can tell other hosts, then not, whatever happens."""
+        """End what still runs: with SIGTERM first, so that a launcher can end other hosts' ranks, then with SIGKILL."""
         try:
-            # All at once, so that none sees another end, and calls that a failure.
+            # Stop all first, so that none sees another end and reports that as a failure.
             for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGCONT):
                 self._signal(number)
             await self._await_ends(_END_S)
@@ -158,7 +163,7 @@ class RankGroup:
                 self._ports.close()
 
     async def _await_ends(self, most_s: float) -> list[int]:
-        """Wait for so long at most; return the processes that are left."""
+        """Wait for at most so many seconds; return the processes that are left."""
         ends = time.monotonic() + most_s
         while (left := [p.pid for p in self._processes if p.poll() is None]) and time.monotonic() < ends:
             await asyncio.sleep(_LOOK_S)
@@ -171,8 +176,11 @@ class RankGroup:
 
 
 class _LastWords(asyncio.StreamReader):
-    """What rank 0 said is read to its end also if a reset comes behind it: which requests it had begun decides which
-    are suspected of its death, and asyncio's own reader forgets what it holds when a connection fails."""
+    """Keeps what rank 0 said before its connection was reset.
+
+    Which requests it had begun decides which are suspected of its death; asyncio's own reader drops what it holds when a
+    connection fails.
+    """
 
     def set_exception(self, exc: Exception) -> None:
         _log.debug("rank 0's connection: %s", exc)
@@ -189,11 +197,11 @@ class Supervisor:
     """Keeps ranks behind a front.
 
     Args:
-        make_plan: how the ranks of a model (its name) are started on some of the hosts (given their numbers; None: all).
-        hosts: where ranks may be; none: on this machine only.
-        start_s: rank 0 has so long to come from its start.
-        silence_s: after so long without a word from rank 0, it counts as lost.
-        max_restarts: failures in a row that a request bears, without a token of it between.
+        make_plan: returns how the ranks of a model (its name) are started on some hosts (their numbers; None: all).
+        hosts: where ranks may run; none: on this machine only.
+        start_s: seconds that rank 0 has to connect after a start.
+        silence_s: seconds without a message after which rank 0 counts as lost.
+        max_restarts: consecutive rank failures, without progress, that a request survives.
     """
 
     def __init__(
@@ -209,10 +217,10 @@ class Supervisor:
         self._start_s, self._silence_s, self._max_restarts = start_s, silence_s, max_restarts
 
     async def run(self) -> None:
-        """Start the ranks, and start them again whenever they fail; ends by being cancelled.
+        """Keep ranks running until cancelled.
 
         Raises:
-            UserError: the first start failed by something that was typed or configured.
+            UserError: the first start failed because of something that was typed or configured.
         """
         front, failures = self._front, 0
         while True:
@@ -240,8 +248,8 @@ class Supervisor:
             await asyncio.sleep(_BACKOFF_S[min(failures - 1, len(_BACKOFF_S) - 1)])
 
     async def _serve_once(self) -> str | None:
-        """One life of the ranks; returns why it ended, or None if it is another model's turn."""
-        # A folder for each life: whoever cleans up /tmp ends this one at most.
+        """Run the ranks once; return why they ended, or None if it is another model's turn."""
+        # A folder for each start: whoever cleans up /tmp ends this one at most.
         with tempfile.TemporaryDirectory(prefix="hippo-serve-", ignore_cleanup_errors=True) as name:
             folder, arrived = Path(name), _Arrived()
             server = await asyncio.get_running_loop().create_unix_server(
@@ -255,11 +263,11 @@ class Supervisor:
             finally:
                 server.close()
                 await group.end()
-                while not arrived.empty():  # of a life that ended before it was looked at
+                while not arrived.empty():  # of ranks that ended before they were served
                     arrived.get_nowait()[1].close()
 
     async def _live(self, group: RankGroup, arrived: _Arrived) -> str | None:
-        """Serve with ranks that have been started, until they fail (returns why) or another model's turn comes (None)."""
+        """Serve with started ranks until they fail (return why) or it is another model's turn (None)."""
         front = self._front
         ended, connected = asyncio.ensure_future(group.wait()), asyncio.ensure_future(arrived.get())
         await asyncio.wait({ended, connected}, return_when="FIRST_COMPLETED", timeout=self._start_s)
@@ -295,8 +303,10 @@ class Supervisor:
                 return True
 
     async def _plan(self, key: RunKey) -> LaunchPlan:
-        """Plan a start on the hosts that answer, which get the key. The context that was promised stays, even if less
-        memory is free by now: else answers could not go on."""
+        """Plan a start on the hosts that answer, and hand them the key.
+
+        The context of the first start is kept, even if less memory is free by now: else answers could not go on.
+        """
         about, living = self._front.about, None
         if self._hosts:
             found = await hand_over(key, self._hosts)
@@ -315,8 +325,11 @@ class Supervisor:
         return replace(plan, command=[*plan.command, "--max-context", str(about.max_context)])
 
     def _why(self, group: RankGroup) -> str | None:
-        """What the exit status says of ranks that were never ready. At the first start a mistake of the user's or ours ends
-        everything; later one of the user's ends this model's turn (None), if there is another to return to."""
+        """Return what the exit status says of ranks that never became ready.
+
+        At the first start a mistake of the user's or ours ends everything; later one of the user's ends this model's turn
+        (None), if there is another model to return to.
+        """
         code = group.status()
         if code in (UserError.exit_code, ForeignError.exit_code):  # the next start would end alike
             if not self._front.num_starts:

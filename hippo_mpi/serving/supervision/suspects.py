@@ -1,8 +1,8 @@
-"""What ranks may have failed of: requests that were at work when they did, and how those come back.
+"""Which requests may have made ranks fail, and how these are tried again.
 
-The first failure may be anybody's. A request that was at work in two of them, without a token between, is a suspect:
-one of these at a time, the least suspicious first, beside all that aren't. So the one that ranks do fail of fails alone
-with its tries, and takes nobody else's; with its first token a suspect is none any more.
+One failure may be anybody's. A request that was at work in two consecutive failures, without a token in between, is a
+suspect. Suspects run one at a time, those with the fewest failures first, beside all other requests. So the request that
+does make ranks fail uses up its own retries and nobody else's; a suspect that gets a token is cleared.
 Must not know ranks or what a request is.
 """
 
@@ -14,16 +14,16 @@ _LEAST_FAILURES = 2
 
 
 def is_suspect(num_failures: int) -> bool:
-    """Whether ranks may fail of a request that was at work in so many failures without a token between."""
+    """Return whether a request with so many consecutive failures may be what makes ranks fail."""
     return num_failures >= _LEAST_FAILURES
 
 
 def may_begin(failures: Mapping[int, int], begun: Collection[int]) -> list[int]:
-    """Requests that may begin now.
+    """Return the requests that may begin now.
 
     Args:
-        failures: of each request, in the order in which they came.
-        begun: those that ranks are at work on, or have waiting.
+        failures: consecutive failures of each request, in order of arrival.
+        begun: requests that the ranks have already.
     """
     found = [number for number, count in failures.items() if number not in begun and not is_suspect(count)]
     suspects = {number: count for number, count in failures.items() if is_suspect(count)}
