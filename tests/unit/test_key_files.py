@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from starlette.requests import Request
 from hippo_mpi.config.serve_options import API_KEYS, ServeOptions
 from hippo_mpi.errors import FieldError, UserError
 from hippo_mpi.serve import read_rules
-from hippo_mpi.serving.api.access import Access, AccessRules
+from hippo_mpi.serving.api.access import Access, AccessRules, Rate
 from hippo_mpi.serving.key_files import keys_of_environment, read_key_file
 
 
@@ -170,6 +171,18 @@ def test_a_client_without_a_key_is_its_address_or_its_network() -> None:
     for host in ("10.0.0.1", "fd00::2", "fd00::ffff:2"):
         with pytest.raises(HTTPException, match="wait"):
             ask(host)
+
+
+def test_a_debt_is_not_forgotten_among_many_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    rate = Rate(60)
+    rate.spend("debtor", 1000)
+    for number in range(20_000):
+        rate.spend(str(number), 1)
+        now += 0.01
+    assert rate.wait_s("debtor") > 500
+    assert len(rate._buckets) < 12_000
 
 
 def test_whose_prompts_are_shared() -> None:

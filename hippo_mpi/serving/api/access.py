@@ -19,7 +19,8 @@ from hippo_mpi.errors import FieldError
 from hippo_mpi.serving.addresses import network_of
 from hippo_mpi.units import count_of
 
-_MAX_CLIENTS = 10_000  # whose buckets are remembered; beyond that, those unused for a minute are forgotten
+_MAX_CLIENTS = 10_000  # whose buckets are remembered; beyond that, full ones are forgotten, which says the same
+_CLEAN_INTERVAL_S = 1.0  # between two looks for them
 _MAX_SALT_CHARS = 256
 _RETRY_AFTER = {"Retry-After": "2"}
 
@@ -58,6 +59,7 @@ class Rate:
     def __init__(self, per_minute: int) -> None:
         self._per_minute = per_minute
         self._buckets: dict[str, _Bucket] = {}
+        self._cleaned_s = 0.0
 
     def wait_s(self, client: str) -> float:
         """Return the seconds until this client may go on; 0: now."""
@@ -74,12 +76,15 @@ class Rate:
         now = time.monotonic()
         bucket = self._buckets.get(client)
         if bucket is None:
-            if len(self._buckets) >= _MAX_CLIENTS:
-                self._buckets = {c: b for c, b in self._buckets.items() if now - b.filled_s < 60}
+            if len(self._buckets) >= _MAX_CLIENTS and now > self._cleaned_s + _CLEAN_INTERVAL_S:
+                self._cleaned_s = now
+                self._buckets = {c: b for c, b in self._buckets.items() if self._level(b, now) < self._per_minute}
             bucket = self._buckets[client] = _Bucket(self._per_minute, now)
-        bucket.level = min(self._per_minute, bucket.level + (now - bucket.filled_s) * self._per_minute / 60)
-        bucket.filled_s = now
+        bucket.level, bucket.filled_s = self._level(bucket, now), now
         return bucket
+
+    def _level(self, bucket: _Bucket, now: float) -> float:
+        return min(self._per_minute, bucket.level + (now - bucket.filled_s) * self._per_minute / 60)
 
 
 @dataclass

@@ -58,10 +58,13 @@ def openapi_object(models: Sequence[str]) -> dict[str, Any]:
         "/health": "Whether the front lives; with deep=1, whether ranks make tokens (503 if not).",
         "/ready": "Whether ranks answer (503 if not), and why not.",
         "/metrics": "For Prometheus.",
+        "/openapi.json": "This.",
         "/v1/models": "The catalogue.",
+        "/v1/models/{model}": "One of its models.",
     }
     paths: dict[str, Any] = {path: {"get": _operation(path, text)} for path, text in gets.items()}
     paths["/health"]["get"]["parameters"] = [_parameter("query", "deep", {"enum": ["0", "1", "false", "true"]})]
+    paths["/v1/models/{model}"]["parameters"] = [_parameter("path", "model", {"enum": list(models)})]
     for path in (CHAT, COMPLETION, RESPONSES, MESSAGES):
         paths[f"{path}/{{id}}"] = _of_kept(path)
     paths[f"{RESPONSES}/{{id}}/cancel"] = {

@@ -74,7 +74,7 @@ class ClusterView:
         self._looked_at = now
         try:
             self._status = self._fetch()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a proxy may answer with a page of its own
             self._status = {"ready": False, "state": f"the server can't be reached: {error}"}
         ranks, beat_s = self._status.get("now", []), self._status.get("beat_s", 0.0)
         passed_s = beat_s - self._beat_s
