@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 
-from hippo_mpi.engine.loops import LoopWatch
+from hippo_mpi.engine.loops import RepetitionDetector
 
 
 def first_loop(tokens: list[int], texts: list[str], most: int = 4) -> int | None:
-    watch = LoopWatch(most)
+    watch = RepetitionDetector(most)
     said = ""
     for number, (token, text) in enumerate(zip(tokens, texts, strict=True)):
         said += text
