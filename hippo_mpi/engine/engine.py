@@ -207,7 +207,7 @@ class Engine:
         sequence = None if self._propose is None else self._scheduler.next_alone()
         if self._propose is None or sequence is None:
             return []
-        # The step itself brings one token, and the last one of an answer needs no cache.
+        # A step yields one token besides the drafts, and the last token of an answer needs no room in the cache.
         revocable = self._runner.slot_limits(sequence.slot).num_revocable
         max_tokens = min(sequence.max_total_tokens - len(sequence.tokens) - 1, revocable - 1)
         return self._propose(sequence, max_tokens) if max_tokens > 0 else []

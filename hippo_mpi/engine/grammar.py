@@ -113,7 +113,7 @@ def _is_understood(tokenizer: TokenizerWrapper, form: tuple[Any, ...]) -> bool:
     written = "".join("f" if piece is _NAME else '{"a": "b"}' if piece is _ARGUMENTS else piece for piece in form)
     try:
         parsed = tokenizer.tool_parser(written, None)
-    except Exception:  # mlx-lm's parsers raise whatever they meet
+    except Exception:  # mlx-lm's parsers may raise anything
         return False
     (call, *_) = parsed if isinstance(parsed, list) else [parsed]
     return isinstance(call, dict) and (call.get("name"), call.get("arguments")) == ("f", {"a": "b"})

@@ -39,7 +39,7 @@ def open_tokenizer(
         raise ModelError(f"{path} has no tokenizer (tokenizer.json or tokenizer.model)")
     try:
         tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos_token_ids)
-    except Exception as error:  # transformers raises whatever its parsers raise
+    except Exception as error:  # transformers passes on whatever its parsers raise
         print_traceback(error)
         raise ModelError(f"the tokenizer of {path} can't be read: {one_line(error)}") from None
     for token in extra_eos:
@@ -159,7 +159,7 @@ def _render(tokenizer: TokenizerWrapper, messages: list[dict[str, Any]], options
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
         if all(instruction in text for instruction in later):
             return text
-    except Exception as error:  # jinja templates raise whatever they like
+    except Exception as error:  # jinja templates may raise anything
         if not later:
             raise UserError(f"the chat template doesn't take this conversation: {one_line(error)}") from None
     instructions = [message for message in messages if message["role"] in _INSTRUCTING]
@@ -190,7 +190,7 @@ def encode(tokenizer: TokenizerWrapper, text: str, **options: bool) -> list[int]
     """
     try:
         return list(tokenizer.encode(text, **options))
-    except Exception as error:  # tokenizers raise whatever they like
+    except Exception as error:  # tokenizers may raise anything
         raise UserError(f"the tokenizer doesn't take this text: {one_line(error)}") from None
 
 

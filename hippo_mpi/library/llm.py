@@ -221,7 +221,7 @@ class _Loaded:
             self._control.report(message, rank)
 
     def _told(self, waits: bool) -> Iterator[dict[str, Any]]:
-        """Yield what rank 0 has told so far, or, if this rank has nothing else to do, up to the end."""
+        """Yield the messages that rank 0 has sent so far; with `waits`, wait for all of them up to the empty one."""
         while True:
             try:
                 message = self._control.reports.get(block=waits)[1]

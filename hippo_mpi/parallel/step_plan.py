@@ -18,7 +18,7 @@ _HEAD = struct.Struct("<IBHHHH")
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What every rank does next: forks, detaches and drops slots, in this order, then runs the rows if there are some."""
+    """What every rank does next: forks, detaches and drops slots, in this order, then runs the rows, if any."""
 
     serial: int  # counts steps from 0: a gap means that ranks are out of step
     slots: tuple[int, ...] = ()

@@ -189,7 +189,7 @@ def _bounds(counts: Sequence[int]) -> list[int]:
 
 
 def _best_bounds(info: ModelInfo, machines: Sequence[Machine], context: int) -> list[int] | None:
-    """Return the bounds with the fastest slowest stage, by dynamic programming over ranks and layers; None if nothing fits."""
+    """Return the bounds whose slowest stage is fastest, by dynamic programming over ranks and layers; None: none fit."""
     num = info.num_layers
     allowed = [cut == num or cut not in info.forbidden_cuts for cut in range(num + 1)]
     best: list[tuple[float, float, list[int]] | None] = [None] * (num + 1)
@@ -198,7 +198,7 @@ def _best_bounds(info: ModelInfo, machines: Sequence[Machine], context: int) -> 
         first = rank == 0
         nxt: list[tuple[float, float, list[int]] | None] = [None] * (num + 1)
         for start, before in enumerate(best):
-            if before is None or (first and start > 0):  # unreachable
+            if before is None or (first and start > 0):
                 continue
             for stop in range(start + 1, num + 1):
                 if not allowed[stop]:

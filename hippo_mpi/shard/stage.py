@@ -162,7 +162,7 @@ class Forward:
         self._held.update(zip(places, incoming, strict=True))
 
     def _on_layer(self, layer: Any, index: int, args: Any, kwargs: Any, real: Any) -> Any:
-        """Stand in for the call of layer `index`: run it if it lives here, else act as its phantom."""
+        """Handle the call of layer `index`: run it if this stage holds it, otherwise act as its phantom."""
         number, self._next_call = self._next_call, self._next_call + 1
         flow = self.stage.flow
         if number >= len(flow.calls) or flow.calls[number].layer != index:

@@ -179,7 +179,7 @@ class Observer:
         vars(cache).update(inside)
 
     def _read_graph(self) -> dict[Any, set[Any]]:
-        """Return, for every noted array, the names of the leaves that it is made from."""
+        """Return, for every noted array, the names of the leaves that it is computed from."""
         needs: dict[Any, set[Any]] = defaultdict(set)
         targets = [array for _, array in self.targets]
         self.sizes.append(num_nodes(targets))

@@ -109,7 +109,7 @@ class RingChannel(Channel):
     def __init__(self, world: World, control: Control, layout: Layout) -> None:
         self._world, self._control = world, control
         self._before, self._behind = layout.neighbours(world.rank)
-        # One stream for both deadlocks as soon as two ranks send each other more than the eager limit.
+        # A single stream for both would deadlock once two ranks send each other more than the eager limit.
         self._send_stream = mx.new_stream(mx.cpu)
         self._receive_stream = mx.new_stream(mx.cpu)
         self._in_flight: deque[mx.array] = deque()

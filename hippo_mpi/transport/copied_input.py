@@ -119,7 +119,7 @@ class CopiedInput:
 
 
 def _open_terminal(launcher: int) -> int | None:
-    """Open the terminal that a process reads from; None if it has none. A pipe isn't opened, which would keep it open."""
+    """Open the terminal that a process reads from, or return None. A pipe isn't opened, as that would keep it open."""
     path = f"/proc/{launcher}/fd/0" if Path("/proc/self/fd").exists() else "/dev/tty"
     try:
         if stat.S_ISCHR(os.stat(path).st_mode):

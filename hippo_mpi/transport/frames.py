@@ -15,7 +15,7 @@ def framed(data: bytes) -> bytes:
 
 
 def read_frame(connection: socket.socket) -> bytes | None:
-    """Return one frame's data; None when the connection closed."""
+    """Wait for one frame and return its data; None if the connection is closed or the frame is too long."""
     head = _read_exactly(connection, _LENGTH.size)
     if head is None:
         return None

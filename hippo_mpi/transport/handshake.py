@@ -33,7 +33,7 @@ def introduce(world: World, port: int) -> tuple[bytes, list[dict[str, Any]]]:
     """Exchange addresses over the data plane, which has no authentication of its own.
 
     Ranks that were given a key in their environment prove it to each other: each signs its address together with fresh
-    random bytes of all ranks, so that no earlier message can be replayed. Otherwise all ranks use a new key from rank 0.
+    random bytes of all ranks, so that no earlier message can be replayed. Otherwise rank 0 makes a new key for all.
 
     Returns:
         The key of the run, and each rank's host, address, port and process id.
@@ -145,7 +145,7 @@ def await_callers(
                         ready.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                         connections[who] = ready
                     else:
-                        ready.close()  # a stranger, or a rank twice
+                        ready.close()  # a stranger, or a rank that has connected already
             for late_one in [one for one, (_, until_s) in callers.items() if time.monotonic() > until_s]:
                 del callers[late_one]
                 late_one.close()

@@ -21,7 +21,7 @@ from hippo_mpi.transport.terminal import put_back_terminal
 from hippo_mpi.transport.world import World
 
 _POLL_INTERVAL_S = 0.5  # between looks at mlx.launch's main thread
-_FROZEN_POLLS = 4  # in a row without a wake-up of that thread mean that it has ended
+_FROZEN_POLLS = 4  # in a row without a wake-up of that thread, after which it counts as ended
 _MLX_VARIABLES = {"MLX_HOSTFILE", "MLX_IBV_DEVICES"}
 
 

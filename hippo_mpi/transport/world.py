@@ -1,4 +1,4 @@
-"""The world of ranks: which launcher started us, and one strict `mx.distributed.init`.
+"""The world of ranks: finds out which launcher started us, and calls `mx.distributed.init` once, strictly.
 
 Knows launchers and backends. Must not know models. `mx.distributed` appears in this package only.
 """
@@ -58,7 +58,7 @@ def detect_launch() -> Launch:
     """Read the launcher's environment.
 
     Raises:
-        LaunchError: it contradicts itself.
+        LaunchError: its variables contradict each other, or name a hostfile that can't be read.
     """
     env = os.environ
     # mpirun inside sbatch leaves SLURM_PROCID at 0 on every rank, so its own variables come first.
