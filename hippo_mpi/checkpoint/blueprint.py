@@ -75,12 +75,12 @@ def build_from_config(folder: Path, trust_remote_code: bool = False) -> tuple[nn
 
 def assumptions(folder: Path, config: dict[str, Any], precision: str | None) -> tuple[str, ...]:
     """Return sentences that say what was assumed about a model of which only the config is there."""
-    found = [f"{folder} has no weights: sizes are those that config.json describes"]
+    sentences = [f"{folder} has no weights: sizes are those that config.json describes"]
     if _known_dtype(config) is None and precision in (None, *(f"{bits}bit" for bits in range(2, 9))):
-        found.append(f"config.json names no type of weights that MLX has, so {_ASSUMED_DTYPE}")
+        sentences.append(f"config.json names no type of weights that MLX has, so {_ASSUMED_DTYPE}")
     if isinstance(config.get("quantization"), dict) and not _index_names(folder):
-        found.append("no index says which weights are quantised: those that such models have quantised")
-    return tuple(found)
+        sentences.append("no index says which weights are quantised: those that such models have quantised")
+    return tuple(sentences)
 
 
 def _index_names(folder: Path) -> set[str]:

@@ -104,8 +104,8 @@ class Checkpoint:
         config = {k: v for k, v in self.config.items() if not k.startswith("_")}
         content = commit_of(self.source.path) or _sample_of_files(self.source.path)
         adapter = _sample_of_files(Path(self.source.adapter_path)) if self.source.adapter_path else ""
-        found = [config, sorted(self.weight_bytes.items()), self.flow.digest(), content, adapter]
-        return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        identity = [config, sorted(self.weight_bytes.items()), self.flow.digest(), content, adapter]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def stage_files(self, start: int, stop: int, shares_head: bool = False) -> set[str]:
         """Return the weight files that layers [start, stop) come from; with start 0, embedding and head too."""

@@ -107,7 +107,7 @@ class Prefill:
         return chunk
 
     def _whose_turn(self) -> Sequence:
-        """Alternate between the oldest and the shortest prompt, so that a huge one neither blocks others nor starves."""
+        """Alternate between the oldest and the shortest prompt, so that a huge one neither blocks nor starves."""
         oldest, *others = self.prompts
         self._is_turn_of_shortest = not self._is_turn_of_shortest
         if self._is_turn_of_shortest:

@@ -172,7 +172,7 @@ def sample_tokens(samplers: Sequence[TokenSampler], tokens: Sequence[list[int]],
         return SampledTokens(samplers, mx.argmax(logprobs, axis=-1), logprobs)
     rows = [c.choose(t, logits[row : row + 1]) for row, (c, t) in enumerate(zip(samplers, tokens, strict=True))]
     return SampledTokens(
-        samplers, mx.concatenate([token for _, token in rows]), mx.concatenate([told for told, _ in rows])
+        samplers, mx.concatenate([token for _, token in rows]), mx.concatenate([logprobs for logprobs, _ in rows])
     )
 
 

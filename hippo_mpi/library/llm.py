@@ -242,12 +242,12 @@ def _build_engine(pipeline: Pipeline, tokenizer: TokenizerWrapper, max_batch_siz
 
 def _as_message(output: RequestOutput) -> dict[str, Any]:
     """Return an output as an object that can be sent to the other ranks."""
-    told = output.logprobs
+    logprobs = output.logprobs
     return {
         "id": output.request_id,
         "text": output.text,
         "token": output.token,
-        "logprobs": None if told is None else told.as_object(),
+        "logprobs": None if logprobs is None else logprobs.as_object(),
         "reason": output.finish_reason,
         "error": None if output.error is None else [str(output.error), output.error.exit_code],
     }
@@ -259,8 +259,8 @@ def _as_output(message: dict[str, Any], timings: dict[int, Timings]) -> RequestO
     if message["error"] is not None:
         error = HippoError(message["error"][0])
         error.exit_code = message["error"][1]
-    told = message["logprobs"]
-    logprobs = None if told is None else TokenLogprobs.from_object(told)
+    written = message["logprobs"]
+    logprobs = None if written is None else TokenLogprobs.from_object(written)
     times = timings[message["id"]]
     if message["token"] is not None:
         times.note(message["token"])

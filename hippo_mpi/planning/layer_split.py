@@ -189,7 +189,7 @@ def _bounds(counts: Sequence[int]) -> list[int]:
 
 
 def _best_bounds(info: ModelInfo, machines: Sequence[Machine], context: int) -> list[int] | None:
-    """Return the bounds whose slowest stage is fastest, by dynamic programming over ranks and layers; None: none fit."""
+    """Return the bounds whose slowest stage is fastest, by dynamic programming over ranks and layers; None if none."""
     num = info.num_layers
     allowed = [cut == num or cut not in info.forbidden_cuts for cut in range(num + 1)]
     best: list[tuple[float, float, list[int]] | None] = [None] * (num + 1)

@@ -23,7 +23,7 @@ from hippo_mpi.transport.frames import FrameReader, framed
 from hippo_mpi.transport.run_key import given_key
 from hippo_mpi.transport.world import World
 
-_CARD_BYTES = 512
+_INTRODUCTION_BYTES = 512
 _HELLO_TIMEOUT_S, _MAX_HELLO_BYTES = 5.0, 4096
 _MAX_CALLERS = 100  # connections that haven't identified themselves yet
 _POLL_INTERVAL_S = 0.25  # between looks at the deadlines while nobody calls
@@ -42,23 +42,25 @@ def introduce(world: World, port: int) -> tuple[bytes, list[dict[str, Any]]]:
         RankError: a rank is lost, has no key, or has another one.
     """
     me = {"host": world.host, "address": world.address, "port": port, "pid": os.getpid()}
-    given, made_up = given_key(), b"".join(_all_gather(world, secrets.token_bytes(32)))
-    secret = {"proof": _signature(given, made_up, world.rank, me)} if given else {"key": secrets.token_hex(16)}
-    cards = [
+    given, nonces = given_key(), b"".join(_all_gather(world, secrets.token_bytes(32)))
+    secret = {"proof": _signature(given, nonces, world.rank, me)} if given else {"key": secrets.token_hex(16)}
+    introductions = [
         json.loads(data.rstrip())
-        for data in _all_gather(world, json.dumps({**me, **secret}).encode().ljust(_CARD_BYTES))
+        for data in _all_gather(world, json.dumps({**me, **secret}).encode().ljust(_INTRODUCTION_BYTES))
     ]
-    for rank, card in enumerate(cards) if given else ():
-        signed = {name: card[name] for name in me}
-        if not hmac.compare_digest(str(card.get("proof")), _signature(given, made_up, rank, signed)):
-            raise RankError(f"{world.name}: rank {rank} ({card['host']}) doesn't know this run's key ({RUN_KEY})")
-    if not given and "key" not in cards[0]:
-        raise RankError(f"{world.name} has no key ({RUN_KEY}), but rank 0 ({cards[0]['host']}) has")
-    return given or bytes.fromhex(cards[0]["key"]), cards
+    for rank, introduction in enumerate(introductions) if given else ():
+        signed = {name: introduction[name] for name in me}
+        if not hmac.compare_digest(str(introduction.get("proof")), _signature(given, nonces, rank, signed)):
+            raise RankError(
+                f"{world.name}: rank {rank} ({introduction['host']}) doesn't know this run's key ({RUN_KEY})"
+            )
+    if not given and "key" not in introductions[0]:
+        raise RankError(f"{world.name} has no key ({RUN_KEY}), but rank 0 ({introductions[0]['host']}) has")
+    return given or bytes.fromhex(introductions[0]["key"]), introductions
 
 
-def _signature(key: bytes, made_up: bytes, rank: int, card: dict[str, Any]) -> str:
-    return hmac.new(key, made_up + json.dumps([rank, card], sort_keys=True).encode(), "sha256").hexdigest()
+def _signature(key: bytes, nonces: bytes, rank: int, introduction: dict[str, Any]) -> str:
+    return hmac.new(key, nonces + json.dumps([rank, introduction], sort_keys=True).encode(), "sha256").hexdigest()
 
 
 def _all_gather(world: World, data: bytes) -> list[bytes]:
