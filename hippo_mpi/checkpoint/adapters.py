@@ -1,8 +1,8 @@
-"""Models that don't call their layers as layers, made to: the one place where model types are named.
+"""Adapts models that don't call their layers as layers; the only place where model types are named.
 
-`iquestloopcoder` goes through its layers twice, and its own `__call__` uses the insides of its layers (queries,
-keys, gates) instead of calling them. The adapter moves that body into the layers, operation by operation, so
-that they can be traced and cut like any other's.
+`iquestloopcoder` goes through its layers twice, and its own `__call__` uses the internals of its layers (queries,
+keys, gates) instead of calling them. The adapter moves that code into the layers, operation by operation, so
+that they can be traced and cut like those of any other model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mlx_lm.models.base import create_attention_mask
 
 
 def adapt(model: nn.Module, model_type: str) -> None:
-    """Give a model of a type that needs it layers that can be called; others stay as they are."""
+    """Give a model layers that can be called, if its type needs that; other models stay as they are."""
     if model_type == "iquestloopcoder":
         _adapt_iquestloopcoder(model)
 

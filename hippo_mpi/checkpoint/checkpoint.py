@@ -1,7 +1,7 @@
-"""A checkpoint on disk (or on the hub), checked and opened without reading a single weight.
+"""Checks and opens a checkpoint on disk (or on the hub) without reading a single weight.
 
-mlx-lm does the loading: its arrays are lazy, so a model can be opened whole on every rank, asked for its
-structure, and only the weights that a rank holds are ever evaluated, that is, read.
+mlx-lm does the loading. Its arrays are lazy, so every rank can open the whole model and find its structure, while only
+the weights that the rank holds are ever evaluated, that is, read.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ _SAMPLES_PER_FILE, _SAMPLE_BYTES = 64, 1024
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from; names of mlx_lm.generate's options, and the precision of its weights (None: as stored).
+    """Where a model comes from; the fields are mostly options of mlx_lm.generate.
 
-    Where only a plan is made (`needs_weights` is False), a folder with a config and no weights will do.
+    With `precision` None, weights stay as they are stored. With `needs_weights` False, for making only a plan, a folder
+    with a config and no weights will do.
     """
 
     path: Path
@@ -51,7 +52,7 @@ class ModelSource:
     def from_options(
         cls, options: ModelOptions, needs_weights: bool = True, on_progress: Callable[[], None] = lambda: None
     ) -> ModelSource:
-        """Return what --model and its like say.
+        """Return the source that --model and related options name; a hub model's small files are downloaded.
 
         Raises:
             ModelError: there is no such model.
@@ -63,7 +64,7 @@ class ModelSource:
     def of_draft(
         cls, options: ModelOptions, needs_weights: bool = True, on_progress: Callable[[], None] = lambda: None
     ) -> ModelSource | None:
-        """Return what --draft-model says, if the command has it, and it says anything.
+        """Return the source that --draft-model names; None if it isn't given, or the command has no such option.
 
         Raises:
             ModelError: there is no such model.
@@ -77,29 +78,29 @@ class ModelSource:
 
 @dataclass
 class Checkpoint:
-    """A checkpoint's structure: what `trace` found, and the bytes of every weight."""
+    """A checkpoint's structure: its dataflow, from `trace`, and the bytes of every weight."""
 
     source: ModelSource
     config: dict[str, Any]
     flow: Dataflow
     weight_bytes: dict[str, int]
     expert_share: dict[str, float]  # of weights stacked over experts: the share that one token reads
-    assumptions: tuple[str, ...] = ()  # what isn't known of a model without weights
+    assumptions: tuple[str, ...] = ()  # sentences that say what had to be assumed of a model without weights
 
     def digest(self) -> str:
-        """A short hash of structure and weights (samples of them), equal on ranks that hold the same model."""
+        """Return a short hash of structure and weights (samples of them), equal on ranks that hold the same model."""
         config = {k: v for k, v in self.config.items() if not k.startswith("_")}
         content = commit_of(self.source.path) or _sample_of_files(self.source.path)
         adapter = _sample_of_files(Path(self.source.adapter_path)) if self.source.adapter_path else ""
-        found = [config, sorted(self.weight_bytes.items()), self.flow.digest(), content, adapter]
-        return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        identity = [config, sorted(self.weight_bytes.items()), self.flow.digest(), content, adapter]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def stage_files(self, start: int, stop: int, shares_head: bool = False) -> set[str]:
-        """Names of the weight files that layers [start, stop) are made from (with start 0, embedding and head too)."""
+        """Return the weight files that layers [start, stop) come from; with start 0, embedding and head too."""
         return _files_of(self.source, self.flow.stage_weights(start, stop, shares_head))
 
     def stage_weights(self, start: int, stop: int) -> set[str]:
-        """Names of the weights that layers [start, stop) need; with start 0, those of embedding and head too."""
+        """Return the names of the weights that layers [start, stop) need; with start 0, of embedding and head too."""
         return self.flow.stage_weights(start, stop)
 
 
@@ -108,7 +109,7 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
 
     Raises:
         ModelError: something is missing, damaged or unknown; the message says what.
-        ForeignError: its own code raises something when it is run.
+        ForeignError: the model's own code raises something when it is run.
     """
     with loading_errors(source.path):
         _check_files(source.path, source.needs_weights)
@@ -123,18 +124,20 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
 
 
 def _sample_of_files(folder: Path) -> str:
-    """A hash over an adapter's configuration and pieces of every weight file: fine-tunes of one model have the same
-    structure."""
-    found = hashlib.sha256()
+    """Return a hash over an adapter's configuration and pieces of every weight file.
+
+    The structure alone doesn't distinguish fine-tunes of one model.
+    """
+    digest = hashlib.sha256()
     for path in sorted(folder.glob("adapter_config.json")):
-        found.update(path.read_bytes())
+        digest.update(path.read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         with path.open("rb") as stream:
             for piece in range(_SAMPLES_PER_FILE):
                 stream.seek(size * piece // _SAMPLES_PER_FILE)
-                found.update(stream.read(_SAMPLE_BYTES))
-    return found.hexdigest()
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def load_stage_weights(
@@ -144,14 +147,21 @@ def load_stage_weights(
     on_progress: Callable[[int], None] = lambda done_bytes: None,
     shares_head: bool = False,
 ) -> nn.Module:
-    """The model with the weights of layers [start, stop) read and every other one absent.
+    """Load a model with the weights of layers [start, stop); every other weight is absent.
 
-    From the hub, only the files that hold those are downloaded.
+    From the hub, only the files that hold these weights are downloaded.
 
-    Absent weights are NaN that takes no memory: if one were ever used by mistake, the answer would show it.
+    Absent weights are NaNs that take no memory: if one were ever used by mistake, the answer would show it.
+
+    Args:
+        checkpoint: the model's structure.
+        start: first layer; with 0, embedding, norm and head are loaded too.
+        stop: the layer after the last one.
+        on_progress: called with the bytes read so far.
+        shares_head: whether norm and head are loaded in any case.
 
     Raises:
-        ModelError: a file can't be read.
+        ModelError: a file is missing, or can't be downloaded or read.
     """
     folder = checkpoint.source.path
     if not has_weights(folder):
@@ -167,7 +177,13 @@ def load_stage_weights(
 def hold_weights(
     model: nn.Module, wanted: set[str], on_progress: Callable[[int], None] = lambda done_bytes: None
 ) -> None:
-    """Read the weights `wanted` of a model, if that hasn't been done, and let go of every other one."""
+    """Read the weights `wanted` of a model, unless they have been read, and release every other one.
+
+    Args:
+        model: changed in place.
+        wanted: names of weights.
+        on_progress: called with the bytes read so far, about every 64 MiB.
+    """
     weights = dict(tree_flatten(model.parameters()))
     absent = {name: _absent(weight) for name, weight in weights.items() if name not in wanted}
     model.update(tree_unflatten(list(absent.items())))
@@ -193,16 +209,16 @@ def _absent(weight: mx.array) -> mx.array:
 
 
 def _files_of(source: ModelSource, wanted: set[str]) -> set[str]:
-    """The files from which the weights `wanted` come; mlx-lm renames, stacks and splits what it loads."""
+    """Return the files that the weights `wanted` come from, although mlx-lm renames, stacks and splits them."""
     files: list[str] = []
     arrays: list[mx.array] = []
     load = mx.load
 
     def noting_load(file: Any, *args: Any, **kwargs: Any) -> Any:
-        found: Any = load(file, *args, **kwargs)
-        files.extend([Path(file).name] * len(found))
-        arrays.extend(found.values())
-        return found
+        loaded: Any = load(file, *args, **kwargs)
+        files.extend([Path(file).name] * len(loaded))
+        arrays.extend(loaded.values())
+        return loaded
 
     mx.load = noting_load
     try:
@@ -214,7 +230,11 @@ def _files_of(source: ModelSource, wanted: set[str]) -> set[str]:
 
 
 def open_lazily(source: ModelSource) -> tuple[nn.Module, dict[str, Any]]:
-    """The model with weights that are read only when they are evaluated, and its config."""
+    """Open a model whose weights are read only when they are evaluated; return it and its config.
+
+    Raises:
+        ModelError: something is missing, damaged or unknown; the message says what.
+    """
     with loading_errors(source.path), contextlib.redirect_stdout(io.StringIO()):
         if has_weights(source.path):
             model, config = load_model(source.path, lazy=True, trust_remote_code=source.trust_remote_code)
@@ -256,7 +276,11 @@ def _check_files(path: Path, needs_weights: bool = True) -> None:
 
 
 def _check_safetensors(file: Path) -> None:
-    """Compare a file's size with what its header promises: mlx reads a truncated file only when it is too late."""
+    """Compare a file's size with its header, because MLX would notice a truncated file only when it reads the weights.
+
+    Raises:
+        ModelError: the file is truncated, or not a safetensors file.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

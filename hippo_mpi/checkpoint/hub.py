@@ -1,8 +1,8 @@
-"""Models from the Hugging Face hub: everything small at once, of the weights only the files that a rank needs.
+"""Downloads models from the Hugging Face hub: small files at once, and only the weight files that a rank needs.
 
-To plan, a model's structure must be known before it is decided who needs what. So a repo becomes a folder, a
-*view*, in which weight files that aren't here are stand-ins: the real header, fetched alone, and a hole where
-the data would be. mlx-lm opens such a folder like any other, because it reads weights only when they are used.
+A plan needs the model's structure before it is decided which rank needs what. So a repo becomes a folder, a *view*, in
+which missing weight files are represented by stand-ins: the real header, fetched alone, and a hole where the data would
+be. mlx-lm opens such a folder like any other, because it reads weights only when they are used.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _FILES_OF_A_PLAN = [
     "model.safetensors.index.json",
     "*.py",
 ]
-_HEADERS_AT_ONCE = 16
-_NOTE = ".hippo-hub.json"
+_HEADERS_AT_ONCE = 16  # concurrent requests for headers
+_NOTE = ".hippo-hub.json"  # marks a view, and has its repo and commit
 
 
 def find_model(
     model: str, revision: str | None, on_progress: Callable[[], None] = lambda: None, is_for_plan: bool = False
 ) -> Path:
-    """The folder of a model: a local one, a bundled one by its name, or the hub's.
+    """Return the folder of a model: a local one, a bundled one by its name, or the view of a repo.
 
     Args:
         model: its path or repo, or the name of a bundled one, as hippo_mpi.models lists them.
         revision: of the repo.
-        on_progress: told of every piece that arrives.
-        is_for_plan: of a repo, only what a plan needs is downloaded.
+        on_progress: called for every piece that arrives.
+        is_for_plan: whether only the files of a repo that a plan needs are downloaded.
 
     Raises:
-        ModelError: there is neither.
+        ModelError: there is no such model.
     """
     path = Path(model).expanduser()
     if path.exists():
@@ -64,7 +64,13 @@ def find_model(
 
 
 def open_repo(repo: str, revision: str | None, on_progress: Callable[[], None], is_for_plan: bool = False) -> Path:
-    """The view of a repo: its small files, and its weight files, real ones or stand-ins.
+    """Return the view of a repo: its small files, and its weight files, real ones or stand-ins.
+
+    Args:
+        repo: its name on the hub.
+        revision: of the repo; None: the default branch.
+        on_progress: called for every piece that arrives.
+        is_for_plan: whether only the files that a plan needs are downloaded.
 
     Raises:
         ModelError: the hub has no such repo or can't be reached, and the cache doesn't have it either.
@@ -75,7 +81,7 @@ def open_repo(repo: str, revision: str | None, on_progress: Callable[[], None], 
         snapshot = Path(snapshot_download(repo, revision=revision, **small))
         view = Path(constants.HF_HOME) / "hippo_mpi" / f"{repo.replace('/', '--')}--{snapshot.name}"
         if is_view(view) and any(path.is_symlink() and not path.exists() for path in view.iterdir()):
-            shutil.rmtree(view, ignore_errors=True)  # the cache was cleaned behind its back
+            shutil.rmtree(view, ignore_errors=True)  # the hub's cache, which it links to, has been cleaned
         if not is_view(view):
             _make_view(view, repo, snapshot, on_progress)
         _link_small_files(view, snapshot)
@@ -87,11 +93,12 @@ def open_repo(repo: str, revision: str | None, on_progress: Callable[[], None], 
 
 
 def is_view(folder: Path) -> bool:
+    """Return whether a folder is the view of a repo."""
     return (folder / _NOTE).exists()
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit that a view shows; None for an ordinary folder."""
+    """Return the commit of a view's repo; None for an ordinary folder."""
     return str(json.loads((folder / _NOTE).read_text())["commit"]) if is_view(folder) else None
 
 
@@ -105,6 +112,11 @@ def downloaded_share(folder: Path) -> float:
 
 def fetch(folder: Path, files: Iterable[str], on_progress: Callable[[], None]) -> None:
     """Replace stand-ins in a view by the real files.
+
+    Args:
+        folder: the view.
+        files: names of weight files.
+        on_progress: called for every piece that arrives.
 
     Raises:
         ModelError: a download fails.
@@ -123,7 +135,7 @@ def fetch(folder: Path, files: Iterable[str], on_progress: Callable[[], None]) -
 
 
 def _ticker(on_progress: Callable[[], None]) -> type[tqdm]:  # type: ignore[type-arg]
-    """A silent progress bar that tells the watchdog of every piece that arrives."""
+    """Return a silent progress bar that calls `on_progress` for every piece that arrives."""
 
     class Ticker(tqdm):  # type: ignore[type-arg]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -150,14 +162,14 @@ def _make_view(view: Path, repo: str, snapshot: Path, on_progress: Callable[[], 
         (folder / _NOTE).write_text(json.dumps({"repo": repo, "commit": snapshot.name}))
         os.rename(folder, view)
     except OSError:
-        if not is_view(view):  # else another rank was faster
+        if not is_view(view):  # otherwise another rank was faster
             raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _link_small_files(view: Path, snapshot: Path) -> None:
-    """Show in a view what has been downloaded since it was made: a plan needs fewer files."""
+    """Link small files that were downloaded after the view was made, as a view for a plan has fewer of them."""
     for path in snapshot.iterdir():
         if path.suffix != ".safetensors" and not (view / path.name).exists():
             with contextlib.suppress(FileExistsError):  # another rank was faster
@@ -179,7 +191,7 @@ def _weight_files(repo: str, snapshot: Path) -> list[str]:
 
 
 def _make_weight_file(path: Path, repo: str, snapshot: Path) -> None:
-    """Link the real file, if it is in the cache, or make a stand-in."""
+    """Link the real weight file if it is in the cache; otherwise make a stand-in."""
     cached = try_to_load_from_cache(repo, path.name, revision=snapshot.name)
     if isinstance(cached, str):
         path.symlink_to(Path(cached).resolve())
@@ -188,16 +200,16 @@ def _make_weight_file(path: Path, repo: str, snapshot: Path) -> None:
 
 
 def _make_stand_in(path: Path, repo: str, commit: str) -> None:
-    """A sparse file of the real one's tensors, without their data."""
-    found = HfApi().parse_safetensors_file_metadata(repo, path.name, revision=commit)
+    """Write a sparse file with the real one's header, and a hole in place of the data."""
+    real = HfApi().parse_safetensors_file_metadata(repo, path.name, revision=commit)
     header: dict[str, Any] = {
         name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
-        for name, tensor in found.tensors.items()
+        for name, tensor in real.tensors.items()
     }
-    if found.metadata:
-        header["__metadata__"] = found.metadata
+    if real.metadata:
+        header["__metadata__"] = real.metadata
     text = json.dumps(header).encode()
-    data_bytes = max((tensor.data_offsets[1] for tensor in found.tensors.values()), default=0)
+    data_bytes = max((tensor.data_offsets[1] for tensor in real.tensors.values()), default=0)
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(8 + len(text) + data_bytes)

@@ -1,4 +1,4 @@
-"""What went wrong with the Hugging Face hub, in a sentence that says what to do."""
+"""Explains errors of the Hugging Face hub in a sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _LOG_IN = "log in with: hf auth login"
 
 
 def explain(error: Exception, repo: str, revision: str | None) -> HippoError:
-    """Make an error of one line that says why a repo, or a file of it, can't be had from the hub."""
+    """Return an error with one line that says why a repo, or a file of it, can't be downloaded from the hub."""
     why = _reason(error, repo, revision)
     return ModelError(why) if why else ForeignError.caused_by(error, f"{repo} can't be downloaded")
 
 
 def _reason(error: Exception, repo: str, revision: str | None) -> str | None:
-    """Say what to tell the user; None if nobody can have expected that."""
+    """Return what to tell the user; None for an unexpected error."""
     chain = list(_causes(error))
     host = urlparse(constants.ENDPOINT).netloc
     for cause in chain:
@@ -70,7 +70,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_of_network(error: BaseException) -> bool:
-    """Return True for what the hub's HTTP library (httpx or requests, by its version) raises when nobody answers."""
+    """Return whether the hub's HTTP library (httpx or requests, depending on its version) got no answer."""
     return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests") or (
         isinstance(error, ConnectionError | TimeoutError) and not isinstance(error, OfflineModeIsEnabled)
     )

@@ -1,4 +1,4 @@
-"""Whose mistake it is when mlx-lm can't load or run a model: the checkpoint's, in a line that says what, or ours."""
+"""Decides whether the checkpoint or the program is at fault when mlx-lm can't load or run a model."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ from pathlib import Path
 
 from hippo_mpi.errors import ForeignError, HippoError, ModelError, print_traceback
 
-_MOST_CHARACTERS = 300
+_MAX_CHARACTERS = 300
 
 
 @contextlib.contextmanager
 def loading_errors(path: Path, what: str = "can't be loaded") -> Iterator[None]:
-    """Turn what mlx-lm raises for a bad checkpoint into a ModelError, and anything else into a ForeignError."""
+    """Convert exceptions of mlx-lm in the block: a bad checkpoint's to a ModelError, any other to a ForeignError.
+
+    Args:
+        path: of the checkpoint, for the message.
+        what: the message's verb.
+
+    Raises:
+        ModelError: the checkpoint is at fault; one line says what is wrong.
+        ForeignError: anything else was raised.
+    """
     try:
         yield
     except HippoError:
         raise
-    except (Exception, SystemExit) as error:  # olmo's file ends the program if a package is missing
+    except (Exception, SystemExit) as error:  # olmo's module exits if a package is missing
         if why := _fault_of_checkpoint(error):
             print_traceback(error)
             raise ModelError(f"{path} {what}: {why}") from error
@@ -28,7 +37,12 @@ def loading_errors(path: Path, what: str = "can't be loaded") -> Iterator[None]:
 
 @contextlib.contextmanager
 def running_errors(path: Path) -> Iterator[None]:
-    """Turn what a model's own code raises while it is run into a ForeignError: its checkpoint was good enough to load."""
+    """Convert exceptions that a model's own code raises in the block, after its checkpoint has been loaded.
+
+    Raises:
+        ModelError: the model type runs on Apple's GPUs only.
+        ForeignError: anything else was raised.
+    """
     try:
         yield
     except HippoError:
@@ -40,7 +54,7 @@ def running_errors(path: Path) -> Iterator[None]:
 
 
 def _fault_of_checkpoint(error: BaseException) -> str | None:
-    """Say what is wrong with the checkpoint, or with what is installed for it; None if it needn't be either's fault."""
+    """Return what is wrong with the checkpoint, or which package is missing; None if it may be neither."""
     text = " ".join(str(error).split())
     missing = error if isinstance(error, ImportError) else error.__cause__
     if isinstance(missing, ImportError) and not (missing.name or "").startswith("mlx_lm.models"):
@@ -52,5 +66,5 @@ def _fault_of_checkpoint(error: BaseException) -> str | None:
     if isinstance(error, TypeError) and (lacking := re.search(r"__init__\(\) missing \d+ .*arguments?: (.*)", text)):
         return f"config.json lacks {lacking[1]}"
     if isinstance(error, OSError | ValueError | RuntimeError):  # mlx-lm's own checks, and MLX's of files
-        return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} ..."
+        return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} ..."
     return None

@@ -1,6 +1,6 @@
-"""Weights in another precision than they are stored in: cast, or quantised as mlx_lm.convert does.
+"""Converts weights to another precision than the stored one: by casting, or by quantising as mlx_lm.convert does.
 
-All of it is lazy: a rank reads and converts its own weights only, one after the other.
+Everything is lazy: a rank reads and converts only its own weights, one after the other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hippo_mpi.errors import ModelError
 
 
 def stored_precision(config: dict[str, Any]) -> str:
-    """Such as 4bit or bfloat16, from a checkpoint's config."""
+    """Return the precision that a checkpoint's config names, such as 4bit or bfloat16; "unknown" if it names none."""
     quantization = config.get("quantization") or config.get("quantization_config")
     if isinstance(quantization, dict) and "bits" in quantization:
         return f"{quantization['bits']}bit"
@@ -24,17 +24,20 @@ def stored_precision(config: dict[str, Any]) -> str:
 
 
 def stored_dtype(config: dict[str, Any]) -> str:
-    """Return the type of weights that a checkpoint's config names, such as bfloat16; "unknown" if it names none."""
+    """Return the weights' type that a checkpoint's config names, such as bfloat16; "unknown" if it names none."""
     text = config.get("text_config", {})
     names = (config.get(key) or text.get(key) for key in ("torch_dtype", "dtype"))
     return str(next((name for name in names if name), "unknown"))
 
 
 def convert(model: nn.Module, config: dict[str, Any], precision: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The model with its weights in `precision` (one of config.PRECISIONS), and its config.
+    """Return the model with its weights in `precision`, and its config.
 
-    A type is that of all weights that aren't quantised, and so of what is computed; bits are those of all that
-    mlx_lm.convert quantises, in groups of its default size.
+    Args:
+        model: with lazy weights; changed in place.
+        config: its config.
+        precision: one of config.PRECISIONS. A type is applied to all weights that aren't quantised, and so to the
+            computation; bits to all weights that mlx_lm.convert quantises, in groups of its default size.
 
     Raises:
         ModelError: the checkpoint is quantised to other bits.
@@ -54,7 +57,7 @@ def convert(model: nn.Module, config: dict[str, Any], precision: str) -> tuple[n
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Give all real weights the type `dtype`, but for those that the model wants left as they are."""
+    """Cast all floating-point weights to `dtype`, except those that the model's `cast_predicate` excludes."""
     casts = getattr(model, "cast_predicate", lambda name: True)
 
     def cast_one(name: str, weight: mx.array) -> mx.array:

@@ -1,11 +1,11 @@
-"""Speculative decoding: a small draft model, whole on rank 0, proposes what an answer says next.
+"""Speculative decoding: a small draft model, held whole by rank 0, proposes the next tokens of an answer.
 
-A step takes a running row's last token and the draft tokens behind it: one pass over all layers, and one trip round
-the ring, for several tokens. Rank 0 samples behind each, as it would have one by one, and stops at the first draft token
-that is another: so a draft changes how long an answer takes, and not its tokens, sampled ones neither.
+A step decodes a running row's last token and the draft tokens behind it: one pass over all layers, and one trip round
+the ring, for several tokens. Rank 0 samples after each of them, as it would have one by one, and stops at the first
+draft token that differs. So a draft changes how long an answer takes but not its tokens, not even sampled ones.
 
-Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (2022), but for the acceptance: theirs
-keeps the distribution of sampled tokens, and this the tokens that a seed gives.
+Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (2022), except for the acceptance rule:
+theirs keeps the distribution of sampled tokens, this one keeps the very tokens that a seed gives.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 
 from hippo_mpi.engine.request import Sequence
 
-_CHUNK_TOKENS = 512  # of a prompt that are read before a step: few, as rank 0's part of it waits
+_CHUNK_TOKENS = 512  # of a prompt, read by the draft model before a step; few, because rank 0's part of the step waits
 
 
 @dataclass(eq=False)
 class _Reading:
-    """What the draft model has read: tokens, the first of which are known to be the sequence's."""
+    """What the draft model has read: its cache and tokens, the first `num_sure` known to be the sequence's own."""
 
     cache: list[Any]
     tokens: list[int] = field(default_factory=list)
@@ -34,28 +34,28 @@ class _Reading:
 
 
 class Drafter:
-    """A draft model.
+    """A draft model and its caches, one per running sequence.
 
     Args:
-        model: whole, with its weights.
-        vocab_size: tokens below it are known to both models.
-        most_tokens: that it can read; None: any number.
-        num_draft_tokens: at most, for one step.
+        model: the complete draft model, with its weights.
+        vocab_size: both models know the tokens below this one.
+        max_tokens: the draft model's longest context in tokens; None: unlimited.
+        num_draft_tokens: most draft tokens per step.
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int, most_tokens: int | None, num_draft_tokens: int) -> None:
-        self._model, self._vocab_size, self._most_tokens = model, vocab_size, most_tokens
+    def __init__(self, model: nn.Module, vocab_size: int, max_tokens: int | None, num_draft_tokens: int) -> None:
+        self._model, self._vocab_size, self._max_tokens = model, vocab_size, max_tokens
         self._num_draft_tokens = num_draft_tokens
         self._readings: WeakKeyDictionary[Sequence, _Reading] = WeakKeyDictionary()
         self._last: _Reading | None = None
 
-    def propose(self, sequence: Sequence, most: int) -> list[int]:
-        """The likeliest tokens behind `sequence`, at most `most`; none while its prompt is being read."""
-        tokens, count = sequence.tokens, min(most, self._num_draft_tokens)
-        if self._most_tokens is not None and len(tokens) + count > self._most_tokens:
+    def propose(self, sequence: Sequence, max_tokens: int) -> list[int]:
+        """Return up to `max_tokens` likeliest next tokens; none while the draft model is still reading the prompt."""
+        tokens, count = sequence.tokens, min(max_tokens, self._num_draft_tokens)
+        if self._max_tokens is not None and len(tokens) + count > self._max_tokens:
             return []
         reading = self._reading_of(sequence)
-        if not _take_back(reading, tokens):
+        if not _trim_to_prefix(reading, tokens):
             return []
         chunk = tokens[len(reading.tokens) : len(reading.tokens) + _CHUNK_TOKENS]
         if max(chunk) >= self._vocab_size:  # MLX doesn't check what it looks up
@@ -67,12 +67,16 @@ class Drafter:
             return []
         for _ in range(count - 1):
             draft.append(self._read(reading, draft[-1]))
-        found = cast(list[int], mx.concatenate(draft, axis=1)[0].tolist())
-        reading.tokens += found[:-1]
-        return list(takewhile(lambda token: token < self._vocab_size, found))
+        proposed = cast(list[int], mx.concatenate(draft, axis=1)[0].tolist())
+        reading.tokens += proposed[:-1]
+        return list(takewhile(lambda token: token < self._vocab_size, proposed))
 
     def _reading_of(self, sequence: Sequence) -> _Reading:
-        """A new sequence goes on with what was read last, if that one has ended: a chat's turn costs what it adds."""
+        """Return a sequence's reading.
+
+        A new sequence takes over the reading used last, if its sequence has ended: so the next turn of a chat costs
+        only what it adds.
+        """
         if sequence not in self._readings:
             reading = self._last
             if reading is None or reading in self._readings.values() or not can_trim_prompt_cache(reading.cache):
@@ -83,12 +87,12 @@ class Drafter:
         return self._last
 
     def _read(self, reading: _Reading, tokens: mx.array) -> mx.array:
-        """The likeliest token (1, 1) behind `tokens` (1, L)."""
+        """Run the draft model over `tokens` (1, L); return the likeliest next token (1, 1)."""
         return mx.argmax(self._model(tokens, cache=reading.cache)[:, -1:, :], axis=-1)
 
 
-def _take_back(reading: _Reading, tokens: list[int]) -> bool:
-    """Forget what isn't the sequence's, and its last token; False if the draft model's caches can't any more."""
+def _trim_to_prefix(reading: _Reading, tokens: list[int]) -> bool:
+    """Trim a reading to what it has in common with `tokens`, less the last; False if its caches can't be trimmed."""
     sure = reading.num_sure
     pairs = zip(reading.tokens[sure:], tokens[sure:-1], strict=False)
     right = sure + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

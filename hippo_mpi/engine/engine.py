@@ -1,8 +1,9 @@
-"""The loop on rank 0: schedule, exchange, draw, advance, emit, commit.
+"""The loop on rank 0: schedule, exchange, sample, advance, emit, commit.
 
-While a step is computed, the graph of the next one is built on its tokens, which nobody knows yet: Python takes
-milliseconds for it (here 2.5 of 47 for 12 layers). mlx_lm does so, too, and begins it at once: on a CPU, MLX then can't
-update the KV caches in place (59 % of the rate at 3,000 tokens of context), so ours waits until the first is done.
+While a step is computed, the graph of the next one is built on its still unevaluated tokens, because building takes
+Python milliseconds (here 2.5 of 47 for 12 layers). mlx_lm does the same but starts the next step at once; on a CPU, MLX
+then can't update the KV caches in place (59 % of the rate at 3,000 tokens of context), so this loop waits until the
+first step is done.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.grammar import Compiling, GrammarMask, Grammars
-from hippo_mpi.engine.loops import LoopWatch
+from hippo_mpi.engine.loops import RepetitionDetector
 from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.engine.prefix_cache import PrefixBudget, PrefixCache
 from hippo_mpi.engine.request import (
@@ -33,7 +34,7 @@ from hippo_mpi.engine.request import (
     check_request,
 )
 from hippo_mpi.engine.row_check import check_drafting, check_rows
-from hippo_mpi.engine.sampling import Chooser, Drawn, draw
+from hippo_mpi.engine.sampling import SampledTokens, TokenSampler, sample_tokens
 from hippo_mpi.engine.scheduler import Scheduler
 from hippo_mpi.engine.text import AnswerText, find_stop
 from hippo_mpi.engine.thinking import Thinking
@@ -42,7 +43,7 @@ from hippo_mpi.parallel.step import Step, StepResult, StepRunner
 from hippo_mpi.planning.machine import longest_chunk
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.05  # at requests, while there is nothing to do but to wait for a grammar
+_POLL_INTERVAL_S = 0.05  # between looks for new requests while every request waits for its grammar
 
 
 class Engine:
@@ -54,11 +55,11 @@ class Engine:
         limits: what may be in flight at once.
         max_context: most tokens that a prompt and its answer may have together.
         vocab_size: width of the logits; MLX doesn't check that tokens are below it.
-        prefix_budget: for the caches of ended requests that are kept for others that begin like them; None: none.
-        propose: drafts what may come next; None: tokens are made one by one.
+        prefix_budget: room for the caches of ended requests, kept for requests with the same prefix; None: keep none.
+        propose: proposes draft tokens; None: decode one token per step.
 
     Raises:
-        UserError: `propose` is given, but tokens of this model can't be checked several at once.
+        UserError: `propose` is given, but this model can't verify several tokens in one step.
     """
 
     def __init__(
@@ -86,24 +87,26 @@ class Engine:
         self.limits = limits
         self._sequences: dict[int, Sequence] = {}
         self._compiling: dict[int, tuple[Request, Compiling]] = {}  # requests whose grammar isn't compiled yet
-        self._ended_early: list[RequestOutput] = []  # to be told with the next step
+        self._ended_early: list[RequestOutput] = []  # to be returned by the next step
         newline = list(tokenizer.encode("\n", add_special_tokens=False))
         self._special_tokens = newline + list(tokenizer.eos_token_ids)
         self.on_prefill: Callable[[int, int], None] = lambda done, total: None
         self.on_begin: Callable[[list[int]], None] = lambda request_ids: None
-        """Told of requests before the first step of theirs, or their grammar, is computed."""
+        """Called with the ids of requests just before their first step, or their grammar, is computed."""
 
     @property
     def is_idle(self) -> bool:
+        """True if no step, request or output is pending."""
         is_empty = self._scheduler.is_empty and self._scheduler.is_settled
         return is_empty and not self._compiling and not self._ended_early
 
     @property
     def num_waiting(self) -> int:
+        """Requests that aren't admitted yet, including those whose grammar is being compiled."""
         return self._scheduler.num_waiting + len(self._compiling)
 
     def add(self, request: Request) -> None:
-        """Queue a request. What it meets later is in its last output.
+        """Queue a request; errors that it meets later are reported in its last output.
 
         Raises:
             UserError: it can never be answered; the message has the numbers.
@@ -120,12 +123,12 @@ class Engine:
     def _queue(self, request: Request, grammar: GrammarMask | None = None) -> None:
         thinking = Thinking(self._tokenizer, request.prompt, request.sampling.max_thinking_tokens)
         end_tokens = sorted(self._tokenizer.eos_token_ids)
-        chooser = Chooser(request.sampling, self._special_tokens, self._vocab_size, thinking, grammar, end_tokens)
+        sampler = TokenSampler(request.sampling, self._special_tokens, self._vocab_size, thinking, grammar, end_tokens)
         timings = Timings(prompt_tokens=len(request.prompt))
         text = AnswerText(self._tokenizer, request.prompt if request.sampling.keep_space else ())
-        sequence = Sequence(request, list(request.prompt), chooser, text, timings)
+        sequence = Sequence(request, list(request.prompt), sampler, text, timings)
         if request.sampling.max_repeats:
-            sequence.loops = LoopWatch(request.sampling.max_repeats)
+            sequence.repetition = RepetitionDetector(request.sampling.max_repeats)
         if request.resume is not None:
             _resume(sequence, request.resume)
         self._sequences[request.id] = sequence
@@ -141,12 +144,12 @@ class Engine:
                     self._ended_early.append(_failed(number, Timings(prompt_tokens=len(request.prompt)), error))
 
     def _await_grammar(self) -> None:
-        """Wait for the first of the grammars that are being compiled, but not for long."""
-        wait([compiling.matcher for _, compiling in self._compiling.values()], _LOOK_S, "FIRST_COMPLETED")
+        """Wait until one of the grammars is compiled, but no longer than one poll interval."""
+        wait([compiling.matcher for _, compiling in self._compiling.values()], _POLL_INTERVAL_S, "FIRST_COMPLETED")
         self._runner.note_progress("compiling grammars")
 
     def abort(self, request_id: int) -> None:
-        """End a request early. Its last output comes with the next steps; unknown and ended ones are ignored."""
+        """End a request early; its last output comes with one of the next steps. Unknown and ended ids are ignored."""
         sequence = self._sequences.get(request_id)
         if sequence is not None and self._scheduler.abort(sequence):
             self._ended_early.append(self._ended(sequence))
@@ -168,7 +171,7 @@ class Engine:
             yield from self.step()
 
     def step(self) -> list[RequestOutput]:
-        """Begin a step, if any can be, and emit what an older one gave."""
+        """Begin a step if there is one, and return the outputs of an earlier one."""
         self._queue_compiled()
         outputs, self._ended_early = self._ended_early, []
         step = None if self._runner.is_ahead else self._scheduler.next_step(self._draft())
@@ -179,7 +182,7 @@ class Engine:
         return outputs
 
     def _exchange(self, step: Step | None) -> list[RequestOutput]:
-        """Hand the ranks a step, take what an older one gave, and have the one after it computed meanwhile."""
+        """Hand the ranks a step, take an earlier one's result, and have the step after that computed meanwhile."""
         if begun := self._scheduler.take_begun():
             self.on_begin(begun)
         began_s = time.monotonic()
@@ -191,43 +194,44 @@ class Engine:
             if step is not None and step.plan.has_rows:
                 self._scheduler.note_step(step.plan, time.monotonic() - began_s)
             return []
-        places = [place for place, row in enumerate(result.step.rows) if not row.is_ended]  # since it was begun
-        drawn = _draw(result, places, 0) if places else None
-        if drawn is None:
+        places = [place for place, row in enumerate(result.step.rows) if not row.is_ended]  # a row may end in between
+        sampled = _sample(result, places, 0) if places else None
+        if sampled is None:
             self._runner.advance()
         else:
-            self._runner.advance(self._ahead(result.step), drawn.ids[:, None])
-        return self._take(result, places, drawn)
+            self._runner.advance(self._ahead(result.step), sampled.ids[:, None])
+        return self._take(result, places, sampled)
 
     def _draft(self) -> list[int]:
-        """Draft tokens for the sequence that the next step decodes by itself; fuller micro-batches have rows enough."""
+        """Return draft tokens if the next step decodes a single sequence; larger micro-batches are efficient as is."""
         sequence = None if self._propose is None else self._scheduler.next_alone()
         if self._propose is None or sequence is None:
             return []
-        # The step itself brings one token, and the last one of an answer needs no cache.
+        # A step yields one token besides the drafts, and the last token of an answer needs no room in the cache.
         revocable = self._runner.slot_limits(sequence.slot).num_revocable
-        most = min(sequence.most_tokens - len(sequence.tokens) - 1, revocable - 1)
-        return self._propose(sequence, most) if most > 0 else []
+        max_tokens = min(sequence.max_total_tokens - len(sequence.tokens) - 1, revocable - 1)
+        return self._propose(sequence, max_tokens) if max_tokens > 0 else []
 
     def _ahead(self, step: Step) -> Step | None:
-        """The step that follows, if its tokens needn't be known: drafts come behind them."""
+        """Return the step that follows, if it can be built before its tokens are known; one with drafts can't."""
         if not self._runner.can_look_ahead or (self._propose is not None and len(step.rows) == 1):
             return None
         return self._scheduler.step_ahead(step)
 
-    def _take(self, result: StepResult, places: list[int], drawn: Drawn | None) -> list[RequestOutput]:
-        """Emit the token of each row, and behind its draft tokens one after the other, for as long as those are the same.
+    def _take(self, result: StepResult, places: list[int], sampled: SampledTokens | None) -> list[RequestOutput]:
+        """Emit each row's sampled token, then one more after each draft token, for as long as the draft matches.
 
         Args:
-            places: of the rows that haven't ended.
-            drawn: what follows their first tokens.
+            result: the step and its logits (B, L, V).
+            places: indices of the rows that haven't ended.
+            sampled: the tokens that follow these rows' first ones; None if there are no rows.
         """
         step, outputs, ended = result.step, list[RequestOutput](), list[Sequence]()
         for place in places:
             step.rows[place].timings.num_draft_tokens += len(step.drafts[place])
         for offset in range(step.plan.num_tokens):
             accepted = []
-            for place, (token, logprobs) in zip(places, drawn.read() if drawn else [], strict=True):
+            for place, (token, logprobs) in zip(places, sampled.evaluate() if sampled else [], strict=True):
                 row = step.rows[place]
                 outputs.append(self._emit(row, token, logprobs))
                 row.tokens.append(token)
@@ -238,7 +242,7 @@ class Engine:
                     accepted.append(place)
             if not accepted:
                 break
-            places, drawn = accepted, _draw(result, accepted, offset + 1)
+            places, sampled = accepted, _sample(result, accepted, offset + 1)
         self._scheduler.commit(step, ended)
         return outputs
 
@@ -247,19 +251,19 @@ class Engine:
         return RequestOutput(sequence.request.id, "", None, sequence.timings, finish_reason="abort")
 
     def _emit(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> RequestOutput:
-        """What this token adds to its answer; or the error that ends it."""
+        """Return what this token adds to its answer, or the error that ends the request."""
         if sequence.is_aborted:
             return self._ended(sequence)
         try:
-            if sequence.chooser.error is not None:
-                raise sequence.chooser.error
+            if sequence.sampler.error is not None:
+                raise sequence.sampler.error
             return self._continued(sequence, token, logprobs)
-        except Exception as error:  # others go on
+        except Exception as error:  # ends this request; others go on
             del self._sequences[sequence.request.id]
             return _failed(sequence.request.id, sequence.timings, error)
 
     def _continued(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> RequestOutput:
-        """Text that is safe to show, and whether the answer ends with this token."""
+        """Return the text that is safe to show now, with a finish reason if the answer ends with this token."""
         timings, params = sequence.timings, sequence.request.sampling
         timings.note(token)
         reason: FinishReason | None = None
@@ -270,7 +274,7 @@ class Engine:
             sequence.detokenizer.add_token(token)
             if len(timings.token_ids) >= params.max_tokens:
                 reason = "length"
-        if reason is None and sequence.loops and sequence.loops.take(token, sequence.detokenizer.text):
+        if reason is None and sequence.repetition and sequence.repetition.take(token, sequence.detokenizer.text):
             reason = "repetition"
         if reason:
             sequence.detokenizer.finalize()
@@ -282,45 +286,44 @@ class Engine:
         shown, sequence.emitted_chars = text[sequence.emitted_chars : end], max(end, sequence.emitted_chars)
         if reason:
             del self._sequences[sequence.request.id]
-        state = sequence.chooser.random_state
+        state = sequence.sampler.random_state
         return RequestOutput(sequence.request.id, shown, token, timings, logprobs, reason, random_state=state)
 
 
 def _failed(request_id: int, timings: Timings, error: Exception) -> RequestOutput:
-    """The last output of a request that has met an error."""
+    """Return the last output of a request that failed."""
     if not isinstance(error, HippoError):
         error = unexpected(request_id, error)
     return RequestOutput(request_id, "", None, timings, finish_reason="error", error=error)
 
 
 def unexpected(request_id: int, error: Exception) -> HippoError:
-    """Log what nobody expected of a request, and return what its client is told."""
+    """Log an unexpected error of a request with its traceback, and return the error to show its client."""
     _log.error("request %d has met a mistake of ours", request_id, exc_info=error)
     return ForeignError(
         f"a mistake of the server's ({type(error).__name__}): please report it, with the traceback in its log"
     )
 
 
-def _draw(result: StepResult, places: list[int], offset: int) -> Drawn:
-    """What follows the tokens of these rows, by the logits at `offset` tokens behind their first."""
+def _sample(result: StepResult, places: list[int], offset: int) -> SampledTokens:
+    """Sample a token for each row in `places` from the logits at position `offset` of the step."""
     rows, logits = [result.step.rows[place] for place in places], result.logits
     if len(places) < len(result.step.rows):
         logits = logits[mx.array(places, mx.int32)]
-    return draw([row.chooser for row in rows], [row.tokens for row in rows], logits[:, offset, :])
+    return sample_tokens([row.sampler for row in rows], [row.tokens for row in rows], logits[:, offset, :])
 
 
 def _resume(sequence: Sequence, resume: Resume) -> None:
-    """Put a new sequence where an answer was."""
+    """Bring a new sequence to the point that an earlier set of ranks had reached."""
     sequence.tokens += resume.tokens
     sequence.emitted_chars = resume.emitted_chars
     if resume.random_state is not None:
-        sequence.chooser.random_state = resume.random_state
+        sequence.sampler.random_state = resume.random_state
     for token in resume.tokens:
         sequence.detokenizer.add_token(token)
-        text = (
-            sequence.detokenizer.text
-        )  # read as it was then: mlx-lm's naive detokenizer settles lines when it is read
-        if sequence.loops:
-            sequence.loops.take(token, text)
+        # Read after every token, as the first time: reading makes mlx-lm's naive detokenizer settle lines.
+        text = sequence.detokenizer.text
+        if sequence.repetition:
+            sequence.repetition.take(token, text)
         sequence.timings.note(token)
-        sequence.chooser.accept(token)
+        sequence.sampler.accept(token)

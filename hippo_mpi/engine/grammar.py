@@ -1,7 +1,7 @@
-"""Answers that must follow a grammar: which tokens may come next, told by llguidance.
+"""Answers that must follow a grammar: llguidance says which tokens may come next.
 
-A grammar is text (llguidance's own JSON form), so that it travels with a request. The library is an extra: without it
-a request with a grammar is refused.
+A grammar is text (llguidance's own JSON form), so that it can travel with a request. The library is an optional extra:
+without it, requests with a grammar are refused.
 
 Legend: V vocabulary.
 """
@@ -24,14 +24,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.errors import FieldError, UserError, install_hint
 
-_MOST_KEPT = 32  # compiled grammars; one of 3,000 properties takes some MB
-_PATIENCE_S = 60.0  # for a grammar that was checked to take seconds, with others before it
+_MAX_KEPT = 32  # compiled grammars; one of 3,000 properties takes some MB
+_COMPILE_TIMEOUT_S = 60.0  # grammar_check.py has shown that it takes seconds, but others may be queued before it
 _COMPACT = {"whitespace_flexible": False}
 _LENIENT = {"lenient": True}  # warnings instead of an error; grammar_check.py looks at them
 
 
 def json_grammar(schema: dict[str, Any]) -> str:
-    """The grammar of JSON texts that obey a schema; whether llguidance takes it, nobody has asked yet.
+    """Return the grammar of JSON texts that obey a schema, without checking that llguidance accepts it.
 
     Raises:
         UserError: llguidance isn't installed, or the schema is nested too deeply.
@@ -41,7 +41,7 @@ def json_grammar(schema: dict[str, Any]) -> str:
 
 
 def _with_options(schema: dict[str, Any], defaults: dict[str, bool]) -> dict[str, Any]:
-    """A schema with llguidance's options; its own win over `defaults`."""
+    """Return a schema with llguidance's options; the schema's own win over `defaults`."""
     own = schema.get("x-guidance")
     return {**schema, "x-guidance": {**defaults, **(own if isinstance(own, dict) else {}), **_LENIENT}}
 
@@ -68,10 +68,12 @@ _MARKS_BEGIN = ("<|", "[ARGS]")
 
 
 def call_grammar(tokenizer: TokenizerWrapper, tools: Sequence[dict[str, Any]], answer: str | None = None) -> str:
-    """The grammar of one call of any of these tools (OpenAI's objects), with arguments that obey its schema.
+    """Return the grammar of a call of one of `tools`, with arguments that obey the tool's schema.
 
     Args:
-        answer: grammar of what may be said instead of calling; None: there must be a call.
+        tokenizer: knows the model's format of calls.
+        tools: OpenAI's tool objects.
+        answer: grammar of an answer that may be given instead of a call; None: a call is required.
 
     Raises:
         UserError: the model's format of calls can't be forced, or a schema is nested too deeply.
@@ -103,7 +105,7 @@ def call_grammar(tokenizer: TokenizerWrapper, tools: Sequence[dict[str, Any]], a
 
 
 def _is_understood(tokenizer: TokenizerWrapper, form: tuple[Any, ...]) -> bool:
-    """Whether the model's own parser reads a call in this form, and its template or vocabulary has the form's marks."""
+    """True if the model's parser reads a call in this form, and its template or vocabulary has the form's marks."""
     template, vocabulary = str(tokenizer.chat_template), tokenizer.get_vocab()
     marks = [piece for piece in form if isinstance(piece, str) and piece.startswith(_MARKS_BEGIN)]
     if not all(mark in vocabulary or mark in template for mark in marks):
@@ -111,14 +113,14 @@ def _is_understood(tokenizer: TokenizerWrapper, form: tuple[Any, ...]) -> bool:
     written = "".join("f" if piece is _NAME else '{"a": "b"}' if piece is _ARGUMENTS else piece for piece in form)
     try:
         parsed = tokenizer.tool_parser(written, None)
-    except Exception:  # mlx-lm's parsers raise whatever they meet
+    except Exception:  # mlx-lm's parsers may raise anything
         return False
     (call, *_) = parsed if isinstance(parsed, list) else [parsed]
     return isinstance(call, dict) and (call.get("name"), call.get("arguments")) == ("f", {"a": "b"})
 
 
 def _literal(tokenizer: TokenizerWrapper, text: str) -> str:
-    """A text in a grammar: a mark that is one token as that token, for special ones have no other way to be written."""
+    """Return a text as a grammar literal; a single token by its number, the only way to write special tokens."""
     tokens = tokenizer.encode(text, add_special_tokens=False)
     return f"<[{tokens[0]}]>" if len(tokens) == 1 else json.dumps(text, ensure_ascii=False)
 
@@ -133,42 +135,51 @@ def _library() -> Any:
 
 
 class GrammarMask:
-    """Follows one answer through a grammar."""
+    """The position of one answer in its grammar."""
 
     def __init__(self, matcher: Any, vocab_size: int, eos_token_ids: list[int]) -> None:
         self._matcher, self._eos = matcher, eos_token_ids
         self._vocab_size = vocab_size
 
     def __call__(self, logits: mx.array, other: int | None = None) -> mx.array:
-        """Logits (1, V) with -inf for every token that may not come next; at the grammar's end, for all but end tokens.
-        `other` may come beside what the grammar allows.
+        """Return logits (1, V) with -inf for every token that may not come next.
+
+        At the grammar's end only end tokens may come.
+
+        Args:
+            logits: (1, V).
+            other: a token that is allowed besides those of the grammar.
 
         Raises:
-            FieldError: llguidance has lost its way.
+            FieldError: llguidance's matcher has failed.
         """
         allowed = np.zeros(self._vocab_size, bool)
         if self._is_at_end():
             allowed[self._eos] = True
         else:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-            self._is_at_end()  # computing may be what leads astray
+            self._is_at_end()  # raises if computing the mask made the matcher fail
             allowed[:] = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
         if other is not None:
             allowed[other] = True
         return mx.where(mx.array(allowed), logits, -mx.inf)
 
     def accept(self, token: int) -> None:
-        """The answer goes on with this token.
+        """Advance by one token of the answer.
 
         Raises:
-            FieldError: it can't, or llguidance has lost its way.
+            FieldError: the grammar doesn't allow it, or llguidance's matcher has failed.
         """
         if not self._is_at_end():
             self._matcher.consume_token(token)
             self._is_at_end()
 
     def _is_at_end(self) -> bool:
-        """Whether nothing may follow. A matcher that has met an error says so, too: what it let through isn't whole."""
+        """True if nothing may follow; a failed matcher says so too, but its text is incomplete.
+
+        Raises:
+            FieldError: the matcher has failed.
+        """
         if self._matcher.is_error():
             why = " ".join(self._matcher.get_error().partition("<state>")[0].split())[:200]
             raise FieldError("response_format", f"the answer can't be held to its schema any more: {why}")
@@ -177,7 +188,10 @@ class GrammarMask:
 
 @dataclass(eq=False)
 class Compiling:
-    """A grammar that is being compiled, for as many answers as want it; then `matcher`, to be copied, has it."""
+    """A grammar that is being compiled, shared by all answers that use it.
+
+    Once compiled, `matcher` holds the original, of which each answer gets a copy.
+    """
 
     grammar: str
     vocab_size: int
@@ -187,27 +201,27 @@ class Compiling:
 
     @property
     def is_due(self) -> bool:
-        """Whether `mask` says something: it is done, or should be."""
-        return self.matcher.done() or time.monotonic() - self.began_s > _PATIENCE_S
+        """True once `mask` can be called: compiling has finished, or has timed out."""
+        return self.matcher.done() or time.monotonic() - self.began_s > _COMPILE_TIMEOUT_S
 
     def mask(self) -> GrammarMask:
-        """A mask for one answer.
+        """Return a mask for one answer.
 
         Raises:
-            UserError: llguidance doesn't take the grammar, or the tokenizer, or takes too long.
+            UserError: llguidance doesn't accept the grammar or the tokenizer, or compiling took too long.
         """
         if not self.matcher.done():
             raise FieldError(
-                "response_format", f"the schema was not compiled within {_PATIENCE_S:.0f} s: make it simpler"
+                "response_format", f"the schema was not compiled within {_COMPILE_TIMEOUT_S:.0f} s: make it simpler"
             )
         return GrammarMask(self.matcher.result().deep_copy(), self.vocab_size, self.eos_token_ids)
 
 
 class Grammars:
-    """Compiles the grammars of a model's requests beside its steps, each text once; a tokenizer's tokens are read once,
-    when the first is asked for.
+    """Compiles the grammars of a model's requests in a thread, each text once.
 
-    The steps go on: llguidance lets go of Python's lock. Nothing ends it, so texts are checked before (grammar_check.py).
+    Steps go on meanwhile, because llguidance releases Python's lock. It can't be interrupted, so grammars are checked
+    beforehand (grammar_check.py). The tokenizer's tokens are read once, for the first grammar.
     """
 
     def __init__(self, tokenizer: TokenizerWrapper, vocab_size: int) -> None:
@@ -218,21 +232,22 @@ class Grammars:
         self._thread: threading.Thread | None = None
 
     def compile(self, grammar: str) -> Compiling:
-        """Begin to compile a grammar, if that isn't done yet."""
-        found = self._kept.get(grammar)
-        if found is None:
-            found = self._kept[grammar] = Compiling(grammar, self._vocab_size, sorted(self._tokenizer.eos_token_ids))
-            self._todo.put(found)
+        """Begin to compile a grammar, unless that has been done."""
+        compiling = self._kept.get(grammar)
+        if compiling is None:
+            eos_token_ids = sorted(self._tokenizer.eos_token_ids)
+            compiling = self._kept[grammar] = Compiling(grammar, self._vocab_size, eos_token_ids)
+            self._todo.put(compiling)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._compile_all, name="hippo-grammars", daemon=True)
                 self._thread.start()
         self._kept.move_to_end(grammar)
-        if len(self._kept) > _MOST_KEPT:
+        if len(self._kept) > _MAX_KEPT:
             self._kept.popitem(last=False)
-        return found
+        return compiling
 
     def forget(self, compiling: Compiling) -> None:
-        """Nobody waits for a grammar any more: if its turn hasn't come, it isn't compiled."""
+        """Cancel a grammar that no request waits for any more, unless compiling has begun."""
         if compiling.matcher.cancel():
             self._kept.pop(compiling.grammar, None)
 
@@ -242,7 +257,7 @@ class Grammars:
             if compiling.matcher.set_running_or_notify_cancel():
                 try:
                     compiling.matcher.set_result(self._matcher(compiling))
-                except BaseException as error:  # it is raised where the mask is wanted, a panic of Rust's as our own
+                except BaseException as error:  # raised again by `mask`; a Rust panic becomes an Exception
                     known = error if isinstance(error, Exception) else RuntimeError(repr(error))
                     compiling.matcher.set_exception(known)
 
@@ -256,7 +271,7 @@ class Grammars:
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"response_format doesn't work with this model's tokenizer: {error}") from None
         if not matcher.is_error():
-            matcher.compute_bitmask()  # the first is what takes longest, and copies have it
+            matcher.compute_bitmask()  # the first one takes longest; copies share it
         if matcher.is_error():
             raise FieldError("response_format", f"response_format: {json.dumps(matcher.get_error())[:300]}")
         return matcher

@@ -1,7 +1,8 @@
-"""A process that tells what llguidance has against a grammar: grammar_check.py starts it, and ends it if it takes too long.
+"""A process that validates grammars with llguidance; grammar_check.py starts it, and kills it if it takes too long.
 
-Reads grammars from standard input, a JSON text a line; writes mistakes and warnings, a JSON list a line. Its argument is
-how many seconds of CPU time one may take: then the system ends it, whoever is left. Imports little, to be there soon.
+Reads grammars from standard input, one JSON string per line; writes mistakes and warnings, one JSON list per line. Its
+argument is the CPU time in seconds that one grammar may take; beyond it the system ends the process, even if nobody is
+left to kill it. Imports little, to start quickly.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from llguidance import LLMatcher
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for who has started it
+    """Answer each line of standard input with one line on standard output, until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that started this one
     limit_s = float(sys.argv[1])
     for line in sys.stdin.buffer:
         used = resource.getrusage(resource.RUSAGE_SELF)
         soft = math.ceil(used.ru_utime + used.ru_stime + limit_s)
         resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         try:
-            _, found = LLMatcher.validate_grammar_with_warnings(json.loads(line))
+            _, mistakes = LLMatcher.validate_grammar_with_warnings(json.loads(line))
         except (ValueError, TypeError) as error:
-            found = [str(error)]
-        sys.stdout.write(json.dumps(found) + "\n")
+            mistakes = [str(error)]
+        sys.stdout.write(json.dumps(mistakes) + "\n")
         sys.stdout.flush()
 
 

@@ -1,7 +1,7 @@
-"""Which prompts are read next, how many together, and how much of them.
+"""Decides which prompts are read next, how many together, and how much of each.
 
-Prompts go through in chunks that follow one another without waiting for results, short ones several at a time. Knows
-positions and counts. Must not know MLX, text or ranks.
+Prompts are read in chunks that follow one another without waiting for results; several short prompts may share a step.
+Knows positions and counts. Must not know MLX, text or ranks.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class Limits:
 
     max_batch_size: int = 1  # sequences that prefill or run
     max_batch_tokens: int = 512  # prompt tokens between two steps of the running sequences
-    cache_tokens: int | None = None  # that sequences may need together, padded to the longest; None: no limit
-    prefill_chunk: int | None = None  # prompt tokens per step; None: as suits the number of stages
-    can_batch: bool | None = None  # whether rows may share a step; None: the engine asks the model, also for can_pad
+    cache_tokens: int | None = None  # that all sequences together may need, padded to the longest; None: no limit
+    prefill_chunk: int | None = None  # prompt tokens per step; None: chosen by the number of stages
+    can_batch: bool | None = None  # whether rows may share a step; None: the engine probes the model, also for can_pad
     can_pad: bool = False  # whether prompts of different lengths may be read in one step, padded on the right
-    longest_chunk: int = 2048  # prompt tokens per step on one stage; the engine asks the machine
+    longest_chunk: int = 2048  # most prompt tokens per step on one stage; the engine sets it for its machine
     deadline_s: float | None = None  # after which a rank that is in a step counts as stuck; None: never
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [start, start + count) of each of some prompts, which are read in one step."""
+    """Tokens [start, start + count) of one or more prompts, which are read in one step."""
 
     rows: list[Sequence]
     starts: list[int]
@@ -42,23 +42,25 @@ class Chunk:
 
     @property
     def num_tokens(self) -> int:
-        """Return how many tokens are computed, padding included."""
+        """Return how many tokens the step computes, padding included."""
         return len(self.rows) * max(self.counts)
 
     @property
     def tokens(self) -> list[list[int]]:
-        """Return each row's."""
+        """Return each row's tokens in this chunk."""
         spans = zip(self.rows, self.starts, self.counts, strict=True)
         return [row.tokens[start : start + count] for row, start, count in spans]
 
 
 class Prefill:
-    """Reads prompts, oldest first, but for the last token of each: the first decoding step takes it.
+    """Reads prompts, all but the last token of each, which the first decoding step takes.
 
     Args:
-        num_stages: that are kept busy.
-        running: returns the sequences that have been read, whose caches prompts may begin with.
-        join: takes sequences that have been read; those of one call should share a step.
+        limits: sizes of steps, and what may share one.
+        num_stages: stages to keep busy.
+        slots: hands out slots and finds cached prefixes.
+        running: returns the sequences that are decoding, whose caches new prompts may copy a prefix from.
+        join: called with sequences whose prompts have been read; those of one call should share a step.
     """
 
     def __init__(
@@ -73,24 +75,24 @@ class Prefill:
         self._running, self._join = running, join
         self.pace = PrefillPace(limits.deadline_s)
         self.prompts: deque[Sequence] = deque()
-        """That are being read; the oldest is the first."""
+        """Sequences whose prompts are being read, oldest first."""
         self._is_turn_of_shortest = False  # whether the next chunk is of the shortest prompt, not of the oldest
 
     @property
     def next_count(self) -> int:
-        """Return how many tokens of the oldest prompt its next step should read: no less, as every step costs."""
+        """Return how many tokens of the oldest prompt its next step should read; fewer would waste the step's cost."""
         return min(tokens_left(self.prompts[0]), self._chunk_tokens())
 
     def begin_first(self) -> None:
-        """Give the oldest prompt a slot. Those that are cached but for their last token run at once."""
+        """Give the oldest prompt a slot; prompts cached up to their last token start decoding at once."""
         while self.prompts and self.prompts[0].slot < 0:
             self._begin(self.prompts[0])
 
     def next_chunk(self, room: int) -> Chunk:
-        """Choose the next chunk of a prompt, or the rest of several; their positions move behind it.
+        """Return the next chunk of one prompt, or the rest of several, and advance their positions past it.
 
         Args:
-            room: the most tokens of a row, if others are running.
+            room: most tokens per row, which applies while other sequences are decoding.
         """
         max_tokens = min(self._chunk_tokens(), room) if self._running() else self._chunk_tokens()
         rows = self._prompts_together(self._whose_turn(), max_tokens)
@@ -105,7 +107,7 @@ class Prefill:
         return chunk
 
     def _whose_turn(self) -> Sequence:
-        """The oldest prompt and the shortest take turns: so a huge one keeps nobody waiting for long, and isn't kept."""
+        """Alternate between the oldest and the shortest prompt, so that a huge one neither blocks nor starves."""
         oldest, *others = self.prompts
         self._is_turn_of_shortest = not self._is_turn_of_shortest
         if self._is_turn_of_shortest:
@@ -116,7 +118,7 @@ class Prefill:
         return oldest
 
     def _prompts_together(self, first: Sequence, max_tokens: int) -> list[Sequence]:
-        """A prompt, and others of much the same length if all can be read to their ends in one step."""
+        """Return `first`, and others of similar length if all of them can be read to their ends in one step."""
         rows = [first]
         max_padding = _MAX_PADDING if self._limits.can_pad else 1
         shortest = longest = tokens_left(first)
@@ -132,7 +134,7 @@ class Prefill:
         return rows
 
     def _may_begin(self, sequence: Sequence, others: list[Sequence]) -> bool:
-        """Give a prompt a slot, unless one of `others` should be read first, as it begins like it."""
+        """Give a prompt a slot, unless one of `others` shares its prefix and should be read first."""
         if sequence.slot < 0:
             cached = self._slots.num_cached(sequence, self._running())
             if any(self._slots.is_worth_waiting(sequence, other, cached) for other in others):
@@ -158,12 +160,12 @@ class Prefill:
 
 
 def chunk_tokens(unread_tokens: int, num_stages: int, longest: int) -> int:
-    """Return how many prompt tokens a step reads: few enough that the chunks keep all stages busy, enough to be efficient."""
+    """Return how many prompt tokens a step should read: few enough to keep all stages busy, enough to be efficient."""
     if num_stages == 1:
         return longest
     return max(64, min(512, longest, -(-unread_tokens // (_CHUNKS_PER_STAGE * num_stages))))
 
 
 def tokens_left(sequence: Sequence) -> int:
-    """Return how many tokens of a prompt aren't cached yet, but for the last."""
+    """Return how many tokens of a prompt aren't cached yet, not counting the last."""
     return len(sequence.tokens) - 1 - sequence.position

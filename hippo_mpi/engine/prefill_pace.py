@@ -1,4 +1,4 @@
-"""How many prompt tokens a step may read, so that no step comes near the deadline."""
+"""Limits how many prompt tokens a step may read, so that no step comes near the deadline."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class PrefillPace:
     """Sizes prefill steps by how long earlier ones took.
 
     The speed of a model on its machines is unknown before its first step, and ranges over five orders of magnitude. So
-    the first step is short, and each may have four times as many tokens as the longest before: where steps are quick,
-    the sizes depend on nothing that was measured, and every run reads a prompt in the same steps.
+    the first step is short, and each one may have four times as many tokens as the longest before. Where steps are
+    quick, the sizes don't depend on measured times, so every run reads a prompt in the same steps.
 
     Args:
-        deadline_s: after which a rank that is in a step counts as stuck; None: never.
+        deadline_s: seconds after which a rank that is in a step counts as stuck; None: never.
     """
 
     def __init__(self, deadline_s: float | None) -> None:
@@ -24,7 +24,7 @@ class PrefillPace:
         self._token_s = 0.0
 
     def note(self, num_tokens: int, took_s: float) -> None:
-        """Learn from a prefill step of `num_tokens` in all its rows; one much shorter than it might be says little."""
+        """Learn from a prefill step of `num_tokens` in total; one much shorter than allowed is no measure of speed."""
         if num_tokens * _MAX_GROWTH >= min(self._longest_tokens, self._in_time()):
             self._token_s = took_s / num_tokens
         self._longest_tokens = max(self._longest_tokens, num_tokens)
@@ -38,5 +38,5 @@ class PrefillPace:
         return max(1, min(wanted_tokens, _MAX_GROWTH * self._longest_tokens, self._in_time()))
 
     def _in_time(self) -> int:
-        """Return how many tokens a step can read in its time."""
+        """Return how many tokens a step can read in its share of the deadline."""
         return int((self._max_step_s or 0.0) / max(self._token_s, 1e-9))

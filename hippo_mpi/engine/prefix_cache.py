@@ -1,8 +1,8 @@
-"""Prefixes that are still in the caches of all ranks: which slot holds which tokens. Least recently used first out.
+"""Prefixes that are still in the caches of all ranks: which slot holds which tokens. Evicts the least recently used.
 
-Matched by tokens, on rank 0, among those with the same salt: a prompt that is cached is answered sooner, so others must not
-be able to try what somebody has asked. The other ranks only see slots that are forked and dropped. Knows slots and counts.
-Must not know MLX or ranks.
+Rank 0 matches prompts by their tokens, among prefixes with the same salt: a cached prompt is answered sooner, so
+without salts a client could find out by trying what somebody else has asked. The other ranks only see slots that are
+forked and dropped. Knows slots and counts. Must not know MLX or ranks.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-_LEAST_TOKENS = 16  # shorter ones cost more to copy than to compute
-_MOST_SLOTS = 64  # each is compared with every prompt
-_BLOCK = 1024  # tokens that are compared at once, without Python
+_MIN_TOKENS = 16  # a shorter prefix costs more to copy than to compute
+_MAX_SLOTS = 64  # few, as each is compared with every prompt
+_BLOCK = 1024  # tokens compared at a time, in C rather than in a Python loop
 
 
 @dataclass(frozen=True)
 class PrefixBudget:
-    """Bytes that kept slots may take on the rank with the least room, and what one of so many tokens takes."""
+    """Bytes that kept slots may take on the rank with the least room, and the bytes of a slot by its tokens."""
 
     num_bytes: int
     bytes_of: Callable[[int], int]
@@ -26,7 +26,7 @@ class PrefixBudget:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What a slot holds, and for whom."""
+    """The tokens that a slot holds, and the salt of those who may use them."""
 
     salt: str
     tokens: list[int]
@@ -36,33 +36,37 @@ class _Kept:
 
 
 class PrefixCache:
-    """Slots kept for requests to come.
+    """Slots kept for future requests.
 
     Args:
-        budget: None keeps nothing.
-        can_cut: whether a slot may lose tokens at its end; of one that can't, only the whole is of use.
+        budget: bytes to keep; None keeps nothing.
+        can_cut: tells whether a slot can lose tokens at its end; one that can't is only useful as a whole.
     """
 
     def __init__(self, budget: PrefixBudget | None, can_cut: Callable[[int], bool]) -> None:
         self._budget, self._can_cut = budget, can_cut
         self._kept: OrderedDict[int, _Kept] = OrderedDict()  # by slot, oldest use first
         self._num_bytes = 0
-        self.version = 0  # another whenever what is kept is
+        self.version = 0  # changes whenever the kept slots change
 
     def match(
         self, prompt: list[int], running: Iterable[tuple[int, list[int]]], salt: str = ""
     ) -> tuple[int, int] | None:
-        """(slot, number of tokens) of the longest usable prefix of `prompt`, among what is kept and what is running with
-        the same salt.
+        """Return (slot, number of tokens) of the longest usable cached prefix of `prompt`, or None.
 
         At least one token of the prompt is left over.
+
+        Args:
+            prompt: its tokens.
+            running: (slot, tokens) of running sequences with the same salt, whose caches can be copied too.
+            salt: only kept prefixes with the same salt are considered.
         """
         best: tuple[int, int] | None = None
         if self._budget is None:
             return None
         kept = ((slot, one.tokens) for slot, one in self._kept.items() if one.salt == salt)
         for slot, tokens in [*kept, *running]:
-            needed = best[1] + 1 if best else _LEAST_TOKENS
+            needed = best[1] + 1 if best else _MIN_TOKENS
             if len(prompt) <= needed or tokens[:needed] != prompt[:needed]:
                 continue
             common = min(_common(tokens, prompt), len(prompt) - 1)
@@ -73,38 +77,38 @@ class PrefixCache:
         return best
 
     def is_worth_waiting(self, prompt: list[int], other: list[int], cached: int) -> bool:
-        """Whether `prompt`, of which so many tokens are cached, has much more in common with one that isn't read yet."""
-        needed = cached + _LEAST_TOKENS
+        """Return whether `prompt`, with `cached` tokens cached, shares a much longer prefix with the unread `other`."""
+        needed = cached + _MIN_TOKENS
         return self._budget is not None and len(prompt) >= needed and prompt[:needed] == other[:needed]
 
     def take(self, slot: int, num_tokens: int) -> bool:
-        """Hand a kept slot over to a sequence that begins with all of its tokens, instead of a copy."""
+        """Hand a kept slot over, instead of a copy, if all `num_tokens` of it are wanted; return whether it was."""
         if slot not in self._kept or len(self._kept[slot].tokens) != num_tokens:
             return False
         self._forget(slot)
         return True
 
     def keep(self, slot: int, tokens: list[int], salt: str = "") -> list[int]:
-        """Keep `slot`, which holds `tokens`; returns the slots that must go for it, perhaps itself."""
+        """Keep `slot`, which holds `tokens`; return the slots to drop in exchange, perhaps `slot` itself."""
         new = _Kept(salt, tokens)
         if self._budget is None or not tokens or new in self._kept.values():
             return [slot]
         gone = []
-        if self._can_cut(slot):  # then it serves for all that it begins with
+        if self._can_cut(slot):  # then it makes kept prefixes of its own tokens redundant
             gone = [other for other, kept in self._kept.items() if kept.begins(new)]
         for other in gone:
             self._forget(other)
         self._kept[slot] = new
         self.version += 1
         self._num_bytes += self._budget.bytes_of(len(tokens))
-        while self._num_bytes > self._budget.num_bytes or len(self._kept) > _MOST_SLOTS:
+        while self._num_bytes > self._budget.num_bytes or len(self._kept) > _MAX_SLOTS:
             oldest = next(iter(self._kept))
             self._forget(oldest)
             gone.append(oldest)
         return gone
 
     def clear(self) -> list[int]:
-        """Forget everything; returns the slots."""
+        """Forget everything; return the slots to drop."""
         slots = list(self._kept)
         for slot in slots:
             self._forget(slot)

@@ -1,4 +1,4 @@
-"""The nouns: what is asked (Request), what is running (Sequence), what comes out (RequestOutput)."""
+"""The engine's data types: what is asked (Request), what is running (Sequence), what comes out (RequestOutput)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hippo_mpi.config.options import SamplingOptions
-from hippo_mpi.engine.loops import LoopWatch
+from hippo_mpi.engine.loops import RepetitionDetector
 from hippo_mpi.errors import ContextError, HippoError, UserError
 
 FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen; names and defaults are mlx_lm.generate's, or else OpenAI's."""
+    """How the tokens of an answer are sampled; names and defaults are mlx_lm.generate's, or else OpenAI's."""
 
     max_tokens: int = 100
     temp: float = 0.0
@@ -31,20 +31,23 @@ class SamplingParams:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int | None = None  # None: MLX's own random state goes on
-    logprobs: int | None = None  # how many likeliest tokens to tell of beside the chosen one; None: tell nothing
+    seed: int | None = None  # None: sample from MLX's global random state
+    logprobs: int | None = None  # how many likeliest tokens to report besides the chosen one; None: no logprobs at all
     stop_words: tuple[str, ...] = ()
     grammar: str | None = None  # that the answer must follow (engine/grammar.py)
-    max_thinking_tokens: int | None = None  # after so many of a thought it is ended; None: never
-    max_repeats: int = 0  # times in a row that the same tokens, or line, may come; then the answer ends; 0: any number
+    max_thinking_tokens: int | None = None  # a longer thought is ended; None: never
+    max_repeats: int = 0  # times in a row that the same tokens or line may come before the answer ends; 0: unlimited
     ignore_eos: bool = False  # go on to max_tokens, for measuring
-    min_tokens: int = 0  # before so many no end token is chosen
-    forced: tuple[int, ...] = ()  # with which the answer begins, to learn how likely they are
-    keep_space: bool = False  # with which an answer begins; mlx-lm drops it, but prompt and answer may be one text
+    min_tokens: int = 0  # no end token is chosen before the answer has this many tokens
+    forced: tuple[int, ...] = ()  # the answer's first tokens, given to learn how likely they are
+    keep_space: bool = False  # keep an answer's leading space; mlx-lm drops it, but prompt and answer may be one text
 
     @classmethod
     def from_options(cls, options: SamplingOptions) -> SamplingParams:
-        """Return what the command line says. Not its seed: whether that is one for all requests or for each, commands decide."""
+        """Return the parameters that the command line sets, except the seed.
+
+        Each command decides by itself whether the seed is shared by all requests or one per request.
+        """
         names = (
             "max_tokens", "temp", "top_p", "min_p", "top_k", "min_tokens_to_keep", "xtc_probability", "xtc_threshold",
             "repetition_penalty", "repetition_context_size", "max_repeats",
@@ -54,7 +57,10 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where an answer is that other ranks have begun: its tokens, how much of its text is out, its random numbers."""
+    """Progress of an answer that a previous set of ranks started.
+
+    Its tokens, how many characters of its text have been sent, and the state of its random numbers.
+    """
 
     tokens: list[int]
     emitted_chars: int
@@ -63,8 +69,11 @@ class Resume:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt (tokens) and how to answer it; with `resume`, from where that is. It may begin with what is cached of
-    requests with the same `cache_salt` only."""
+    """A prompt (tokens) and how to answer it.
+
+    With `resume`, the answer goes on from there. Cached prefixes are shared only among requests with the same
+    `cache_salt`.
+    """
 
     id: int
     prompt: list[int]
@@ -75,7 +84,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural logarithms of probabilities: of the chosen token, and of the likeliest ones (token, logprob)."""
+    """Natural logarithms of probabilities: of the chosen token, and (token, logprob) of the likeliest ones."""
 
     chosen: float
     top: list[tuple[int, float]]
@@ -83,18 +92,19 @@ class TokenLogprobs:
 
 @dataclass
 class Timings:
-    """When a request's tokens were made, in seconds of the same clock."""
+    """When a request's tokens were made (seconds of `time.perf_counter`), and how many."""
 
     started_s: float = field(default_factory=time.perf_counter)
     first_token_s: float = 0.0
     finished_s: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    num_draft_tokens: int = 0  # that a draft model has proposed
-    num_accepted: int = 0  # of them
+    num_draft_tokens: int = 0  # proposed by a draft model
+    num_accepted: int = 0  # of the draft tokens
     token_ids: list[int] = field(default_factory=list)
 
     def note(self, token: int) -> None:
+        """Record a generated token and the time."""
         self.finished_s = time.perf_counter()
         if not self.token_ids:
             self.first_token_s = self.finished_s
@@ -102,58 +112,64 @@ class Timings:
 
     @property
     def prompt_tps(self) -> float:
+        """Prompt tokens read per second, without the cached ones."""
         return (self.prompt_tokens - self.cached_tokens) / max(self.first_token_s - self.started_s, 1e-9)
 
     @property
     def generation_tps(self) -> float:
-        made = len(self.token_ids) - 1  # the first token is the prompt's
+        """Tokens generated per second after the first one; 0.0 if there are none."""
+        made = len(self.token_ids) - 1  # the time of the first token counts for the prompt
         return made / max(self.finished_s - self.first_token_s, 1e-9) if made > 0 else 0.0
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request under way. `tokens` is the prompt and what was generated; `position` is how many are in the cache."""
+    """A request in progress: `tokens` holds prompt and answer so far, of which `position` are in the cache."""
 
     request: Request
     tokens: list[int]
-    chooser: Any  # engine.sampling.Chooser
+    sampler: Any  # engine.sampling.TokenSampler
     detokenizer: Any
     timings: Timings
     slot: int = -1  # given when the request is admitted
     position: int = 0
     emitted_chars: int = 0
-    is_begun: bool = False  # a step of it has been planned
+    is_begun: bool = False  # its first step has been planned
     is_aborted: bool = False
-    is_ended: bool = False  # its last output has been made, but a step may still be on its way
-    loops: LoopWatch | None = None
-    searched: tuple[Any, int] | None = None  # among which prefixes, and how many of its tokens were in one
+    is_ended: bool = False  # its last output has been made, though a step of it may still be in flight
+    repetition: RepetitionDetector | None = None
+    searched: tuple[Any, int] | None = None  # the state of the prefix cache at the last search, and tokens it found
 
     @property
-    def most_tokens(self) -> int:
-        """How long it can become."""
+    def max_total_tokens(self) -> int:
+        """Most tokens that prompt and answer can have together."""
         return len(self.request.prompt) + self.request.sampling.max_tokens
 
 
 Propose = Callable[[Sequence, int], list[int]]
-"""Drafts at most so many tokens behind those of a sequence."""
+"""Proposes up to the given number of next tokens of a sequence."""
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What a step added to an answer. The last one of a request has a finish reason."""
+    """What a step added to an answer; the last output of a request has a finish reason."""
 
     request_id: int
     text: str
-    token: int | None  # None when the request was aborted
+    token: int | None  # None when the request was aborted or failed
     timings: Timings
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
-    error: HippoError | None = None  # that has ended this request, and no other
-    random_state: list[int] | None = None  # after this token, of a request that draws numbers of its own
+    error: HippoError | None = None  # that ended this request, and no other
+    random_state: list[int] | None = None  # after this token, of a request with a seed of its own
 
 
 def check_request(prompt: list[int], sampling: SamplingParams, max_context: int, vocab_size: int) -> None:
-    """Raise a UserError for what can never be answered."""
+    """Check that a request can be answered.
+
+    Raises:
+        UserError: the prompt is empty or too long, or a token is outside the vocabulary.
+    """
     if not prompt:
         raise UserError("the prompt has no tokens: nothing can follow it")
     check_context(len(prompt) + len(sampling.forced), max_context)
@@ -163,6 +179,10 @@ def check_request(prompt: list[int], sampling: SamplingParams, max_context: int,
 
 
 def check_context(prompt_tokens: int, max_context: int) -> None:
-    """Raise a ContextError if a prompt leaves no room for an answer."""
+    """Check that a prompt leaves room for an answer.
+
+    Raises:
+        ContextError: it doesn't; the error has the numbers.
+    """
     if prompt_tokens >= max_context:
         raise ContextError(prompt_tokens, max_context)

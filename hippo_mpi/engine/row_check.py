@@ -1,8 +1,9 @@
-"""Which rows may share a step and get what they get alone: asked of the model itself, once, before requests come.
+"""Probes, before requests come, whether rows that share a step get the same results from the model as alone.
 
 mlx-lm runs some models in ragged batches without an error but with other answers (gemma2's mask meets the wrong
-axis, phi3small adds a boolean mask ...), and reads padding into the state of others (mamba, rwkv7, ...). Tokens must
-not depend on company, so rows of the former take turns, and of the latter only those of equal length are read together.
+axis, phi3small adds a boolean mask ...), and reads padding into the state of others (mamba, rwkv7, ...). A row's tokens
+must not depend on the rows beside it: so with the former, rows take turns, and with the latter, only prompts of equal
+length are read together.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from hippo_mpi.errors import UserError
 from hippo_mpi.parallel.step import Step, StepRunner, run_step
 from hippo_mpi.parallel.step_plan import StepPlan
 
-_LENGTHS = (5, 150)  # tokens: far apart, so that what depends on padding shows
-_TOLERANCE = 0.1  # of the logits' standard deviation: rounding stays below it in bfloat16 too, mistakes don't
+_LENGTHS = (5, 150)  # tokens: far apart, so that effects of padding show
+_TOLERANCE = 0.1  # of the logits' standard deviation: rounding stays below it, also in bfloat16; mistakes don't
 
 
 @dataclass(frozen=True)
 class RowCheck:
-    """What rows of different lengths may do together."""
+    """Which steps rows of different lengths may share."""
 
-    can_batch: bool  # share a step with as many tokens of each
-    can_pad: bool  # share a step in which the shorter ones are padded on the right
+    can_batch: bool  # a step with equally many tokens of each row
+    can_pad: bool  # a step in which shorter rows are padded on the right
 
 
 def check_rows(runner: StepRunner, serials: Iterator[int]) -> RowCheck:
-    """Read and decode two rows alone and together, and compare their logits. Takes `serials`, uses slots 0 to 3."""
+    """Read and decode two rows alone and together, and compare their logits; uses slots 0 to 3 and frees them."""
     prompts = [[(7 * i + row) % 50 + 1 for i in range(length)] for row, length in enumerate(_LENGTHS)]
     alone = []
     for slot, prompt in enumerate(prompts):
@@ -47,10 +48,10 @@ def check_rows(runner: StepRunner, serials: Iterator[int]) -> RowCheck:
 
 
 def check_drafting(runner: StepRunner, serials: Iterator[int]) -> None:
-    """Decode tokens one by one and several in one step, and compare. Takes `serials`, uses slots 0 and 1.
+    """Decode tokens one by one and several in one step, and compare; uses slots 0 and 1 and frees them.
 
     Raises:
-        UserError: the model gives something else then, or its caches can't lose the tokens that weren't accepted.
+        UserError: the logits differ, or the model's caches can't drop draft tokens that weren't accepted.
     """
     prompt, draft = [(7 * i) % 50 + 1 for i in range(_LENGTHS[0])], [9] * 3
     start, fork = len(prompt), ((0, 1),)
@@ -73,12 +74,12 @@ def _are_close(logits: mx.array, wanted: mx.array) -> bool:
 
 
 def _last_logits(runner: StepRunner, plan: StepPlan) -> mx.array:
-    """The logits (B, V) of one token of each row, in float32."""
+    """Run a step with one token per row; return its logits (B, V) in float32."""
     return _logits(runner, plan, [[9]] * len(plan.slots))[:, -1, :]
 
 
 def _logits(runner: StepRunner, plan: StepPlan, tokens: list[list[int]]) -> mx.array:
-    """A step's logits (B, L, V), in float32."""
+    """Run a step; return its logits (B, L, V) in float32."""
     result = run_step(runner, Step(plan, tokens)) or run_step(runner, None)
     assert result is not None
     return result.logits.astype(mx.float32)

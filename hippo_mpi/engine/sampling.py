@@ -18,19 +18,20 @@ from hippo_mpi.engine.grammar import GrammarMask
 from hippo_mpi.engine.request import SamplingParams, TokenLogprobs
 from hippo_mpi.engine.thinking import Thinking
 
-_LEAST = -9999.0  # OpenAI's for "impossible"
-_LEAST_TEMP = 1e-6  # float32 can't hold the reciprocals of much less, and then all tokens are alike
+_MIN_LOGPROB = -9999.0  # OpenAI's value for "impossible"
+_MIN_TEMP = 1e-6  # float32 can't hold the reciprocal of much less: all tokens would become equally likely
 
 
-class Chooser:
-    """Chooses the tokens of one request: its sampler, its logits processors, its random numbers.
+class TokenSampler:
+    """Samples the tokens of one request, with its own logits processors and random numbers.
 
     Args:
+        params: how to sample.
         special_tokens: tokens that XTC sampling never excludes.
         vocab_size: width of the logits.
-        thinking: whether the answer is thinking.
-        grammar: that the answer must follow when it isn't.
-        end_tokens: which end an answer; unlikely beyond measure before its `min_tokens`.
+        thinking: follows whether the answer is inside a thought.
+        grammar: the grammar that the answer must follow outside thoughts.
+        end_tokens: tokens that end an answer; made all but impossible before `params.min_tokens`.
     """
 
     def __init__(
@@ -43,8 +44,8 @@ class Chooser:
         end_tokens: Sequence[int] = (),
     ) -> None:
         self.num_logprobs, self._thinking, self._grammar = params.logprobs, thinking, grammar
-        self.error: Exception | None = None  # met when a token was chosen
-        temp = params.temp if params.temp >= _LEAST_TEMP else 0.0
+        self.error: Exception | None = None  # raised while a token was chosen
+        temp = params.temp if params.temp >= _MIN_TEMP else 0.0
         self._sampler = make_sampler(
             temp, params.top_p, params.min_p, params.min_tokens_to_keep,
             params.top_k if params.top_k < vocab_size else 0,
@@ -61,13 +62,13 @@ class Chooser:
         self._key = None if params.seed is None or temp == 0 else mx.random.key(params.seed % 2**64)
         self._num_to_go, self._forced = params.min_tokens, deque(params.forced)
         ends = np.isin(np.arange(vocab_size), end_tokens)
-        self._against_end = mx.array(np.where(ends, _LEAST, 0.0)) if params.min_tokens else None
+        self._against_end = mx.array(np.where(ends, _MIN_LOGPROB, 0.0)) if params.min_tokens else None
         is_changed = self._processors or grammar or thinking.is_limited or params.min_tokens or params.forced
         self.is_greedy = temp == 0 and not is_changed
 
     @property
     def random_state(self) -> list[int] | None:
-        """This request's random numbers to come; None if it draws none of its own."""
+        """State of this request's own random numbers; None if it has none (no seed, or greedy)."""
         return None if self._key is None else cast(list[int], self._key.tolist())
 
     @random_state.setter
@@ -75,9 +76,9 @@ class Chooser:
         self._key = None if state is None else mx.array(state, mx.uint32)
 
     def choose(self, tokens: list[int], logits: mx.array) -> tuple[mx.array, mx.array]:
-        """What follows `tokens`, from logits (1, V): its log-probabilities (1, V), and a token (1,).
+        """Choose what follows `tokens` from logits (1, V); return log-probabilities (1, V) and a token (1,).
 
-        Whatever is raised is noted as `error`, and the token means nothing: other rows go on.
+        An exception is stored in `error` instead of raised, and the token then means nothing, so that other rows go on.
         """
         try:
             logprobs = self.logprobs(tokens, logits)
@@ -87,7 +88,7 @@ class Chooser:
             return logits, mx.argmax(logits, axis=-1)
 
     def logprobs(self, tokens: list[int], logits: mx.array) -> mx.array:
-        """Log-probabilities (1, V) of what follows `tokens`, from logits (1, V)."""
+        """Return the log-probabilities (1, V) of what follows `tokens`, from logits (1, V)."""
         for processor in self._processors:
             logits = processor(mx.array(tokens), logits)
         if self._against_end is not None and self._num_to_go > 0:
@@ -99,7 +100,11 @@ class Chooser:
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
     def accept(self, token: int) -> None:
-        """The answer goes on with this token."""
+        """Advance by one token of the answer.
+
+        Raises:
+            FieldError: the grammar doesn't allow it.
+        """
         self._num_to_go -= 1
         if self._forced:
             self._forced.popleft()
@@ -109,12 +114,12 @@ class Chooser:
             self._grammar.accept(token)
 
     def sample(self, logprobs: mx.array) -> mx.array:
-        """A token from log-probabilities (1, V): (1,). With a seed, the numbers that mlx_lm.generate draws with it."""
+        """Sample a token (1,) from log-probabilities (1, V); with a seed, using the same numbers as mlx_lm.generate."""
         if self._forced:
             return mx.array([self._forced[0]], mx.uint32)
         if self._key is None:
             return cast(mx.array, self._sampler(logprobs))
-        # The samplers draw from MLX's one random state: lend it this request's.
+        # mlx-lm's samplers use MLX's global random state: put this request's there meanwhile.
         state = cast(list[mx.array], mx.random.state)
         others = mx.array(state[0])
         state[0][:] = self._key
@@ -127,45 +132,48 @@ class Chooser:
 
 
 @dataclass
-class Drawn:
-    """The next token of each row, unevaluated.
+class SampledTokens:
+    """The next token of each row, unevaluated: `ids` (B,), with the log-probabilities (B, V) of all tokens."""
 
-    Legend: ids (B,), logprobs (B, V).
-    """
-
-    choosers: Sequence[Chooser]
+    samplers: Sequence[TokenSampler]
     ids: mx.array
     _logprobs: mx.array
 
-    def read(self) -> list[tuple[int, TokenLogprobs | None]]:
-        """Evaluated, and accepted by each chooser, unless it has met an error; with log-probabilities where wanted."""
+    def evaluate(self) -> list[tuple[int, TokenLogprobs | None]]:
+        """Evaluate the tokens, have each row's sampler accept its own, and return them with the logprobs asked for.
+
+        A sampler that has an error accepts nothing; one that raises keeps the error for its own request.
+        """
         ids = cast(list[int], self.ids.tolist())
         return [(token, self._accept(row, token)) for row, token in enumerate(ids)]
 
     def _accept(self, row: int, token: int) -> TokenLogprobs | None:
-        chooser = self.choosers[row]
-        if chooser.error is not None:
+        sampler = self.samplers[row]
+        if sampler.error is not None:
             return None
         try:
-            chooser.accept(token)
-            return None if chooser.num_logprobs is None else _tell(self._logprobs[row], token, chooser.num_logprobs)
-        except Exception as error:  # this row's, and no other's
-            chooser.error = error
+            sampler.accept(token)
+            return None if sampler.num_logprobs is None else _tell(self._logprobs[row], token, sampler.num_logprobs)
+        except Exception as error:  # concerns this row only
+            sampler.error = error
             return None
 
 
-def draw(choosers: Sequence[Chooser], tokens: Sequence[list[int]], logits: mx.array) -> Drawn:
-    """The next token of each row.
+def sample_tokens(samplers: Sequence[TokenSampler], tokens: Sequence[list[int]], logits: mx.array) -> SampledTokens:
+    """Sample the next token of each row, without evaluating it.
 
     Args:
-        choosers, tokens: of each row; the tokens so far.
+        samplers: one per row.
+        tokens: each row's tokens so far.
         logits: (B, V).
     """
-    if all(chooser.is_greedy for chooser in choosers):
+    if all(sampler.is_greedy for sampler in samplers):
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        return Drawn(choosers, mx.argmax(logprobs, axis=-1), logprobs)
-    rows = [c.choose(t, logits[row : row + 1]) for row, (c, t) in enumerate(zip(choosers, tokens, strict=True))]
-    return Drawn(choosers, mx.concatenate([token for _, token in rows]), mx.concatenate([told for told, _ in rows]))
+        return SampledTokens(samplers, mx.argmax(logprobs, axis=-1), logprobs)
+    rows = [c.choose(t, logits[row : row + 1]) for row, (c, t) in enumerate(zip(samplers, tokens, strict=True))]
+    return SampledTokens(
+        samplers, mx.concatenate([token for _, token in rows]), mx.concatenate([logprobs for logprobs, _ in rows])
+    )
 
 
 def _tell(logprobs: mx.array, token: int, count: int) -> TokenLogprobs:
@@ -173,5 +181,7 @@ def _tell(logprobs: mx.array, token: int, count: int) -> TokenLogprobs:
     top = mx.argsort(-logprobs)[:count] if count else mx.zeros((0,), mx.uint32)
     ids, values = cast(list[int], top.tolist()), cast(list[float], logprobs[top].tolist())
     (chosen,) = cast(list[float], logprobs[token : token + 1].tolist())
-    # What a grammar or a bias rules out has no logarithm, and JSON no infinity.
-    return TokenLogprobs(max(chosen, _LEAST), [(i, max(v, _LEAST)) for i, v in zip(ids, values, strict=True)])
+    # A token ruled out by a grammar or a bias has logprob -inf, which JSON can't express.
+    return TokenLogprobs(
+        max(chosen, _MIN_LOGPROB), [(i, max(v, _MIN_LOGPROB)) for i, v in zip(ids, values, strict=True)]
+    )

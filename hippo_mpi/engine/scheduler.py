@@ -1,9 +1,9 @@
-"""Which rows take the next step: WAITING -> PREFILLING -> RUNNING -> finished.
+"""Decides which rows take the next step: WAITING -> PREFILLING -> RUNNING -> finished.
 
-Sequences that run are spread evenly over as many micro-batches as there are stages, so that every stage has one
-to work on: one request runs alone, many fill the batches. Between two steps of running sequences at most
-`max_batch_tokens` prompt tokens go in. They take turns because mlx-lm's models compute rows of equal length: in one
-pass with running rows a chunk would pad each of them to its own length (16 rows and a chunk of 15 tokens, 6 layers of
+Running sequences are spread evenly over as many micro-batches as there are stages, so that every stage has one to work
+on: one request runs alone, many fill the batches. Between two steps of running sequences at most `max_batch_tokens`
+prompt tokens are read. Prefill and decoding take turns because mlx-lm's models compute rows of equal length: in one
+pass with running rows, a chunk would pad each of them to its own length (16 rows and a chunk of 15 tokens, 6 layers of
 768: one pass 402 ms, two passes 85 ms; only a single row beside a chunk of a few tokens gains).
 
 Knows positions and counts. Must not know MLX, text or ranks.
@@ -39,10 +39,12 @@ class _MicroBatch:
 
 
 class Scheduler:
-    """Makes the steps.
+    """Makes the steps: admits requests, reads prompts, decodes micro-batches.
 
     Args:
-        num_stages: steps that keep every stage busy.
+        num_stages: steps in flight that keep every stage busy.
+        limits: what may be in flight at once.
+        prefixes: keeps the caches of ended sequences.
         serials: numbers for the plans.
     """
 
@@ -56,25 +58,28 @@ class Scheduler:
         self._batches = deque(_MicroBatch() for _ in range(count))
         self._batch_of: dict[int, _MicroBatch] = {}  # of steps in flight, by serial
         self._begun: list[int] = []  # requests whose first step has been planned since `take_begun`
-        self._prompt_tokens = 0  # that went in since the last step of a running sequence
+        self._prompt_tokens = 0  # read since the last step of a running sequence
 
-    # ---- what there is
+    # ---- state
 
     @property
     def num_waiting(self) -> int:
+        """Sequences that haven't been admitted."""
         return len(self._waiting)
 
     @property
     def running(self) -> list[Sequence]:
+        """Sequences whose prompts have been read, in the order of their micro-batches."""
         return [sequence for batch in self._batches for sequence in (*batch.rows, *batch.joining)]
 
     @property
     def first_prompt(self) -> Sequence | None:
-        """Return the prompt that is being read."""
+        """Oldest sequence whose prompt is being read; None if there is none."""
         return self._prefill.prompts[0] if self._prefill.prompts else None
 
     @property
     def is_empty(self) -> bool:
+        """True if no sequence waits, is being read or runs."""
         return not self._waiting and not self._prefill.prompts and not self.running
 
     @property
@@ -82,13 +87,14 @@ class Scheduler:
         """Return whether no retained slot still shares a batched cache with other slots."""
         return self._slots.is_settled
 
-    # ---- what changes it
+    # ---- changes
 
     def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
         self._waiting.append(sequence)
 
     def abort(self, sequence: Sequence) -> bool:
-        """Take a sequence out; False if it is in flight: then `commit` does it."""
+        """Remove a sequence; False if it is in flight, in which case `commit` removes it later."""
         resting = [batch.rows for batch in self._batches if not batch.is_in_flight]
         joining = [batch.joining for batch in self._batches]
         queues: list[MutableSequence[Sequence]] = [self._waiting, self._prefill.prompts, *joining, *resting]
@@ -105,7 +111,7 @@ class Scheduler:
         self._slots.forget_prefixes()
 
     def next_alone(self) -> Sequence | None:
-        """Return the sequence that the next step decodes by itself, if it does: drafts may come behind its last token."""
+        """Return the sequence that the next step decodes alone, so that draft tokens may be added; None otherwise."""
         batch = self._choose()
         rows = [] if batch is None else [*batch.rows, *batch.joining]
         return rows[0] if len(rows) == 1 else None
@@ -114,7 +120,7 @@ class Scheduler:
         """Return the next step; None while every micro-batch is in flight or empty.
 
         Args:
-            draft: tokens behind the last one of `next_alone`.
+            draft: draft tokens for the sequence that `next_alone` returned.
         """
         batch = self._choose()
         if batch is not None:
@@ -126,12 +132,12 @@ class Scheduler:
         return None
 
     def take_begun(self) -> list[int]:
-        """Return the requests whose first step has been planned since this was asked last."""
+        """Return the ids of requests whose first step has been planned since the last call."""
         begun, self._begun = self._begun, []
         return begun
 
     def step_ahead(self, step: Step) -> Step | None:
-        """Return what follows `step` before its tokens are known: the same rows. None if anything else may come first."""
+        """Return the step of the same rows that follows `step`, without tokens; None if another step may come first."""
         batch = self._batch_of[step.plan.serial]
         others_come_first = (
             self._waiting or self._prefill.prompts or any(b.size and not b.is_in_flight for b in self._batches)
@@ -139,12 +145,12 @@ class Scheduler:
         rows_may_change = batch.joining or batch.size > min(other.size for other in self._batches) + 1
         if others_come_first or rows_may_change:
             return None
-        if any(row.is_ended or row.is_aborted or len(row.tokens) + 1 >= row.most_tokens for row in step.rows):
+        if any(row.is_ended or row.is_aborted or len(row.tokens) + 1 >= row.max_total_tokens for row in step.rows):
             return None
         return self._decode(batch, [], is_ahead=True)
 
     def commit(self, step: Step, ended: list[Sequence]) -> None:
-        """Note that a step's tokens are in its rows'; those that have `ended` leave behind their last step."""
+        """Note that a step's tokens were appended to its rows; rows that have `ended` leave after their last step."""
         batch = self._batch_of.pop(step.plan.serial)
         batch.num_in_flight -= 1
         for row, draft in zip(step.rows, step.drafts, strict=False):
@@ -159,15 +165,18 @@ class Scheduler:
                 self._slots.release(sequence, was_batched=len(step.rows) > 1)
 
     def note_step(self, plan: StepPlan, took_s: float) -> None:
-        """Learn from how long a step took, if it was one of prompts."""
+        """Adapt the size of prefill steps to the seconds that one took; other steps are ignored."""
         if not plan.wants_logits:
             self._prefill.pace.note(len(plan.slots) * plan.num_tokens, took_s)
 
-    # ---- how it decides
+    # ---- decisions
 
     def _choose(self) -> _MicroBatch | None:
-        """Put everything in its place, and return the micro-batch whose turn is next; None if it is the prompts', or
-        nobody's."""
+        """Admit, rebalance and begin what can be, then return the micro-batch whose turn it is.
+
+        Returns:
+            None if prompts are to be read next, or if every micro-batch is empty or in flight.
+        """
         self._admit()
         self._balance()
         self._prefill.begin_first()
@@ -177,14 +186,14 @@ class Scheduler:
 
     @property
     def _is_turn_of_prompts(self) -> bool:
-        """Whether prompts are read next: enough may go in for the chunk that the first of them should have."""
+        """True if prompts are read next: nothing runs, or the room suffices for a full chunk of the oldest prompt."""
         if not self._prefill.prompts:
             return False
         return not self.running or self._room >= min(self._whole_room, self._prefill.next_count)
 
     @property
     def _whole_room(self) -> int:
-        """Prompt tokens that may go in between two steps of one micro-batch."""
+        """Prompt tokens that may be read between two steps of one micro-batch."""
         return max(1, self._limits.max_batch_tokens // self._num_stages)
 
     @property
@@ -192,19 +201,19 @@ class Scheduler:
         return self._whole_room - self._prompt_tokens
 
     def _admit(self) -> None:
-        """Let requests in while there is room; they come in order, so that none waits for ever."""
+        """Admit requests while there is room, strictly in order, so that none starves."""
         limit = self._limits.cache_tokens
         while self._waiting:
             candidates = [*self._prefill.prompts, *self.running, self._waiting[0]]
             if len(candidates) > self._limits.max_batch_size:
                 return
-            needed = len(candidates) * max(sequence.most_tokens for sequence in candidates)
-            if limit is not None and needed > limit and len(candidates) > 1:  # one alone fits by the plan
+            needed = len(candidates) * max(sequence.max_total_tokens for sequence in candidates)
+            if limit is not None and needed > limit and len(candidates) > 1:  # the layer split made room for one
                 return
             self._prefill.prompts.append(self._waiting.popleft())
 
     def _join(self, read: list[Sequence]) -> None:
-        """Put prompts that have been read into the micro-batch with the fewest rows; their caches lie together."""
+        """Add sequences that were read together to the smallest micro-batch; their caches share a batch already."""
         min(self._batches, key=lambda batch: batch.size).joining += read
 
     def _balance(self) -> None:
@@ -215,7 +224,10 @@ class Scheduler:
                 smallest.joining.append((batch.joining or batch.rows).pop())
 
     def _read(self) -> Step:
-        """The next chunk of a prompt, or the rest of several. Last tokens are decoded, as in mlx_lm.generate."""
+        """Return a prefill step: the next chunk of one prompt, or the rest of several.
+
+        Last tokens are left to decoding steps, as in mlx_lm.generate.
+        """
         chunk = self._prefill.next_chunk(self._room)
         self._prompt_tokens += chunk.num_tokens
         return Step(self._plan(chunk.rows, chunk.starts, chunk.counts), chunk.tokens, list(chunk.rows))

@@ -1,7 +1,7 @@
-"""Slots, by number: which sequence has which, what becomes of those that are left, and what ranks must be told of it.
+"""Allocates slots by number: to sequences, to kept prefixes, and collects the changes that ranks must be told.
 
-A slot holds the caches of one sequence on every rank. Those of ended sequences may be kept, for prompts that begin alike.
-Knows numbers and tokens. Must not know MLX or ranks.
+A slot holds the caches of one sequence on every rank. Slots of ended sequences may be kept for prompts with the same
+prefix. Knows numbers and tokens. Must not know MLX or ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hippo_mpi.engine.request import Sequence
 
 @dataclass(frozen=True)
 class SlotChanges:
-    """What every rank does to its slots before a step, in this order; fields as in `StepPlan`."""
+    """What every rank does to its slots before a step, in the order of the fields, which are those of `StepPlan`."""
 
     forks: tuple[tuple[int, int], ...] = ()
     detached: tuple[int, ...] = ()
@@ -23,10 +23,10 @@ class SlotChanges:
 
 
 class Slots:
-    """Hands out slots, and collects what is to be done to them.
+    """Hands out slots, and collects the changes that ranks must make to them.
 
     Args:
-        prefixes: keeps those of ended sequences.
+        prefixes: keeps the slots of ended sequences.
     """
 
     def __init__(self, prefixes: PrefixCache) -> None:
@@ -44,18 +44,18 @@ class Slots:
 
     @property
     def has_changes(self) -> bool:
-        """Return whether ranks must be told of something."""
+        """Return whether ranks must be told of changes."""
         return bool(self._forks or self._detached or self._drops)
 
     def take_changes(self) -> SlotChanges:
-        """Return what ranks must be told, which they will be. Slots that are dropped are free for the next step."""
-        found = SlotChanges(tuple(self._forks), tuple(self._detached), tuple(self._drops))
+        """Return the collected changes and forget them; the next step must carry them. Dropped slots become free."""
+        changes = SlotChanges(tuple(self._forks), tuple(self._detached), tuple(self._drops))
         self._forks, self._detached, self._drops = [], [], []
-        self._free += found.drops
-        return found
+        self._free += changes.drops
+        return changes
 
     def begin(self, sequence: Sequence, running: Iterable[Sequence]) -> None:
-        """Give a prompt a slot, which begins with what is cached of it."""
+        """Give a prompt a slot that begins with the longest cached prefix of the prompt."""
         source, count = self._find(sequence, running)
         if self._prefixes.take(source, count):
             sequence.slot = source
@@ -67,8 +67,8 @@ class Slots:
     def num_cached(self, sequence: Sequence, running: list[Sequence]) -> int:
         """Return how many tokens of a prompt are cached.
 
-        It is looked for only if others are kept or run than the last time: a prompt that waits is asked about before
-        every step.
+        The search is repeated only if the kept or running sequences have changed, because this is called before every
+        step for each waiting prompt.
         """
         known = self._prefixes.version, tuple(other.slot for other in running)
         if sequence.searched is None or sequence.searched[0] != known:
@@ -76,14 +76,15 @@ class Slots:
         return sequence.searched[1]
 
     def is_worth_waiting(self, sequence: Sequence, other: Sequence, cached: int) -> bool:
-        """Return whether more of a prompt than `cached` tokens will be cached when another, unread one is."""
+        """Return whether reading `other` first would cache many more tokens of this prompt than the `cached` ones."""
         is_alike = sequence.request.cache_salt == other.request.cache_salt
         return is_alike and self._prefixes.is_worth_waiting(sequence.tokens, other.tokens, cached)
 
     def release(self, sequence: Sequence, was_batched: bool = False) -> None:
-        """Keep the cache of a sequence that has ended for others to begin with, or free it.
+        """Keep the cache of an ended sequence as a prefix for others, or free it.
 
         Args:
+            sequence: one without a slot is ignored.
             was_batched: whether it shared a batched cache in its last step.
         """
         if sequence.slot < 0:
@@ -94,11 +95,11 @@ class Slots:
         self._drops += gone
 
     def forget_prefixes(self) -> None:
-        """Free what is kept of ended sequences."""
+        """Free the kept slots of ended sequences."""
         self._drops += self._prefixes.clear()
 
     def _find(self, sequence: Sequence, running: Iterable[Sequence]) -> tuple[int, int]:
-        """(slot, number of tokens) of what is cached of a prompt."""
+        """Return (slot, number of tokens) of the longest cached prefix of a prompt; (-1, 0) if there is none."""
         salt = sequence.request.cache_salt
         alike = ((other.slot, other.tokens[: other.position]) for other in running if other.request.cache_salt == salt)
         return self._prefixes.match(sequence.tokens, alike, salt) or (-1, 0)

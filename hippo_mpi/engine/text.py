@@ -1,4 +1,4 @@
-"""Between text and tokens: chat template, end tokens, stop words. The tokenizer is mlx-lm's."""
+"""Converts between text and tokens: chat template, end tokens, stop words. The tokenizer is mlx-lm's."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from hippo_mpi.config.options import PromptOptions
 from hippo_mpi.errors import FieldError, ModelError, UserError, print_traceback
 
-_TOKENS_BEFORE = 8  # of a prompt: enough that they have some text
+_TOKENS_BEFORE = 8  # of a prompt, given to the detokenizer as context: enough to have some text
 
 
 def open_tokenizer(
     path: Path, eos_token_ids: Any, extra_eos: tuple[str, ...], trust_remote_code: bool
 ) -> TokenizerWrapper:
-    """The tokenizer of a checkpoint.
+    """Open the tokenizer of a checkpoint.
+
+    Args:
+        path: the checkpoint's folder.
+        eos_token_ids: end tokens, as in the model's config.
+        extra_eos: texts of further end tokens.
+        trust_remote_code: whether the checkpoint's own Python code may run.
 
     Raises:
         ModelError: there is none, or it can't be read.
@@ -33,7 +39,7 @@ def open_tokenizer(
         raise ModelError(f"{path} has no tokenizer (tokenizer.json or tokenizer.model)")
     try:
         tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos_token_ids)
-    except Exception as error:  # transformers raises whatever its parsers raise
+    except Exception as error:  # transformers passes on whatever its parsers raise
         print_traceback(error)
         raise ModelError(f"the tokenizer of {path} can't be read: {one_line(error)}") from None
     for token in extra_eos:
@@ -45,14 +51,14 @@ def open_tokenizer(
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message, short enough for one line."""
+    """Return an exception's message as one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How messages become a prompt; flags of mlx_lm.generate.
+    """How messages become a prompt; the fields are flags of mlx_lm.generate.
 
     Raises:
         UserError: the config isn't a JSON object.
@@ -64,6 +70,7 @@ class ChatFormat:
 
     @classmethod
     def from_options(cls, options: PromptOptions) -> ChatFormat:
+        """Return the format that the command line sets."""
         return cls(options.ignore_chat_template, options.chat_template_config, options.prefill_response)
 
     def __post_init__(self) -> None:
@@ -86,15 +93,18 @@ class ChatFormat:
         template_args: dict[str, Any] | None = None,
         continues: bool = False,
     ) -> list[int]:
-        """Tokens of a conversation, ready to be continued by the assistant, who may call `tools`.
+        """Return the tokens of a conversation, ready to be continued by the assistant.
 
         Args:
-            template_args: beside those of `chat_template_config`, over which they win. How much to think is no matter
-                to a model that doesn't think.
+            tokenizer: has the chat template.
+            messages: objects with a role and a content, OpenAI's.
+            tools: OpenAI's tool objects, which the assistant may call.
+            template_args: arguments of the template; they win over those of `chat_template_config`. Those that say how
+                much to think are ignored if the model doesn't think.
             continues: whether the last message is the beginning of the answer.
 
         Raises:
-            UserError: the prompt is empty, or the template doesn't take it, or knows nothing of an argument.
+            UserError: the prompt is empty, or the template rejects it or doesn't have an argument.
         """
         if _is_empty(messages):
             raise UserError("the prompt is empty")
@@ -123,20 +133,20 @@ _INSTRUCTING = ("system", "developer")
 
 
 def _is_empty(messages: list[dict[str, Any]]) -> bool:
-    """Whether nobody has said anything, but for instructions."""
+    """True if there is no message besides instructions, or only one by the user without text."""
     turns = [message for message in messages if message["role"] not in _INSTRUCTING]
     return not messages or (len(turns) == 1 and turns[0]["role"] == "user" and not turns[0]["content"].strip())
 
 
 def _render(tokenizer: TokenizerWrapper, messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
-    """The text of a conversation.
+    """Return the text of a conversation.
 
-    Templates differ in what they make of instructions: many know no developer, and take a system message in the first
-    place only. Some raise then, and some say nothing and leave it out. So each is looked for in the text, and if one is
-    missing, all go into the first.
+    Templates differ in how they handle instructions: many don't know the developer role, and accept a system message
+    only in the first place. Otherwise some raise, and some silently leave it out. So each instruction is looked for in
+    the text, and if one is missing, all are merged into the first message.
 
     Raises:
-        UserError: the template doesn't take it.
+        UserError: the template rejects the conversation.
     """
     template = tokenizer.chat_template
     if not (isinstance(template, str) and "developer" in template):
@@ -149,7 +159,7 @@ def _render(tokenizer: TokenizerWrapper, messages: list[dict[str, Any]], options
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
         if all(instruction in text for instruction in later):
             return text
-    except Exception as error:  # jinja templates raise whatever they like
+    except Exception as error:  # jinja templates may raise anything
         if not later:
             raise UserError(f"the chat template doesn't take this conversation: {one_line(error)}") from None
     instructions = [message for message in messages if message["role"] in _INSTRUCTING]
@@ -158,13 +168,13 @@ def _render(tokenizer: TokenizerWrapper, messages: list[dict[str, Any]], options
 
 
 def _merged(instructions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Instructions as one message, or none."""
+    """Return instructions merged into one message, in a list; an empty list if there are none."""
     texts = [message["content"] for message in instructions]
     return [{**instructions[0], "content": "\n\n".join(texts)}] if instructions else []
 
 
 def _knows(tokenizer: TokenizerWrapper, name: str) -> bool:
-    """Whether a chat template looks at an argument. One that isn't a text may look at anything."""
+    """True if a chat template uses an argument; one that isn't text is assumed to use any."""
     if name == "enable_thinking":
         return bool(tokenizer.has_thinking)
     return not isinstance(tokenizer.chat_template, str) or bool(
@@ -173,23 +183,23 @@ def _knows(tokenizer: TokenizerWrapper, name: str) -> bool:
 
 
 def encode(tokenizer: TokenizerWrapper, text: str, **options: bool) -> list[int]:
-    """The tokens of a text.
+    """Return the tokens of a text; `options` are the tokenizer's.
 
     Raises:
-        UserError: the tokenizer doesn't take it.
+        UserError: the tokenizer rejects it.
     """
     try:
         return list(tokenizer.encode(text, **options))
-    except Exception as error:  # tokenizers raise whatever they like
+    except Exception as error:  # tokenizers may raise anything
         raise UserError(f"the tokenizer doesn't take this text: {one_line(error)}") from None
 
 
 class AnswerText:
-    """The text of an answer, as far as its tokens tell it, by mlx-lm's detokenizer.
+    """The text of an answer, decoded token by token with mlx-lm's detokenizer.
 
     Args:
-        before: tokens that the answer goes on from as one text with it. Without them a space at its beginning is
-            dropped, as by mlx-lm.
+        tokenizer: has the detokenizer.
+        before: tokens that the answer continues as one text. Without them a leading space is dropped, as by mlx-lm.
     """
 
     def __init__(self, tokenizer: TokenizerWrapper, before: Sequence[int] = ()) -> None:
@@ -203,42 +213,43 @@ class AnswerText:
 
     @property
     def text(self) -> str:
+        """All text that is certain so far."""
         return str(self._detokenizer.text[self._start : self._end])
 
     def add_token(self, token: int) -> None:
-        """The answer goes on with this token. One that the tokenizer doesn't have, as logits may be padded, says nothing."""
+        """Append a token; one beyond the tokenizer's vocabulary (logits may be padded) adds no text."""
         if token < self._num_known:
             self._detokenizer.add_token(token)
 
     def finalize(self) -> None:
-        """Nothing comes any more: what was held back is told, but for a character that isn't whole."""
+        """End the answer: release text that was held back, except an incomplete character."""
         whole = len(self._detokenizer.text)
         self._detokenizer.finalize()
         self._end = whole + len(self._detokenizer.text[whole:].rstrip("\ufffd"))
 
 
 def token_bytes(tokenizer: TokenizerWrapper, token: int) -> bytes:
-    """What a token stands for; it may be a part of a character."""
+    """Return the bytes that a token stands for, perhaps a part of a character."""
     text = str(tokenizer.decode([token]))
     piece = str(tokenizer.convert_ids_to_tokens([token])[0])
     if "\ufffd" not in text:
-        spaced = piece.replace("\u2581", " ")  # as SentencePiece writes a space, of which decoding drops the first
+        spaced = piece.replace("\u2581", " ")  # SentencePiece's mark for a space; decoding drops a leading one
         return (spaced if spaced.lstrip(" ") == text.lstrip(" ") else text).encode()
-    if re.fullmatch("<0x[0-9A-F]{2}>", piece):  # as SentencePiece writes a byte
+    if re.fullmatch("<0x[0-9A-F]{2}>", piece):  # SentencePiece's form of a byte
         return bytes([int(piece[3:5], 16)])
-    # As GPT-2's tokenizer writes bytes, and many since.
+    # The byte alphabet of GPT-2's tokenizer and many since.
     byte_of: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
     return bytes(byte_of[c] for c in piece) if set(piece) <= set(byte_of) else text.encode()
 
 
 def find_stop(text: str, stop_words: tuple[str, ...]) -> tuple[int | None, int]:
-    """(where `text` is to be cut off, how many characters are safe to show).
+    """Return (where a stop word begins in `text` or None, how many characters are safe to show).
 
-    A tail that may be the beginning of a stop word is held back until more text tells.
+    A tail that may be the beginning of a stop word is held back until more text decides.
     """
-    found = [at for word in stop_words if (at := text.find(word)) >= 0]
-    if found:
-        return min(found), min(found)
+    stops = [at for word in stop_words if (at := text.find(word)) >= 0]
+    if stops:
+        return min(stops), min(stops)
     held = 0
     for word in stop_words:
         for length in range(min(len(word) - 1, len(text)), held, -1):

@@ -1,6 +1,6 @@
-"""Whether an answer is thinking: a grammar waits until it isn't, and a limit ends it.
+"""Follows whether an answer is inside a thought: a grammar applies only outside, and a limit ends a long one.
 
-The marks of thoughts are the tokenizer's, found by mlx-lm.
+The start and end marks of thoughts are the tokenizer's, found by mlx-lm.
 
 Legend: V vocabulary.
 """
@@ -13,15 +13,16 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-_TAIL_TOKENS = 32  # of a prompt: where its template may have begun a thought, or ended one
+_TAIL_TOKENS = 32  # at the end of a prompt, where its template may have begun a thought, or ended one
 
 
 class Thinking:
-    """Follows one answer.
+    """Tracks the thoughts of one answer.
 
     Args:
+        tokenizer: has the marks of thoughts.
         prompt: its tokens; a template may end with the beginning of a thought.
-        max_tokens: after so many tokens a thought is ended; None: never.
+        max_tokens: a thought of this many tokens is ended; None: never.
     """
 
     def __init__(self, tokenizer: TokenizerWrapper, prompt: Sequence[int], max_tokens: int | None = None) -> None:
@@ -31,22 +32,23 @@ class Thinking:
         tail = list(prompt[-_TAIL_TOKENS:])
         began, ended = _rfind(tail, self._start), _rfind(tail, self._end)
         self.is_open = began > ended
-        self._may_begin = bool(self._start) and began == ended  # == -1: the template has decided nothing
-        self._count = 0  # tokens since the thought began, or since the answer did
-        self._said: list[int] = []  # the last of them, as many as a mark has
-        self._left: list[int] = []  # of the end mark, which is being forced
+        self._may_begin = bool(self._start) and began == ended  # == -1: the template has neither begun nor ended one
+        self._count = 0  # tokens since the thought, or the answer, began
+        self._said: list[int] = []  # the last of them, as many as the next mark has
+        self._left: list[int] = []  # tokens of the end mark that are still to be forced
 
     @property
     def is_limited(self) -> bool:
+        """True if a long thought will be ended."""
         return self._limit is not None and bool(self._end)
 
     @property
     def first(self) -> int | None:
-        """The token with which a thought may begin here; None where it may not."""
+        """Token with which a thought may begin here; None if none may."""
         return self._start[0] if self._may_begin and len(self._start) == 1 else None
 
     def forced(self, logits: mx.array) -> mx.array | None:
-        """Logits (1, V) that leave only the end of a thought that has become too long; None if it hasn't."""
+        """Return logits (1, V) that allow only the end mark, once a thought is too long; None otherwise."""
         if not self._left:
             return None
         allowed = np.zeros(logits.shape[-1], bool)
@@ -54,7 +56,7 @@ class Thinking:
         return mx.where(mx.array(allowed), logits, -mx.inf)
 
     def accept(self, token: int) -> None:
-        """The answer goes on with this token."""
+        """Advance by one token of the answer."""
         if not self._end:
             return
         if self._left:
@@ -70,16 +72,16 @@ class Thinking:
 
 
 def thought_tokens(tokenizer: TokenizerWrapper, prompt: Sequence[int], answer: Sequence[int]) -> int:
-    """How many of an answer's tokens were thoughts, with their marks."""
-    thinking, found = Thinking(tokenizer, prompt), 0
+    """Return how many of an answer's tokens belong to thoughts, marks included."""
+    thinking, count = Thinking(tokenizer, prompt), 0
     for token in answer:
         was_open = thinking.is_open
         thinking.accept(token)
-        found += was_open or thinking.is_open
-    return found
+        count += was_open or thinking.is_open
+    return count
 
 
 def _rfind(tokens: list[int], mark: list[int]) -> int:
-    """Where the last occurrence of `mark` begins; -1 if there is none."""
+    """Return where the last occurrence of `mark` begins; -1 if there is none."""
     places = range(len(tokens) - len(mark), -1, -1) if mark else ()
     return next((at for at in places if tokens[at : at + len(mark)] == mark), -1)

@@ -1,4 +1,4 @@
-"""The engine for scripts: many prompts at once, their answers as they are made, the same on every rank."""
+"""The engine for scripts: answers many prompts at once and yields the same outputs on every rank."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from hippo_mpi.shard.slot_caches import KVSettings
 from hippo_mpi.transport.script_ring import Group, ScriptRing, join
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
-"""Text as it is, tokens, or messages for the chat template."""
+"""Plain text, tokens, or messages for the chat template."""
 
 
 class LLM:
-    """A model that answers prompts, split over the ranks of a script. Every rank makes the same calls.
+    """A model that answers prompts, split over the ranks of a script, which all make the same calls.
 
         with LLM("mlx-community/Qwen3-4B-4bit") as llm:
             for output in llm.generate(["Once upon a time", "The fox"], SamplingParams(max_tokens=50)):
@@ -47,10 +47,10 @@ class LLM:
         max_context: tokens that a prompt and its answer may have; None: as many as fit, up to the model's own limit.
         revision: of the repo.
         adapter_path: folder with trained adapter weights.
-        precision: to cast or quantise the weights to while loading, as --precision has it.
-        trust_remote_code: allow the checkpoint to bring its own code.
-        max_batch_size: prompts that are answered at once.
-        timeout: seconds that a rank may be silent, or a step get nothing done, before all ranks end with status 3.
+        precision: to cast or quantise the weights to while loading, as with --precision.
+        trust_remote_code: whether the checkpoint's own Python code may run.
+        max_batch_size: most prompts that are answered at once.
+        timeout: seconds that a rank may be silent, or a step without progress, before all ranks end with status 3.
         start_timeout: seconds that ranks wait for each other to start.
     """
 
@@ -81,7 +81,7 @@ class LLM:
         """Load this rank's layers.
 
         Raises:
-            HippoError: alone, if the model can't be used or doesn't fit. Several ranks end with its line.
+            HippoError: on a single rank, the model can't be used or doesn't fit. Several ranks end with its line.
         """
         ring = join(self._group, self._start_timeout, self._timeout)
         agreement = self._options.negotiate(ring, shares_head=False)
@@ -94,12 +94,12 @@ class LLM:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        """Let go of the model. An exception of the script's goes on, and ends the other ranks with it."""
+        """Release the model. An exception of the script isn't suppressed, and ends the other ranks with it."""
         self._loaded = None
 
     @property
     def rank(self) -> int:
-        """Return this rank's number: 0 is the one that should print."""
+        """Return this rank's number; rank 0 is the one that should print."""
         return self._here.ring.world.rank
 
     @property
@@ -116,16 +116,16 @@ class LLM:
     def generate(
         self, prompts: str | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[RequestOutput]:
-        """Answer prompts, and yield what each step adds to an answer: to that of prompt number `request_id`.
+        """Answer prompts, and yield what each step adds to an answer, that of prompt number `request_id`.
 
-        Leaving the loop early aborts what is unanswered, if every rank does so.
+        Leaving the loop early aborts the remaining prompts, if every rank does so.
 
         Args:
             prompts: one text, or a list of texts, of lists of tokens, or of lists of messages.
-            sampling: for all prompts, or one for each.
+            sampling: parameters for all prompts, or one set for each.
 
         Raises:
-            UserError: a prompt can't be answered; nothing has been begun then.
+            UserError: a prompt can't be answered; then none has been started.
         """
         here = self._here
         asked: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
@@ -183,11 +183,11 @@ class _Loaded:
         return list(cast(Sequence[int], prompt))
 
     def answer(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
-        """Yield the outputs of all requests, on every rank the same."""
+        """Yield the outputs of all requests, the same on every rank."""
         steps = self._lead(requests) if self._engine is not None else self._follow(requests)
         try:
             for outputs in steps:
-                self._control.idle()  # the script may take its time
+                self._control.idle()  # no deadline for what the script does with the outputs
                 yield from outputs
         except HippoError as error:
             self._control.fail(error)
@@ -223,7 +223,7 @@ class _Loaded:
                     is_told = is_told or message.is_last
                     yield [_as_output(output, timings) for output in message.outputs]
         finally:
-            while not is_followed:  # the script has left the loop, here as on rank 0
+            while not is_followed:  # the script has left the loop, here and on rank 0
                 is_followed = self._follower.follow() is None
             while not is_told:
                 is_told = self._control.next_report(_Told).is_last
@@ -233,7 +233,7 @@ class _Loaded:
             self._control.report(message, rank)
 
     def _told(self, waits: bool) -> Iterator[_Told]:
-        """Yield what rank 0 has told so far, or, if this rank has nothing else to do, up to the end."""
+        """Yield the messages that rank 0 has sent so far; with `waits`, wait for all of them up to the last one."""
         while True:
             try:
                 message = self._control.next_report(_Told, waits)
@@ -245,7 +245,7 @@ class _Loaded:
 
 
 def _build_engine(pipeline: Pipeline, tokenizer: TokenizerWrapper, max_batch_size: int) -> Engine:
-    """Build rank 0's engine, within what the plan leaves for caches."""
+    """Build rank 0's engine, within the room that the plan leaves for caches."""
     agreement = pipeline.agreement
     limits, budget = room_for_many(agreement, max_batch_size)
     limits = replace(limits, deadline_s=pipeline.control.timeout_s)
@@ -253,12 +253,12 @@ def _build_engine(pipeline: Pipeline, tokenizer: TokenizerWrapper, max_batch_siz
 
 
 def _as_message(output: RequestOutput) -> _Output:
-    """Write an output down for the other ranks."""
+    """Return an output as a message for the other ranks."""
     return OutputMessage.of(output), None if output.error is None else ErrorMessage.of(output.error)
 
 
 def _as_output(message: _Output, timings: dict[int, Timings]) -> RequestOutput:
-    """Return an output that rank 0 has told of; its times are this rank's."""
+    """Return an output that rank 0 has sent; the timings are this rank's own."""
     output, error = message
     times = timings[output.request_id]
     if output.token is not None:

@@ -1,4 +1,4 @@
-"""Load this rank's layers of a model, for a script that calls it on every rank."""
+"""Loads this rank's layers of a model, for a script that calls the model on every rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hippo_mpi.transport.script_ring import Group, ScriptRing, join
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What is to be loaded, and how ranks share it; the same on every rank."""
+    """Which model to load, and how ranks share it; the same on every rank."""
 
     model: str = str(BUNDLED_MODEL)
     layer_split: tuple[int, ...] | None = None
@@ -34,10 +34,14 @@ class LoadOptions:
     trust_remote_code: bool = False
 
     def negotiate(self, ring: ScriptRing, shares_head: bool) -> Agreement:
-        """Open the checkpoint on every rank, compare, and plan who holds which layers.
+        """Open the checkpoint on every rank, compare the ranks, and plan which one holds which layers.
+
+        Args:
+            ring: the script's ranks.
+            shares_head: whether every rank holds norm and head.
 
         Raises:
-            HippoError: alone, if the model can't be used or doesn't fit; several ranks end.
+            HippoError: on a single rank, the model can't be used or doesn't fit. Several ranks end.
         """
         control = ring.control
 
@@ -68,27 +72,27 @@ def load(
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a pipelined model and its tokenizer; every rank of the group calls this with the same arguments.
 
-    Each rank reads (from the hub: downloads) the layers that the planner gives it, and the head. Alone, it is the whole
-    model. What the model may be used for is said in `pipeline`.
+    Each rank reads (or downloads from the hub) the layers that the planner assigns to it, and the head; a single rank
+    has the whole model. See `pipeline` for how the model can be used.
 
     Args:
         path_or_repo: folder or Hugging Face repo of a model, or a bundled one's name.
         group: from `mx.distributed.init()`; None: the one that the launcher's environment describes.
         layer_split: layers per rank; None: the planner's, by the ranks' memory and speed.
-        max_context: tokens of KV cache that the plan counts; None: as many as fit, up to the model's own limit.
+        max_context: tokens of KV cache to plan for; None: as many as fit, up to the model's own limit.
         revision: of the repo.
         adapter_path: folder with trained adapter weights.
-        precision: to cast or quantise the weights to while loading, as --precision has it.
-        trust_remote_code: allow the checkpoint to bring its own code.
-        timeout: seconds that a rank may be silent, or a call get nothing done, before all ranks end with status 3.
+        precision: to cast or quantise the weights to while loading, as with --precision.
+        trust_remote_code: whether the checkpoint's own Python code may run.
+        timeout: seconds that a rank may be silent, or a call without progress, before all ranks end with status 3.
         start_timeout: seconds that ranks wait for each other to start.
 
     Returns:
         The model, and its tokenizer.
 
     Raises:
-        PlanError: alone, the model doesn't fit. Several ranks end with its line, and status 2.
-        ModelError: alone, it can't be read. Several ranks end.
+        PlanError: on a single rank, the model doesn't fit. Several ranks end with its line and status 2.
+        ModelError: on a single rank, the model can't be read. Several ranks end.
     """
     ring = join(group, start_timeout, timeout)
     split = tuple(layer_split) if layer_split is not None else None

@@ -1,4 +1,4 @@
-"""Turn an mlx-lm model into its pipelined self: this rank's layers, called as if the whole model were here."""
+"""Turns an mlx-lm model into a pipelined one: this rank's layers, called as if the whole model were here."""
 
 from __future__ import annotations
 
@@ -41,18 +41,19 @@ def pipeline(
     """Cut a model into stages, one per rank of a group; every rank of it calls this with the same model.
 
     Afterwards the model is called as before (by `mlx_lm.generate`, `stream_generate`, `batch_generate`), on all ranks
-    with the same tokens, and returns the same logits on each. Layers of other ranks are let go of; of a model that was
-    loaded lazily they are never read. Samplers draw alike on all ranks: MLX's random state becomes rank 0's.
+    with the same tokens, and returns the same logits on each. The weights of other ranks' layers are released; if the
+    model was loaded lazily, they are never read. MLX's random state becomes rank 0's on all ranks, so that samplers
+    choose the same tokens everywhere.
 
     Args:
         model: an mlx-lm model, loaded or lazily loaded.
         group: from `mx.distributed.init()`; None: the one that the launcher's environment describes.
         layer_split: layers per rank; None: as even as the model allows, by bytes of weights.
-        timeout: seconds that a rank may be silent, or a call get nothing done, before all ranks end with status 3.
+        timeout: seconds that a rank may be silent, or a call without progress, before all ranks end with status 3.
         start_timeout: seconds that ranks wait for each other to start.
 
     Raises:
-        UserError: alone, the model can't be used. Several ranks end with its line, and status 2.
+        UserError: on a single rank, the model can't be used. Several ranks end with its line and status 2.
     """
     ring = join(group, start_timeout, timeout)
     if ring.world.size == 1:
@@ -73,7 +74,7 @@ def pipeline(
 
 
 def enable() -> None:
-    """Give every mlx-lm model class the method `pipeline(group)`, those that are defined later too."""
+    """Give every mlx-lm model class the method `pipeline(group)`, including classes that are defined later."""
 
     def is_model(kind: type) -> bool:
         return kind.__name__ == "Model" and kind.__module__.startswith("mlx_lm.models.")
@@ -95,7 +96,7 @@ def enable() -> None:
 
 
 def connect(stage: Stage, ring: ScriptRing) -> None:
-    """Let calls of a stage's model go through all ranks of a script."""
+    """Make calls of a stage's model go through all ranks of a script."""
     share_random_state(ring)
     if not stage.is_whole:
         name = f"{ring.next_number()} ({type(stage.model).__module__.rpartition('.')[2]})"
@@ -106,20 +107,26 @@ def connect(stage: Stage, ring: ScriptRing) -> None:
 
 
 def share_random_state(ring: ScriptRing) -> None:
-    """Give every rank rank 0's random state, so that all draw the same numbers."""
+    """Set MLX's random state on every rank to rank 0's, so that all sample the same tokens."""
     if ring.world.size > 1:
         key = ring.control.share(_random_key() if ring.world.rank == 0 else None, list[int])
-        mx.random.seed(key[0] << 32 | key[1])  # a seed is a key
+        mx.random.seed(key[0] << 32 | key[1])  # the state's key is the two halves of a seed
 
 
 def _random_key() -> list[int]:
     state: Any = mx.random.state
-    found: list[int] = state[0].tolist()
-    return found
+    key: list[int] = state[0].tolist()
+    return key
 
 
 def route_calls(stage: Stage, peer: Peer, ring: ScriptRing | None = None) -> None:
-    """Let calls of the stage's model go through all ranks."""
+    """Make calls of the stage's model go through all ranks.
+
+    Args:
+        stage: its model gets a class of its own.
+        peer: this rank's side of a call.
+        ring: ends all ranks if a call fails; None: the call raises.
+    """
     model, kind = stage.model, type(stage.model)
     signature = inspect.signature(kind.__call__)
 
@@ -146,7 +153,15 @@ def route_calls(stage: Stage, peer: Peer, ring: ScriptRing | None = None) -> Non
 def take_stage(
     model: nn.Module, flow: Dataflow, counts: Sequence[int], rank: int, on_progress: Callable[[], None] = lambda: None
 ) -> Stage:
-    """Make a whole model a rank's stage, and let go of the other ranks' layers."""
+    """Turn a whole model into a rank's stage, and release the weights of the other ranks' layers.
+
+    Args:
+        model: changed in place.
+        flow: its dataflow.
+        counts: layers per rank.
+        rank: this rank.
+        on_progress: called as weights are read.
+    """
     start = sum(counts[:rank])
     stop = start + counts[rank]
     hold_weights(model, flow.stage_weights(start, stop, shares_head=True), lambda _: on_progress())
@@ -158,7 +173,7 @@ def find_dataflow(model: nn.Module) -> Dataflow:
 
     Raises:
         ModelError: the model can't be cut.
-        ForeignError: its own code raises something.
+        ForeignError: the model's own code raises something.
     """
     weights = tree_flatten(model.parameters())
     leaves = {name: leaf(weight.shape, weight.dtype) for name, weight in weights}
@@ -178,16 +193,22 @@ def find_dataflow(model: nn.Module) -> Dataflow:
 def split_evenly(
     flow: Dataflow, weight_bytes: dict[str, int], num_ranks: int, layer_split: Sequence[int] | None = None
 ) -> list[int]:
-    """Return layers per rank that make the largest stage as small as the model allows, or check those given.
+    """Return layers per rank that make the largest stage as small as possible, or check the given ones.
+
+    Args:
+        flow: the model's dataflow.
+        weight_bytes: by name of a weight.
+        num_ranks: number of stages.
+        layer_split: layers per rank to check instead.
 
     Raises:
-        PlanError: the model can't be cut into so many stages, or not there.
+        PlanError: the model can't be cut into that many stages, or not at these layers.
     """
     layers: list[set[str]] = [set() for _ in range(flow.num_layers)]
     for call in flow.calls:
         layers[call.layer] |= call.weights
     sizes = [sum(weight_bytes[name] for name in names) for names in layers]
-    head = sum(weight_bytes[name] for name in flow.output_weights)  # every rank has it, so it tips no scale
+    head = sum(weight_bytes[name] for name in flow.output_weights)  # every rank has it, so it doesn't affect the split
     info = ModelInfo(
         flow.num_layers, sizes, [float(size) for size in sizes], head, 0.0, [CacheCost()] * flow.num_layers,
         flow.forbidden_cuts(), None, True, 0, shared_bytes=head,
@@ -197,10 +218,10 @@ def split_evenly(
 
 
 def _agree(ring: ScriptRing, model: nn.Module, flow: Dataflow, layer_split: Sequence[int] | None) -> list[int]:
-    """Return the layers per rank, if all ranks have the same model in mind.
+    """Return the layers per rank, after checking that all ranks have the same model, split and versions.
 
     Raises:
-        HippoError: they haven't, or it can't be cut so.
+        HippoError: they differ, or the model can't be cut like this.
     """
     weights = tree_flatten(model.parameters())
     counts = split_evenly(flow, {name: weight.nbytes for name, weight in weights}, ring.world.size, layer_split)
@@ -210,8 +231,8 @@ def _agree(ring: ScriptRing, model: nn.Module, flow: Dataflow, layer_split: Sequ
         "layer split": ",".join(map(str, counts)),
         "versions": " ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "hippo-mpi")),
     }
-    found = ring.control.gather(mine)
-    for rank, other in enumerate(found or ()):
+    all_ranks = ring.control.gather(mine)
+    for rank, other in enumerate(all_ranks or ()):
         for what in mine:
             if other[what] != mine[what]:
                 raise LaunchError(f"rank 0 and rank {rank} have different {what}: {mine[what]} and {other[what]}")

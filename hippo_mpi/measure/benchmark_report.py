@@ -1,4 +1,4 @@
-"""What a benchmark found, for people: tables and a picture."""
+"""Shows a benchmark's results to people: as tables and as a plot."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ from hippo_mpi.errors import UserError, install_hint
 from hippo_mpi.units import count_of
 
 
-def headline(found: dict[str, Any]) -> list[str]:
-    """Return two lines: what was measured, and with how much of what, when."""
-    ranks, trials = found["ranks"], found["trials"]
-    model = Path(found["model"]).name + (f" in {found['precision']}" if found["precision"] else "")
-    over = f" over {found['backend']}" if ranks > 1 else ""
+def headline(benchmark: dict[str, Any]) -> list[str]:
+    """Return two lines: the model and ranks, and the load, trials, date and version."""
+    ranks, trials = benchmark["ranks"], benchmark["trials"]
+    model = Path(benchmark["model"]).name + (f" in {benchmark['precision']}" if benchmark["precision"] else "")
+    over = f" over {benchmark['backend']}" if ranks > 1 else ""
     return [
         f"{model}, {count_of(ranks, 'rank')}{over}",
-        f"prompts of {found['prompt_tokens']:,} tokens, {found['generation_tokens']:,} generated;"
-        f" medians of {count_of(trials, 'trial')}; {found['date']}, hippo-mpi {found['version']}",
+        f"prompts of {benchmark['prompt_tokens']:,} tokens, {benchmark['generation_tokens']:,} generated;"
+        f" medians of {count_of(trials, 'trial')}; {benchmark['date']}, hippo-mpi {benchmark['version']}",
     ]
 
 
-def report(found: dict[str, Any], has_whole: bool) -> str:
-    """Tables: the ring, the rates by mode and load, and where each rank's time went."""
-    parts = [_ring_table(found["ring"])] if found["ring"] else []
-    parts += [_rate_table(found), _busy_table(found["busy"])]
+def report(benchmark: dict[str, Any], has_whole: bool) -> str:
+    """Return tables of the ring's hops, the rates by mode and load, and each rank's use of time.
+
+    Args:
+        benchmark: results, as hippo_mpi.benchmark writes them with --json.
+        has_whole: whether the whole model was measured, too.
+    """
+    parts = [_ring_table(benchmark["ring"])] if benchmark["ring"] else []
+    parts += [_rate_table(benchmark), _busy_table(benchmark["busy"])]
     if not has_whole:
         parts.append(
             "Whole models don't fit beside the pipeline's parts, or weren't wanted: only the pipeline is shown."
@@ -33,10 +38,10 @@ def report(found: dict[str, Any], has_whole: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def medians(found: dict[str, Any], figure: str) -> dict[str, dict[int, tuple[float, float, float]]]:
-    """mode -> concurrent -> (median, lowest, highest) of a figure."""
+def medians(benchmark: dict[str, Any], figure: str) -> dict[str, dict[int, tuple[float, float, float]]]:
+    """Return (median, lowest, highest) of a figure's trials, by mode and number of concurrent requests."""
     table: dict[str, dict[int, tuple[float, float, float]]] = {}
-    for result in found["results"]:
+    for result in benchmark["results"]:
         values = [trial[figure] for trial in result["trials"]]
         spread = statistics.median(values), min(values), max(values)
         table.setdefault(result["mode"], {})[result["concurrent"]] = spread
@@ -52,12 +57,12 @@ def _ring_table(ring: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _rate_table(found: dict[str, Any]) -> str:
-    decode, prompt, first = (medians(found, name) for name in ("decode_tps", "prompt_tps", "first_token_s"))
+def _rate_table(benchmark: dict[str, Any]) -> str:
+    decode, prompt, first = (medians(benchmark, name) for name in ("decode_tps", "prompt_tps", "first_token_s"))
     head = (
         f"{'at once':>7}  {'mode':<15} {'generation':>22} {'prompt':>14} {'first token':>12}  {'of the best other':>17}"
     )
-    lines = [*headline(found), head]
+    lines = [*headline(benchmark), head]
     for count in next(iter(decode.values())):
         others = [decode[mode][count][0] for mode in decode if mode in ("standalone", "replicas")]
         for mode in decode:
@@ -79,7 +84,11 @@ def _busy_table(busy: list[dict[str, float]]) -> str:
 
 
 def check_plot(path: Path) -> None:
-    """Raise a UserError if `plot` could not draw into this file: before anything is measured."""
+    """Check, before anything is measured, that `plot` can write this file.
+
+    Raises:
+        UserError: matplotlib is missing, or doesn't know the file's format.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -89,8 +98,8 @@ def check_plot(path: Path) -> None:
         raise UserError(f"--plot {path}: no such format; it must end in one of .{', .'.join(sorted(formats))}")
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Draw generated tokens per second against requests at once, one line per mode.
+def plot(benchmark: dict[str, Any], path: Path) -> None:
+    """Plot generated tokens per second against requests at once, one line per mode.
 
     Raises:
         UserError: the file can't be written.
@@ -99,13 +108,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for mode, counts in medians(found, "decode_tps").items():
+    for mode, counts in medians(benchmark, "decode_tps").items():
         middle = [counts[count][0] for count in counts]
         below = [counts[count][0] - counts[count][1] for count in counts]
         above = [counts[count][2] - counts[count][0] for count in counts]
         axes.errorbar(list(counts), middle, yerr=[below, above], marker="o", capsize=3, label=mode)
     axes.set(xlabel="requests at once", ylabel="generated tokens per second")
-    axes.set_title("\n".join(headline(found)), fontsize="small")
+    axes.set_title("\n".join(headline(benchmark)), fontsize="small")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""The ranks of a benchmark: rank 0 says what is measured next, and the others do their part of it."""
+"""The ranks of a benchmark: rank 0 decides what is measured next, and the others do their part of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hippo_mpi.shard.slot_caches import KVSettings
 from hippo_mpi.shard.stage import Stage, load_stage
 from hippo_mpi.transport.rank_status import RankStatistics
 
-_MARGIN = 1.2  # memory for a whole model beside a rank's part: its weights and this much more
+_MARGIN = 1.2  # free memory that a whole model needs besides a rank's part, as a multiple of its weights
 
 
 class _Mode(Enum):
@@ -53,9 +53,11 @@ class Bench:
 
     Args:
         part: this rank's part of the pipeline.
-        prefill_chunk: prompt tokens per step; None: as suits the number of stages.
-        has_whole: also load the whole model on every rank, if there is room for it.
-        has_mlx_lm: also measure mlx-lm itself: on rank 0, and its own pipeline if the model type has one.
+        settings: of the KV caches.
+        tokenizer: the model's.
+        prefill_chunk: prompt tokens per step; None: chosen by the number of stages.
+        has_whole: whether to load the whole model on every rank too, if there is room for it.
+        has_mlx_lm: whether to measure mlx-lm too: on rank 0, and its own pipeline if the model type has one.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class Bench:
         self._control.progress("loading models to compare with")
 
     def _has_room(self, is_wanted: bool) -> bool:
-        """Whether a whole model fits beside its part on every rank: all must decide alike."""
+        """True if a whole model fits besides its part on every rank; all ranks get the same result."""
         needed = sum(self._agreement.checkpoint.weight_bytes.values()) * _MARGIN
         gathered = self._control.gather((self._world.host, available_bytes()))
         verdict = None
@@ -93,7 +95,7 @@ class Bench:
         return self._control.share(verdict, bool)
 
     def follow(self) -> None:
-        """What ranks other than 0 do."""
+        """Carry out rank 0's orders until it calls `end`; for the other ranks."""
         while (order := self._control.next_report(_Order)).mode is not _Mode.END:
             if order.mode is _Mode.RING:
                 echo(self._part.channel)
@@ -113,20 +115,21 @@ class Bench:
     # ---- what rank 0 does
 
     def modes(self) -> dict[str, Callable[[Load], Measured]]:
-        """What can be measured, by name."""
-        found: dict[str, Callable[[Load], Measured]] = {"pipeline": self._pipelined}
+        """Return the possible measurements by name; each takes a load and returns its rates."""
+        modes: dict[str, Callable[[Load], Measured]] = {"pipeline": self._pipelined}
         if self.whole is not None:
-            found = {"standalone": self._alone, **found}
-            found |= {"replicas": self._replicas} if self._world.size > 1 else {}
-            found |= {"mlx-lm": self._mlx_lm} if self._has_mlx_lm else {}
-        return found | ({"mlx-lm pipeline": self._mlx_lm_pipeline} if self._mlx_lm_part is not None else {})
+            modes = {"standalone": self._alone, **modes}
+            modes |= {"replicas": self._replicas} if self._world.size > 1 else {}
+            modes |= {"mlx-lm": self._mlx_lm} if self._has_mlx_lm else {}
+        return modes | ({"mlx-lm pipeline": self._mlx_lm_pipeline} if self._mlx_lm_part is not None else {})
 
     def ring(self) -> list[Hop]:
+        """Time messages around the ring."""
         self._order(_Mode.RING)
         return time_ring(self._part.channel, self._world.size, self._control.progress)
 
     def end(self) -> list[RankStatistics] | None:
-        """Release the others; statistics of every rank."""
+        """Release the other ranks; return every rank's statistics."""
         self._order(_Mode.END)
         return self._part.end()
 
@@ -142,27 +145,27 @@ class Bench:
         self._order(_Mode.REPLICAS, loads)
         gathered = self._control.gather(self._alone(loads[0]))
         assert gathered is not None
-        found = [one for one in gathered if one.first_token_s]
-        first_s = statistics.median(one.first_token_s for one in found)
-        return Measured(sum(one.prompt_tps for one in found), sum(one.decode_tps for one in found), first_s)
+        replicas = [one for one in gathered if one.first_token_s]
+        first_s = statistics.median(one.first_token_s for one in replicas)
+        return Measured(sum(one.prompt_tps for one in replicas), sum(one.decode_tps for one in replicas), first_s)
 
     def _pipelined(self, load: Load) -> Measured:
         self._order(_Mode.PIPELINE)
         self._part.timeline.start()
-        found = self._measure(self._part.leader(), load)
+        measured = self._measure(self._part.leader(), load)
         self._part.release()
         gathered = self._control.gather(_Marks(self._part.timeline.stop()))
         assert gathered is not None
         self.marks = [rank.marks for rank in gathered]
-        return found
+        return measured
 
     def _mlx_lm(self, load: Load) -> Measured:
-        """mlx-lm's own continuous batching over the same weights."""
+        """Measure mlx-lm's own continuous batching over the same weights."""
         assert self.whole is not None
         return measure_mlx_lm(self.whole.model, load, self._measuring_mlx_lm)
 
     def _mlx_lm_pipeline(self, load: Load) -> Measured:
-        """The same over all ranks, with mlx-lm's own pipeline."""
+        """Measure mlx-lm's continuous batching with mlx-lm's own pipeline over all ranks."""
         self._order(_Mode.MLX_LM_PIPELINE, [load])
         return self._run_mlx_lm_part(load)
 
@@ -175,5 +178,5 @@ class Bench:
     def _measure(self, leader: Leader, load: Load) -> Measured:
         limits = replace(self._limits, max_batch_size=max(load.num_requests, 1))
         engine = Engine(leader, self._tokenizer, limits, self._agreement.max_context, self._agreement.vocab_size)
-        self._limits = engine.limits  # which rows may share a step is asked once
+        self._limits = engine.limits  # so that the model is probed for batching only once
         return measure(engine, load)

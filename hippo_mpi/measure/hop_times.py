@@ -1,4 +1,4 @@
-"""How long messages take around the ring: rank 0 times them, every other rank passes them on."""
+"""Times messages around the ring: rank 0 sends and times them, every other rank passes them on."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hippo_mpi.transport.channel import Channel
 _SIZES_BYTES = (8, 64, 512, 4 << 10, 8 << 10, 64 << 10, 512 << 10, 4 << 20, 64 << 20)
 _SMALL_BYTES = 1 << 20
 _NUM_SMALL, _NUM_LARGE = 200, 5
-_MOST_S = 2.0  # over a slow link, sizes end where one message would take longer
+_MAX_MESSAGE_S = 2.0  # sizes whose messages would take longer, over a slow link, are left out
 
 
 @dataclass(frozen=True)
 class Hop:
-    """One message from a rank to the next, with its announcement on the control socket."""
+    """Times of a message from one rank to the next, including its announcement on the control socket."""
 
     size_bytes: int
     median_s: float
@@ -27,7 +27,7 @@ class Hop:
 
 
 def echo(channel: Channel) -> None:
-    """Pass on what comes, until a message without a header."""
+    """Pass messages on, up to and including one without a header."""
     while True:
         message = channel.receive()
         message.wait()
@@ -37,10 +37,19 @@ def echo(channel: Channel) -> None:
 
 
 def time_ring(channel: Channel, num_ranks: int, progress: Callable[[str], None]) -> list[Hop]:
-    """Send messages of growing size round the ring; every other rank must be in `echo`."""
+    """Send messages of growing size round the ring and time them; every other rank must be in `echo`.
+
+    Args:
+        channel: rank 0's.
+        num_ranks: hops in a round.
+        progress: told what is being timed.
+
+    Returns:
+        Times of one hop for each size.
+    """
     hops: list[Hop] = []
     for size in _SIZES_BYTES:
-        if hops and hops[-1].median_s * size / hops[-1].size_bytes > _MOST_S and size > _SMALL_BYTES:
+        if hops and hops[-1].median_s * size / hops[-1].size_bytes > _MAX_MESSAGE_S and size > _SMALL_BYTES:
             break
         progress(f"timing messages of {size} bytes")
         message = mx.zeros((size // 4,), mx.float32)

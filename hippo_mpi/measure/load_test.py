@@ -1,4 +1,4 @@
-"""Measuring an engine under a given load: what a benchmark of one configuration is."""
+"""Measures an engine under a given load, as in a benchmark of one configuration."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from hippo_mpi.engine.request import Request, SamplingParams
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that arrive at once, all alike but for their tokens.
+    """Requests that arrive at once and differ only in their tokens.
 
-    Each is answered until all together have made `generation_tokens` each from the moment on when the last one got
-    its first: so every rate is one of all requests at once, however long their prompts took.
+    From the moment when the last request has its first token, all are answered until they have generated
+    `generation_tokens` on average. So every rate is one of all requests at once, however long their prompts took.
     """
 
     num_requests: int
@@ -31,12 +31,13 @@ class Load:
     max_context: int
 
     def prompt(self, number: int) -> list[int]:
+        """Return the tokens of a request's prompt."""
         return [(7 * number + 3 * i + i * i) % 50 + 1 for i in range(self.prompt_tokens)]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a load gave."""
+    """Rates under a load."""
 
     prompt_tps: float  # prompt tokens per second, until every request has its first token
     decode_tps: float  # tokens per second of all requests together, from then on
@@ -44,7 +45,7 @@ class Measured:
 
 
 def measure(engine: Engine, load: Load) -> Measured:
-    """Run a load; the engine must be idle."""
+    """Run a load on an engine, which must be idle, and return its rates."""
     clock = _Clock(load)
     sampling = SamplingParams(max_tokens=load.max_context, ignore_eos=True)
     for number in range(load.num_requests):
@@ -58,13 +59,19 @@ def measure(engine: Engine, load: Load) -> Measured:
 
 
 def has_mlx_lm_pipeline(checkpoint: Checkpoint) -> bool:
-    """Whether mlx-lm itself can split this model type by layers."""
+    """Return whether mlx-lm itself can split this model type by layers."""
     model, _ = open_lazily(checkpoint.source)
     return hasattr(getattr(model, "model", None), "pipeline")
 
 
 def load_mlx_lm_part(checkpoint: Checkpoint, group: Any, progress: Callable[[], None]) -> Any:
-    """A model of which mlx-lm's own pipeline has left this rank's layers, and they are loaded."""
+    """Load this rank's layers of a model with mlx-lm's own pipeline.
+
+    Args:
+        checkpoint: the model.
+        group: of `mx.distributed`.
+        progress: called after every weight.
+    """
     model, _ = open_lazily(checkpoint.source)
     model.model.pipeline(group)
     for _, array in tree_flatten(model.parameters()):
@@ -74,10 +81,16 @@ def load_mlx_lm_part(checkpoint: Checkpoint, group: Any, progress: Callable[[], 
 
 
 def measure_mlx_lm(model: Any, load: Load, progress: Callable[[], None]) -> Measured:
-    """The same load answered by mlx-lm's own continuous batching, over a whole model or this rank's part of one."""
+    """Run a load with mlx-lm's own continuous batching, and return its rates.
+
+    Args:
+        model: a whole model, or this rank's part of one.
+        load: the requests.
+        progress: called after every step.
+    """
     clock = _Clock(load)
-    most_tokens = load.max_context - load.prompt_tokens
-    generator = BatchGenerator(model, max_tokens=most_tokens, completion_batch_size=load.num_requests)
+    max_tokens = load.max_context - load.prompt_tokens
+    generator = BatchGenerator(model, max_tokens=max_tokens, completion_batch_size=load.num_requests)
     try:
         generator.insert([load.prompt(number) for number in range(load.num_requests)])
         while not clock.has_enough and (responses := generator.next_generated()):
@@ -89,7 +102,7 @@ def measure_mlx_lm(model: Any, load: Load, progress: Callable[[], None]) -> Meas
 
 
 class _Clock:
-    """Times the tokens of a load; decoding counts from when every request has its first."""
+    """Times the tokens of a load; decoding counts from the moment when every request has its first token."""
 
     def __init__(self, load: Load) -> None:
         self._load, self._began_s = load, time.perf_counter()
@@ -101,7 +114,7 @@ class _Clock:
         return self._num_decoded >= self._load.num_requests * self._load.generation_tokens
 
     def note(self, request_ids: list[int]) -> None:
-        """Each of these requests has a further token."""
+        """Count one more token for each of these requests."""
         if not request_ids or self.has_enough:
             return
         self._ended_s = time.perf_counter()

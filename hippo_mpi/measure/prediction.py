@@ -1,7 +1,9 @@
-"""What a pipeline would give over a link that isn't there yet: stages timed one by one, then the schedule simulated.
+"""Predicts a pipeline's rates over a link that isn't there yet: times stages one by one, then simulates the schedule.
 
-measured = [measure_stage(stage, ...) for each rank]    # on the machines themselves, or on one of them in turn
-predict([stage.typical for stage in measured], link, workload)     # no MLX any more: arithmetic
+In two calls:
+
+    measured = [measure_stage(stage, ...) for each rank]    # on the machines themselves, or on one of them in turn
+    predict([stage.typical for stage in measured], link, workload)     # without MLX: arithmetic
 """
 
 from __future__ import annotations
@@ -20,19 +22,19 @@ from hippo_mpi.shard.stage import Stage
 from hippo_mpi.tracing.dataflow import Dataflow
 
 _TRIALS, _PROMPT_TRIALS = 5, 3
-_ROUNDS = 20  # of micro-batches: enough that filling the pipeline doesn't count
+_ROUNDS = 20  # of micro-batches: enough that filling the pipeline doesn't matter
 
 
 @dataclass(frozen=True)
 class Link:
-    """From one machine to the next: seconds of latency, with the receiver's waking up, and bytes per second."""
+    """A link between machines: seconds of latency, including the receiver's wake-up, and bytes per second."""
 
     latency_s: float
     bytes_per_s: float
     name: str = ""
 
 
-# TCP through MLX's ring as people report it, not the cable's own rate. Measure yours: hippo_mpi.benchmark.
+# TCP through MLX's ring as users report it, not the cable's nominal rate. Measure yours with hippo_mpi.benchmark.
 LINKS = [
     Link(300e-6, 16e9 / 8, "thunderbolt4"),
     Link(300e-6, 40e9 / 8, "thunderbolt5"),
@@ -43,7 +45,7 @@ LINKS = [
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of the pipeline: a prompt of so many tokens, read in chunks, and so many requests at once."""
+    """The load to predict for: a prompt read in chunks (sizes in tokens), and numbers of concurrent requests."""
 
     prompt_tokens: int
     chunk_tokens: int
@@ -51,59 +53,60 @@ class Workload:
     can_batch: bool
 
     def micro_batches(self, num_requests: int, num_stages: int) -> list[int]:
-        """Rows of each micro-batch."""
+        """Return the number of rows of each micro-batch."""
         if not self.can_batch:
             return [1] * num_requests
         count = min(num_requests, num_stages)
         return [num_requests // count + (index < num_requests % count) for index in range(count)]
 
     def batch_sizes(self, num_stages: int) -> list[int]:
-        """Every number of rows that is timed: in micro-batches, and of one machine that takes all rows at once."""
+        """Return all numbers of rows to time: those of micro-batches, and of all rows at once on one machine."""
         sizes = {rows for n in self.concurrent for rows in self.micro_batches(n, num_stages)}
         return sorted(sizes | ({*self.concurrent} if self.can_batch else {1}))
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """One step on one stage: seconds until its result can leave, the bytes of that, and seconds of rank 0's head."""
+    """One step on one stage: seconds until its result can be sent, the result's bytes, and seconds of rank 0's head."""
 
     forward_s: float
     num_bytes: int
     head_s: float = 0.0
 
     def at_speed(self, speed: float) -> StepTime:
+        """Scale the times to a machine that is `speed` times as fast."""
         return StepTime(self.forward_s / speed, self.num_bytes, self.head_s / speed)
 
 
 @dataclass(frozen=True)
 class StageTimes:
-    """One stage, timed: the chunks of the prompt in turn, and steps of one token behind it by number of rows."""
+    """Times of one stage: for each chunk of the prompt, and for steps of one token after it, by number of rows."""
 
     chunks: list[StepTime]
     steps: dict[int, StepTime]
 
     def at_speed(self, speed: float) -> StageTimes:
-        """The same on a machine that is so many times as fast."""
+        """Scale all times to a machine that is `speed` times as fast."""
         steps = {rows: step.at_speed(speed) for rows, step in self.steps.items()}
         return StageTimes([chunk.at_speed(speed) for chunk in self.chunks], steps)
 
 
 @dataclass(frozen=True)
 class MeasuredStage:
-    """A stage that was timed several times over: the medians of all repetitions, the shortest times, the longest."""
+    """A stage that was timed repeatedly: the medians of all repetitions, the shortest times, and the longest."""
 
     typical: StageTimes
     fastest: StageTimes
     slowest: StageTimes
 
     def at_speed(self, speed: float) -> MeasuredStage:
-        """Scale all times to a machine that is so many times as fast."""
+        """Scale all repetitions' times to a machine that is `speed` times as fast."""
         return MeasuredStage(*(times.at_speed(speed) for times in (self.typical, self.fastest, self.slowest)))
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds until the prompt's first token, and tokens per second of all requests by how many run at once."""
+    """Seconds until the prompt's first token, and tokens per second of all requests, by how many run at once."""
 
     first_token_s: float
     decode_tps: dict[int, float]
@@ -112,12 +115,20 @@ class Prediction:
 def measure_stage(
     stage: Stage, settings: KVSettings, workload: Workload, num_stages: int, progress: Callable[[str], None]
 ) -> MeasuredStage:
-    """Time a stage by itself; what other stages would send is made up."""
+    """Time a stage by itself, with made-up input instead of what other stages would send.
+
+    Args:
+        stage: this rank's layers.
+        settings: of the KV caches.
+        workload: sizes of chunks and micro-batches.
+        num_stages: of the pipeline that is predicted.
+        progress: told what is being timed.
+    """
     caches = SlotCaches(stage.model, settings)
     prompts = []
     for _ in range(_PROMPT_TRIALS + 1):
         prompts.append(_time_prompt(stage, caches, workload, progress))
-    chunks = list(zip(*prompts[1:], strict=True))  # the first was to warm up
+    chunks = list(zip(*prompts[1:], strict=True))  # the first one was a warm-up
     steps = {}
     for rows in workload.batch_sizes(num_stages):
         slots = list(range(1, rows + 1))
@@ -142,7 +153,7 @@ def measure_stage(
 def _time_prompt(
     stage: Stage, caches: SlotCaches, workload: Workload, progress: Callable[[str], None]
 ) -> list[StepTime]:
-    """Read a prompt into slot 0; return the time of each chunk."""
+    """Read a prompt into slot 0; return the times of its chunks."""
     times = []
     for start in range(0, workload.prompt_tokens, workload.chunk_tokens):
         progress(f"timing the prompt at {start:,}")
@@ -186,13 +197,17 @@ def _time_step(
 
 
 def _made_up(stage: Stage, cut: int, rows_tokens: tuple[int, int]) -> list[mx.array]:
-    """Arrays of the shapes that cross a cut."""
+    """Return random arrays of the shapes that cross a cut."""
     shapes = [stage.flow.calls[call].outputs[path] for call, path in stage.crossing[cut]]
     return [mx.random.normal(shape(*rows_tokens)).astype(shape.dtype) for shape in shapes]
 
 
 def check_can_time(flow: Dataflow) -> None:
-    """Raise a UserError if a model's stages can't be run one by one."""
+    """Check that a model's stages can be run one by one.
+
+    Raises:
+        UserError: layers need more than what the previous one makes, or are looped over.
+    """
     if flow.num_rounds > 1 or any(call.prepared for call in flow.calls[1:]):
         raise UserError(
             "--simulate can't time the stages of this model one by one: its layers also need what rank 0 makes"
@@ -200,7 +215,7 @@ def check_can_time(flow: Dataflow) -> None:
 
 
 def one_machine(times: Sequence[StageTimes]) -> StageTimes:
-    """All stages on one machine."""
+    """Return the times of one machine that holds all stages."""
 
     def together(steps: Sequence[StepTime]) -> StepTime:
         return StepTime(sum(step.forward_s for step in steps), 0, sum(step.head_s for step in steps))
@@ -210,16 +225,22 @@ def one_machine(times: Sequence[StageTimes]) -> StageTimes:
 
 
 def predict(times: Sequence[StageTimes], link: Link, workload: Workload) -> Prediction:
-    """Simulate the pipeline whose stages take `times`."""
+    """Simulate a pipeline over a link, and return its rates.
+
+    Args:
+        times: of each stage.
+        link: between any two of them.
+        workload: the load; the same one that the stages were timed for.
+    """
     num_stages, num_chunks = len(times), len(times[0].chunks)
 
-    def took_s(num_steps: int, most: int, num_silent: int, step_of: Callable[[int, int], StepTime]) -> float:
+    def took_s(num_steps: int, max_in_flight: int, num_silent: int, step_of: Callable[[int, int], StepTime]) -> float:
         def compute_s(rank: int, action: Action) -> float:
             step = step_of(rank, action.step)
             return step.forward_s if action.kind == "forward" else step.head_s
 
         return simulate(
-            [actions(rank, num_stages, num_steps, most, num_silent) for rank in range(num_stages)],
+            [actions(rank, num_stages, num_steps, max_in_flight, num_silent) for rank in range(num_stages)],
             compute_s,
             link.latency_s,
             lambda rank, step: step_of(rank, step).num_bytes / link.bytes_per_s,

@@ -1,4 +1,4 @@
-"""What a simulation predicts, for people and for programs."""
+"""Shows a simulation's predictions, for people and for programs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Predicted:
 
     @classmethod
     def over(cls, link: Link, stages: Sequence[MeasuredStage], workload: Workload) -> Predicted:
-        """Predict what the stages give together over a link."""
+        """Predict the rates of the stages together over a link."""
 
         def predicted(times: list[StageTimes]) -> Prediction:
             return predict(times, link, workload)
@@ -41,7 +41,7 @@ class Predicted:
 
     @classmethod
     def alone(cls, stages: Sequence[MeasuredStage], workload: Workload) -> Predicted:
-        """Predict what one machine gives that holds all stages."""
+        """Predict the rates of one machine that holds all stages."""
         whole = MeasuredStage(
             one_machine([stage.typical for stage in stages]),
             one_machine([stage.fastest for stage in stages]),
@@ -51,7 +51,7 @@ class Predicted:
 
 
 def prediction_object(stages: Sequence[MeasuredStage], links: Sequence[Link], workload: Workload) -> dict[str, Any]:
-    """Return all that is predicted, for JSON, with the times that --stage-times reads."""
+    """Return all predictions as an object for JSON, with the times that --stage-times reads."""
     return {
         "workload": asdict(workload),
         "times": [asdict(stage) for stage in stages],
@@ -61,7 +61,7 @@ def prediction_object(stages: Sequence[MeasuredStage], links: Sequence[Link], wo
 
 
 def prediction_table(stages: Sequence[MeasuredStage], links: Sequence[Link], workload: Workload) -> str:
-    """Return a table of rates, in tokens per second: by workload, of one machine and of the ranks over each link."""
+    """Return a table of rates in tokens per second, by load: of one machine, and of the ranks over each link."""
     alone = Predicted.alone(stages, workload)
     together = [(link.name, Predicted.over(link, stages, workload)) for link in links]
     lines = [
@@ -72,9 +72,9 @@ def prediction_table(stages: Sequence[MeasuredStage], links: Sequence[Link], wor
     lines.append(f"{'predicted':<26} {'':<14} {'tok/s':>10} {'range':>20} {'ratio':>6}")
     for row in (None, *workload.concurrent):
         title = f"prompt of {workload.prompt_tokens:,} tokens" if row is None else f"generation, {row} at once"
-        for name, found in [("one machine", alone), *together]:
-            rates = [_rate(prediction, row, workload) for prediction in (found.typical, found.slowest, found.fastest)]
-            ratio = "" if found is alone else f"{rates[0] / _rate(alone.typical, row, workload):.2f}"
+        for name, by in [("one machine", alone), *together]:
+            rates = [_rate(prediction, row, workload) for prediction in (by.typical, by.slowest, by.fastest)]
+            ratio = "" if by is alone else f"{rates[0] / _rate(alone.typical, row, workload):.2f}"
             lines.append(
                 f"{title:<26} {name:<14.14} {rates[0]:>10.1f} {f'{rates[1]:.1f}..{rates[2]:.1f}':>20} {ratio:>6}".rstrip()
             )
@@ -83,30 +83,35 @@ def prediction_table(stages: Sequence[MeasuredStage], links: Sequence[Link], wor
 
 
 def _rate(prediction: Prediction, num_requests: int | None, workload: Workload) -> float:
-    """Return tokens per second: of so many requests at once, or of the prompt."""
+    """Return tokens per second of `num_requests` at once; None: of reading the prompt."""
     if num_requests is None:
         return workload.prompt_tokens / prediction.first_token_s
     return prediction.decode_tps[num_requests]
 
 
 def read_machines(path: Path) -> list[Machine]:
-    """Read the machines that the times in a --json output were measured for.
+    """Return the machines that the times in a --json output were measured for.
 
     Raises:
-        UserError: it can't be read.
+        UserError: the file can't be read.
     """
     return [Machine(**rank["machine"]) for rank in _read(path)["plan"]["ranks"]]
 
 
 def read_times(path: Path, workload: Workload, layer_counts: Sequence[int]) -> list[MeasuredStage]:
-    """Read the times in a --json output, of a plan with so many layers per rank.
+    """Return the times in a --json output.
+
+    Args:
+        path: the output.
+        workload: that must have been measured.
+        layer_counts: layers per rank that must have been measured.
 
     Raises:
-        UserError: it can't be read, or was measured for other layers or another load.
+        UserError: the file can't be read, or was measured for other layers or another load.
     """
-    found = _read(path)
-    stages = msgspec.convert(found["times"], list[MeasuredStage], strict=False)  # numbers of rows are text in JSON
-    counts = [stop - start for start, stop in (rank["layers"] for rank in found["plan"]["ranks"])]
+    output = _read(path)
+    stages = msgspec.convert(output["times"], list[MeasuredStage], strict=False)  # numbers of rows are text in JSON
+    counts = [stop - start for start, stop in (rank["layers"] for rank in output["plan"]["ranks"])]
     if counts != [*layer_counts]:
         theirs, ours = (", ".join(map(str, layers)) for layers in (counts, layer_counts))
         raise UserError(f"--stage-times {path} was measured for {theirs} layers, but this plan has {ours}")
@@ -119,8 +124,8 @@ def read_times(path: Path, workload: Workload, layer_counts: Sequence[int]) -> l
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        for rank, stage in zip(found["plan"]["ranks"], found["times"], strict=True):
+        output: dict[str, Any] = json.loads(path.read_text())
+        for rank, stage in zip(output["plan"]["ranks"], output["times"], strict=True):
             Machine(**rank["machine"])
             msgspec.convert(stage, MeasuredStage, strict=False)
             start, stop = rank["layers"]
@@ -129,4 +134,4 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"--stage-times {path} can't be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, msgspec.ValidationError):
         raise UserError(f"--stage-times {path} is no output of hippo_mpi.plan --simulate --json") from None
-    return found
+    return output

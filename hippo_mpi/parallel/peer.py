@@ -1,8 +1,8 @@
-"""Steps that every rank has called: a script runs on all ranks, and its model calls return the same logits on each.
+"""Model calls that all ranks make together: a script runs on every rank, and its calls return the same logits on each.
 
-Where `worker.py` has rank 0 decide and the others obey, here all ranks run the same program: each knows the tokens and
-has a cache. So no plan travels, only hidden states round the ring, and then what the last layer made, from which every
-rank makes the logits with a head of its own (lazily: a prompt's logits that nobody reads cost nothing).
+In `worker.py` rank 0 decides and the others obey; here all ranks run the same program, so each knows the tokens and has
+a cache. No plan travels, only hidden states round the ring, and then the last layer's output, from which every rank
+computes the logits with a head of its own (lazily: a prompt's logits that nobody reads cost nothing).
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from hippo_mpi.transport.pulse import Activity, Progress
 
 
 class Peer:
-    """One rank of a model that is called on all of them.
+    """One rank's side of a model that is called on every rank.
 
     Args:
         stage: this rank's layers, with a head of its own.
-        channel: to the next rank and from the one before.
-        rank, size: this rank's number, and how many there are.
+        channel: to the next rank and from the previous one.
+        rank: this rank's number.
+        size: number of ranks.
         progress: told what this rank does next; each call moves the deadline of the watchdog.
-        name: of the model, the same on every rank and another for each model.
+        name: of the model, the same on every rank and different for each model.
     """
 
     def __init__(
@@ -35,15 +36,18 @@ class Peer:
     ) -> None:
         self._stage, self._channel, self._progress = stage, channel, progress
         self._name, self._num_calls = name, 0
-        self._passes_result_on = rank + 1 < size - 1  # the last rank has made it
+        self._passes_result_on = rank + 1 < size - 1  # the last rank made it, so the rank before it keeps it
 
     def call(self, tokens: mx.array, cache: list[Any] | None, options: dict[str, Any]) -> mx.array:
-        """Run the model over tokens (B, L); returns unevaluated logits (B, L, V).
+        """Run the model over tokens (B, L); return unevaluated logits (B, L, V).
 
-        Without a cache the model is given a new one: phantoms stand in for layers that have one.
+        Args:
+            tokens: the same on every rank.
+            cache: the model's prompt cache; None: a new one, as phantoms need one to stand in for their layers.
+            options: further arguments of the model's own code.
 
         Raises:
-            DesyncError: another rank has called the model with tokens of another shape, or another model.
+            DesyncError: another rank has called a different model, or with tokens of another shape.
         """
         header = f"call {self._num_calls} of model {self._name} with tokens {tokens.shape}".encode()
         self._num_calls += 1
@@ -58,14 +62,14 @@ class Peer:
             self._channel.deliver(forward.outgoing)
         while not forward.is_done:
             self._take(forward, header)
-        # Phantoms' caches are in no graph that anybody evaluates, and would make a longer one with every call.
+        # Nothing else evaluates the phantoms' caches, whose graph would otherwise grow with every call.
         states = [entry.state for entry in cache if not entry.empty()]
         mx.eval([value for _, value in tree_flatten(states) if isinstance(value, mx.array)])
         assert forward.logits is not None
         return forward.logits
 
     def _take(self, forward: Forward, header: bytes) -> None:
-        """Go on with what arrives next: a hidden state, or at the end what the head reads."""
+        """Receive the next message, a hidden state or at the end the head's input, and run the model on from there."""
         self._progress(f"waiting for {header.decode()}", Activity.WAITING)
         message = self._channel.receive()
         if message.header != header:
@@ -76,7 +80,7 @@ class Peer:
         looks = self._stage.flow.looks_at_values
         if looks:
             message.wait()
-        # The model is given handles of its own: some change what they are given (gemma3n's head), and it travels on.
+        # Some models change arrays in place (gemma3n's head), and these are sent on: give the model its own handles.
         forward.run([mx.stop_gradient(array) for array in message.arrays])
         outgoing = forward.outgoing
         is_result = outgoing is None
@@ -91,6 +95,6 @@ class Peer:
             return
         mx.async_eval(outgoing)  # type: ignore[no-untyped-call]
         if not is_result and not self._stage.leads:
-            forward.run(None)  # through the phantoms behind, while what is sent is computed
+            forward.run(None)  # through the phantoms after this stage, while the outgoing arrays are computed
         mx.eval(outgoing)
         self._channel.deliver(outgoing)

@@ -1,9 +1,9 @@
 """The order in which each rank computes, sends and receives, as plain data: no MLX, no sockets.
 
-`actions(rank, num_stages, num_steps)` is what a rank does for `num_steps` steps. Rank 0 forwards the next step, then receives the oldest result, then sends: with
-sends that block until they are taken, "send as soon as computed" would deadlock. `worker.Leader.step` and
-`worker.Follower.follow` act in this order; a test compares them.
-`simulate` runs all ranks' actions against each other and tells when, or that they never, finish.
+`actions(rank, num_stages, num_steps)` lists what a rank does for `num_steps` steps. Rank 0 forwards the next step, then
+receives the oldest result, then sends: with sends that block until they are received, "send as soon as computed" would
+deadlock. `worker.Leader` (`exchange` and `advance`) and `worker.Follower.follow` act in this order; a test compares
+them. `simulate` runs all ranks' actions against each other and tells when they finish, or that they never do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Kind = Literal["forward", "head", "send", "receive"]
 
 @dataclass(frozen=True)
 class Action:
-    """One thing that a rank does for one step. "head" is rank 0's norm, head and sampling."""
+    """One operation of a rank for one step; "head" is rank 0's norm, head and sampling."""
 
     kind: Kind
     step: int
@@ -28,13 +28,16 @@ class Action:
 
 
 def actions(
-    rank: int, num_stages: int, num_steps: int, most_in_flight: int | None = None, num_silent: int = 0
+    rank: int, num_stages: int, num_steps: int, max_in_flight: int | None = None, num_silent: int = 0
 ) -> list[Action]:
-    """What a rank does, in order.
+    """Return what a rank does, in order.
 
     Args:
-        most_in_flight: micro-batches; by default one per stage. With fewer, rank 0 waits before the next step.
-        num_silent: so many steps come first whose results nobody wants (chunks of a prompt).
+        rank: which rank.
+        num_stages: number of ranks, each with one stage.
+        num_steps: steps to run.
+        max_in_flight: most micro-batches in flight; None: one per stage. With fewer, rank 0 waits before the next step.
+        num_silent: how many of the steps, the first ones, return no result (chunks of a prompt).
     """
     if num_stages == 1:
         return [Action(kind, step) for step in range(num_steps) for kind in _alone(step < num_silent)]
@@ -45,7 +48,7 @@ def actions(
             if rank < num_stages - 1 or step >= num_silent:
                 order.append(Action("send", step))
         return order
-    most = min(most_in_flight or num_stages, num_stages)
+    max_in_flight = min(max_in_flight or num_stages, num_stages)
     in_flight: deque[int] = deque()
 
     def finish_oldest() -> None:
@@ -53,7 +56,7 @@ def actions(
         order.extend([Action("receive", step), Action("head", step)])
 
     for step in range(num_steps):
-        if len(in_flight) == most:
+        if len(in_flight) == max_in_flight:
             finish_oldest()
         order.append(Action("forward", step))
         if in_flight and len(in_flight) >= num_stages - 1:
@@ -71,21 +74,21 @@ def _alone(is_silent: bool) -> tuple[Kind, ...]:
 
 
 def table(num_stages: int, num_steps: int) -> str:
-    """All ranks' actions, a line each, for people and golden files."""
+    """Return all ranks' actions, one line per rank, for people and golden files."""
     lines = (" ".join(map(str, actions(rank, num_stages, num_steps))) for rank in range(num_stages))
     return "".join(f"rank {rank}: {line}\n" for rank, line in enumerate(lines))
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """What `simulate` found: total time, and each rank's share of it spent computing."""
+    """Result of `simulate`: total seconds, and each rank's share of them spent computing."""
 
     total_s: float
     busy: tuple[float, ...]
 
 
 class Deadlock(Exception):
-    """Every rank that is not done waits for another."""
+    """Raised when every rank that isn't done waits for another."""
 
 
 def simulate(
@@ -98,11 +101,11 @@ def simulate(
     """Run the schedules against each other.
 
     Args:
-        schedules: what each rank does, in order.
-        compute_s: seconds that a rank's forward or head takes.
-        latency_s: from the end of a message's transfer to its arrival.
-        transfer_s: how long a rank's link is taken by what a rank sends after a step.
-        blocking_sends: a send ends only when it is received (the worst that a transport may do).
+        schedules: each rank's actions, in order.
+        compute_s: seconds that a "forward" or "head" action takes on a rank.
+        latency_s: seconds from the end of a message's transfer to its arrival.
+        transfer_s: seconds for which a rank's message after a step occupies its link.
+        blocking_sends: whether a send ends only when it is received (the worst that a transport may do).
 
     Raises:
         Deadlock: some ranks never finish.

@@ -1,6 +1,7 @@
-"""What goes through the ranks and comes back: the record of a step, and what runs it.
+"""The record of a step, and the protocol of what runs it.
 
-A scheduler makes a `Step`; it comes back in its `StepResult` with all that the scheduler knew, so that nobody asks again.
+A scheduler makes a `Step`; it comes back in its `StepResult` with everything that the scheduler knew, so that nothing
+has to be looked up again.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ class Step:
 
     Args:
         plan: what every rank does.
-        tokens: of each row, drafts included; empty if they are made of another step's logits (`StepRunner.advance`).
-        rows: whatever its maker knows each row by; a runner doesn't look at them.
-        drafts: the last ones of each row's tokens, which are to be checked.
+        tokens: each row's, drafts included; empty if they come from another step's logits (`StepRunner.advance`).
+        rows: the maker's own object for each row; a runner doesn't look at them.
+        drafts: the draft tokens at the end of each row's tokens, which are to be verified.
     """
 
     plan: StepPlan
@@ -32,9 +33,10 @@ class Step:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave.
+    """The logits of a step.
 
     Args:
+        step: the step, as it was begun.
         logits: (B, L, V), unevaluated, and not to be evaluated before `StepRunner.advance`.
     """
 
@@ -44,11 +46,11 @@ class StepResult:
 
 @dataclass(frozen=True)
 class SlotLimits:
-    """What a slot's caches bear.
+    """What a slot's caches allow.
 
     Args:
-        can_trim: whether it may lose tokens at its end.
-        num_revocable: how many tokens it could take on now and lose again.
+        can_trim: whether tokens can be removed at the end.
+        num_revocable: how many tokens could be added now and removed again.
     """
 
     can_trim: bool
@@ -56,11 +58,11 @@ class SlotLimits:
 
 
 class StepRunner(Protocol):
-    """Runs steps in the order in which they are begun; two calls a time, `exchange` and `advance`."""
+    """Runs steps in the order in which they are begun, each with one call of `exchange` and one of `advance`."""
 
     @property
     def depth(self) -> int:
-        """Return how many steps in flight keep every rank busy, the one that is being begun among them."""
+        """Return how many steps in flight keep every rank busy, including the one being begun."""
 
     @property
     def num_in_flight(self) -> int:
@@ -68,35 +70,39 @@ class StepRunner(Protocol):
 
     @property
     def is_ahead(self) -> bool:
-        """Return whether `advance` has begun a step: it is the next one, and `exchange` takes no other."""
+        """Return whether `advance` has begun the next step already, in which case `exchange` takes no other."""
 
     @property
     def can_look_ahead(self) -> bool:
-        """Return whether a step can be built before the tokens are known that it is about."""
+        """Return whether a step can be built before its tokens are known."""
 
     def exchange(self, step: Step | None) -> StepResult | None:
-        """Begin a step, and return the oldest one's result if it is due, and a step with one.
+        """Begin a step, and return the result of the oldest one in flight if it is due.
 
-        Without a step, the oldest is waited for.
+        Args:
+            step: the step to begin; None: wait for the oldest one.
+
+        Returns:
+            None if no step is due, or if the one that is due has no result.
         """
 
     def advance(self, ahead: Step | None = None, ids: mx.array | None = None) -> None:
-        """Wait for what `exchange` has returned, and begin the step that comes next, if it is known.
+        """Wait for the result that `exchange` has returned, and begin the step that comes next, if it is known.
 
         Args:
             ahead: that step, if `can_look_ahead`.
-            ids: (B, L), its tokens, made of the result's logits and unevaluated.
+            ids: (B, L), its tokens, unevaluated, computed from the result's logits.
         """
 
     def slot_limits(self, slot: int) -> SlotLimits:
-        """Return what a slot bears; nothing, if it holds nothing."""
+        """Return what a slot's caches allow; nothing if the slot is empty."""
 
     def note_progress(self, doing: str) -> None:
-        """Tell the watchdog that rank 0 gets on without a step."""
+        """Tell the watchdog that rank 0 makes progress outside a step."""
 
 
 def run_step(runner: StepRunner, step: Step | None) -> StepResult | None:
-    """Call `exchange` and `advance`, so that the logits may be evaluated."""
+    """Call `exchange`, then `advance`; the logits (B, L, V) of the result may then be evaluated."""
     result = runner.exchange(step)
     runner.advance()
     return result

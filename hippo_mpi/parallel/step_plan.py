@@ -1,9 +1,9 @@
-"""The one message that rank 0's decisions travel in, and its wire form.
+"""The one message that carries rank 0's decisions, and its wire form.
 
-A step is one forward pass of one micro-batch through all stages: some rows, the shorter ones padded on the right.
-A row is addressed by position: its tokens belong at cache positions [position, position + count) of a slot.
-A rank whose cache for the slot is longer trims it first, and one that holds the rows in another grouping regroups
-them, so that taking tokens back, joining and leaving need no messages of their own.
+A step is one forward pass of a micro-batch through all stages: one or more rows, the shorter ones padded on the right.
+A row is addressed by position: its tokens belong at cache positions [position, position + count) of a slot. A rank
+whose cache for the slot is longer trims it first, and one that holds the rows in another grouping regroups them, so
+that taking tokens back and joining or leaving a micro-batch need no messages of their own.
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ _HEAD = struct.Struct("<IBHHHH")
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What every rank does next: forks, detached slots and drops, in this order, then the forward pass, if there are rows."""
+    """What every rank does next: forks, detaches and drops slots, in this order, then runs the rows, if any."""
 
-    serial: int  # counts steps from 0: a gap means that ranks have lost each other
+    serial: int  # counts steps from 0: a gap means that ranks are out of step
     slots: tuple[int, ...] = ()
     positions: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()  # tokens of each row
-    wants_logits: bool = False  # whether the last stage sends its result to rank 0; nobody may leave it unread
+    wants_logits: bool = False  # whether the last stage sends its result to rank 0, which must then receive it
     forks: tuple[tuple[int, int], ...] = ()  # (source, slot): the slot begins as a copy of the source
     detached: tuple[int, ...] = ()  # slots that leave a batched cache for one of their own
     drops: tuple[int, ...] = ()  # slots whose caches are freed
 
     @property
     def has_rows(self) -> bool:
+        """True if there is a forward pass."""
         return bool(self.slots)
 
     @property
     def num_tokens(self) -> int:
-        """Of the longest row."""
+        """Tokens of the longest row."""
         return max(self.counts, default=0)
 
     @property
     def ends(self) -> list[int]:
-        """How many tokens each row's slot holds after the step."""
+        """Tokens that each row's slot holds after the step."""
         return [position + count for position, count in zip(self.positions, self.counts, strict=True)]
 
     def __str__(self) -> str:
@@ -54,6 +55,7 @@ class StepPlan:
 
 
 def encode(plan: StepPlan) -> bytes:
+    """Return a plan's wire form."""
     lengths = len(plan.slots), len(plan.forks), len(plan.detached), len(plan.drops)
     forks = (number for fork in plan.forks for number in fork)
     numbers = [*plan.slots, *plan.positions, *plan.counts, *forks, *plan.detached, *plan.drops]
@@ -62,10 +64,10 @@ def encode(plan: StepPlan) -> bytes:
 
 
 def decode(wire: bytes) -> StepPlan:
-    """The inverse of `encode`.
+    """Return the plan that `encode` made these bytes from.
 
     Raises:
-        DesyncError: these bytes are no plan.
+        DesyncError: the bytes are not a plan.
     """
     try:
         serial, wants_logits, num_rows, num_forks, num_detached, num_drops = _HEAD.unpack_from(wire)

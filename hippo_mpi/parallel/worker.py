@@ -1,10 +1,10 @@
-"""Steps through the ring: what rank 0 does (`Leader`) beside what every other rank does (`Follower`).
+"""Steps through the ring: what rank 0 does (`Leader`) and what every other rank does (`Follower`).
 
 Rank 0 pushes steps and pops results in the same order; up to one step per stage is in flight. The others obey:
 receive, compute, send on. Everything they do follows from the StepPlan that travels in front of the arrays.
 
 Python takes some milliseconds to build a step's graph. So plans run ahead of arrays: each rank announces a step as
-soon as it knows what it will send, and the next one builds on that while the first computes.
+soon as it knows the shapes of what it will send, and the next rank builds its graph while the first one computes.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ class _Built:
 
 
 class Leader:
-    """Rank 0's side, a StepRunner: begins steps and hands back logits.
+    """Rank 0's side, a StepRunner: begins steps and returns logits.
 
-    `exchange` begins a step and builds the logits of one that is due; `advance` waits for these, and begins a step after
-    them whose graph was built meanwhile.
+    `exchange` begins a step and builds the logits of the one that is due. `advance` waits for these logits, then begins
+    a step whose graph was built meanwhile.
     """
 
     def __init__(
         self, stage: Stage, channel: Channel, settings: KVSettings, num_stages: int, progress: Progress = _quiet
     ) -> None:
         self._stage, self._channel, self._progress = stage, channel, progress
-        # A model that loops over its layers goes round the ring several times a step: one at a time keeps order.
+        # A model that loops over its layers goes round the ring several times per step: only one at a time keeps order.
         self._is_looped = stage.flow.num_rounds > 1
         self._num_stages = 1 if self._is_looped else num_stages
         self.caches = SlotCaches(stage.model, settings)
@@ -67,32 +67,39 @@ class Leader:
 
     @property
     def depth(self) -> int:
-        """Return how many steps keep every stage busy: one per stage, the one being begun among them."""
+        """Return how many steps keep every stage busy: one per stage, including the one being begun."""
         return self._num_stages
 
     @property
     def can_look_ahead(self) -> bool:
-        """Return whether a step's graph can be built before the tokens are known that it is about."""
+        """Return whether a step's graph can be built before its tokens are known."""
         return not self._stage.flow.looks_at_values
 
     @property
     def is_ahead(self) -> bool:
-        """Return whether `advance` has begun a step: it is the next one, and `exchange` takes no other."""
+        """Return whether `advance` has begun the next step already, in which case `exchange` takes no other."""
         return self._ahead is not None
 
     def note_progress(self, doing: str) -> None:
-        """Tell the watchdog that rank 0 gets on without a step."""
+        """Tell the watchdog that rank 0 makes progress outside a step."""
         self._progress(doing)
 
     def slot_limits(self, slot: int) -> SlotLimits:
-        """Return what a slot bears."""
+        """Return what a slot's caches allow."""
         return SlotLimits(self.caches.can_trim(slot), self.caches.num_revocable(slot))
 
     def exchange(self, step: Step | None) -> StepResult | None:
-        """Begin a step and build the logits of the oldest one, if it is due; without a step, that is waited for.
+        """Begin a step and build the logits of the oldest one in flight, if it is due.
+
+        Args:
+            step: the step to begin; None: wait for the oldest one.
 
         Returns:
-            A step that wanted logits, with its logits (B, L, V), not to be evaluated before `advance`; or None.
+            The step that is due with its logits (B, L, V), not to be evaluated before `advance`; None if no step is
+            due, or if it wanted no logits.
+
+        Raises:
+            DesyncError: a message belongs to another step.
         """
         plan = None if step is None else step.plan
         if plan is not None and not plan.has_rows:
@@ -120,14 +127,14 @@ class Leader:
         return StepResult(due.step, due.forward.logits)
 
     def advance(self, ahead: Step | None = None, ids: mx.array | None = None) -> None:
-        """Send what was begun, and wait for what `exchange` has returned.
+        """Send the step that `exchange` began, and wait for the result that it returned.
 
         Order: compute the new step, receive the oldest result, then send the new one (schedule.py says why).
 
         Args:
-            ahead: a step that comes next, if `can_look_ahead`. Its graph is built while others are computed; it is
-                begun when they have been, so that MLX can update the caches in place.
-            ids: (B, L), its tokens, made of the logits and unevaluated.
+            ahead: the step that comes next, if `can_look_ahead`. Its graph is built while others are computed, but it
+                is begun only afterwards, so that MLX can update the caches in place.
+            ids: (B, L), its tokens, unevaluated, computed from the logits.
         """
         built = self._build(ahead, ids) if ahead is not None and ids is not None else None
         due, message = self._due
@@ -140,7 +147,7 @@ class Leader:
                 self._in_flight.append(self._begun)
         if due is not None:
             mx.eval(due.state, [] if ids is None else ids)
-            due.state = []  # views of the caches, which would keep MLX from updating them in place
+            due.state = []  # references to the caches would keep MLX from updating them in place
         if built is not None:
             self._progress(f"computing {built.plan}", Activity.COMPUTING)
             self._submit(built)
@@ -157,7 +164,7 @@ class Leader:
         return built
 
     def _submit(self, step: _Built) -> None:
-        """Have it computed, and tell the next rank what comes."""
+        """Start computing a step, and announce to the next rank what will be sent."""
         if step.forward.outgoing is not None:
             self._announce(step.plan, step.forward.outgoing)
             mx.async_eval(step.forward.outgoing)  # type: ignore[no-untyped-call]
@@ -165,7 +172,7 @@ class Leader:
             mx.async_eval(step.forward.logits)  # type: ignore[no-untyped-call]
 
     def _send(self, step: _Built) -> None:
-        """Hand a step on when it has been computed; its caches are while it is on its way."""
+        """Send a step on once it is computed; evaluate its caches while it is on its way."""
         if step.forward.outgoing is not None:
             mx.eval(step.forward.outgoing)
             self._channel.deliver(step.forward.outgoing)
@@ -174,7 +181,7 @@ class Leader:
             step.state = []
 
     def _finish(self, step: _Built) -> Message | None:
-        """Follow a step round the ring until the model's own code has returned; the message that is to be waited for."""
+        """Follow a step round the ring until the model's code has returned; return the message still to be awaited."""
         forward, message = step.forward, None
         if forward.is_done:
             return None
@@ -201,7 +208,7 @@ class Leader:
 
 
 class Follower:
-    """Every other rank's side: obeys one message after the other."""
+    """Every other rank's side: carries out one message after the other."""
 
     def __init__(
         self, stage: Stage, channel: Channel, settings: KVSettings, is_last: bool, progress: Progress = _quiet
@@ -210,10 +217,17 @@ class Follower:
         self._is_last = is_last
         self.caches = SlotCaches(stage.model, settings)
         self._next_serial = 0
-        self._halfway: dict[int, Forward] = {}  # steps that come round again, in models that loop over their layers
+        self._halfway: dict[int, Forward] = {}  # steps that come round again, by serial (models with looped layers)
 
     def follow(self) -> StepPlan | None:
-        """Wait for the next message and do what it says. None: it was the last."""
+        """Wait for the next message and carry it out.
+
+        Returns:
+            The plan that it carried; None if it was the last message.
+
+        Raises:
+            DesyncError: a step was skipped, or doesn't fit what this rank holds.
+        """
         message = self._channel.receive()
         header = message.header
         if not header:
@@ -234,7 +248,7 @@ class Follower:
                 self._progress(f"waiting after {plan}", Activity.WAITING)
                 return plan
             cache = self.caches.at(plan.slots, plan.positions, plan.counts)
-            tokens = mx.zeros((len(plan.slots), plan.num_tokens), mx.int32)  # only their number matters here
+            tokens = mx.zeros((len(plan.slots), plan.num_tokens), mx.int32)  # only their shape matters here
             forward = self._stage.forward(tokens, cache, plan.wants_logits)
         self._compute(plan, forward, message)
         if forward.is_done:
@@ -245,11 +259,15 @@ class Follower:
         return plan
 
     def _compute(self, plan: StepPlan, forward: Forward, message: Message) -> None:
-        """Build the graph while the rank before computes what comes, and walk through the phantoms while it is computed."""
+        """Run this stage's part of a step.
+
+        The graph is built while the rank before still computes the input; the phantoms are walked through while this
+        rank computes.
+        """
         looks = self._stage.flow.looks_at_values
         if looks:
             message.wait()
-            self._progress(f"computing {plan}", Activity.COMPUTING)  # in the model's own code already
+            self._progress(f"computing {plan}", Activity.COMPUTING)  # such a model computes while its graph is built
         forward.run(message.arrays)
         outgoing = forward.outgoing
         if outgoing is not None:
@@ -266,7 +284,7 @@ class Follower:
 
 
 def rearrange(caches: SlotCaches, plan: StepPlan) -> None:
-    """What a plan does to the slots before its forward pass."""
+    """Apply a plan's forks, detached slots and drops, in this order, before its forward pass."""
     for source, slot in plan.forks:
         caches.fork(source, slot)
     caches.detach(plan.detached)

@@ -1,4 +1,4 @@
-"""What each layer of a model costs: bytes of weights, bytes of cache, work per token. Plain numbers."""
+"""The costs of a model's layers as plain numbers: bytes of weights, bytes of cache, work per token."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ class CacheCost:
     max_tokens: int | None = None
 
     def bytes_at(self, context: int) -> int:
+        """Return the cache's bytes for a context of this many tokens."""
         tokens = context if self.max_tokens is None else min(context, self.max_tokens)
         return self.fixed + self.per_token * tokens
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the planner knows of a model."""
+    """Sizes, work and limits of a model, as the planner needs them; lists are by layer, sizes in bytes."""
 
     num_layers: int
     layer_bytes: list[int]
@@ -29,14 +30,17 @@ class ModelInfo:
     head_work: float
     caches: list[CacheCost]
     forbidden_cuts: dict[int, str]
-    max_positions: int | None  # what the model was trained for
+    max_positions: int | None  # longest context that the model was trained for, in tokens
     can_batch: bool  # whether mlx-lm can run rows of different lengths together
     vocab_size: int  # width of the logits
-    assumptions: tuple[str, ...] = ()  # sentences: what isn't known of a model without weights
-    shared_bytes: int = 0  # what ranks other than the first hold beside their layers
+    assumptions: tuple[str, ...] = ()  # sentences that say what had to be assumed of a model without weights
+    shared_bytes: int = 0  # held by each rank other than the first, besides its layers
 
     def with_draft(self, draft: ModelInfo, num_draft_tokens: int) -> ModelInfo:
-        """Return the costs with a whole draft model on rank 0, beside layer 0, that proposes so many tokens for a step."""
+        """Return the costs with a whole draft model on rank 0 that proposes `num_draft_tokens` per step.
+
+        Its weights and work are added to the head's, its caches to those of layer 0.
+        """
         first = total_cost([self.caches[0], *draft.caches])
         head_bytes = self.head_bytes + draft.head_bytes + sum(draft.layer_bytes)
         head_work = self.head_work + num_draft_tokens * (draft.head_work + sum(draft.layer_work))
@@ -46,7 +50,7 @@ class ModelInfo:
 
 
 def total_cost(costs: list[CacheCost]) -> CacheCost:
-    """Return what several caches cost as one."""
+    """Return the cost of several caches together."""
     limits = [cost.max_tokens for cost in costs if cost.per_token]
     return CacheCost(
         sum(cost.fixed for cost in costs),

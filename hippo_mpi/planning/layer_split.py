@@ -1,4 +1,4 @@
-"""Which rank holds which layers: budgets and costs in, a LayerSplit and its explanation out. Pure arithmetic."""
+"""Plans which rank holds which layers: from budgets and costs to a LayerSplit and its explanation. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hippo_mpi.planning.costs import CacheCost, ModelInfo
 from hippo_mpi.transport.layout import Layout
 from hippo_mpi.units import count_of, show_bytes
 
-# What a rank needs beside weights and cache: activations, the interpreter, the libraries.
+# What a rank needs besides weights and cache: activations, the interpreter, the libraries.
 _WORKING_BYTES = 256 << 20
-_CACHE_STEP_TOKENS = 256  # mlx-lm's caches grow by so much
-_PREFIX_SHARE = 8  # of what is left for caches, kept prefixes may take this part
+_CACHE_STEP_TOKENS = 256  # mlx-lm's caches grow by this many tokens at a time
+_PREFIX_SHARE = 8  # kept prefixes may take one part in this many of the room for caches
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Machine:
         """Parse NAME:GIBIBYTES[:SPEED].
 
         Raises:
-            argparse.ArgumentTypeError: it is something else.
+            argparse.ArgumentTypeError: the text has another form.
         """
         parts = text.split(":")
         if len(parts) not in (2, 3):
@@ -43,7 +43,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one rank would hold."""
+    """One rank's part of a split: layers [start, stop), and what they cost there."""
 
     machine: Machine
     start: int
@@ -55,6 +55,7 @@ class StagePlan:
 
     @property
     def margin_bytes(self) -> int:
+        """Bytes of the machine's memory that stay free; negative if the stage doesn't fit."""
         return self.machine.memory_bytes - self.weight_bytes - self.cache_bytes - _WORKING_BYTES
 
 
@@ -68,18 +69,23 @@ class LayerSplit:
 
     @property
     def counts(self) -> list[int]:
+        """Layers per rank."""
         return [stage.stop - stage.start for stage in self.stages]
 
     @property
     def fits(self) -> bool:
+        """True if every stage fits into its machine's memory."""
         return all(stage.margin_bytes >= 0 for stage in self.stages)
 
-    def cache_room(self, most_rows: int) -> tuple[int, int | None]:
-        """(how many sequences may run at once, how many tokens they may have together; None: any number).
+    def cache_room(self, max_rows: int) -> tuple[int, int | None]:
+        """Return how many sequences may run at once, and how many tokens they may have together (None: any number).
 
-        Half of the memory is left over: regrouping copies caches.
+        Only half of the room for caches is given out, because regrouping copies caches.
+
+        Args:
+            max_rows: most sequences wanted at once.
         """
-        rows, tokens = most_rows, []
+        rows, tokens = max_rows, []
         for stage in self.stages:
             room = (stage.margin_bytes + stage.cache_bytes) // 2
             fixed = sum(cache.fixed for cache in self._caches_of(stage))
@@ -92,11 +98,11 @@ class LayerSplit:
         return rows, min(tokens, default=None)
 
     def prefix_room_bytes(self) -> int:
-        """Bytes that each rank can spare for caches that are kept."""
+        """Return the bytes that every rank can spare for kept prefixes."""
         return max(0, min((stage.margin_bytes + stage.cache_bytes) // _PREFIX_SHARE for stage in self.stages))
 
     def sequence_bytes(self, num_tokens: int) -> int:
-        """What a sequence's caches take on the rank where they take most; they grow in steps."""
+        """Return the bytes of a sequence's caches on the rank where they take most; they grow in steps."""
         held = -(-num_tokens // _CACHE_STEP_TOKENS) * _CACHE_STEP_TOKENS
         return max(sum(cache.bytes_at(held) for cache in self._caches_of(stage)) for stage in self.stages)
 
@@ -104,7 +110,7 @@ class LayerSplit:
         return self.info.caches[stage.start : stage.stop]
 
     def table(self) -> str:
-        """The plan for people: a line per rank."""
+        """Return the plan as a text table with a line per rank."""
         head = f"{'rank':>4}  {'host':<16} {'layers':<9} {'weights':>9} {'KV cache':>9} {'memory':>9} {'margin':>9} {'work':>5}"
         lines = [f"{count_of(self.info.num_layers, 'layer')}, context of {self.max_context:,} tokens", head]
         for rank, stage in enumerate(self.stages):
@@ -148,10 +154,14 @@ def plan_split(
     max_context: int | None = None,
     layer_split: Sequence[int] | None = None,
 ) -> LayerSplit:
-    """The split that minimises the slowest stage's time per token within every machine's memory.
+    """Return the split that minimises the slowest stage's time per token within every machine's memory.
 
-    Without `max_context` it is the model's own limit, or, where that doesn't fit, the largest half, quarter ...
-    of it that does.
+    Args:
+        info: costs of the model.
+        machines: by rank.
+        max_context: tokens of cache to plan for; None: the model's own limit, or the largest half, quarter ... of it
+            that fits.
+        layer_split: layers per rank to check instead of finding the best ones.
 
     Raises:
         PlanError: no allowed split fits, or `layer_split` is impossible.
@@ -179,7 +189,7 @@ def _bounds(counts: Sequence[int]) -> list[int]:
 
 
 def _best_bounds(info: ModelInfo, machines: Sequence[Machine], context: int) -> list[int] | None:
-    """Dynamic programme over (ranks, layers): the smallest possible slowest stage; None if nothing fits."""
+    """Return the bounds whose slowest stage is fastest, by dynamic programming over ranks and layers; None if none."""
     num = info.num_layers
     allowed = [cut == num or cut not in info.forbidden_cuts for cut in range(num + 1)]
     best: list[tuple[float, float, list[int]] | None] = [None] * (num + 1)
@@ -195,16 +205,16 @@ def _best_bounds(info: ModelInfo, machines: Sequence[Machine], context: int) -> 
                     continue
                 stage = _stage(info, machine, start, stop, context, first)
                 if stage.margin_bytes < 0:
-                    break  # more layers only need more
+                    break  # more layers need only more memory
                 slowest = max(before[0], stage.work)
-                # Among equals the one with the smaller sum of squares, so that no rank is left almost empty.
+                # Among equals prefer the smaller sum of squares, so that no rank is left almost empty.
                 candidate = (slowest, before[1] + stage.work**2, [*before[2], stop])
                 held = nxt[stop]
                 if held is None or candidate[:2] < held[:2]:
                     nxt[stop] = candidate
         best = nxt
-    found = best[num]
-    return found[2] if found else None
+    whole = best[num]
+    return whole[2] if whole else None
 
 
 def _stage(info: ModelInfo, machine: Machine, start: int, stop: int, context: int, first: bool) -> StagePlan:
@@ -222,14 +232,23 @@ def _explain(info: ModelInfo, machines: Sequence[Machine], bounds: list[int], co
 
 
 def _even_bounds(info: ModelInfo, num_ranks: int) -> list[int]:
-    """Some allowed split, to show how far from fitting the model is."""
+    """Return an allowed, roughly even split, to show how far the model is from fitting."""
     cuts = [cut for cut in range(1, info.num_layers) if cut not in info.forbidden_cuts]
     step = (len(cuts) + 1) / num_ranks
     return [0, *(cuts[min(len(cuts) - 1, round(step * i) - 1)] for i in range(1, num_ranks)), info.num_layers]
 
 
 def check_layer_split(info: ModelInfo, num_ranks: int, counts: Sequence[int]) -> None:
-    """Raise a PlanError if a model can't be split so over so many ranks, whatever their memory."""
+    """Check that a model can be split like this, whatever the ranks' memory.
+
+    Args:
+        info: the model's layers and forbidden cuts.
+        num_ranks: ranks that there are.
+        counts: layers per rank.
+
+    Raises:
+        PlanError: it can't; the message suggests another split.
+    """
     text = ",".join(map(str, counts))
     even = ",".join(str(info.num_layers // num_ranks + (i < info.num_layers % num_ranks)) for i in range(num_ranks))
     if len(counts) != num_ranks:
@@ -254,11 +273,11 @@ def check_layer_split(info: ModelInfo, num_ranks: int, counts: Sequence[int]) ->
 
 
 def _too_many_ranks(info: ModelInfo, num_ranks: int) -> str:
-    most = 1 + sum(1 for cut in range(1, info.num_layers) if cut not in info.forbidden_cuts)
+    max_stages = 1 + sum(1 for cut in range(1, info.num_layers) if cut not in info.forbidden_cuts)
     if info.forbidden_cuts:
         why = next(iter(info.forbidden_cuts.values()))
-        stages = count_of(most, "stage")
-        return f"{num_ranks} ranks, but this model can be cut into {stages} at most ({why}); use -n {most}"
+        stages = count_of(max_stages, "stage")
+        return f"{num_ranks} ranks, but this model can be cut into {stages} at most ({why}); use -n {max_stages}"
     return (
         f"{num_ranks} ranks, but the model has {count_of(info.num_layers, 'layer')}; use at most -n {info.num_layers}"
     )

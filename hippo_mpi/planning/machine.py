@@ -1,4 +1,4 @@
-"""What this machine has: memory for a rank, speed, and how long a step it takes best."""
+"""Measures this machine: memory for a rank, speed, and the length of step that suits it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import mlx.core as mx
 
 
 def available_bytes() -> int:
-    """Bytes that models may fill here: Metal's recommended working set, or what Linux calls available."""
+    """Return the bytes that models may fill here: Metal's recommended working set, or Linux's available memory."""
     if mx.metal.is_available():
         return int(mx.device_info()["max_recommended_working_set_size"])
     try:
@@ -25,7 +25,10 @@ def available_bytes() -> int:
 
 
 def measured_speed() -> float:
-    """Bytes of weights per second that a matrix-vector product reads: what bounds decoding. Takes some 50 ms."""
+    """Return the bytes of weights per second that a matrix-vector product reads, which limits decoding.
+
+    Measuring takes some 50 ms.
+    """
     matrix, vector = mx.ones((2048, 2048)), mx.ones((1, 2048))
     mx.eval(matrix, vector)
     best = float("inf")
@@ -35,23 +38,24 @@ def measured_speed() -> float:
         best = min(best, time.perf_counter() - began)
     size = matrix.nbytes
     del matrix, vector
-    mx.clear_cache()  # what MLX keeps for later would count as this rank's memory
+    mx.clear_cache()  # buffers that MLX keeps would count as this rank's memory
     return size / best
 
 
 def longest_chunk() -> int:
-    """Prompt tokens that one step should read at most.
+    """Return how many prompt tokens one step should read at most.
 
-    A GPU takes mlx_lm.generate's 2,048. On a CPU the scores of so many against each other leave the caches: a prompt
-    of 2,048 took 8.8 ms a token in one step, 5.3 in steps of 512, 5.1 in steps of 256 (86M parameters, one core).
+    On a GPU mlx_lm.generate's 2,048. On a CPU the attention scores of that many tokens don't fit into the CPU's caches:
+    a prompt of 2,048 took 8.8 ms per token in one step, 5.3 in steps of 512, 5.1 in steps of 256 (86M parameters, one
+    core).
     """
     return 2048 if mx.default_device() == mx.Device(mx.gpu) else 256
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process ever held.
+    """Return the most bytes of memory that this process ever held.
 
-    Linux's getrusage counts what the parent held before it started us, so ask /proc first.
+    Linux's getrusage includes what the parent held when it started this process, so /proc is asked first.
     """
     try:
         for line in Path("/proc/self/status").read_text().splitlines():

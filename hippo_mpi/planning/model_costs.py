@@ -1,4 +1,4 @@
-"""Find what each layer of a model costs, without loading a weight."""
+"""Finds the costs of a model's layers without loading a weight."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_l
 
 
 def model_info(checkpoint: Checkpoint, settings: KVSettings, shares_head: bool = False) -> ModelInfo:
-    """Find what a model costs, with `shares_head` if every rank has the head; its own code runs on empty arrays.
+    """Return the costs of a model, found by running its own code on arrays without data.
+
+    Args:
+        checkpoint: the model.
+        settings: of the KV caches.
+        shares_head: whether every rank holds norm and head.
 
     Raises:
-        ForeignError: it raises something.
+        ForeignError: the model's code raises something.
     """
     flow = checkpoint.flow
     sizes, shares = checkpoint.weight_bytes, checkpoint.expert_share
@@ -36,7 +41,7 @@ def model_info(checkpoint: Checkpoint, settings: KVSettings, shares_head: bool =
     def work(of: set[str]) -> float:
         return sum(sizes[name] * shares.get(name, 1.0) for name in of)
 
-    # Looking up a row of an embedding costs nothing; as an output matrix it is read whole.
+    # Looking up a row of an embedding costs nothing, but used as an output matrix it is read whole.
     embedding = {n for n in head if "embed" in n or "wte" in n or "wpe" in n}
     reads_embedding = embedding == head or not any("head" in n or n.endswith("output.weight") for n in head - embedding)
     text = {**checkpoint.config, **checkpoint.config.get("text_config", {})}
@@ -68,24 +73,24 @@ def _lazy_model(checkpoint: Checkpoint) -> Any:
 
 
 def _can_batch(model: Any, settings: KVSettings) -> bool:
-    """Try it, on arrays that hold nothing: some caches can't be merged, and some models count on one position."""
+    """Try a batch on arrays without data: some caches can't be merged, and some models assume a single position."""
     if settings.kv_bits is not None:
         return False
     caches: list[list[Any]] = []
     if any(getattr(cache, "keep", 0) for cache in all_caches(make_prompt_cache(model, settings.max_kv_size))):
-        return False  # of a rotating cache's first tokens, which its batched form doesn't keep
+        return False  # a rotating cache that keeps its first tokens: its batched form doesn't
     for num_tokens in (2, 3, 4):
         caches.append(make_prompt_cache(model, settings.max_kv_size))
         model(mx.zeros((1, num_tokens), mx.int32), cache=caches[-1])
     try:
         model(mx.zeros((3, 1), mx.int32), cache=merged(caches))
-    except Exception:  # whatever a model's own code raises: then its rows take turns
+    except Exception:  # a model's own code may raise anything: its rows take turns then
         return False
     return True
 
 
 def _cache_costs(model: Any, settings: KVSettings) -> list[CacheCost]:
-    """Run the model lazily over two chunks and look at how the caches grew, one by one; nothing is computed."""
+    """Return each cache's cost, from how it grows when the model runs lazily over two chunks; nothing is computed."""
     cache = make_prompt_cache(model, settings.max_kv_size)
     sizes = []
     for _ in range(2):
@@ -104,14 +109,14 @@ def _cache_costs(model: Any, settings: KVSettings) -> list[CacheCost]:
 
 
 def _by_layer(costs: list[CacheCost], flow: Dataflow) -> list[CacheCost]:
-    """What each layer's caches cost together: a cache that several layers read counts for the first of them."""
+    """Return the cost of each layer's caches together; a cache that several layers read counts for the first one."""
     layer_of: dict[int, int] = {}
     for call in flow.calls:
         for index in call.caches:
             layer_of.setdefault(index, call.layer)
     merged = []
     for layer in range(flow.num_layers):
-        # What no layer is given belongs to the embedding, on rank 0.
+        # A cache that is passed to no layer belongs to the embedding, on rank 0.
         own = [cost for index, cost in enumerate(costs) if layer_of.get(index, 0) == layer]
         merged.append(total_cost(own))
     return merged

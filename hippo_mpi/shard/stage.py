@@ -1,9 +1,9 @@
 """Layers [start, stop) of any mlx-lm model: one rank's part of the pipeline.
 
 The model keeps its own `__call__`, its full list of layers and its full list of caches. A layer that lives on
-another rank becomes a *phantom*: the same object, whose call returns what arrived from the rank before (or
-zeros, where nobody looks) and feeds its cache rows of width 0, so that masks, positions and look-ups such as
-`cache[self.fa_idx]` stay right on every rank. What crosses a cut is known from `tracing.trace`.
+another rank becomes a *phantom*: the same object, whose call returns what arrived from the rank before (or zeros,
+where nothing reads them) and feeds its cache rows of width 0, so that masks, positions and look-ups such as
+`cache[self.fa_idx]` stay right on every rank. `tracing.trace` finds out what crosses a cut.
 
 Knows one model and one split. Must not know ranks, messages, sequences or sampling.
 
@@ -38,7 +38,7 @@ from hippo_mpi.tracing.nested_arrays import Opaque, Path
 from hippo_mpi.tracing.observer import all_caches
 
 Place = tuple[int, Path]
-"""Where an array that crosses a cut belongs: (call, path of an output or of a prepared input)."""
+"""Identifies an array that crosses a cut: (call, path of an output or of a prepared input)."""
 
 
 class Stage:
@@ -47,13 +47,14 @@ class Stage:
     Args:
         model: an mlx-lm model, complete in structure; weights of other stages' layers are never read.
         flow: what `trace` found for the same model.
-        start, stop: the layers held here. Stage 0 (start == 0) also holds embedding, norm and head.
-        shares_head: every stage holds norm and head, is handed what they read, and returns logits.
+        start: first layer held here; with 0, the stage also holds embedding, norm and head.
+        stop: the layer after the last one held here.
+        shares_head: whether every stage holds norm and head, receives their input, and returns logits.
     """
 
     def __init__(self, model: nn.Module, flow: Dataflow, start: int, stop: int, shares_head: bool = False) -> None:
         self.model, self.flow, self.start, self.stop = model, flow, start, stop
-        self.leads = start == 0  # steps begin here, and what they give comes back
+        self.leads = start == 0  # steps begin here, and their results come back here
         self.holds_embedding = start == 0
         self.holds_head = start == 0 or shares_head
         self.run_model = partial(type(model).__call__, model)  # the model's own code, whatever its class becomes
@@ -65,21 +66,26 @@ class Stage:
                 layer.__class__ = _hooked(type(layer), index, self)
 
     def forward(self, tokens: mx.array, cache: list[Any], wants_logits: bool = True, **options: Any) -> Forward:
-        """Begin a step over tokens (B, L); stages other than the first look at their shape only.
+        """Begin a step.
 
-        `options` are what the model's own code takes beside tokens and cache.
+        Args:
+            tokens: (B, L); stages other than the first look at the shape only.
+            cache: the full list of layers' caches.
+            wants_logits: whether the step returns logits.
+            options: further arguments of the model's own code.
         """
         return Forward(self, tokens, cache, wants_logits, options)
 
     def is_local(self, layer: int) -> bool:
+        """Return whether this stage holds a layer."""
         return self.start <= layer < self.stop
 
 
 class Forward:
-    """One step through this stage, which stops wherever it must wait for another stage.
+    """One step through this stage, which pauses wherever it must wait for another stage.
 
-    The model's code runs in a greenlet, so that a layer call in the middle of it can wait for what another
-    stage computes while this stage begins the next step. It builds graphs, and evaluates nothing. On the first stage:
+    The model's code runs in a greenlet, so that a layer call in the middle of it can wait for another stage's arrays
+    while this stage begins the next step. It builds graphs and evaluates nothing. On the first stage:
 
         forward = stage.forward(tokens, cache)
         forward.run(None)
@@ -91,7 +97,7 @@ class Forward:
 
         forward.run(arrays that arrived)
         send(forward.outgoing)
-        forward.run(None)                    # through the phantoms behind, while what is sent is computed
+        forward.run(None)                    # through the phantoms after this stage, while outgoing is computed
     """
 
     def __init__(
@@ -113,14 +119,23 @@ class Forward:
 
     @property
     def is_done(self) -> bool:
+        """True if the model's code has returned."""
         return bool(self._greenlet.dead)
 
     @property
     def num_rows_tokens(self) -> tuple[int, int]:
+        """Shape (B, L) of the step's tokens."""
         return self.tokens.shape[0], self.tokens.shape[1]
 
     def run(self, incoming: Sequence[mx.array] | None) -> None:
-        """Go on to the next wait, or to the end. `incoming` is what the stage before sent, if anything."""
+        """Run the model's code to its next wait, or to its end.
+
+        Args:
+            incoming: the arrays that the stage before sent; None at a start or a wait that needs none.
+
+        Raises:
+            DesyncError: other arrays are expected here, or the model calls its layers differently than when traced.
+        """
         self.outgoing = None
         previous, self.stage._running = self.stage._running, self
         try:
@@ -139,7 +154,7 @@ class Forward:
             self.logits = logits
 
     def _accept(self, cut: int, incoming: Sequence[mx.array] | None) -> None:
-        """Hold what arrived at the cut before call `cut`."""
+        """Store the arrays that arrived at the cut before call `cut`."""
         places = self.stage.crossing[cut]
         if incoming is None or len(incoming) != len(places):
             got = "nothing" if incoming is None else f"{len(incoming)} arrays"
@@ -147,7 +162,7 @@ class Forward:
         self._held.update(zip(places, incoming, strict=True))
 
     def _on_layer(self, layer: Any, index: int, args: Any, kwargs: Any, real: Any) -> Any:
-        """Stand in for the call of layer `index`: run it if it lives here, else act as its phantom."""
+        """Handle the call of layer `index`: run it if this stage holds it, otherwise act as its phantom."""
         number, self._next_call = self._next_call, self._next_call + 1
         flow = self.stage.flow
         if number >= len(flow.calls) or flow.calls[number].layer != index:
@@ -181,13 +196,13 @@ class Forward:
             self._held[number, path] = _own(_get(inputs, path))
 
     def _collect(self, cut: int) -> list[mx.array] | None:
-        """What the next stage needs: the result's way back to the first stage is left out if nobody wants it."""
+        """Return the arrays that the next stage needs; None if this is the result and no logits are wanted."""
         if cut == len(self.stage.flow.calls) and not self.wants_logits:
             return None
         return [self._held[place] for place in self.stage.crossing[cut]]
 
     def _maybe_wait(self, number: int) -> None:
-        """In the last phantom before this stage's next part: send what is due, wait for what comes."""
+        """In the last phantom before this stage's next layers (or the head): hand out what is due, wait for input."""
         flow, stage = self.stage.flow, self.stage
         next_is_local = number + 1 < len(flow.calls) and flow.calls[number + 1].layer == stage.start
         is_last = number + 1 == len(flow.calls)
@@ -200,7 +215,7 @@ class Forward:
         self._accept(number + 1, self._greenlet.parent.switch())
 
     def _stand_in(self, number: int, call: LayerCall, inputs: dict[str, Any]) -> Any:
-        """What the phantom returns: arrays that arrived, or zeros of the same shape."""
+        """Return what the layer would: arrays that arrived, or zeros of the same shape."""
 
         def array(path: Path) -> mx.array:
             held = self._held.get((number, path))
@@ -226,9 +241,9 @@ class Forward:
 
 
 def crossing(flow: Dataflow, cut: int) -> list[Place]:
-    """What crosses the cut before call `cut`, in the order in which it is sent.
+    """Return what crosses the cut before call `cut`, in the order in which it is sent.
 
-    The outputs of the call before that the next one (or the head) reads, then inputs of later calls of the
+    First the outputs of the previous call that the next one (or the head) reads, then inputs of later calls of the
     same round that the first stage has prepared.
     """
     last = cut == len(flow.calls)
@@ -241,7 +256,7 @@ def crossing(flow: Dataflow, cut: int) -> list[Place]:
 
 
 def _hooked(kind: type, index: int, stage: Stage) -> type:
-    """A subclass of a layer's class whose calls go through the running Forward of `stage`."""
+    """Return a subclass of a layer's class whose calls go through the running Forward of `stage`."""
 
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         assert stage._running is not None, "a layer of a stage was called outside a step"
@@ -251,7 +266,7 @@ def _hooked(kind: type, index: int, stage: Stage) -> type:
 
 
 def _own(array: mx.array) -> mx.array:
-    """A handle of our own: models change arrays in place (gemma3n's head changes the last layer's output)."""
+    """Return a separate handle: models change arrays in place (gemma3n's head changes the last layer's output)."""
     return mx.stop_gradient(array)
 
 
@@ -263,7 +278,7 @@ def _get(root: Any, path: Path) -> Any:
 
 
 def _put(inputs: dict[str, Any], path: Path, value: Any) -> None:
-    """Set an argument, or what is inside one."""
+    """Set an argument, or an array inside one."""
     if len(path) == 2 and path[0] == "args":
         values = list(inputs["args"])
         values[int(path[1])] = value
@@ -273,7 +288,7 @@ def _put(inputs: dict[str, Any], path: Path, value: Any) -> None:
 
 
 def _apply(effect: CacheEffect, inputs: dict[str, Any], rows_tokens: tuple[int, int]) -> None:
-    """Do to the cache what the real layer does, with rows of width 0."""
+    """Do to a cache what the real layer does to it, with rows of width 0."""
     cache = _get(inputs, effect.cache)
     if cache is None:
         return
@@ -297,10 +312,11 @@ def load_stage(
 
     Args:
         checkpoint: the model's structure, from `open_checkpoint`.
-        start, stop: must not cut where `checkpoint.flow.forbidden_cuts()` says. From layer 0 on, the stage also holds
-            embedding, norm and head.
-        on_progress: told the bytes read so far.
-        shares_head: every rank gets norm and head.
+        start: first layer; with 0, the stage also holds embedding, norm and head. No cut may be one of
+            `checkpoint.flow.forbidden_cuts()`.
+        stop: the layer after the last one.
+        on_progress: called with the bytes read so far.
+        shares_head: whether every rank gets norm and head.
 
     Raises:
         ModelError: a file can't be read or downloaded.

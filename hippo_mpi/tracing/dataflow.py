@@ -1,7 +1,7 @@
-"""What was found out about a model: which layer call reads what, makes what, and does what to its cache.
+"""The dataflow of a model as plain data: what each layer call reads, makes, and does to its cache.
 
-Plain data, made by `tracing.trace` and used by the planner (where may the model be cut, which weights go where)
-and by `stage.Stage` (what crosses a cut, what a phantom returns).
+Made by `tracing.trace` and used by the planner (where the model may be cut, which weights go where) and by
+`stage.Stage` (what crosses a cut, what a phantom returns).
 
 Legend: B rows, L tokens per row. A *call* is one call of one layer in a forward pass, counted from 0.
 """
@@ -26,6 +26,7 @@ class Dim:
     tokens: bool = False
 
     def __call__(self, num_rows: int, num_tokens: int) -> int:
+        """Return the dimension's size for a step."""
         return self.constant * (num_rows if self.rows else 1) * (num_tokens if self.tokens else 1)
 
 
@@ -37,14 +38,15 @@ class Shape:
     dtype: mx.Dtype
 
     def __call__(self, num_rows: int, num_tokens: int) -> tuple[int, ...]:
+        """Return the array's shape for a step."""
         return tuple(dim(num_rows, num_tokens) for dim in self.dims)
 
 
 @dataclass(frozen=True)
 class CacheEffect:
-    """A method that a layer calls on its cache. `cache` is the cache's path among the layer's arguments.
+    """A method that a layer calls on its cache, found at path `cache` among the layer's arguments.
 
-    Arguments are Shapes (arrays), Dims (token counts) or plain values.
+    Its own arguments are Shapes (arrays), Dims (token counts) or plain values.
     """
 
     cache: Path
@@ -54,21 +56,21 @@ class CacheEffect:
 
 @dataclass(frozen=True)
 class ReturnedArray:
-    """A layer returned the array that `outputs` has under this path."""
+    """A returned array, described in the call's `outputs` under this path."""
 
     path: Path
 
 
 @dataclass(frozen=True)
 class ArgumentRef:
-    """A layer returned one of its own mutable arguments."""
+    """A returned object that is one of the layer's own mutable arguments."""
 
     path: Path
 
 
 @dataclass(frozen=True)
 class ReturnedSequence:
-    """A layer returned a tuple (also a named one) or a list."""
+    """A returned tuple (also a named one) or list."""
 
     kind: type
     items: tuple[Returned, ...]
@@ -76,7 +78,7 @@ class ReturnedSequence:
 
 @dataclass(frozen=True)
 class ReturnedValue:
-    """A layer returned something without arrays, such as None or a position."""
+    """A returned object without arrays, such as None or a position."""
 
     value: Any
 
@@ -91,8 +93,8 @@ class LayerCall:
     layer: int
     returns: Returned = ReturnedValue(None)
     outputs: dict[Path, Shape] = field(default_factory=dict)  # arrays that it made, by path
-    reads: set[Path] = field(default_factory=set)  # outputs of the call before, that this one needs
-    prepared: set[Path] = field(default_factory=set)  # inputs made from the embedding
+    reads: set[Path] = field(default_factory=set)  # outputs of the previous call that this one needs
+    prepared: set[Path] = field(default_factory=set)  # inputs made from the embedding, before the first layer
     caches: set[int] = field(default_factory=set)  # entries of the prompt cache that it is given
     effects: list[CacheEffect] = field(default_factory=list)
     weights: set[str] = field(default_factory=set)
@@ -100,26 +102,26 @@ class LayerCall:
 
 @dataclass
 class Dataflow:
-    """What `trace` found; the same on every rank for the same model (compare `digest()`)."""
+    """A model's dataflow, from `trace`; equal on all ranks that hold the same model (compare `digest()`)."""
 
     num_layers: int
     calls: list[LayerCall]
     head_reads: set[Path]  # outputs of the last call that the head needs
     head_weights: set[str]  # weights of embedding, norm and head: everything that no layer call reads
-    output_weights: set[str]  # those of them that logits are made with, once the last layer has been called
+    output_weights: set[str]  # those of `head_weights` that are used after the last layer call: norm and head
     joined: set[tuple[int, int]]  # (a, b): all layers of [a, b] must be on one rank; b = num_layers is the head
-    reason: dict[tuple[int, int], str]
-    looks_at_values: bool  # a layer's code evaluates what it is given, and so everything that this is made from
+    reason: dict[tuple[int, int], str]  # why, for each pair in `joined`
+    looks_at_values: bool  # a layer's code evaluates its inputs, and with them everything that they are made from
 
     @property
     def num_rounds(self) -> int:
-        """How often a forward pass goes through the layers."""
+        """Times that a forward pass goes through the layers."""
         return len(self.calls) // self.num_layers
 
     def stage_weights(self, start: int, stop: int, shares_head: bool = False) -> set[str]:
-        """Return names of the weights that layers [start, stop) need; with start 0, those of embedding and head too.
+        """Return the names of the weights that layers [start, stop) need.
 
-        With `shares_head`, every stage needs those of norm and head.
+        With start 0, those of embedding, norm and head too; with `shares_head`, those of norm and head on every stage.
         """
         names = set(self.head_weights) if start == 0 else set(self.output_weights) if shares_head else set()
         for call in self.calls:
@@ -128,7 +130,7 @@ class Dataflow:
         return names
 
     def forbidden_cuts(self) -> dict[int, str]:
-        """Cuts (before layer c, 0 < c < num_layers) that can't be made, with the reason."""
+        """Return the cuts (before layer c, 0 < c < num_layers) that can't be made, each with the reason."""
         return {
             cut: self.reason[a, b]
             for a, b in sorted(self.joined)
@@ -136,7 +138,7 @@ class Dataflow:
         }
 
     def digest(self) -> str:
-        """A short hash of everything found, for ranks to compare."""
+        """Return a short hash of the dataflow, for ranks to compare."""
         text = repr([(c.layer, sorted(map(repr, c.outputs.items())), sorted(map(repr, c.reads))) for c in self.calls])
         text += repr([(sorted(map(repr, c.prepared)), c.effects, sorted(c.weights)) for c in self.calls])
         text += repr([sorted(map(repr, self.head_reads)), sorted(self.head_weights), sorted(self.joined)])

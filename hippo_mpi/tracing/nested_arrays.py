@@ -1,8 +1,8 @@
-"""Find and replace the arrays inside what a layer takes and returns.
+"""Finds and replaces the arrays inside what a layer takes and returns.
 
-Most layers take and return one array. Some return tuples, fill a shared dict, or hand an object of their own
-from layer to layer (`ResidualBlocks` of kimi_k3). This module knows such nests, and nothing of what they mean.
-A path names an array's place: ("return", 0), ("kwargs", "shared", "topk_idx"), ("args", 3, "raw").
+Most layers take and return one array. Some return tuples, fill a shared dict, or pass an object of their own from layer
+to layer (`ResidualBlocks` of kimi_k3). This module knows such nested objects, but not what they mean. A path says where
+an array is: ("return", 0), ("kwargs", "shared", "topk_idx"), ("args", 3, "raw").
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Path = tuple[str | int, ...]
 
 
 class Opaque:
-    """Objects that are never looked into: a model's caches, by identity, and all modules."""
+    """Objects that are never searched for arrays: a model's caches, by identity, and all modules."""
 
     def __init__(self, caches: list[Any]) -> None:
         self._ids = {id(c) for c in caches}
@@ -27,18 +27,19 @@ class Opaque:
 
 
 def is_container(thing: Any) -> bool:
-    """Whether arrays may be inside: a list, tuple or dict, or an object with attributes of its own."""
+    """Return whether an object may contain arrays: a list, tuple, dict, or an object with attributes of its own."""
     return isinstance(thing, list | tuple | dict) or (
         hasattr(thing, "__dict__") and not isinstance(thing, type) and not callable(thing)
     )
 
 
 def is_mutable_container(thing: Any) -> bool:
+    """Return whether a container's arrays can be replaced in place."""
     return is_container(thing) and not isinstance(thing, tuple)
 
 
 def children(thing: Any) -> Iterator[tuple[str | int, Any]]:
-    """(key, value) of what is directly inside a container."""
+    """Yield (key, value) of everything directly inside a container."""
     if isinstance(thing, dict):
         yield from thing.items()
     elif isinstance(thing, list | tuple):
@@ -48,7 +49,7 @@ def children(thing: Any) -> Iterator[tuple[str | int, Any]]:
 
 
 def find(thing: Any, opaque: Opaque, path: Path = ()) -> Iterator[tuple[Path, mx.array]]:
-    """Every array inside `thing` with its path, in a fixed order."""
+    """Yield (path, array) of every array inside `thing`, in a fixed order."""
     if isinstance(thing, mx.array):
         yield path, thing
     elif thing not in opaque and is_container(thing):
@@ -57,7 +58,7 @@ def find(thing: Any, opaque: Opaque, path: Path = ()) -> Iterator[tuple[Path, mx
 
 
 def assign(container: Any, key: str | int, value: Any) -> None:
-    """container[key] = value for any mutable container; lists grow."""
+    """Set `container[key]`, or the attribute of an object; lists grow as needed."""
     if isinstance(container, dict):
         container[key] = value
     elif isinstance(container, list):
@@ -69,7 +70,10 @@ def assign(container: Any, key: str | int, value: Any) -> None:
 
 
 def replace(thing: Any, opaque: Opaque, new: Callable[[Path, mx.array], Any], path: Path = ()) -> Any:
-    """`thing` with every array replaced by new(path, array): mutable containers in place, tuples made again."""
+    """Replace every array inside `thing` by `new(path, array)`; return `thing`, or what takes its place.
+
+    Mutable containers are changed in place; an array or a tuple is returned as a new object.
+    """
     if isinstance(thing, mx.array):
         return new(path, thing)
     if thing in opaque or not is_container(thing):

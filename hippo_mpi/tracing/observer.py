@@ -1,8 +1,8 @@
-"""Run a model's own code without computing anything, and note what each layer call was given, made and changed.
+"""Runs a model's own code without computing anything, and notes what each layer call was given, made and changed.
 
 The weights are replaced by arrays that hold one number (stride 0), and every layer's inputs, outputs and cache
-arrays by named leaves. A forward pass then builds an MLX graph that is never evaluated; what each named array is
-made from is read off it. What the notes mean is concluded in `tracing`.
+arrays by named leaves. A forward pass then builds an MLX graph that is never evaluated; from it is read what each named
+array is made from. `trace.py` draws the conclusions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _READS = {"make_mask", "size", "empty", "is_trimmable", "keys_and_values", "__ge
 
 @dataclass
 class Seen:
-    """What one pass saw of one call."""
+    """Observations of one layer call in one pass."""
 
     layer: int
     inputs: dict[Path, tuple[int, ...]] = field(default_factory=dict)
@@ -43,10 +43,13 @@ class Observer:
 
     Names: ("weight", name), ("token",), ("in", call, path), ("out", call, path), ("cache", call).
 
+    Args:
+        model: its weights are replaced.
+
     Attributes:
-        passes: what each pass saw, call by call.
+        passes: for each pass, the observations of its calls.
         needs: for each pass, the leaves that each noted array is made from.
-        sizes: the number of arrays in each pass's graph.
+        sizes: for each pass, the number of arrays in its graph.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -67,10 +70,13 @@ class Observer:
         self.targets: list[tuple[Any, mx.array]] = []
 
     def run(self, cache: list[Any], num_rows: int, num_tokens: int, names_layers: bool = True) -> None:
-        """Run a pass of `num_tokens` tokens for each of `num_rows` rows over `cache`.
+        """Run a pass over `cache`.
 
         Args:
-            names_layers: whether weights of layers are told apart; a large graph is drawn faster without.
+            cache: the model's prompt cache, fresh or from an earlier pass.
+            num_rows: rows of the pass.
+            num_tokens: tokens of each row.
+            names_layers: whether weights of layers get names of their own; a large graph is read faster without.
         """
         tokens = leaf((num_rows, num_tokens), mx.int32)
         self.current, self.targets = [], []
@@ -84,7 +90,7 @@ class Observer:
             layer.__class__ = self._spy_layer(type(layer), index)
         for c, kind in plain_caches:
             c.__class__ = _spy_cache(kind, self)
-        # Compiled functions share one graph node among all their calls, which would tie all layers together.
+        # A compiled function has one graph node for all of its calls, which would connect all layers.
         mx.disable_compile()
         try:
             logits = self.model(mx.stop_gradient(tokens), cache=cache)
@@ -100,7 +106,7 @@ class Observer:
         self.needs.append(self._read_graph())
 
     def was_evaluated(self) -> bool:
-        """Whether a layer looked at values, which computes everything before."""
+        """Return whether a layer looked at values, which evaluates everything before it."""
         return any(
             not needs[("handle", number, path)]
             for run, needs in zip(self.passes, self.needs, strict=True)
@@ -109,11 +115,11 @@ class Observer:
         )
 
     def _note(self, name: Any, array: mx.array) -> None:
-        """Remember an array whose ancestors are wanted, as it is now."""
+        """Remember an array, in its present state, whose ancestors are to be found."""
         self.targets.append((name, mx.stop_gradient(array)))
 
     def _fresh(self, name: Any, like: mx.array) -> mx.array:
-        """A leaf called `name` in place of `like`. In-place changes by the model must not rename it."""
+        """Return a leaf called `name` in place of `like`, as a new handle: the model may change it in place."""
         fresh = leaf(like.shape, like.dtype)
         self.sources.append((name, fresh))
         return mx.stop_gradient(fresh)
@@ -173,25 +179,25 @@ class Observer:
         vars(cache).update(inside)
 
     def _read_graph(self) -> dict[Any, set[Any]]:
-        """Return, for every noted array, the names of the leaves that it is made from."""
+        """Return, for every noted array, the names of the leaves that it is computed from."""
         needs: dict[Any, set[Any]] = defaultdict(set)
         targets = [array for _, array in self.targets]
         self.sizes.append(num_nodes(targets))
-        found = ancestors(targets, [array for _, array in self.sources])
-        for (name, _), indices in zip(self.targets, found, strict=True):
+        ancestors_of = ancestors(targets, [array for _, array in self.sources])
+        for (name, _), indices in zip(self.targets, ancestors_of, strict=True):
             needs[name] |= {self.sources[index][0] for index in indices}
         self.targets, self.sources = [], []
         return needs
 
 
 def _owning_layers(layers: list[Any], weights: dict[str, mx.array]) -> dict[str, int]:
-    """Which layer holds a weight, by name; weights outside the layers aren't in it."""
+    """Return the layer that holds each weight, by the weight's name, without weights outside the layers."""
     ids = {id(a): i for i, layer in enumerate(layers) for _, a in tree_flatten(layer.parameters())}
     return {name: ids[id(weight)] for name, weight in weights.items() if id(weight) in ids}
 
 
 def caches_among(inputs: dict[str, Any], opaque: Opaque) -> Iterator[tuple[Path, Any]]:
-    """(path, cache) of every cache among a layer's arguments, those inside lists of caches too."""
+    """Yield (path, cache) of every cache among a layer's arguments, including those inside lists of caches."""
 
     def inside(cache: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         yield path, cache
@@ -213,7 +219,7 @@ def _mutable_arguments(inputs: dict[str, Any], opaque: Opaque) -> Iterator[tuple
 
 
 def _returned(result: Any, arguments: dict[int, Path], opaque: Opaque, path: Path = ("return",)) -> Returned:
-    """The nest that a layer returned, with paths for its arrays."""
+    """Return the structure of what a layer returned, with paths for its arrays."""
     if id(result) in arguments:
         return ArgumentRef(arguments[id(result)])
     if isinstance(result, mx.array):
@@ -236,7 +242,7 @@ def _replace_unless(result: Any, opaque: Opaque, new: Any, done: set[int], path:
 
 
 def _spy_cache(kind: type, observer: Observer) -> type:
-    """A subclass of a cache's class that notes the outermost changing method calls of a layer."""
+    """Return a subclass of a cache's class that logs a layer's outermost calls of methods that change the cache."""
 
     def spy(name: str) -> Any:
         method = getattr(kind, name)
@@ -268,9 +274,9 @@ def _described(argument: Any) -> Any:
 
 
 def all_caches(cache: list[Any]) -> list[Any]:
-    """The cache objects of a prompt cache, those inside lists of caches too."""
-    found = []
+    """Return the cache objects of a prompt cache, including those inside lists of caches."""
+    caches = []
     for entry in cache:
         if entry is not None:
-            found += [entry, *all_caches(list(getattr(entry, "caches", [])))]
-    return found
+            caches += [entry, *all_caches(list(getattr(entry, "caches", [])))]
+    return caches

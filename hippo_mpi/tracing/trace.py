@@ -1,13 +1,13 @@
-"""Find a model's dataflow by asking the model itself.
+"""Finds a model's dataflow by observing the model's own code.
 
-A pipeline may cut a model between any two layers only if it knows what crosses the cut. Instead of a list of
-model families, the model's own code is run a few times over arrays that hold nothing (`observing`). From what
-was seen follows, for any mlx-lm model:
+A pipeline can cut a model between two layers only if it knows what crosses the cut. Instead of keeping a list of model
+families, this runs the model's own code a few times over arrays without data (`observer.py`). The observations show,
+for any mlx-lm model:
   - the order in which layers are called (some models go through their layers several times);
   - which outputs of a layer the next one reads, and which inputs are made before the first layer (these two
     are what crosses a cut), and with what shapes;
-  - which layers can't be parted (they share a cache, or hand on something that grows with the context);
-  - what each layer does to its cache, so that a layer that lives elsewhere can do the same with rows of width 0;
+  - which layers can't be separated (they share a cache, or pass on something that grows with the context);
+  - what each layer does to its cache, so that its phantom on another rank can do the same with rows of width 0;
   - which weights each layer reads, and which rank 0 needs for the embedding and the head.
 """
 
@@ -25,20 +25,20 @@ from hippo_mpi.tracing.nested_arrays import Path
 from hippo_mpi.tracing.observer import Observer
 
 Pass = tuple[int, int, bool]
-"""Rows, tokens, and whether it begins on a fresh cache."""
+"""(rows, tokens, whether the pass begins on a fresh cache)."""
 
-# The second repeats the shape of the first, so that a shape that differs grows with the context; 1 token takes
-# the decoding branch; 2 rows tell rows from constants.
+# The second pass repeats the first on a longer context, so an array whose shape differs grows with the context; 1 token
+# takes the decoding branch; 2 rows distinguish rows from constants.
 _SHORT_PASSES: list[Pass] = [(1, 5, True), (1, 5, False), (1, 1, False), (2, 3, True)]
-# Some layers begin to hand something on only after many tokens (deepseek_v41 compresses up to so many into one): two
-# passes of that many. Where a layer is a loop over tokens (recurrent ones, on a CPU), of fewer, so that the loops
-# don't make more arrays than this. All are primes, so that a size tells what it is a multiple of.
+# Some layers begin to pass something on only after many tokens (deepseek_v41 compresses up to that many into one), so
+# there are two long passes. Where a layer loops over tokens (recurrent ones, on a CPU), they have fewer tokens, so that
+# the loops don't make more arrays than _MAX_LOOP_ARRAYS. All are primes, so that a size shows what it is a multiple of.
 _LONG_PASS_TOKENS = (1031, 257, 61, 17)
 _MAX_LOOP_ARRAYS = 100_000
 
 
 def trace(model: nn.Module) -> Dataflow:
-    """Find the dataflow of `model`. The model is used up: its weights are replaced.
+    """Find the dataflow of `model`, whose weights are replaced, so that it can't be used afterwards.
 
     Raises:
         ModelError: the model doesn't call its layers as layers, so that it can't be cut anywhere.
@@ -46,7 +46,7 @@ def trace(model: nn.Module) -> Dataflow:
     observer = Observer(model)
     _run(observer, _SHORT_PASSES)
     passes = list(_SHORT_PASSES)
-    if not observer.was_evaluated():  # a model that looks at values computes: its long passes would take long
+    if not observer.was_evaluated():  # a model that looks at values really computes: long passes would take too long
         long_passes = _long_passes(observer.sizes)
         _run(observer, long_passes, names_layers=False)
         passes += long_passes
@@ -54,7 +54,7 @@ def trace(model: nn.Module) -> Dataflow:
 
 
 def _long_passes(sizes: list[int]) -> list[Pass]:
-    """Return two passes over as many tokens as the loops over tokens allow, given the sizes of the short passes."""
+    """Return two passes over as many tokens as loops over tokens allow, judging by the sizes of the short passes."""
     per_token = (sizes[0] - sizes[-1]) / (_SHORT_PASSES[0][1] - _SHORT_PASSES[-1][1])
     num_tokens = next(
         (tokens for tokens in _LONG_PASS_TOKENS if per_token * tokens <= _MAX_LOOP_ARRAYS), _LONG_PASS_TOKENS[-1]
@@ -71,7 +71,7 @@ def _run(observer: Observer, passes: list[Pass], names_layers: bool = True) -> N
 
 
 class _Conclusion:
-    """Turns what the passes saw into a Dataflow."""
+    """Turns the observations of all passes into a Dataflow."""
 
     def __init__(self, observer: Observer, passes: list[Pass]) -> None:
         self.observer, self.passes = observer, passes
@@ -95,7 +95,7 @@ class _Conclusion:
             for path in call.prepared:
                 for needs in self.observer.needs:
                     head_weights |= {n[1] for n in needs[("made", number, path)] if n[0] == "weight"}
-            # A weight of a layer belongs to its rank even if no pass read it.
+            # A layer's weight belongs to the layer's rank even if no pass has read it.
             call.weights |= {n for n, layer in self.observer.layer_of_weight.items() if layer == call.layer}
         self._join_growing(calls, head_reads)
         looks = self.observer.was_evaluated()
@@ -104,7 +104,7 @@ class _Conclusion:
         )
 
     def _join(self, a: int, b: int, why: str) -> None:
-        """Layers of calls a < b (b may be the head) can't be parted."""
+        """Note that the layers of calls a < b (b may be the head) can't be separated."""
         last = self.first[b].layer if b < len(self.first) else self.num_layers
         first, second = sorted((self.first[a].layer, last))  # in a later round, b's layer may come first
         if first != second:
@@ -123,8 +123,8 @@ class _Conclusion:
             for path in run[number].outputs:
                 used |= needs[("made-out", number, path)]
             used |= needs[("made-cache", number)]
-            # A layer that looks at values (dbrx picks its experts in Python) evaluates its inputs, and the
-            # graph ends there: then the handle given to it has lost its leaf.
+            # A layer that looks at values (dbrx picks its experts in Python) evaluates its inputs, where the
+            # graph ends: the handle given to it no longer leads to its leaf.
             used |= {("in", number, path) for path in run[number].inputs if not needs[("handle", number, path)]}
             self._follow_call(number, used, needs, call)
         return call
@@ -153,7 +153,7 @@ class _Conclusion:
         self._follow(number, made_from, call.reads, call.weights)
 
     def _follow(self, number: int, made_from: set[Any], reads: set[Path], weights: set[str]) -> None:
-        """Sort what call `number` (or the head) is made from into reads of the call before, and weights."""
+        """Sort what call `number` (or the head) is made from into reads of the previous call, and weights."""
         for name in made_from:
             if name[0] == "weight":
                 weights.add(name[1])
@@ -174,10 +174,10 @@ class _Conclusion:
                     )
 
     def _grows(self, number: int, path: Path) -> bool:
-        """Whether an output is longer, or only there, when the same tokens come after others."""
-        found = [run[number].outputs.get(path) for run in self.observer.passes]
+        """True if an output is longer, or exists only, when the same tokens follow others."""
+        outputs = [run[number].outputs.get(path) for run in self.observer.passes]
         shapes: dict[tuple[int, int], set[tuple[int, ...]]] = {}
-        for (num_rows, num_tokens, _), array in zip(self.passes, found, strict=True):
+        for (num_rows, num_tokens, _), array in zip(self.passes, outputs, strict=True):
             if array is None:
                 return True
             shapes.setdefault((num_rows, num_tokens), set()).add(array.shape)
@@ -210,7 +210,7 @@ def _dims(shapes: list[tuple[int, ...]], passes: list[Pass]) -> tuple[Dim, ...]:
 
 
 def _fit_dim(sizes: list[int], passes: list[Pass]) -> Dim:
-    """The Dim that gives `sizes` for the passes' rows and tokens (a dimension that grows: its tokens)."""
+    """Return the Dim that gives `sizes` for the passes' rows and tokens; for one that grows otherwise, the tokens."""
     for rows, tokens in ((False, False), (False, True), (True, False), (True, True)):
         scales = [(b if rows else 1) * (t if tokens else 1) for b, t, _ in passes]
         if sizes[0] % scales[0] == 0:
@@ -221,7 +221,7 @@ def _fit_dim(sizes: list[int], passes: list[Pass]) -> Dim:
 
 
 def _fit_argument(values: list[Any], passes: list[Pass]) -> Any:
-    """An array argument becomes the Shape of rows of width 0; a count of tokens a Dim; else it stays."""
+    """Return the Shape, with width 0, of an array argument; the Dim of a token count; any other argument as it is."""
     first = values[0]
     if isinstance(first, tuple) and len(first) == 2 and isinstance(first[1], mx.Dtype):
         dims = _dims([value[0] for value in values], passes)

@@ -3,11 +3,11 @@
 A message is announced (header, shapes of its arrays) before its arrays have been computed, so that the next rank
 can build its graph on them meanwhile. `RingChannel` announces over the control socket and sends the arrays over
 `mx.distributed`; several arrays travel as one packed message, because two sends may overtake each other.
-`LocalChannel` is the same inside one process, for tests.
+`LocalChannel` does the same inside one process, for tests.
 
-Never a message and a computation in one evaluation: what is sent has been evaluated, and what is received is
-evaluated (`Message.wait`) before anything that was built on it. On Apple GPUs a kernel that waits for a cable hangs
-the machine.
+Communication and computation are never part of one evaluation: arrays are evaluated before they are sent, and received
+ones are evaluated (`Message.wait`) before anything that was built on them. On Apple GPUs a kernel that waits for the
+network hangs the machine.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _DTYPES = {
     )
 }  # fmt: skip
 _ALIGN = 8  # a view at an offset that isn't a multiple of the item size reads the wrong bytes
-_SENT = b""  # the frame that says that the arrays of the last announcement are on their way
-_MAX_SENDS_IN_FLIGHT = 4  # MLX stops the calling thread when ten tasks are active
+_SENT = b""  # the frame that says that the last announcement's arrays are being sent
+_MAX_SENDS_IN_FLIGHT = 4  # MLX blocks the calling thread while ten tasks are active
 
 
 Queue = deque[tuple[bytes, list[mx.array]]]
@@ -43,7 +43,7 @@ Queue = deque[tuple[bytes, list[mx.array]]]
 
 @dataclass
 class Message:
-    """What has been announced. Graphs may be built on `arrays` at once, and evaluated after `wait`."""
+    """An announced message; graphs may be built on `arrays` at once, but evaluated only after `wait`."""
 
     header: bytes
     arrays: list[mx.array]
@@ -51,16 +51,16 @@ class Message:
 
 
 class Channel(Protocol):
-    """To the next rank of the ring and from the one before."""
+    """Sends to the next rank of the ring and receives from the previous one."""
 
     def announce(self, header: bytes, arrays: Sequence[mx.array]) -> None:
-        """Tell what comes next. The arrays may be unevaluated, and are to be delivered before the next announcement."""
+        """Announce the next message; its arrays may be unevaluated, and must be delivered before the next one."""
 
     def deliver(self, arrays: Sequence[mx.array]) -> None:
-        """Send the arrays that were announced, evaluated by now. Returns before they have arrived."""
+        """Send the announced arrays, which are evaluated by now; return before they have arrived."""
 
     def receive(self) -> Message:
-        """Wait for the next announcement."""
+        """Wait for the next announcement from the previous rank."""
 
     def send(self, header: bytes, arrays: Sequence[mx.array]) -> None:
         """Announce and deliver evaluated arrays."""
@@ -69,11 +69,12 @@ class Channel(Protocol):
 
 
 class LocalChannel(Channel):
-    """The same inside one process.
+    """A channel inside one process, for tests.
 
     Args:
-        inbox, outbox: queues shared with the neighbours' channels.
-        pump: makes the rank before do its next thing, while the inbox is empty.
+        inbox: queue shared with the previous rank's channel.
+        outbox: queue shared with the next rank's channel.
+        pump: called while the inbox is empty, to make the previous rank do its next operation.
     """
 
     def __init__(self, inbox: Queue, outbox: Queue, pump: Callable[[], object]) -> None:
@@ -81,38 +82,46 @@ class LocalChannel(Channel):
         self._header = b""
 
     def announce(self, header: bytes, arrays: Sequence[mx.array]) -> None:
+        """Remember the header; queue the message at once if it has no arrays."""
         self._header = header
         if not arrays:
             self._outbox.append((header, []))
 
     def deliver(self, arrays: Sequence[mx.array]) -> None:
+        """Queue the announced message."""
         if arrays:
             self._outbox.append((self._header, list(arrays)))
 
     def receive(self) -> Message:
+        """Return the next message, running the previous rank until there is one."""
         while not self._inbox:
             self._pump()
         return Message(*self._inbox.popleft(), wait=lambda: None)
 
 
 class RingChannel(Channel):
-    """Over `mx.distributed`, with announcements, and word that their arrays come, on the control socket."""
+    """A channel over `mx.distributed`; announcements, and notes that their arrays follow, use the control socket.
+
+    If a neighbour is gone, the control connection ends this rank (`Control.fail`); nothing is raised here.
+    """
 
     def __init__(self, world: World, control: Control, layout: Layout) -> None:
         self._world, self._control = world, control
         self._before, self._behind = layout.neighbours(world.rank)
-        # One stream for both deadlocks as soon as two ranks send each other more than the eager limit.
+        # A single stream for both would deadlock once two ranks send each other more than the eager limit.
         self._send_stream = mx.new_stream(mx.cpu)
         self._receive_stream = mx.new_stream(mx.cpu)
         self._in_flight: deque[mx.array] = deque()
-        # Messages received with arrays, and how long these took from the moment at which they were sent.
+        # Messages received with arrays, and seconds spent receiving these once they were being sent.
         self.num_hops, self.hop_s = 0, 0.0
 
     def announce(self, header: bytes, arrays: Sequence[mx.array]) -> None:
+        """Send header and shapes over the control socket."""
         shapes = [[str(a.dtype).removeprefix("mlx.core."), *a.shape] for a in arrays]
         self._control.announce(len(header).to_bytes(2, "little") + header + json.dumps(shapes).encode())
 
     def deliver(self, arrays: Sequence[mx.array]) -> None:
+        """Begin to send the announced arrays, as one message; wait for the oldest send if too many are in flight."""
         if not arrays:
             return
         self._control.announce(_SENT)
@@ -125,6 +134,7 @@ class RingChannel(Channel):
                 mx.eval(self._in_flight.popleft())
 
     def receive(self) -> Message:
+        """Wait for the next announcement and post the receive of its arrays, which `Message.wait` completes."""
         frame = self._control.await_announcement()
         length = int.from_bytes(frame[:2], "little")
         header, shapes = frame[2 : 2 + length], json.loads(frame[2 + length :])
@@ -139,7 +149,7 @@ class RingChannel(Channel):
         arrays = [payload] if len(shapes) == 1 else unpack(payload, shapes)
 
         def wait() -> None:
-            if self._control.await_announcement() != _SENT:  # asleep until then: MLX's receives spin
+            if self._control.await_announcement() != _SENT:  # sleeps until then, whereas MLX's receives spin
                 raise DesyncError("a message was announced before the arrays of the one before it had come")
             began = time.perf_counter()
             mx.eval(payload)
@@ -149,13 +159,13 @@ class RingChannel(Channel):
         return Message(header, arrays, wait)
 
     def flush(self) -> None:
-        """Wait until everything sent has left."""
+        """Wait until all sends have completed."""
         while self._in_flight:
             mx.eval(self._in_flight.popleft())
 
 
 def pack(arrays: Sequence[mx.array]) -> mx.array:
-    """The bytes of all arrays in one, each padded to a multiple of 8; evaluated."""
+    """Return one evaluated uint8 array with the bytes of all arrays, each padded to a multiple of 8 bytes."""
     parts = []
     for array in arrays:
         flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
@@ -166,7 +176,7 @@ def pack(arrays: Sequence[mx.array]) -> mx.array:
 
 
 def unpack(packed: mx.array, shapes: Sequence[Sequence[str | int]]) -> list[mx.array]:
-    """The inverse of `pack`, for arrays of the given [dtype, *shape]; unevaluated."""
+    """Return the unevaluated arrays, each described by [dtype, *shape], that `pack` made `packed` from."""
     arrays, start = [], 0
     for entry in shapes:
         dtype, shape = _DTYPES[str(entry[0])], tuple(int(n) for n in entry[1:])

@@ -1,8 +1,9 @@
 """The standard streams of ./launch/run, lent to rank 0 on the same machine.
 
 mlx.launch and mpirun copy their input into a pipe, never pass on its end, and gather what ranks write. So ./launch/run
-listens on a socket in a folder of its own, and rank 0 fetches the descriptors themselves: it reads, writes and ends like a
-process that the shell has started. On the socket each also hears when the other is gone, and rank 0 of a Ctrl-C.
+listens on a socket in a folder of its own, and rank 0 fetches the descriptors themselves: it then reads, writes and
+ends like a process that the shell has started. Over the socket each side also learns when the other is gone, and rank 0
+learns of a Ctrl-C.
 
 Knows descriptors and process groups. Must not load MLX.
 """
@@ -25,20 +26,20 @@ from hippo_mpi.transport.terminal import set_foreground
 
 _STREAMS = (0, 1, 2)
 _TAKES_INTERRUPTS, _INTERRUPT = b"i", b"c"
-_CONNECT_S = 5.0
-_LOOK_S = 0.1
+_CONNECT_TIMEOUT_S = 5.0
+_POLL_INTERVAL_S = 0.1  # between looks at whether ./launch/run has come to the foreground
 
 
 class Console:
     """The lender's side, in ./launch/run.
 
     Args:
-        folder: a private one, for the socket.
+        folder: a private folder for the socket.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "console"
-        self.pid: int | None = None  # rank 0's, once it has come
+        self.pid: int | None = None  # rank 0's, once it has connected
         self.takes_interrupts = False
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self.path))
@@ -55,16 +56,16 @@ class Console:
 
     @property
     def is_rank_alive(self) -> bool:
-        """Whether rank 0 has come and lives."""
+        """True if rank 0 has connected and is alive."""
         return self._connection is not None and self._thread.is_alive()
 
     @property
     def is_rank_gone(self) -> bool:
-        """Whether rank 0 has come and ended."""
+        """True if rank 0 has connected and ended."""
         return not self._thread.is_alive()
 
     def signal(self, number: int) -> None:
-        """Signal rank 0, if it has come and lives."""
+        """Send rank 0 a signal, if it has connected and is alive."""
         if self.is_rank_alive and self.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
@@ -84,28 +85,28 @@ class LentConsole:
     """The borrower's side, in rank 0, whose standard streams are those of ./launch/run."""
 
     connection: socket.socket
-    launcher_input: int  # descriptor of the input that the launcher had given
+    launcher_input: int  # descriptor of the standard input that the launcher gave
     lender: int  # the process group of ./launch/run
 
     def take_interrupts(self) -> None:
-        """From now on a Ctrl-C is for this process, and doesn't end all."""
+        """Have each further Ctrl-C passed to this process instead of ending the run."""
         with contextlib.suppress(OSError):
             self.connection.sendall(_TAKES_INTERRUPTS)
 
     @contextlib.contextmanager
     def foreground(self) -> Iterator[None]:
-        """Read from the terminal in the block: only its foreground group may, and Ctrl-C goes there."""
+        """Make this process the terminal's foreground group during the block: only that may read, and gets Ctrl-C."""
         own = os.getpgrp()
         try:
             while os.tcgetpgrp(0) != self.lender:  # ./launch/run itself is in the background
-                time.sleep(_LOOK_S)
-        except OSError:  # no terminal, or not the one of this session (another one, of ssh): then nothing stops us
+                time.sleep(_POLL_INTERVAL_S)
+        except OSError:  # no terminal, or one of another session (ssh's): nothing keeps us from reading
             yield
             return
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTSTP)}
         if handlers[signal.SIGINT] is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # the shell wouldn't see that we stop
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # the shell wouldn't notice that we have stopped
         set_foreground(own)
         try:
             yield
@@ -115,7 +116,7 @@ class LentConsole:
                 signal.signal(number, handler)
 
     def await_interrupt(self) -> bool:
-        """Wait for a Ctrl-C that ./launch/run has got; False if it is gone."""
+        """Wait for a Ctrl-C that ./launch/run received; return False if it is gone."""
         try:
             return bool(self.connection.recv(1))
         except OSError:
@@ -123,7 +124,7 @@ class LentConsole:
 
 
 def borrow_console() -> LentConsole | None:
-    """Make the streams of ./launch/run this process's own; None if it didn't start us.
+    """Make the streams of ./launch/run this process's own; return None if it didn't start us.
 
     Raises:
         LaunchError: it has started us, but on another machine.
@@ -133,7 +134,7 @@ def borrow_console() -> LentConsole | None:
     if path is None:
         return None
     connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(_CONNECT_S)
+    connection.settimeout(_CONNECT_TIMEOUT_S)
     try:
         connection.connect(path)
         connection.sendall(str(os.getpid()).encode())
@@ -150,7 +151,7 @@ def borrow_console() -> LentConsole | None:
     for descriptor, own in zip(lent, _STREAMS, strict=True):
         os.dup2(descriptor, own)
         os.close(descriptor)
-    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # while others read from the terminal, we write all the same
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # write to the terminal also while others are in the foreground
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # Ctrl-C is for the terminal's group, and must not reach the launcher
     return LentConsole(connection, launcher_input, int(data))

@@ -1,8 +1,8 @@
 """Input that mlx.launch or mpirun copies to rank 0, without its end.
 
 Rank 0 is the launcher's child, so on Linux it can see what the launcher reads from: whether a file has been read to its
-end, and whether anybody may still write into a pipe. Of a terminal it asks that Ctrl-D comes as a character. Where none of
-that is possible, silence is the end.
+end, and whether anybody may still write into a pipe. A terminal is set to deliver Ctrl-D as a character. Where none of
+that is possible, a long silence counts as the end.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pathlib import Path
 from hippo_mpi.transport.terminal import changed_terminal
 
 SILENCE_S = 600.0
-_PAUSE_S = 1.0  # silence that ends a text, where the end can't be seen
-_LOOK_S = 0.25
-_SETTLE_S = 2.0  # what the launcher has read may still be on its way to us
+_TEXT_END_SILENCE_S = 1.0  # silence after some text that counts as its end, where the end can't be seen
+_POLL_INTERVAL_S = 0.25  # between looks at the launcher's input
+_DRAIN_S = 2.0  # for what the launcher has read to reach us
 _CTRL_D = b"\x04"
 
 
@@ -40,7 +40,7 @@ class CopiedInput:
 
     Args:
         descriptor: the pipe.
-        launcher: the process that fills it; None: it is on another machine.
+        launcher: id of the process that fills it; None: it is on another machine.
         on_gone: called when the pipe itself ends.
     """
 
@@ -53,7 +53,7 @@ class CopiedInput:
         threading.Thread(target=self._pump, name="hippo-stdin", daemon=True).start()
 
     def read_line(self) -> str | None:
-        """The next line without its end; None at the end of the input."""
+        """Return the next line without its newline; None at the end of the input."""
         with self._ctrl_d_told():
             while b"\n" not in self._pending and not self._is_ended:
                 self._take(SILENCE_S)
@@ -62,19 +62,19 @@ class CopiedInput:
         return line.decode(errors="replace") if line or newline else None
 
     def read_all(self) -> str:
-        """All of the input."""
+        """Return all of the input, once it has ended."""
         with self._ctrl_d_told():
             while not self._is_ended:
-                self._take(_PAUSE_S if self._pending else SILENCE_S)
+                self._take(_TEXT_END_SILENCE_S if self._pending else SILENCE_S)
         text, self._pending = self._pending, b""
         return text.decode(errors="replace")
 
     def _take(self, silence_s: float) -> None:
-        """Wait for more, or for the end: nothing more to come, or, where that can't be seen, so long a silence."""
+        """Wait for more input or its end; where the end can't be seen, `silence_s` without input count as one."""
         began_s = ended_s = time.monotonic()
         while True:
             with contextlib.suppress(queue.Empty):
-                text, ctrl_d, _ = self._chunks.get(timeout=_LOOK_S).partition(_CTRL_D)
+                text, ctrl_d, _ = self._chunks.get(timeout=_POLL_INTERVAL_S).partition(_CTRL_D)
                 self._pending += text
                 self._is_ended = bool(ctrl_d)
                 return
@@ -83,7 +83,7 @@ class CopiedInput:
                 self._warn()
                 self._is_ended = now - began_s > silence_s
             elif state is _State.ENDED:
-                self._is_ended = now - ended_s > _SETTLE_S
+                self._is_ended = now - ended_s > _DRAIN_S
             else:
                 ended_s = now
             if self._is_ended:
@@ -105,7 +105,7 @@ class CopiedInput:
 
     @contextlib.contextmanager
     def _ctrl_d_told(self) -> Iterator[None]:
-        """While we wait, the launcher's terminal hands out Ctrl-D as a character, and no longer as an end."""
+        """Have the launcher's terminal deliver Ctrl-D as a character instead of as the end, during the block."""
         terminal = None if self._launcher is None else _open_terminal(self._launcher)
         if terminal is None:
             yield
@@ -119,7 +119,7 @@ class CopiedInput:
 
 
 def _open_terminal(launcher: int) -> int | None:
-    """The terminal that a process reads from, if it is one; nothing else is opened, and a pipe not held open."""
+    """Open the terminal that a process reads from, or return None. A pipe isn't opened, as that would keep it open."""
     path = f"/proc/{launcher}/fd/0" if Path("/proc/self/fd").exists() else "/dev/tty"
     try:
         if stat.S_ISCHR(os.stat(path).st_mode):
@@ -127,22 +127,22 @@ def _open_terminal(launcher: int) -> int | None:
             if os.isatty(descriptor):
                 return descriptor
             os.close(descriptor)
-    except OSError:  # none, or a launcher of somebody else's
+    except OSError:  # none, or another user's launcher
         pass
     return None
 
 
 def _look(launcher: int | None) -> _State:
-    """What is known of a process's standard input, without touching it."""
+    """Return what can be seen of a process's standard input without reading from it."""
     path = f"/proc/{launcher}/fd/0"
     try:
         target, mode = os.readlink(path), os.stat(path).st_mode
         if stat.S_ISREG(mode):
             position = int(Path(f"/proc/{launcher}/fdinfo/0").read_text().split()[1])
             return _State.ENDED if position >= os.stat(path).st_size else _State.OPEN
-        if target.startswith("pipe:"):  # one with a name doesn't tell that its writers are gone
+        if target.startswith("pipe:"):  # a named pipe doesn't show that its writers are gone
             return _State.OPEN if _has_writers(path) else _State.ENDED
-    except (OSError, ValueError):  # no /proc, or a launcher of somebody else's
+    except (OSError, ValueError):  # no /proc, or another user's launcher
         return _State.UNKNOWN
     if target == os.devnull:
         return _State.ENDED
@@ -150,7 +150,7 @@ def _look(launcher: int | None) -> _State:
 
 
 def _has_writers(path: str) -> bool:
-    """Whether a pipe holds anything, or anybody may still write into it."""
+    """True if a pipe holds data, or anybody may still write into it."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         poll = select.poll()

@@ -15,7 +15,7 @@ def framed(data: bytes) -> bytes:
 
 
 def read_frame(connection: socket.socket) -> bytes | None:
-    """Return one frame's data; None when the connection closed."""
+    """Wait for one frame and return its data; None if the connection is closed or the frame is too long."""
     head = _read_exactly(connection, _LENGTH.size)
     if head is None:
         return None
@@ -34,7 +34,12 @@ def _read_exactly(connection: socket.socket, count: int) -> bytes | None:
 
 
 class FrameReader:
-    """Frames that come in pieces, for a thread that must never wait for the rest of one. Reads no byte beyond a frame."""
+    """Reads frames that arrive in pieces without ever blocking, and no byte beyond the frame being read.
+
+    Args:
+        connection: read from while data is there.
+        max_bytes: longest frame to accept.
+    """
 
     def __init__(self, connection: socket.socket, max_bytes: int = _MAX_FRAME_BYTES) -> None:
         self._connection, self._max_bytes = connection, max_bytes
@@ -42,7 +47,7 @@ class FrameReader:
         self._end = _LENGTH.size  # of the head, then of the frame
 
     def read(self) -> bytes | None:
-        """Return a frame's data when all of it has come; None until then.
+        """Return a frame's data once all of it has arrived; None until then.
 
         Raises:
             OSError: the connection is closed or broken, or the frame is too long.

@@ -1,6 +1,6 @@
-"""How ranks find each other's control sockets, and prove that they belong to one run.
+"""Connects the ranks' control sockets, and lets ranks prove to each other that they belong to the same run.
 
-Addresses and what proves them travel over the data plane, once; then every connection begins with a proof.
+Addresses and their proofs are exchanged once over the data plane; after that every connection begins with a proof.
 """
 
 from __future__ import annotations
@@ -23,40 +23,48 @@ from hippo_mpi.transport.frames import FrameReader, framed
 from hippo_mpi.transport.run_key import given_key
 from hippo_mpi.transport.world import World
 
-_CARD_BYTES = 512
-_HELLO_S, _MAX_HELLO_BYTES = 5.0, 4096
-_MAX_CALLERS = 100  # who have yet to say their names
-_LOOK_S = 0.25
+_INTRODUCTION_BYTES = 512
+_HELLO_TIMEOUT_S, _MAX_HELLO_BYTES = 5.0, 4096
+_MAX_CALLERS = 100  # connections that haven't identified themselves yet
+_POLL_INTERVAL_S = 0.25  # between looks at the deadlines while nobody calls
 
 
 def introduce(world: World, port: int) -> tuple[bytes, list[dict[str, Any]]]:
-    """Exchange addresses over the data plane, which knows no authentication.
+    """Exchange addresses over the data plane, which has no authentication of its own.
 
-    Ranks that were given a key in their environment prove it to each other: each signs its address and what the others
-    have just made up, so that nothing that was heard before can be said again. Otherwise rank 0's key becomes everyone's.
+    Ranks that were given a key in their environment prove it to each other: each signs its address together with fresh
+    random bytes of all ranks, so that no earlier message can be replayed. Otherwise rank 0 makes a new key for all.
+
+    Returns:
+        The key of the run, and each rank's host, address, port and process id.
+
+    Raises:
+        RankError: a rank is lost, has no key, or has another one.
     """
     me = {"host": world.host, "address": world.address, "port": port, "pid": os.getpid()}
-    given, made_up = given_key(), b"".join(_all_gather(world, secrets.token_bytes(32)))
-    secret = {"proof": _signature(given, made_up, world.rank, me)} if given else {"key": secrets.token_hex(16)}
-    cards = [
+    given, nonces = given_key(), b"".join(_all_gather(world, secrets.token_bytes(32)))
+    secret = {"proof": _signature(given, nonces, world.rank, me)} if given else {"key": secrets.token_hex(16)}
+    introductions = [
         json.loads(data.rstrip())
-        for data in _all_gather(world, json.dumps({**me, **secret}).encode().ljust(_CARD_BYTES))
+        for data in _all_gather(world, json.dumps({**me, **secret}).encode().ljust(_INTRODUCTION_BYTES))
     ]
-    for rank, card in enumerate(cards) if given else ():
-        signed = {name: card[name] for name in me}
-        if not hmac.compare_digest(str(card.get("proof")), _signature(given, made_up, rank, signed)):
-            raise RankError(f"{world.name}: rank {rank} ({card['host']}) doesn't know this run's key ({RUN_KEY})")
-    if not given and "key" not in cards[0]:
-        raise RankError(f"{world.name} has no key ({RUN_KEY}), but rank 0 ({cards[0]['host']}) has")
-    return given or bytes.fromhex(cards[0]["key"]), cards
+    for rank, introduction in enumerate(introductions) if given else ():
+        signed = {name: introduction[name] for name in me}
+        if not hmac.compare_digest(str(introduction.get("proof")), _signature(given, nonces, rank, signed)):
+            raise RankError(
+                f"{world.name}: rank {rank} ({introduction['host']}) doesn't know this run's key ({RUN_KEY})"
+            )
+    if not given and "key" not in introductions[0]:
+        raise RankError(f"{world.name} has no key ({RUN_KEY}), but rank 0 ({introductions[0]['host']}) has")
+    return given or bytes.fromhex(introductions[0]["key"]), introductions
 
 
-def _signature(key: bytes, made_up: bytes, rank: int, card: dict[str, Any]) -> str:
-    return hmac.new(key, made_up + json.dumps([rank, card], sort_keys=True).encode(), "sha256").hexdigest()
+def _signature(key: bytes, nonces: bytes, rank: int, introduction: dict[str, Any]) -> str:
+    return hmac.new(key, nonces + json.dumps([rank, introduction], sort_keys=True).encode(), "sha256").hexdigest()
 
 
 def _all_gather(world: World, data: bytes) -> list[bytes]:
-    """Every rank's bytes, all of one length, by rank."""
+    """Return every rank's bytes, which must have the same length, by rank."""
     gathered = mx.distributed.all_gather(mx.array(list(data), dtype=mx.uint8)[None], group=world.group)
     try:
         mx.eval(gathered)
@@ -70,6 +78,18 @@ def _proof(key: bytes, kind: str, rank: int) -> str:
 
 
 def dial(who: dict[str, Any], world: World, key: bytes, kind: str, timeout_s: float) -> socket.socket:
+    """Connect to another rank's control socket, and send this rank's proof.
+
+    Args:
+        who: the other rank's entry in what `introduce` returned.
+        world: this rank.
+        key: of the run.
+        kind: what the connection is for; part of the proof.
+        timeout_s: seconds to wait for the connection.
+
+    Raises:
+        RankError: there is no connection in time.
+    """
     address = "127.0.0.1" if who["host"] == world.host and world.backend != "ring" else who["address"]
     try:
         connection = socket.create_connection((address, who["port"]), timeout_s)
@@ -90,47 +110,55 @@ def await_callers(
     names: list[str],
     timeout_s: float,
 ) -> dict[tuple[str, int], socket.socket]:
-    """Accept connections until all that are expected, by kind and rank, have proved who they are.
+    """Accept connections until all expected ones, by (kind, rank), have proved who they are.
 
-    Others are closed. Each has a few seconds to say its name, and none holds up another.
+    Other connections are closed. Each caller has a few seconds to identify itself, and none holds up another.
+
+    Args:
+        listener: the socket that is dialed.
+        expected: (kind, rank) of each connection.
+        key: of the run.
+        world: this rank.
+        names: of all ranks, for messages.
+        timeout_s: seconds until all must be there.
 
     Raises:
-        RankError: some haven't come within `timeout_s`.
+        RankError: some are missing after `timeout_s`.
     """
-    found: dict[tuple[str, int], socket.socket] = {}
-    callers: dict[socket.socket, tuple[FrameReader, float]] = {}  # with when their time is up
+    connections: dict[tuple[str, int], socket.socket] = {}
+    callers: dict[socket.socket, tuple[FrameReader, float]] = {}  # with the time until which each may identify itself
     ends_s = time.monotonic() + timeout_s
     try:
-        while missing := expected - found.keys():
+        while missing := expected - connections.keys():
             if time.monotonic() > ends_s:
                 late = ", ".join(names[rank] for rank in sorted({rank for _, rank in missing}))
                 raise RankError(f"{world.name} waited in vain for control connections of {late}")
-            for ready in select.select([listener, *callers], [], [], _LOOK_S)[0]:
+            for ready in select.select([listener, *callers], [], [], _POLL_INTERVAL_S)[0]:
                 if ready is listener:
                     connection, _ = listener.accept()
                     if len(callers) == _MAX_CALLERS:
                         oldest = next(iter(callers))
                         del callers[oldest]
                         oldest.close()
-                    callers[connection] = FrameReader(connection, _MAX_HELLO_BYTES), time.monotonic() + _HELLO_S
+                    callers[connection] = FrameReader(connection, _MAX_HELLO_BYTES), time.monotonic() + _HELLO_TIMEOUT_S
                 elif ready in callers and (who := _who(callers[ready][0], key)) is not None:
                     del callers[ready]
-                    if who in missing and who not in found:
+                    if who in missing and who not in connections:
                         ready.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                        found[who] = ready
+                        connections[who] = ready
                     else:
-                        ready.close()  # a stranger, or a rank twice
+                        ready.close()  # a stranger, or a rank that has connected already
             for late_one in [one for one, (_, until_s) in callers.items() if time.monotonic() > until_s]:
                 del callers[late_one]
                 late_one.close()
     finally:
         for one in callers:
             one.close()
-    return found
+    return connections
 
 
 def _who(reader: FrameReader, key: bytes) -> tuple[str, int] | None:
-    """Return whose connection it is; ("", -1) for a stranger, None until its hello is there."""
+    """Return (kind, rank) of a caller; ("", -1) for a stranger, None until its hello has arrived."""
     try:
         data = reader.read()
         if data is None:

@@ -1,4 +1,4 @@
-"""Living under a launcher: where standard input comes from, and the launcher's death."""
+"""A rank under its launcher: where standard input comes from, and what happens when the launcher dies."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from hippo_mpi.transport.processes import MPI_LAUNCHERS, command_line, is_mlx_la
 from hippo_mpi.transport.terminal import put_back_terminal
 from hippo_mpi.transport.world import World
 
-_LOOK_S = 0.5
-_FROZEN_LOOKS = 4
+_POLL_INTERVAL_S = 0.5  # between looks at mlx.launch's main thread
+_FROZEN_POLLS = 4  # in a row without a wake-up of that thread, after which it counts as ended
 _MLX_VARIABLES = {"MLX_HOSTFILE", "MLX_IBV_DEVICES"}
 
 
 class Launcher:
-    """Who started us: standard input, which is rank 0's to read, and its death, with which ranks end.
+    """The process that started this rank: gives rank 0 its standard input, and ends the rank when it dies.
 
-    Under mlx.launch a rank's input is a pipe, and when that ends, mlx.launch is gone, and so must be its ranks. A SIGINT
-    sent to mlx.launch alone ends only its main thread, while others keep the pipe open: rank 0, beside it, looks at that
-    thread (on Linux; elsewhere the ranks end with the answer). Rank 0 of ./launch/run has its own streams, and a
-    connection that ends with it. Where none of these started us, the input is just the input.
+    Under mlx.launch a rank's input is a pipe; when it ends, mlx.launch is gone, and its ranks must end too. A SIGINT
+    sent to mlx.launch alone ends only its main thread, while other threads keep the pipe open: so rank 0, on the same
+    machine, watches that thread (on Linux; elsewhere the ranks end with the answer). Under ./launch/run rank 0 has the
+    streams of ./launch/run, and a connection that ends with it. Otherwise the input is an ordinary standard input.
 
     Args:
-        console: the streams that rank 0 has from ./launch/run.
+        world: this rank.
+        console: the streams that rank 0 has borrowed from ./launch/run.
     """
 
     def __init__(self, world: World, console: LentConsole | None) -> None:
@@ -44,7 +45,7 @@ class Launcher:
             threading.Thread(target=self._listen, args=(console,), name="hippo-console", daemon=True).start()
 
     def _find_copied_input(self, parent: int) -> CopiedInput | None:
-        """Watch an mlx.launch; the input that a launcher copies to us, if rank 0 has no other."""
+        """Begin to watch an mlx.launch; return the input that a launcher copies to us, if rank 0 has no other."""
         given = self._console.launcher_input if self._console else 0
         is_reader, is_pipe = self._rank == 0 and not self._console, _is_pipe(given)
         is_mlx = bool(_MLX_VARIABLES & set(os.environ))
@@ -63,18 +64,18 @@ class Launcher:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether a person types into our input and sees our output on a terminal of ours."""
+        """True if our input and output are a terminal, so that a person types and reads."""
         return self._copied is None and os.isatty(0) and os.isatty(1)
 
     def read_all(self) -> str:
-        """All of the input, to its end."""
+        """Return all of the input, up to its end."""
         if self._copied:
             return self._copied.read_all()
         with self.foreground():
             return sys.stdin.read() if sys.stdin else ""
 
     def read_line(self) -> str | None:
-        """The next line without its end; None at the end of the input."""
+        """Return the next line without its newline; None at the end of the input."""
         if self._copied:
             return self._copied.read_line()
         with self.foreground():
@@ -82,11 +83,11 @@ class Launcher:
         return line.rstrip("\n") if line else None
 
     def foreground(self) -> contextlib.AbstractContextManager[None]:
-        """Read from standard input in the block, which may be the terminal of ./launch/run."""
+        """Allow reading from standard input during the block, also from the terminal of ./launch/run."""
         return self._console.foreground() if self._console else contextlib.nullcontext()
 
     def take_interrupts(self) -> None:
-        """A Ctrl-C is this rank's to handle, also under ./launch/run."""
+        """Have each further Ctrl-C passed to this rank, also under ./launch/run."""
         if self._console:
             self._console.take_interrupts()
 
@@ -101,15 +102,15 @@ class Launcher:
         self._end()
 
     def _watch(self, launcher: int) -> None:
-        """End when the launcher's main thread, which wakes ten times a second, waits for its threads only."""
+        """End this rank once the launcher's main thread, which wakes ten times a second, only waits for its threads."""
         seen, frozen = "", 0
-        while frozen < _FROZEN_LOOKS:
-            time.sleep(_LOOK_S)
+        while frozen < _FROZEN_POLLS:
+            time.sleep(_POLL_INTERVAL_S)
             try:
                 waits_in = Path(f"/proc/{launcher}/wchan").read_text()
                 status = Path(f"/proc/{launcher}/task/{launcher}/status").read_text()
             except OSError:
-                return  # gone: the pipe says so
+                return  # it is gone, which the end of the pipe shows
             switches = re.findall(r"^voluntary_ctxt_switches:.*", status, re.MULTILINE)[0]
             is_frozen = waits_in.startswith("futex") and switches == seen
             seen, frozen = switches, frozen + 1 if is_frozen else 0

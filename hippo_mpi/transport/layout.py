@@ -1,4 +1,4 @@
-"""Which rank does what: copies of the model, groups of layers one behind the other, and parts of each layer."""
+"""Maps ranks to replicas (copies of the model), stages (consecutive layers) and shards (parts of each layer)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hippo_mpi.errors import LaunchError
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is in a layout."""
+    """A rank's position in a layout."""
 
     replica: int
     stage: int
@@ -18,10 +18,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks share a model. Those of a replica follow each other, and those of a stage in it.
+    """How ranks share a model; the ranks of a replica are consecutive, and so are those of a stage within it.
 
     Args:
-        stages: groups of layers; each hands its hidden states to the next, and the last one back to the first.
+        stages: groups of layers; each sends its hidden states to the next, the last one back to the first.
         replicas: copies of the whole model.
         shards: parts of every layer of a stage.
     """
@@ -35,21 +35,25 @@ class Layout:
 
     @property
     def num_ranks(self) -> int:
-        """Return how many ranks it takes."""
+        """Return how many ranks the layout takes."""
         return self.replicas * self.stages * self.shards
 
     def check(self, num_ranks: int) -> None:
-        """Raise a LaunchError unless so many ranks are there."""
+        """Check that the layout takes exactly this many ranks.
+
+        Raises:
+            LaunchError: it doesn't; the error has the equation.
+        """
         if self.num_ranks != num_ranks:
             raise LaunchError(f"{self} ranks, but there are {num_ranks}")
 
     def place(self, rank: int) -> Place:
-        """Return where a rank is."""
+        """Return a rank's position."""
         replica, rest = divmod(rank, self.stages * self.shards)
         return Place(replica, *divmod(rest, self.shards))
 
     def neighbours(self, rank: int) -> tuple[int, int]:
-        """Return the ranks of the stages before and behind, in the ring of a replica and a shard."""
+        """Return the ranks of the previous and the next stage, in the ring of this rank's replica and shard."""
         at = self.place(rank)
         first = at.replica * self.stages * self.shards + at.shard
         before, behind = (at.stage - 1) % self.stages, (at.stage + 1) % self.stages

@@ -1,4 +1,4 @@
-"""Where MLX finds the library of the MPI that started us. Loads no MLX: it must be told before its first start."""
+"""Tells MLX where to find the library of the MPI that started us. Must not load MLX, which reads this at its start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 
 
 def find_mpi_library() -> None:
-    """Point MLX at the PyPI wheel's library: its libmpi.so is a text stub, which gives silent worlds of one."""
+    """Set the environment variables with which MLX finds libmpi.
+
+    The `libmpi.so` of the PyPI wheel is a text stub, with which every rank would silently be a world of one.
+    """
     os.environ.setdefault("OMPI_MPI_THREAD_LEVEL", "3")  # two streams talk to MPI at once
     if "MLX_MPI_LIBNAME" in os.environ:
         return
@@ -20,7 +23,7 @@ def find_mpi_library() -> None:
             os.environ["MLX_MPI_LIBNAME"] = str(beside[0])
         return
     folder = os.environ.get("OMPI_LIBDIR_LOC", "")
-    if "OMPI_COMM_WORLD_SIZE" not in os.environ:  # srun started us, which knows of no library: the wheel's is beside us
+    if "OMPI_COMM_WORLD_SIZE" not in os.environ:  # srun started us and names no library: take the wheel's, beside us
         folder = f"{sys.prefix}/lib"
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
     library = Path(folder) / "libmpi.so.40"

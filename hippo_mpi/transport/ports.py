@@ -1,8 +1,8 @@
 """Ports for the ranks of this machine, held until MLX has bound them.
 
-A port that was only looked for may be taken by another start before its rank binds it. So a start holds its ports: it
-binds them for itself, and then allows that somebody binds them again who asks for that, as MLX's ring does. Another
-start's look at them fails, whenever it comes.
+A port that was merely found free may be taken by another start before its rank binds it. So a start holds its ports: it
+binds them exclusively, and then sets the options with which they can be bound again by a process that asks for it, as
+MLX's ring does. An exclusive bind by another start fails at any time.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from hippo_mpi.errors import LaunchError
 # Below the ports that systems give to outgoing connections, and below mlx.launch's own 32323.
 FIRST, LAST = 10_000, 32_000
 THIS_MACHINE = "127.0.0.1"
-"""The name, and the address, with which a hostfile says that a rank runs where mlx.launch does."""
+"""The host name, and the address, of ranks on mlx.launch's own machine in a hostfile."""
 _TRIES, _MAX_COUNT = 1_000, 1_000
-_random = random.SystemRandom()  # processes that were forked from one must not draw alike
+_random = random.SystemRandom()  # processes forked from one parent must not pick the same numbers
 
 
 def new_loopback() -> str:
-    """Return an address of this machine that hardly anybody else uses, for a ring that is only for this machine's ranks.
+    """Return a loopback address that hardly anybody else uses, for a ring among this machine's ranks only.
 
-    MLX takes whoever connects first for the next rank, and knows no proof. On Linux a whole network leads back to the
-    machine; elsewhere only one address does.
+    MLX takes whoever connects first for the next rank, without authentication. On Linux all of 127.0.0.0/8 is loopback;
+    elsewhere only 127.0.0.1 is.
     """
     if sys.platform != "linux":
         return THIS_MACHINE
@@ -34,10 +34,13 @@ def new_loopback() -> str:
 
 
 class HeldPorts:
-    """So many local TCP ports in a row, this process's until `close`.
+    """Consecutive local TCP ports, held by this process until `close`; `first` is the lowest.
+
+    Args:
+        count: how many.
 
     Raises:
-        LaunchError: there are none.
+        LaunchError: there aren't that many free ports in a row.
     """
 
     def __init__(self, count: int) -> None:
@@ -57,12 +60,12 @@ class HeldPorts:
     def _hold(self, port: int) -> None:
         holder = socket.socket()
         self._sockets.append(holder)
-        holder.bind(("", port))  # fails if anybody has it, however they bound it
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what Linux asks before MLX may bind it
+        holder.bind(("", port))  # fails if anybody has bound it, with whatever options
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what Linux requires before MLX may bind it
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # and macOS
 
     def close(self) -> None:
-        """Let go of them."""
+        """Release the ports."""
         for holder in self._sockets:
             holder.close()
         self._sockets.clear()

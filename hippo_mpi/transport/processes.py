@@ -1,7 +1,7 @@
 """Other processes of this host: their command lines, and the end of ranks that can't end themselves.
 
-mlx.launch waits for ever for a rank that a signal has stopped: no SIGTERM ends it. So whoever ends a run kills it. MPI's
-launchers do that themselves.
+mlx.launch waits forever for a rank that a signal has stopped, because no SIGTERM ends it. So whoever ends a run must
+kill such ranks. MPI's launchers do that themselves.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ def command_line(pid: int) -> list[str]:
 
 
 def is_mlx_launch(pid: int) -> bool:
-    """Return True if a process is an mlx.launch."""
+    """Return whether a process is an mlx.launch."""
     return any(Path(word).name == "mlx.launch" for word in command_line(pid)[:2])  # an interpreter may come first
 
 
 def is_stopped(pid: int) -> bool:
-    """Return True if a signal has stopped a process."""
+    """Return whether a process is stopped by a signal (SIGSTOP, SIGTSTP)."""
     state = subprocess.run(["ps", "-p", str(pid), "-o", "stat="], capture_output=True, text=True).stdout
     return state.startswith("T")
 
 
 def kill_rank_if_stopped(pid: int) -> None:
-    """Kill a rank of this run that has told its id, if a signal has stopped it: others end by themselves, or by SIGTERM.
+    """Kill a rank of this run if it is stopped by a signal; ranks that run end by themselves, or by SIGTERM.
 
-    Ranks share a command line, so that nobody else is hit.
+    All ranks of a run have the same command line; a process with another one isn't killed.
     """
     if pid != os.getpid() and command_line(pid) == command_line(os.getpid()) and is_stopped(pid):
         _kill(pid)
 
 
 def kill_stopped_ranks(launcher: int) -> None:
-    """Kill what an mlx.launch has started on this host and a signal has stopped."""
+    """Kill the children of an mlx.launch on this host that are stopped by a signal."""
     if not is_mlx_launch(launcher):
-        return  # a shell, say, whose jobs are none of our business
+        return  # a shell, for example, whose other jobs must not be touched
     listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True).stdout
     for pid, parent, state in (line.split() for line in listing.splitlines()):
         if int(parent) == launcher and state.startswith("T"):

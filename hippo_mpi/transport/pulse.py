@@ -1,8 +1,8 @@
-"""What a rank tells of its own progress, so that a slow rank isn't taken for a dead one.
+"""Tracks a rank's own progress, so that a slow rank isn't taken for a dead one.
 
-The main thread notes what it does; the watch thread asks whether that goes on. Three things move a deadline: that
-something was finished; that this process uses the CPU for something other than waiting (a step of a big model can
-take minutes on a CPU); and how long steps have been seen to take (on a GPU, a process at work uses no CPU).
+The main thread notes what it does; the watch thread asks whether there is progress. Three things move a deadline:
+something was finished; the process uses the CPU for something other than waiting (a step of a big model can take
+minutes on a CPU); and steps are known to take that long (on a GPU, a working process uses no CPU).
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ class Progress(Protocol):
 
 
 _STEPS = (Activity.COMPUTING, Activity.FINISHING)
-_WORKING_SHARE = 0.05  # of a core, beside nine busy processes on two cores; an idle watch thread takes 0.002
-_MAX_DEADLINES = 100  # that one thing may take, while the CPU is used for it: an endless loop ends, too
+_WORKING_SHARE = 0.05  # of a core; reached even beside nine busy processes on two cores; an idle rank takes 0.002
+_MAX_DEADLINES = 100  # that one thing may take while it uses the CPU: so an endless loop ends, too
 
 
 class Pulse:
     """This rank's progress.
 
     Args:
-        timeout_s: how long a rank may get nothing done.
+        timeout_s: seconds that a rank may go without progress.
 
     Attributes:
         count: how many things have been finished.
         doing, activity: what is being done.
-        is_idle: nothing is due.
-        longest_s: the longest step so far.
+        is_idle: whether nothing is due.
+        longest_s: seconds of the longest step so far.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -71,7 +71,7 @@ class Pulse:
         self.doing, self.activity, self.is_idle = "idle", Activity.WAITING, True
 
     def is_working(self) -> bool:
-        """Return True if the CPU was used since the last call, for something that may still take its time."""
+        """Return whether the CPU was used since the last call, for something that hasn't taken too long yet."""
         now, cpu_s = time.monotonic(), time.process_time()
         share = (cpu_s - self._cpu_s) / max(now - self._looked_s, 1e-9)
         self._looked_s, self._cpu_s = now, cpu_s

@@ -1,8 +1,8 @@
-"""The key of a run, which all of its ranks know and nobody else.
+"""The key of a run, a secret of its ranks.
 
-It is made where the run is started. Ranks of that machine have it in their environment; to other machines it goes over
-ssh's standard input into a file that only its owner can read. A command line, where mlx.launch puts what it passes on,
-can be read by all users of a machine.
+It is made where the run is started. Ranks on that machine have it in their environment; to other machines it goes over
+ssh's standard input into a file that only its owner can read. It must not be on a command line, where mlx.launch puts
+the variables that it passes on, because all users of a machine can read those.
 """
 
 from __future__ import annotations
@@ -22,24 +22,30 @@ SSH = ("ssh", "-o", "BatchMode=yes")
 
 @dataclass(frozen=True)
 class RunKey:
-    """A new key, and the name of its file on other machines, below the home directory there."""
+    """A new key, and the path of its file on other machines, relative to the home directory there."""
 
     key: str = field(default_factory=lambda: secrets.token_hex(32))
     file: str = field(default_factory=lambda: f"{_FOLDER}/run-{secrets.token_hex(8)}")
 
     @property
     def environment(self) -> dict[str, str]:
-        """What ranks of this machine are started with."""
+        """Environment of ranks on this machine."""
         return {RUN_KEY: self.key}
 
     @property
     def passed_on(self) -> dict[str, str]:
-        """What ranks of other machines are started with, for everybody to see."""
+        """Environment of ranks on other machines; it is visible to every user there, so it has no secret."""
         return {RUN_KEY_FILE: self.file}
 
     def command(self, host: str, connect_s: int) -> list[str]:
-        """Return the command that takes the key on its standard input and leaves it on a host, for those who are let in
-        without a password. Files of runs that began more than a day ago are removed."""
+        """Return the ssh command that reads the key from its standard input and stores it on a host.
+
+        It also removes the key files of runs that began more than a day ago.
+
+        Args:
+            host: must let us in without a password.
+            connect_s: seconds to wait for the connection.
+        """
         folder, file = shlex.quote(_FOLDER), shlex.quote(self.file)
         script = f"umask 077; mkdir -p {folder}; find {folder} -name 'run-*' -mtime +0 -exec rm -f {{}} + ; cat >{file}"
         return [*SSH, "-o", f"ConnectTimeout={connect_s}", host, script]
@@ -49,7 +55,7 @@ def given_key() -> bytes:
     """Return the key that this rank was started with; empty if it has none.
 
     Raises:
-        RankError: its file isn't there.
+        RankError: the key's file can't be read.
     """
     if key := os.environ.get(RUN_KEY):
         return key.encode()

@@ -1,7 +1,7 @@
-"""The ranks of somebody's script: a group that the script made, or ours, with deadlines and an end for all.
+"""The ranks of a user's script: a group that the script made, or one of ours, with deadlines and a common end.
 
-The script runs on every rank and may end as it likes. What becomes of the others then: a rank that dies, raises or leaves
-while another waits for it ends them all, with a line that names it.
+The script runs on every rank and may end in any way: a rank that dies, raises or leaves while another waits for it ends
+all of them, with a line that names it.
 
 Knows ranks. Must not know models.
 """
@@ -25,33 +25,34 @@ from hippo_mpi.transport.world import World, connect, detect_launch, end_within,
 
 Group = mx.distributed.Group
 
-_LEAST_END_S = 10.0  # for the other ranks to end, on a busy machine
+_MIN_EXIT_TIMEOUT_S = 10.0  # to wait for the other ranks to end, on a busy machine
 
 
 class ScriptControl(Control):
-    """The control connections of a script. Alone, what fails is raised: there is nobody to end."""
+    """The control connections of a script's rank."""
 
     def fail(self, error: HippoError) -> NoReturn:
+        """End all ranks with an error; a single rank raises it instead, as there are no others to end."""
         if self.world.size == 1:
             self.idle()
             raise error
         super().fail(error)
 
     def hang_up(self) -> None:
-        """Leave for good: a rank that still waits for this one learns that it has gone."""
+        """Close all connections, so that a rank that still waits for this one learns that it is gone."""
         self.close()
         for connection in (self._next, self._previous):
-            with contextlib.suppress(OSError):  # the other side has gone first
+            with contextlib.suppress(OSError):  # the other side has closed it first
                 connection.shutdown(socket.SHUT_RDWR)
 
 
 class ScriptRing:
-    """This rank of a script, joined once for all of its models.
+    """This rank's connections to the others of a script, made once and shared by all of its models.
 
     Args:
         world: the ranks.
-        start_timeout_s: how long ranks wait for each other's connections.
-        timeout_s: how long a rank may be silent, or all of them get nothing done, before all end.
+        start_timeout_s: seconds that ranks wait for each other's connections.
+        timeout_s: seconds that a rank may be silent, or all may be without progress, before all end.
     """
 
     def __init__(self, world: World, start_timeout_s: float, timeout_s: float) -> None:
@@ -66,37 +67,37 @@ class ScriptRing:
             atexit.register(self._leave)
 
     def next_number(self) -> int:
-        """Return a number for a model, the same on all ranks: they join their models in the same order."""
+        """Return a number for a model, the same on all ranks, because they set up their models in the same order."""
         self._num_models += 1
         return self._num_models
 
     def _end_all(self, kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-        """End every rank with the exception that has ended this one's script."""
+        """End every rank because of the exception that ended the script on this one."""
         self._before(kind, error, where)
         if isinstance(error, KeyboardInterrupt):
             self.control.fail(interrupted())
         self.control.fail(HippoError(f"the script raised {kind.__name__}: {' '.join(str(error).split())}"))
 
     def _leave(self) -> None:
-        """End this rank in order, or with a line if others never end."""
-        end_s = max(self.control.timeout_s, _LEAST_END_S)
+        """End this rank in an orderly way, or with an error line if the others don't end in time."""
+        end_s = max(self.control.timeout_s, _MIN_EXIT_TIMEOUT_S)
         end_within(end_s, f"{self.world.name} waited {end_s:.0f} s for the other ranks to end")
-        with contextlib.suppress(RuntimeError):  # whoever was to take it has gone, and nobody waits for it
+        with contextlib.suppress(RuntimeError):  # the receiver is gone, so nobody needs the message
             self.channel.flush()
         self.control.hang_up()
-        self.world.group = None  # MPI is finalised when the last reference goes
+        self.world.group = None  # MPI is finalized when the last reference is dropped
 
 
 _joined: list[ScriptRing] = []
 
 
 def join(group: Group | None, start_timeout_s: float, timeout_s: float) -> ScriptRing:
-    """Return this script's ring; the first call makes it, and has every rank wait for the others.
+    """Return this script's ring; the first call makes it and waits for the other ranks.
 
     Args:
         group: from `mx.distributed.init()`; None: the one that the launcher's environment describes.
-        start_timeout_s: how long ranks wait for each other to start.
-        timeout_s: how long a rank may be silent, or all of them get nothing done, before all end.
+        start_timeout_s: seconds that ranks wait for each other to start.
+        timeout_s: seconds that a rank may be silent, or all may be without progress, before all end.
 
     Raises:
         LaunchError: the group isn't what the launcher has started, or isn't the one of the first call.
@@ -116,7 +117,11 @@ def join(group: Group | None, start_timeout_s: float, timeout_s: float) -> Scrip
 
 
 def _world_of(group: Group) -> World:
-    """Describe a group that somebody else has made."""
+    """Return the World of a group that the script has made.
+
+    Raises:
+        LaunchError: the group has another size than the launcher's environment says.
+    """
     launch = detect_launch()
     if launch.size is not None and launch.size != group.size():
         raise LaunchError(

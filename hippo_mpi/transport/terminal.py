@@ -1,4 +1,4 @@
-"""A terminal whose settings are changed for a while, and put back however this process ends."""
+"""Temporary changes of a terminal's settings, restored however this process ends."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ import termios
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_changed: list[tuple[int, list[Any]]] = []  # the descriptor of a terminal, and its settings before
+_changed: list[tuple[int, list[Any]]] = []  # descriptors of terminals, with their original settings
 
 
 def open_standard_streams() -> None:
-    """Put /dev/null where a standard stream is closed: else the next file, or socket, takes its place."""
+    """Open /dev/null for each closed standard stream; otherwise the next file or socket would get its descriptor."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor: this one
 
 
 @contextlib.contextmanager
 def changed_terminal(descriptor: int, characters: Mapping[int, bytes]) -> Iterator[None]:
-    """Give a terminal other control characters (none: whatever else changes it, such as readline) during the block."""
+    """Give a terminal other control characters during the block, and restore all of its settings afterwards.
+
+    Args:
+        descriptor: the terminal.
+        characters: by index (`termios.VEOF` ...); may be empty if something else, such as readline, changes settings.
+    """
     settings = termios.tcgetattr(descriptor)
     _changed.append((descriptor, settings))
     changed = [*settings[:6], [*settings[6]]]
@@ -40,7 +45,7 @@ def changed_terminal(descriptor: int, characters: Mapping[int, bytes]) -> Iterat
 
 @contextlib.contextmanager
 def kept_terminal() -> Iterator[None]:
-    """Put our terminal back after the block, whatever processes that are gone have made of it."""
+    """Restore our terminal after the block from whatever state ended processes have left it in."""
     settings = termios.tcgetattr(0) if os.isatty(0) else None
     try:
         yield
@@ -52,13 +57,13 @@ def kept_terminal() -> Iterator[None]:
 
 
 def set_foreground(group: int) -> None:
-    """Make a process group the one that reads from our terminal and gets its Ctrl-C."""
+    """Make a process group the foreground group of our terminal, which reads from it and gets its Ctrl-C."""
     with _allowed_in_background(), contextlib.suppress(OSError):
         os.tcsetpgrp(0, group)
 
 
 def _is_foreground_ours() -> bool:
-    """Whether nobody else uses our terminal: its group is our own, or none that lives."""
+    """True if nobody else uses our terminal: its foreground group is our own, or has no living process."""
     group = os.tcgetpgrp(0)
     if group == os.getpgrp():
         return True
@@ -72,7 +77,7 @@ def _is_foreground_ours() -> bool:
 
 
 def put_back_terminal() -> None:
-    """Undo what was changed; for those who end this process at once, from any thread."""
+    """Restore all changed terminals; for code that ends this process at once, from any thread."""
     while _changed:
         _set(*_changed.pop())
 
@@ -90,7 +95,7 @@ def _set(descriptor: int, settings: list[Any]) -> None:
 
 @contextlib.contextmanager
 def _allowed_in_background() -> Iterator[None]:
-    """A process in the background may change its terminal only while SIGTTOU is blocked."""
+    """Block SIGTTOU during the block, without which a background process can't change its terminal."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:
         yield

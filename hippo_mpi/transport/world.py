@@ -1,4 +1,4 @@
-"""The world of ranks: which launcher started us, and one strict `mx.distributed.init`.
+"""The world of ranks: finds out which launcher started us, and calls `mx.distributed.init` once, strictly.
 
 Knows launchers and backends. Must not know models. `mx.distributed` appears in this package only.
 """
@@ -24,7 +24,7 @@ from hippo_mpi.transport.mpi_library import find_mpi_library
 from hippo_mpi.transport.processes import is_stopped, kill_stopped_ranks
 from hippo_mpi.transport.status_file import write_status
 
-_END_S = 1.0  # from a signal to the next
+_SIGNAL_INTERVAL_S = 1.0  # between SIGQUIT and SIGKILL
 
 
 @dataclass
@@ -40,12 +40,13 @@ class World:
 
     @property
     def name(self) -> str:
+        """This rank's number and host, for messages."""
         return f"rank {self.rank} ({self.host})"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the environment says about how we were started."""
+    """How this process was started, according to its environment."""
 
     backend: str  # "" (alone), "ring", "mpi", "jaccl"
     rank: int
@@ -57,7 +58,7 @@ def detect_launch() -> Launch:
     """Read the launcher's environment.
 
     Raises:
-        LaunchError: it contradicts itself.
+        LaunchError: its variables contradict each other, or name a hostfile that can't be read.
     """
     env = os.environ
     # mpirun inside sbatch leaves SLURM_PROCID at 0 on every rank, so its own variables come first.
@@ -92,7 +93,11 @@ def _detect_ring(hostfile: Path, rank: int) -> Launch:
 
 
 def connect(launch: Launch, timeout_s: float) -> World:
-    """Join the world, or fail: never a silent world of one.
+    """Join the world, or fail; never end up silently as a world of one.
+
+    Args:
+        launch: from `detect_launch`.
+        timeout_s: seconds to wait for the other ranks; then this process ends with a line and status 3.
 
     Raises:
         LaunchError: the backend doesn't load, or joins another number of ranks than the launcher started.
@@ -129,7 +134,7 @@ def _explain(launch: Launch, error: str) -> str:
 
 
 def own_address(launch: Launch) -> str:
-    """Return an address of this host for others: that of the interface which leads to them, or outside, else loopback."""
+    """Return the address at which others reach this host: its interface towards them, or the outside, else loopback."""
     coordinator = os.environ.get("MLX_JACCL_COORDINATOR", "").rpartition(":")[0]
     if launch.backend == "jaccl" and launch.rank == 0 and coordinator:
         return coordinator
@@ -143,7 +148,7 @@ def own_address(launch: Launch) -> str:
 
 @contextlib.contextmanager
 def deadline(timeout_s: float, complaint: str) -> Iterator[None]:
-    """End this process with a line and status 3 if the block takes longer."""
+    """End this process with a line and status 3 if the block takes longer than `timeout_s`."""
     with _ends_with_status_3():
         child, done = _keep_time(timeout_s, complaint)
         try:
@@ -154,16 +159,19 @@ def deadline(timeout_s: float, complaint: str) -> Iterator[None]:
 
 
 def end_within(timeout_s: float, complaint: str) -> None:
-    """End this process with a line and status 3 if it lives longer: it is about to end, and may wait for others."""
+    """End this process with a line and status 3 if it is still alive after `timeout_s`.
+
+    For a process that is about to end, but may wait for others meanwhile.
+    """
     _exit_on_sigquit()
     _keep_time(timeout_s, complaint)
 
 
 def _keep_time(timeout_s: float, complaint: str) -> tuple[int, int]:
-    """Return a process that ends this one in time, and the descriptor with whose closing it ends itself.
+    """Fork a process that ends this one after `timeout_s`; return its id and a descriptor whose closing ends it.
 
-    `mx.distributed.init` holds the interpreter's lock and rank 0's waits for ever, so no thread of ours can
-    end it: a forked child keeps the time.
+    `mx.distributed.init` holds the interpreter's lock, and on rank 0 it waits forever, so no thread of this process
+    could end it: a forked child keeps the time.
     """
     done_read, done_write = os.pipe()
     own, launcher = os.getpid(), os.getppid()
@@ -188,9 +196,9 @@ def _ends_with_status_3() -> Iterator[None]:
 
 
 def _exit_on_sigquit() -> None:
-    """Let a SIGQUIT end this process with its own number as the status, which happens to be RankError's.
+    """Let a SIGQUIT end this process with the signal's number as its status, which happens to be RankError's.
 
-    No handler of Python's runs while MLX holds the interpreter's lock, and a signal's default would give another status.
+    No Python handler runs while MLX holds the interpreter's lock, and the default action would give another status.
     """
     assert RankError.exit_code == signal.SIGQUIT
     libc = ctypes.CDLL(None)
@@ -198,12 +206,12 @@ def _exit_on_sigquit() -> None:
 
 
 def _end(rank_pid: int, launcher: int, complaint: str) -> None:
-    """End a rank that waits in vain, and with it those that are waited for, if they are stopped."""
-    if not is_stopped(rank_pid):  # else others wait for it, and say so
+    """End a rank that has waited too long, and the ranks of this host that it waits for, if they are stopped."""
+    if not is_stopped(rank_pid):  # otherwise others wait for this one, and report it
         print_error(complaint)
     kill_stopped_ranks(launcher)
     write_status(RankError.exit_code, complaint)
     for number in (signal.SIGQUIT, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank_pid, number)
-        time.sleep(_END_S)
+        time.sleep(_SIGNAL_INTERVAL_S)

@@ -52,7 +52,7 @@ def _count(*_: object) -> None:
             found |= {"slots": used, "dropped": dropped, "kept": len(slots._prefixes._kept)}
             found["at work"] = len(one.running) + one.num_waiting
         elif kind == "hippo_mpi.shard.slot_caches.SlotCaches":
-            found["caches"] = found.get("caches", 0) + len(one._blocks)
+            found["caches"] = found.get("caches", 0) + len(one._groups)
     path = os.path.join(os.environ["HIPPO_COUNTS"], f"{os.getpid()}.json")
     with open(f"{path}.new", "w") as file:
         json.dump(found, file)

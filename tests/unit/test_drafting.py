@@ -43,10 +43,10 @@ def tokenizer() -> TokenizerWrapper:
     return open_tokenizer(BUNDLED_MODEL, [4, 0], (), False)
 
 
-def make_drafter(num_draft_tokens: int = 4, most_tokens: int | None = None) -> Drafter:
+def make_drafter(num_draft_tokens: int = 4, max_tokens: int | None = None) -> Drafter:
     checkpoint = open_folder(DRAFT_MODEL)
     model = load_stage(checkpoint, 0, checkpoint.flow.num_layers).model
-    return Drafter(model, checkpoint.config["vocab_size"], most_tokens, num_draft_tokens)
+    return Drafter(model, checkpoint.config["vocab_size"], max_tokens, num_draft_tokens)
 
 
 def answer(
@@ -159,7 +159,7 @@ def test_what_has_been_read_of_a_conversation_is_not_read_again(
 def test_a_draft_model_with_a_short_context_falls_silent(story: Checkpoint, tokenizer: TokenizerWrapper) -> None:
     prompt = encode(tokenizer, "Once upon a time a fox")
     long = answer(story, tokenizer, [12], make_drafter().propose, prompt, max_tokens=40)
-    short = answer(story, tokenizer, [12], make_drafter(most_tokens=20).propose, prompt, max_tokens=40)
+    short = answer(story, tokenizer, [12], make_drafter(max_tokens=20).propose, prompt, max_tokens=40)
     assert tokens_of(short) == tokens_of(long)
     assert 0 < short[-1].timings.num_draft_tokens < long[-1].timings.num_draft_tokens / 2
 

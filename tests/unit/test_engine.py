@@ -184,12 +184,12 @@ def test_company_changes_nothing(
         else:
             assert made == ANSWERS[asked]
     bench.engine.forget_prefixes()
-    assert not bench.ring.leader.caches._blocks
+    assert not bench.ring.leader.caches._groups
     while bench.ring.queues[1 % len(split)] and len(split) > 1:
         for follower in bench.ring.followers:
             follower.follow()
     for follower in bench.ring.followers:
-        assert not follower.caches._blocks
+        assert not follower.caches._groups
 
 
 def ask(bench: Bench, number: int, prompt: list[int], **sampling: Any) -> None:

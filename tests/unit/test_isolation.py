@@ -22,7 +22,7 @@ from hippo_mpi.engine.grammar import json_grammar
 from hippo_mpi.engine.messages import OutputMessage
 from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams
-from hippo_mpi.engine.sampling import Chooser
+from hippo_mpi.engine.sampling import TokenSampler
 from hippo_mpi.engine.text import AnswerText, open_tokenizer
 from hippo_mpi.errors import FieldError, ForeignError, HippoError, UserError
 from hippo_mpi.parallel.timeline import Timeline
@@ -88,7 +88,7 @@ def test_an_error_of_one_request(
 ) -> None:
     """Where no client can bring one about, we do: at the third token, or before the first."""
 
-    def break_chooser(self: Chooser, *_: Any) -> Any:
+    def break_sampler(self: TokenSampler, *_: Any) -> Any:
         raise RuntimeError("a mistake")
 
     marked = replace(PLAIN, temp=1.0, seed=5, logprobs=2)
@@ -102,10 +102,10 @@ def test_an_error_of_one_request(
         wanted(self, request, mask)
         sequence = self._sequences[request.id]
         if where == "detokenizer":
-            sequence.detokenizer.add_token = break_chooser
+            sequence.detokenizer.add_token = break_sampler
         else:
             name = {"sampler": "_sampler", "processor": "logprobs", "logprobs": "num_logprobs"}.get(where, where)
-            setattr(sequence.chooser, name, "many" if where == "logprobs" else break_chooser)
+            setattr(sequence.sampler, name, "many" if where == "logprobs" else break_sampler)
         return None
 
     monkeypatch.setattr(Engine, "_queue", queue)
@@ -155,7 +155,7 @@ def test_grammars_that_cant_be_compiled(engine: Engine, undisturbed: list[int | 
     broken, bystander = run(engine, wrong)
     assert str(error_of(broken)).startswith("response_format: ")
     assert [output.token for output in bystander] == undisturbed
-    monkeypatch.setattr(grammar, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(grammar, "_COMPILE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(grammar.Grammars, "_matcher", lambda *_: time.sleep(1))
     late, bystander = run(engine, replace(PLAIN, grammar=json_grammar(SCHEMA)))
     assert "was not compiled within 0 s" in str(error_of(late))
@@ -210,7 +210,7 @@ def test_rank_0_says_what_a_request_has_met(engine: Engine, monkeypatch: Any) ->
             raise RuntimeError("a mistake")
         queue_one(self, request, mask)
         if request.id == 1:
-            self._sequences[1].chooser.accept = None
+            self._sequences[1].sampler.accept = None
 
     monkeypatch.setattr(Engine, "_queue", queue)
     service = RankService(ours, cast(Any, Watch()))

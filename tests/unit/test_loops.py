@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 
-from hippo_mpi.engine.loops import LoopWatch
+from hippo_mpi.engine.loops import RepetitionDetector
 
 
-def first_loop(tokens: list[int], texts: list[str], most: int = 4) -> int | None:
-    watch = LoopWatch(most)
+def first_loop(tokens: list[int], texts: list[str], max_repeats: int = 4) -> int | None:
+    detector = RepetitionDetector(max_repeats)
     said = ""
     for number, (token, text) in enumerate(zip(tokens, texts, strict=True)):
         said += text
-        if watch.take(token, said):
+        if detector.take(token, said):
             return number
     return None
 

@@ -24,17 +24,17 @@ def equal_stages(_: int, action: Action) -> float:
 @pytest.mark.parametrize("num_stages", range(1, 9))
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 30])
 @pytest.mark.parametrize("num_silent", [0, 5])
-@pytest.mark.parametrize("most_in_flight", [None, 1, 3])
+@pytest.mark.parametrize("max_in_flight", [None, 1, 3])
 def test_never_deadlocks_with_blocking_sends(
-    num_stages: int, num_steps: int, num_silent: int, most_in_flight: int | None
+    num_stages: int, num_steps: int, num_silent: int, max_in_flight: int | None
 ) -> None:
-    schedules = [actions(rank, num_stages, num_steps, most_in_flight, num_silent) for rank in range(num_stages)]
+    schedules = [actions(rank, num_stages, num_steps, max_in_flight, num_silent) for rank in range(num_stages)]
     simulate(schedules, equal_stages, blocking_sends=True)
 
 
 def test_what_a_simulation_says() -> None:
     """One micro-batch on two stages: forward 1 s, link 0.25 s and 0.5 s, forward 1 s, back again, head 0.5 s."""
-    schedules = [actions(rank, 2, 2, most_in_flight=1) for rank in range(2)]
+    schedules = [actions(rank, 2, 2, max_in_flight=1) for rank in range(2)]
     found = simulate(
         schedules,
         lambda _, action: 1.0 if action.kind == "forward" else 0.5,
