@@ -12,7 +12,7 @@ import mlx.core as mx
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.parallel.step import Step, StepResult, run_step
-from hippo_mpi.parallel.step_plan import StepPlan
+from hippo_mpi.parallel.step_plan import Returns, StepPlan
 from hippo_mpi.parallel.worker import Follower, Leader
 from hippo_mpi.shard.slot_caches import KVSettings
 from hippo_mpi.shard.stage import Stage, load_stage
@@ -54,7 +54,9 @@ class LocalRing:
         return pump
 
     def plan(self, slot: int, position: int, num_tokens: int, wants_logits: bool = True) -> StepPlan:
-        plan = StepPlan(self._serial, (slot,), (position,), (num_tokens,), wants_logits)
+        plan = StepPlan(
+            self._serial, (slot,), (position,), (num_tokens,), Returns.LOGITS if wants_logits else Returns.NOTHING
+        )
         self._serial += 1
         return plan
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from hippo_mpi.errors import UserError
 from hippo_mpi.parallel.step import Step, StepRunner, run_step
-from hippo_mpi.parallel.step_plan import StepPlan
+from hippo_mpi.parallel.step_plan import Returns, StepPlan
 
 _LENGTHS = (5, 150)  # tokens: far apart, so that effects of padding show
 _TOLERANCE = 0.1  # of the logits' standard deviation: rounding stays below it, also in bfloat16; mistakes don't
@@ -36,13 +36,17 @@ def check_rows(runner: StepRunner, serials: Iterator[int]) -> RowCheck:
     for slot, prompt in enumerate(prompts):
         run_step(runner, Step(StepPlan(next(serials), (slot,), (0,), (len(prompt),)), [prompt]))
         fork = ((slot, slot + 2),)
-        alone.append(_last_logits(runner, StepPlan(next(serials), (slot + 2,), (len(prompt),), (1,), True, fork)))
+        alone.append(
+            _last_logits(runner, StepPlan(next(serials), (slot + 2,), (len(prompt),), (1,), Returns.LOGITS, fork))
+        )
     wanted = mx.concatenate(alone)
-    together = StepPlan(next(serials), (0, 1), _LENGTHS, (1, 1), True)
+    together = StepPlan(next(serials), (0, 1), _LENGTHS, (1, 1), Returns.LOGITS)
     can_batch = can_pad = _are_close(_last_logits(runner, together), wanted)
     if can_batch:
         run_step(runner, Step(StepPlan(next(serials), (2, 3), (0, 0), _LENGTHS), prompts))
-        can_pad = _are_close(_last_logits(runner, StepPlan(next(serials), (2, 3), _LENGTHS, (1, 1), True)), wanted)
+        can_pad = _are_close(
+            _last_logits(runner, StepPlan(next(serials), (2, 3), _LENGTHS, (1, 1), Returns.LOGITS)), wanted
+        )
     run_step(runner, Step(StepPlan(next(serials), drops=(0, 1, 2, 3)), []))
     return RowCheck(can_batch, can_pad)
 
@@ -59,8 +63,10 @@ def check_drafting(runner: StepRunner, serials: Iterator[int]) -> None:
     if runner.slot_limits(0).num_revocable < len(draft):
         problem = "its caches can't lose tokens again"
     else:
-        together = _logits(runner, StepPlan(next(serials), (1,), (start,), (len(draft),), True, fork), [draft])
-        steps = [StepPlan(next(serials), (0,), (start + i,), (1,), True) for i in range(len(draft))]
+        together = _logits(
+            runner, StepPlan(next(serials), (1,), (start,), (len(draft),), Returns.LOGITS, fork), [draft]
+        )
+        steps = [StepPlan(next(serials), (0,), (start + i,), (1,), Returns.LOGITS) for i in range(len(draft))]
         one_by_one = mx.concatenate([_logits(runner, plan, [draft[:1]]) for plan in steps], axis=1)
         problem = "" if _are_close(together[0], one_by_one[0]) else "several tokens in one step give it other answers"
     run_step(runner, Step(StepPlan(next(serials), drops=(0, 1)), []))

@@ -20,7 +20,7 @@ from hippo_mpi.engine.prefix_cache import PrefixCache
 from hippo_mpi.engine.request import Sequence
 from hippo_mpi.engine.slots import Slots
 from hippo_mpi.parallel.step import Step
-from hippo_mpi.parallel.step_plan import StepPlan
+from hippo_mpi.parallel.step_plan import Returns, StepPlan
 
 
 @dataclass(eq=False)
@@ -240,19 +240,21 @@ class Scheduler:
         starts = [sequence.position for sequence in batch.rows]
         for sequence in batch.rows:
             sequence.position += 1
-        plan = self._plan(batch.rows, starts, [1 + len(draft)] * len(starts), wants_logits=True)
+        plan = self._plan(batch.rows, starts, [1 + len(draft)] * len(starts), Returns.LOGITS)
         batch.num_in_flight += 1
         self._batch_of[plan.serial] = batch
         tokens = [] if is_ahead else [[sequence.tokens[-1], *draft] for sequence in batch.rows]
         return Step(plan, tokens, list(batch.rows), [draft] * len(starts))
 
-    def _plan(self, rows: list[Sequence], starts: list[int], counts: list[int], wants_logits: bool = False) -> StepPlan:
+    def _plan(
+        self, rows: list[Sequence], starts: list[int], counts: list[int], returns: Returns = Returns.NOTHING
+    ) -> StepPlan:
         for sequence in rows:
             if not sequence.is_begun:
                 sequence.is_begun = True
                 self._begun.append(sequence.request.id)
         slots, changes = tuple(sequence.slot for sequence in rows), self._slots.take_changes()
         return StepPlan(
-            next(self._serials), slots, tuple(starts), tuple(counts), wants_logits,
+            next(self._serials), slots, tuple(starts), tuple(counts), returns,
             changes.forks, changes.detached, changes.drops,
         )  # fmt: skip

@@ -10,10 +10,18 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from enum import Flag
 
 from hippo_mpi.errors import DesyncError
 
 _HEAD = struct.Struct("<IBHHHH")
+
+
+class Returns(Flag):
+    """What comes back to rank 0 from a step; the last stage sends it, and rank 0 must then receive it."""
+
+    NOTHING = 0
+    LOGITS = 1
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class StepPlan:
     slots: tuple[int, ...] = ()
     positions: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()  # tokens of each row
-    wants_logits: bool = False  # whether the last stage sends its result to rank 0, which must then receive it
+    returns: Returns = Returns.NOTHING
     forks: tuple[tuple[int, int], ...] = ()  # (source, slot): the slot begins as a copy of the source
     detached: tuple[int, ...] = ()  # slots that leave a batched cache for one of their own
     drops: tuple[int, ...] = ()  # slots whose caches are freed
@@ -33,6 +41,11 @@ class StepPlan:
     def has_rows(self) -> bool:
         """True if there is a forward pass."""
         return bool(self.slots)
+
+    @property
+    def wants_logits(self) -> bool:
+        """Whether the step returns logits."""
+        return Returns.LOGITS in self.returns
 
     @property
     def num_tokens(self) -> int:
@@ -59,7 +72,7 @@ def encode(plan: StepPlan) -> bytes:
     lengths = len(plan.slots), len(plan.forks), len(plan.detached), len(plan.drops)
     forks = (number for fork in plan.forks for number in fork)
     numbers = [*plan.slots, *plan.positions, *plan.counts, *forks, *plan.detached, *plan.drops]
-    head = _HEAD.pack(plan.serial, plan.wants_logits, *lengths)
+    head = _HEAD.pack(plan.serial, plan.returns.value, *lengths)
     return head + struct.pack(f"<{len(numbers)}i", *numbers)
 
 
@@ -70,12 +83,13 @@ def decode(wire: bytes) -> StepPlan:
         DesyncError: the bytes are not a plan.
     """
     try:
-        serial, wants_logits, num_rows, num_forks, num_detached, num_drops = _HEAD.unpack_from(wire)
+        serial, flags, num_rows, num_forks, num_detached, num_drops = _HEAD.unpack_from(wire)
         numbers = struct.unpack(f"<{3 * num_rows + 2 * num_forks + num_detached + num_drops}i", wire[_HEAD.size :])
-    except struct.error as error:
+        returns = Returns(flags)
+    except (struct.error, ValueError) as error:
         raise DesyncError(f"expected a step, got {len(wire)} other bytes: {error}") from None
     slots, positions, counts = (numbers[start * num_rows : (start + 1) * num_rows] for start in range(3))
     rest = numbers[3 * num_rows :]
     forks = tuple(zip(rest[: 2 * num_forks : 2], rest[1 : 2 * num_forks : 2], strict=True))
     detached, drops = rest[2 * num_forks : 2 * num_forks + num_detached], rest[2 * num_forks + num_detached :]
-    return StepPlan(serial, slots, positions, counts, bool(wants_logits), forks, detached, drops)
+    return StepPlan(serial, slots, positions, counts, returns, forks, detached, drops)

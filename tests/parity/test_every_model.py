@@ -26,7 +26,7 @@ from hippo_mpi.engine.request import Propose, Request, SamplingParams, Sequence
 from hippo_mpi.engine.row_check import RowCheck, check_rows
 from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.errors import ForeignError, UserError
-from hippo_mpi.parallel.step_plan import StepPlan
+from hippo_mpi.parallel.step_plan import Returns, StepPlan
 from hippo_mpi.planning.model_costs import model_info
 from hippo_mpi.shard.slot_caches import KVSettings
 from hippo_mpi.shard.stage import Forward, Stage
@@ -287,7 +287,7 @@ def regrouped(ring: LocalRing, name: str) -> list[mx.array]:
         for source, slot in forks:
             lengths[slot] = lengths[source]
         positions = tuple(lengths.setdefault(slot, 0) for slot in slots)
-        plan = StepPlan(next(serials), slots, positions, (1,) * len(slots), True, forks, drops=drops)
+        plan = StepPlan(next(serials), slots, positions, (1,) * len(slots), Returns.LOGITS, forks, drops=drops)
         finished = ring.step(plan, [[11 + slot] for slot in slots]) or ring.wait()
         assert finished is not None
         mx.eval(finished.logits)

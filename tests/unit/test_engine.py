@@ -28,7 +28,7 @@ from hippo_mpi.engine.request import Propose, Request, RequestOutput, Resume, Sa
 from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.errors import DesyncError, UserError
 from hippo_mpi.parallel.step import Step
-from hippo_mpi.parallel.step_plan import StepPlan
+from hippo_mpi.parallel.step_plan import Returns, StepPlan
 from hippo_mpi.planning.machine import longest_chunk
 from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity.tiny_models import make_checkpoint
@@ -282,8 +282,8 @@ def test_slots_that_go_together_move_their_company_once(checkpoint: Checkpoint, 
     leader.caches._keep_rows = lambda block, rows: (moves.append(rows), keep_rows(block, rows))  # type: ignore[assignment,func-returns-value]
     ring.step(StepPlan(1, detached=(1, 2), drops=(0, 3)), [])
     assert len(moves) == 2  # one for those that part, one for those that are dropped
-    together = ring.step(StepPlan(2, (4, 5), (8, 8), (1, 1), True), [[7], [7]])
-    apart = ring.step(StepPlan(3, (1,), (8,), (1,), True), [[7]])
+    together = ring.step(StepPlan(2, (4, 5), (8, 8), (1, 1), Returns.LOGITS), [[7], [7]])
+    apart = ring.step(StepPlan(3, (1,), (8,), (1,), Returns.LOGITS), [[7]])
     again = LocalRing(make_stages(checkpoint, [6]))
     assert together and apart
     for slot, logits in ((4, together.logits[0, -1]), (5, together.logits[1, -1]), (1, apart.logits[0, -1])):

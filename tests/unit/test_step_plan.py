@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hippo_mpi.errors import DesyncError
-from hippo_mpi.parallel.step_plan import StepPlan, decode, encode
+from hippo_mpi.parallel.step_plan import Returns, StepPlan, decode, encode
 
 INT = st.integers(0, 2**31 - 1)
 ROWS = st.lists(st.tuples(INT, INT, INT), max_size=64)
@@ -13,17 +13,17 @@ FORKS = st.lists(st.tuples(INT, INT), max_size=9).map(tuple)
 SLOTS = st.lists(INT, max_size=9).map(tuple)
 
 
-@given(st.integers(0, 2**32 - 1), ROWS, st.booleans(), FORKS, SLOTS, SLOTS)
+@given(st.integers(0, 2**32 - 1), ROWS, st.sampled_from(Returns), FORKS, SLOTS, SLOTS)
 def test_decode_inverts_encode(
     serial: int,
     rows: list[tuple[int, int, int]],
-    wants_logits: bool,
+    returns: Returns,
     forks: tuple[tuple[int, int], ...],
     parts: tuple[int, ...],
     drops: tuple[int, ...],
 ) -> None:
     slots, positions, counts = (tuple(row[part] for row in rows) for part in range(3))
-    plan = StepPlan(serial, slots, positions, counts, wants_logits, forks, parts, drops)
+    plan = StepPlan(serial, slots, positions, counts, returns, forks, parts, drops)
     assert decode(encode(plan)) == plan
 
 
@@ -33,7 +33,7 @@ def test_other_bytes_are_an_error(wire: bytes) -> None:
         plan = decode(wire)
     except DesyncError:
         return
-    assert encode(plan) == wire or wire[4] > 1  # any byte but 0 means "wants logits"
+    assert encode(plan) == wire
 
 
 def test_a_torn_plan_is_an_error() -> None:
