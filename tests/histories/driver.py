@@ -25,6 +25,7 @@ _RECOVERS_S = 8.0  # a fault that follows another waits so long for the ranks to
 _SEEN_S = 5.0  # until ranks are gone, from when they are known to have failed
 _REST_S = 10.0  # until processes are gone, afterwards
 _FEW = 6  # connections and tasks that have not quite ended yet
+_POOLED = 10  # threads of the front's pools, which begin when they are needed first, and stay
 
 
 @dataclass
@@ -113,7 +114,7 @@ class Driver:
         self._first_counts = self._first_counts or counts
         for name in ("threads", "tasks", "descriptors", "children"):
             before, now = self._first_counts["front"][name], counts["front"][name]
-            if now > before + _FEW:
+            if now > before + (_POOLED if name == "threads" else _FEW):
                 outcome.wrong.append(f"the front has {now} {name}, and had {before}")
         if line := stage.audit_fault():
             outcome.wrong.append(f"the audit log: {line}")
