@@ -79,7 +79,7 @@ class AboutEndpoints:
         front = self._front
         status = front.status()
         if front.about is not None and self._access.has_key(request):  # hosts and memory are for holders of a key only
-            about, now = front.about, front.beat.ranks if front.beat else []
+            about, now = front.about, front.beat.ranks
             status |= {"model": front.model, "max_context": about.max_context, "ranks": to_builtins(about.ranks)}
             status |= {"now": [to_builtins(rank) or {} for rank in now], "silent_hosts": front.silent_hosts}
         return JSONResponse(status, 200 if status["ready"] else 503)

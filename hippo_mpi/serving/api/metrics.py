@@ -81,8 +81,7 @@ class _Ranks(Collector):
         hops = CounterMetricFamily("hippo_hops", "Messages with arrays to a rank.", labels=["rank"])
         cache = GaugeMetricFamily("hippo_cache_bytes", "KV caches of a rank.", labels=["rank"])
         in_flight = GaugeMetricFamily("hippo_steps_in_flight", "Steps that are on their way round the ring.")
-        beat = self._front.beat
-        for rank, status in enumerate(beat.ranks if beat else ()):
+        for rank, status in enumerate(self._front.beat.ranks):
             if status is None:
                 continue
             busy.add_metric([str(rank)], status.busy_s)

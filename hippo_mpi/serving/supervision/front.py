@@ -23,6 +23,7 @@ from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams, Tim
 from hippo_mpi.errors import HippoError, RankError, UserError
 from hippo_mpi.planning.layer_split import Machine
 from hippo_mpi.serving.supervision.answer import Answer, Told
+from hippo_mpi.serving.supervision.last_beat import LastBeat
 from hippo_mpi.serving.supervision.messages import (
     Abort,
     Add,
@@ -41,7 +42,6 @@ from hippo_mpi.units import count_of, show_layers
 
 _log = logging.getLogger(__name__)
 _ANY = 1 << 31  # tokens of a context or a vocabulary: more than any model has
-_MOST_SILENT_S = 5.0  # of rank 0, which says something every second
 
 
 class Overloaded(UserError):
@@ -74,13 +74,11 @@ class Front:
         self.turn_is_over = asyncio.Event()
         self._abouts: dict[str, Ready] = {}
         self.machines: list[Machine] = []  # memory budgets of the ranks that were ready last
-        self._made_s = time.monotonic()
         self._set_state(f"{model} is being loaded")
         self.num_starts = 0
         self.num_restarts = 0  # after failures
         self.silent_hosts: list[str] = []  # hosts that the present ranks run without
-        self.beat: Beat | None = None  # the last one
-        self._beat_s = 0.0  # when, since this front was made
+        self.beat = LastBeat()
         self.has_progressed = False  # whether a token has come since the ranks became ready
         self.heard_s = 0.0  # time of the last output of any request
         self.on_output: Callable[[RequestOutput, float], None] = lambda output, before_s: None
@@ -101,12 +99,7 @@ class Front:
     @property
     def why_stuck(self) -> str:
         """Why ranks that are ready make no progress; empty if they do, as far as is known."""
-        if not self.is_ready or self.beat is None:
-            return ""
-        if self.beat.stalled_s:
-            return f"no rank has got on for {self.beat.stalled_s:.0f} s"
-        silent_s = time.monotonic() - self._made_s - self._beat_s
-        return f"rank 0 has said nothing for {silent_s:.0f} s" if silent_s > _MOST_SILENT_S else ""
+        return self.beat.why_stuck if self.is_ready else ""
 
     @property
     def num_requests(self) -> int:
@@ -131,17 +124,17 @@ class Front:
 
     def status(self) -> dict[str, object]:
         """Return what is public: the state, counts of requests (up to a second old) and of restarts."""
-        waiting = len(self._answers) - len(self._begun) + (self.beat.waiting if self.beat else 0)
+        waiting = len(self._answers) - len(self._begun) + self.beat.waiting
         running = max(0, len(self._answers) - waiting)
         return {
             "ready": self.is_ready and not self.why_stuck,
             "state": self.state,
-            "uptime_s": round(time.monotonic() - self._made_s),
+            "uptime_s": round(self.beat.uptime_s),
             "requests": len(self._answers),
             "running": running,
             "waiting": len(self._answers) - running,
             "restarts": self.num_restarts,
-            "beat_s": self._beat_s if self.beat else 0.0,  # when the ranks spoke last, on the clock of uptime_s
+            "beat_s": self.beat.at_s,  # when the ranks spoke last, on the clock of uptime_s
         }
 
     def _turn_of(self, model: str) -> str:
@@ -352,7 +345,7 @@ class Front:
             if self._writer is writer:
                 self._writer = None
                 self._set_state("the ranks are gone")
-            self.beat = None
+            self.beat.note(None)
             self._begun.clear()
             writer.close()
 
@@ -370,7 +363,7 @@ class Front:
                     self._fail(answer, report.error.error())
                     self._forget(answer.request.id)
             case Beat():
-                self.beat, self._beat_s = report, round(time.monotonic() - self._made_s, 3)
+                self.beat.note(report)
             case Ready():
                 self._welcome(report, writer)
 
