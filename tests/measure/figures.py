@@ -3,6 +3,7 @@
     decode   tokens per second of one stream, 2 ranks against 1
     prefill  tokens per second of a 4,096-token prompt, 2 ranks against 1
     draft    tokens per second of one stream of the bundled model, with its draft model against without, on 1 and 2 ranks
+    benchmark hippo_mpi.benchmark --compare mlx-lm with the model of decode; its plot goes to rates.png
     hop      time per hop of an 8 KiB hidden state, on the ring and on MPI
     memory   peak resident memory of each rank against the bytes of its own tensors
     shapes   seconds and peak memory to open, trace and plan checkpoints of the shapes that people run
@@ -67,17 +68,22 @@ def make_llama(folder: Path, num_layers: int, hidden: int, vocab: int, dtype: mx
     return sum(array.size for array in weights.values())
 
 
-def run_generate(num_ranks: int, options: list[str], preload: str) -> dict[str, Any]:
-    """The --json object of a run with each rank on a core of its own."""
+def run_pinned(num_ranks: int, command: list[str], preload: str) -> str:
+    """What rank 0 of a run prints, with each rank on a core of its own."""
     cores = os.cpu_count() or 1
     env = ["env", "OPENBLAS_NUM_THREADS=1", *([f"LD_PRELOAD={preload}"] if preload else [])]
     pin = (lambda rank: ["taskset", "-c", str(rank % cores)]) if sys.platform == "linux" else (lambda rank: [])
-    commands = [[*pin(rank), *env, GENERATE, "--json", *options] for rank in range(num_ranks)]
+    commands = [[*pin(rank), *env, *command] for rank in range(num_ranks)]
     with ranks.ring(commands) as running:
-        codes = [rank.wait(900) for rank in running]
+        codes = [rank.wait(1800) for rank in running]
         if any(codes):
             raise SystemExit(running[0].err)
-        return dict(json.loads(running[0].out))
+        return running[0].out
+
+
+def run_generate(num_ranks: int, options: list[str], preload: str) -> dict[str, Any]:
+    """The --json object of a run with each rank on a core of its own."""
+    return dict(json.loads(run_pinned(num_ranks, [GENERATE, "--json", *options], preload)))
 
 
 def compare(options: list[str], figure: str, preload: str, trials: int) -> None:
@@ -94,10 +100,23 @@ def compare(options: list[str], figure: str, preload: str, trials: int) -> None:
     )
 
 
+def make_dense_llama(folder: Path) -> int:
+    """Make one whose head is 6 % of it, as in an 8B Llama; returns its number of parameters."""
+    return make_llama(folder, 14, 768, 8000, mx.float32)
+
+
+def measure_benchmark(_: str, preload: str, trials: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        parameters = make_dense_llama(Path(name))
+        print(f"  llama of {parameters / 1e6:.0f}M parameters, float32, {preload or 'the wheel’s own BLAS'}")
+        lengths = ["--prompt-tokens", "64", "--generation-tokens", "32", "--trials", str(trials), "--timeout", "120"]
+        command = [str(ranks.BIN / "hippo_mpi.benchmark"), "--model", name, *lengths]
+        print(run_pinned(2, [*command, "--compare", "mlx-lm", "--plot", "rates.png"], preload))
+
+
 def measure_speed(what: str, preload: str, trials: int) -> None:
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        parameters = make_llama(folder, 14, 768, 8000, mx.float32)  # the head is 6 % of it, as in an 8B Llama
+        parameters = make_dense_llama(Path(name))
         print(f"{what}, llama of {parameters / 1e6:.0f}M parameters, float32, {preload or 'the wheel’s own BLAS'}")
         prompt = " ".join(f"w{i % 97}" for i in range(PROMPT_TOKENS if what == "prefill" else 16))
         options = ["--model", name, "--prompt", prompt, "--timeout", "120", "--max-context", "5000"]
@@ -362,6 +381,7 @@ MEASURES: dict[str, Callable[[str, str, int], None]] = {
     "decode": measure_speed,
     "prefill": measure_speed,
     "draft": measure_draft,
+    "benchmark": measure_benchmark,
     "hop": measure_hop,
     "memory": measure_memory,
     "simulate": measure_simulation,
