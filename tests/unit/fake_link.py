@@ -1,0 +1,149 @@
+"""What fake ranks and a front say to each other. All messages of the tests of recovery are built and read here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine, Iterable
+from dataclasses import asdict
+from typing import Any, cast
+
+from hippo_mpi.engine.request import FinishReason, Request, RequestOutput, Timings
+from hippo_mpi.errors import HippoError
+from hippo_mpi.serving.supervision.front import Front
+from hippo_mpi.serving.supervision.rank_link import About, error_object, line_of, output_object, read_request
+
+MAX_CONTEXT = VOCAB_SIZE = 100
+HANG_S = 30.0
+
+
+def ready() -> bytes:
+    return line_of(ready=asdict(About(MAX_CONTEXT, VOCAB_SIZE)))
+
+
+def output(
+    number: int, token: int | None, text: str = "x", finish: FinishReason | None = None, state: int = 0
+) -> bytes:
+    made = RequestOutput(number, text, token, Timings(), None, finish, None, [state] if state else None)
+    return line_of(output=output_object(made))
+
+
+def begun(*numbers: int) -> bytes:
+    return line_of(begun=numbers)
+
+
+def taking(number: int | None) -> bytes:
+    return line_of(taking=number)
+
+
+def refused(number: int, error: HippoError) -> bytes:
+    return line_of(refused=number, **error_object(error))
+
+
+def beat(waiting: int = 0, stalled_s: float = 0.0) -> bytes:
+    return line_of(beat={"ranks": [], "waiting": waiting, "stalled_s": stalled_s})
+
+
+def read_told(line: bytes) -> Request | int:
+    """Return a request that ranks are to answer, or the number of one that is aborted."""
+    message = json.loads(line)
+    return read_request(message["add"]) if "add" in message else int(message["abort"])
+
+
+RANK_PROGRAM = f"""
+import json, os, signal, socket, sys, time
+front = socket.socket(socket.AF_UNIX)
+front.connect(os.environ["HIPPO_FRONT"])
+def send(text):
+    front.sendall(text.encode())
+def say(**message):
+    send(json.dumps(message) + "\\n")
+def ready():
+    send({ready().decode()!r})
+def beat():
+    send({beat().decode()!r})
+def begun(*numbers):
+    say(begun=numbers)
+def output(number, token, finish=None, text="x"):
+    say(output={{**{json.loads(output(0, 0))["output"]!r}, "id": number, "token": token, "text": text, "finish": finish}})
+def told():  # (request's number, its prompt, its tokens so far), or (number, None, None) of one that is aborted
+    for line in front.makefile("rb"):
+        message = json.loads(line)
+        if "abort" in message:
+            yield message["abort"], None, None
+        else:
+            request = message["add"]
+            yield request["id"], request["prompt"], (request["resume"] or {{"tokens": []}})["tokens"]
+def status(code, why=""):
+    with open(os.environ["HIPPO_STATUS_FILE"], "w") as file:
+        file.write(f"{{code}}\\n{{why}}")
+    os._exit(code)
+"""
+"""The beginning of a rank's program that imports nothing of ours."""
+
+
+class FakeRanks:
+    """Ranks as a front knows them: what they are told, and what they say."""
+
+    def __init__(self, front: Front, silence_s: float = HANG_S, limit: int = 1 << 20) -> None:
+        self.told: list[Request | int] = []
+        self.is_closed = False
+        self._reader = asyncio.StreamReader(limit=limit)
+        self._serving = asyncio.ensure_future(front.serve_ranks(self._reader, cast(Any, self), silence_s))
+
+    def write(self, line: bytes) -> None:
+        self.told.append(read_told(line))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    @property
+    def added(self) -> list[int]:
+        return [one.id for one in self.told if isinstance(one, Request)]
+
+    @property
+    def aborted(self) -> list[int]:
+        return [one for one in self.told if isinstance(one, int)]
+
+    async def say(self, *lines: bytes) -> None:
+        """And let the front hear it."""
+        for line in lines:
+            self._reader.feed_data(line)
+            for _ in range(10):
+                await asyncio.sleep(0)
+
+    async def end(self, last: bytes = b"") -> str:
+        """Close their connection; what the front makes of it."""
+        self._reader.feed_data(last)
+        self._reader.feed_eof()
+        return await self.await_end()
+
+    async def fail(self, error: OSError) -> str:
+        """Break their connection."""
+        self._reader.set_exception(error)
+        return await self.await_end()
+
+    async def await_end(self) -> str:
+        return await asyncio.wait_for(self._serving, HANG_S)
+
+
+async def ready_ranks(front: Front) -> FakeRanks:
+    ranks = FakeRanks(front)
+    await ranks.say(ready())
+    return ranks
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Run a test; no task of it may be left."""
+
+    async def main() -> None:
+        await work
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+
+
+def numbers_of(answers: Iterable[Any]) -> list[int]:
+    return [answer.request.id for answer in answers]
