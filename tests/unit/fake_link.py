@@ -8,8 +8,9 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import asdict
 from typing import Any, cast
 
-from hippo_mpi.engine.request import FinishReason, Request, RequestOutput, Timings
+from hippo_mpi.engine.request import FinishReason, Request, RequestOutput, SamplingParams, Timings
 from hippo_mpi.errors import HippoError
+from hippo_mpi.serving.supervision.answer import Told
 from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.rank_link import About, error_object, line_of, output_object, read_request
 
@@ -80,6 +81,41 @@ def status(code, why=""):
     os._exit(code)
 """
 """The beginning of a rank's program that imports nothing of ours."""
+
+
+class Client:
+    """Somebody who waits for an answer of so many tokens, each of which says which it is."""
+
+    def __init__(self, front: Front, model: str, num_tokens: int) -> None:
+        self._front, self.num_tokens, self.is_gone = front, num_tokens, False
+        self.told: list[Told] = []
+        self.answer = front.submit([num_tokens, 1], SamplingParams(), model, self.told.append)
+
+    @property
+    def has_ended(self) -> bool:
+        last = self.told[-1] if self.told else None
+        return self.is_gone or isinstance(last, HippoError) or bool(last and last.finish_reason)
+
+    @property
+    def error(self) -> str:
+        """Return why there is no whole answer; empty if there is, or it isn't complete."""
+        return str(self.told[-1]) if self.told and isinstance(self.told[-1], HippoError) else ""
+
+    def leave(self) -> None:
+        """Go away, if nothing more comes also behind the end."""
+        self._front.abort(self.answer)
+        self.is_gone = self.is_gone or not self.has_ended
+
+    def check(self) -> None:
+        """Each token came once, in order, and one end, which was the last."""
+        outputs = [one for one in self.told if not isinstance(one, HippoError)]
+        tokens = [one.token for one in outputs]
+        assert tokens == list(range(len(tokens))) == self.answer.timings.token_ids
+        assert "".join(one.text for one in outputs) == "x" * len(tokens)
+        ends = [isinstance(one, HippoError) or one.finish_reason is not None for one in self.told]
+        assert not any(ends[:-1]) and self.has_ended
+        if not self.error and not self.is_gone:
+            assert len(tokens) == self.num_tokens and self.answer.outcome == "length"
 
 
 class FakeRanks:

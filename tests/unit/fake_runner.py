@@ -45,9 +45,9 @@ class Slots:
             self._add(slot, self.tokens[source])
         for slot in plan.detached:
             self._add(slot, self.tokens[slot])
-        for slot in plan.drops:
+        for slot in plan.drops:  # perhaps of a sequence that no step has begun
             self._leave(slot)
-            del self.tokens[slot], self.company[slot]
+            self.tokens.pop(slot, None), self.company.pop(slot, None)
 
     def take(self, plan: StepPlan, tokens: list[list[int]]) -> list[list[int]]:
         """What each row's slot holds after a step of these tokens."""

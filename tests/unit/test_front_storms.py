@@ -12,38 +12,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from hippo_mpi.engine.request import Request, SamplingParams
-from hippo_mpi.errors import HippoError, RankError, UserError
-from hippo_mpi.serving.supervision.answer import Answer, Told
+from hippo_mpi.engine.request import Request
+from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.serving.supervision.front import Front, Overloaded
 from tests.unit import fake_link
-from tests.unit.fake_link import FakeRanks
+from tests.unit.fake_link import Client, FakeRanks
 
 MAX_FAILURES, MAX_REQUESTS, MAX_STEPS = 2, 8, 400
 MODELS = st.sampled_from(["m", "n", "o"])
-
-
-class Client:
-    """Somebody who waits for an answer of so many tokens, each of which says which it is."""
-
-    def __init__(self, front: Front, model: str, num_tokens: int) -> None:
-        self.num_tokens, self.is_gone = num_tokens, False
-        self.told: list[Told] = []
-        self.answer: Answer = front.submit([num_tokens, 1], SamplingParams(), model, self.told.append)
-
-    @property
-    def has_ended(self) -> bool:
-        last = self.told[-1] if self.told else None
-        return self.is_gone or isinstance(last, HippoError) or bool(last and last.finish_reason)
-
-    def check(self) -> None:
-        *before, last = self.told or [None]
-        tokens = [one.token for one in self.told if not isinstance(one, HippoError) and one is not None]
-        assert tokens == list(range(len(tokens))) == self.answer.timings.token_ids
-        assert not any(one is None or isinstance(one, HippoError) or one.finish_reason for one in before)
-        assert "x" * len(tokens) == "".join(one.text for one in self.told if not isinstance(one, HippoError))
-        if not isinstance(last, HippoError) and not self.is_gone:
-            assert len(tokens) == self.num_tokens and self.answer.outcome == "length"
 
 
 class FrontStorm(RuleBasedStateMachine):
@@ -101,9 +77,7 @@ class FrontStorm(RuleBasedStateMachine):
     @precondition(lambda self: self.clients)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
-        client = data.draw(st.sampled_from(self.clients[-6:]))
-        self.front.abort(client.answer)
-        client.is_gone = client.is_gone or not client.has_ended
+        data.draw(st.sampled_from(self.clients[-6:])).leave()
         self.supervise()
 
     @rule(model=MODELS, stays=st.booleans())
