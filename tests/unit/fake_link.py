@@ -54,13 +54,17 @@ def read_told(line: bytes) -> Request | int:
 RANK_PROGRAM = f"""
 import json, os, signal, socket, sys, time
 front = socket.socket(socket.AF_UNIX)
-front.connect(os.environ["HIPPO_FRONT"])
+if os.environ["MLX_RANK"] == "0":
+    front.connect(os.environ["HIPPO_FRONT"])
 def send(text):
     front.sendall(text.encode())
 def say(**message):
     send(json.dumps(message) + "\\n")
 def ready():
     send({ready().decode()!r})
+def begin():
+    ready()
+    front.recv(1, socket.MSG_PEEK)  # the front knows it, and has told something
 def beat():
     send({beat().decode()!r})
 def begun(*numbers):
@@ -148,6 +152,19 @@ class FakeRanks:
             for _ in range(10):
                 await asyncio.sleep(0)
 
+    async def be_cancelled(self, moment: int, line: bytes) -> None:
+        """Let the front be cancelled so many looks behind a line."""
+        self._reader.feed_data(line)
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        self._serving.cancel()
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._serving.done()
+
     async def end(self, last: bytes = b"") -> str:
         """Close their connection; what the front makes of it."""
         self._reader.feed_data(last)
@@ -160,7 +177,8 @@ class FakeRanks:
         return await self.await_end()
 
     async def await_end(self) -> str:
-        return await asyncio.wait_for(self._serving, HANG_S)
+        await asyncio.wait({self._serving}, timeout=HANG_S)
+        return "cancelled" if self._serving.cancelled() else self._serving.result()
 
 
 async def ready_ranks(front: Front) -> FakeRanks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 
 import pytest
@@ -181,6 +182,23 @@ def test_how_ranks_end() -> None:
         ranks = FakeRanks(Front(10, "m"))
         await ranks.say(b'{"of": "a newer version"}\n')
         assert await ranks.end() == "rank 0 is gone"
+
+    run(work())
+
+
+@pytest.mark.xfail(sys.version_info < (3, 12), strict=True, reason="wait_for loses a cancellation if a line is there")
+def test_it_ends_when_it_is_cancelled() -> None:
+    """Also in the moment at which ranks say something."""
+
+    async def work() -> None:
+        deaf = []
+        for moment in range(8):
+            ranks = FakeRanks(Front(10, "m"))
+            await ranks.say(fake_link.beat())
+            await ranks.be_cancelled(moment, fake_link.beat())
+            deaf += [] if ranks.has_ended else [moment]
+            await ranks.end()
+        assert not deaf
 
     run(work())
 

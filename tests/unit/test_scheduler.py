@@ -76,13 +76,15 @@ class Bench:
         return step
 
     def run(self) -> None:
-        for _ in range(300):
+        for _ in range(400):
             if self.tick() is None and not self.in_flight and self.begin() is None:
                 break
         assert self.scheduler.is_empty
 
     def check_nothing_left(self) -> None:
         self.run()
+        assert self.scheduler.is_settled or self.begin() is not None
+        assert all(company == {slot} for slot, company in self.held.company.items()), "kept ones share a cache"
         self.scheduler.forget_prefixes()
         self.run()
         assert self.scheduler.is_settled and not self.held.tokens
@@ -238,11 +240,35 @@ def test_micro_batches_stay_even_when_rows_end() -> None:
     lengths = [2, 2, 2, 12, 12, 12, 12]
     rows = [bench.add(prompt_of(5, seed), max_tokens=length) for seed, length in enumerate(lengths)]
     sizes = []
-    while not rows[-1].is_ended:
+    for _ in range(200):
+        if rows[-1].is_ended:
+            break
         bench.tick()
         if all(row.is_ended for row in rows[:3]) and len(bench.in_flight) == 2:
             sizes.append(sorted(len(step.rows) for step, _ in bench.in_flight))
     assert sizes[4:] and all(found[0] + 1 >= found[1] for found in sizes[4:])
+    bench.check_nothing_left()
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_rows_that_cannot_share_a_step_take_turns(num_stages: int) -> None:
+    bench = Bench(num_stages, can_batch=False, max_batch_tokens=100)
+    rows = [bench.add([3 + number, 4], max_tokens=9) for number in range(4)]
+    spread = []
+    for _ in range(200):
+        bench.tick()
+        made = [len(row.tokens) for row in rows]
+        spread.append(max(made) - min(made))
+    assert all(row.is_ended for row in rows) and max(spread) <= 2
+
+
+def test_rows_that_end_together_part() -> None:
+    """What is kept of them lies in caches of its own."""
+    bench = Bench(prefix_tokens=100, max_batch_tokens=100, prefill_chunk=100)
+    for seed in range(3):
+        bench.add(prompt_of(20, seed), max_tokens=4)
+    bench.run()
+    assert len(bench.held.tokens) == 3
     bench.check_nothing_left()
 
 
@@ -261,10 +287,11 @@ def test_no_more_are_let_in_than_caches_bear() -> None:
         bench.add(prompt_of(10, seed), max_tokens=3)
     big = bench.add(prompt_of(60, 5), max_tokens=3)  # one alone is let in, whatever it needs
     later = bench.add([3], max_tokens=1)
-    while not (big.is_ended and later.is_ended):
+    for _ in range(200):
         bench.tick()
         under_way = [*bench.scheduler._prefill.prompts, *bench.scheduler.running]
         assert len(under_way) <= 1 or len(under_way) * max(row.most_tokens for row in under_way) <= 40
+    assert big.is_ended and later.is_ended
     bench.check_nothing_left()
 
 
