@@ -69,6 +69,8 @@ def beat():
     send({beat().decode()!r})
 def begun(*numbers):
     say(begun=numbers)
+def taking(number):
+    say(taking=number)
 def output(number, token, finish=None, text="x"):
     say(output={{**{json.loads(output(0, 0))["output"]!r}, "id": number, "token": token, "text": text, "finish": finish}})
 def told():  # (request's number, its prompt, its tokens so far), or (number, None, None) of one that is aborted

@@ -21,7 +21,7 @@ from hippo_mpi.transport.world import World
 TIMEOUT_S = 60.0  # nothing here lasts so long: tests move what was noted into the past instead
 LATE_S = TIMEOUT_S + 1
 HANG_S = 30.0
-_BEAT_S, _SPEED = 0.04, 20
+_BEAT_S, _SPEED = 0.02, 40
 
 
 def _exit(code: int) -> NoReturn:
@@ -129,7 +129,7 @@ def worlds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """A function that makes a world of so many ranks. In the end no thread and no descriptor of theirs is left."""
     fds, threads = len(os.listdir("/proc/self/fd")), set(threading.enumerate())
     hasty = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: time.sleep(seconds / _SPEED))
-    patches = {"BEAT_S": _BEAT_S, "time": hasty, "_LAST_WORDS_S": 0.1, "deadline": lambda *_: contextlib.nullcontext()}
+    patches = {"BEAT_S": _BEAT_S, "time": hasty, "_LAST_WORDS_S": 0.05, "deadline": lambda *_: contextlib.nullcontext()}
     for name, value in patches.items():
         monkeypatch.setattr(control, name, value)
     monkeypatch.setattr(os, "_exit", _exit)

@@ -22,7 +22,7 @@ from tests.unit.fake_runner import VOCAB, FakeRunner, fake_tokenizer
 
 CONTEXT = 90
 MAX_STEPS = 4000
-FAMILIES = [[(7 * family + i * i + i) % (VOCAB - 2) + 2 for i in range(70)] for family in range(3)]
+FAMILIES = [[(7 * family + i * i + i) % (VOCAB - 2) + 2 for i in range(70)] for family in range(2)]
 ROWS = [{"can_batch": False}, {"can_batch": True}, {"can_batch": True, "can_pad": True}, {"can_batch": None}]
 SAMPLINGS = [
     {},
@@ -72,7 +72,7 @@ class EngineStorm(RuleBasedStateMachine):
         most_rows=st.sampled_from([1, 2, 3, 8]),
         rows=st.sampled_from(ROWS),
         cache_tokens=st.sampled_from([None, 100, 250]),
-        budget=st.sampled_from([None, 0, 70, 400]),
+        budget=st.sampled_from([None, 70, 400, 400]),
         share_right=st.sampled_from([None, None, 0.0, 0.7, 1.0]),
     )
     def begin(
@@ -117,17 +117,18 @@ class EngineStorm(RuleBasedStateMachine):
         for output in self.engine.step():
             told = self.told[output.request_id]
             assert not any(before.finish_reason for before in told), "an answer goes on behind its end"
+            assert (output.finish_reason == "abort") == (output.request_id in self.aborted)
             if output.finish_reason not in ("abort", "error"):
                 assert output.request_id in self.begun, "an output before its first step was told of"
             told.append(output)
 
     @rule(
-        family=st.integers(0, 2),
-        shared=st.sampled_from([0, 0, 1, 15, 16, 17, 40, 60]),
+        family=st.integers(0, 1),
+        shared=st.sampled_from([0, 1, 15, 16, 17, 40, 40, 60]),
         rest=st.integers(1, 25),
         count=st.integers(1, 14),
         sampling=st.sampled_from(SAMPLINGS),
-        salt=st.sampled_from(["", "", "salt"]),
+        salt=st.sampled_from(["", "", "", "salt"]),
     )
     def arrive(self, family: int, shared: int, rest: int, count: int, sampling: dict[str, Any], salt: str) -> None:
         number = len(self.requests)
@@ -149,8 +150,7 @@ class EngineStorm(RuleBasedStateMachine):
             st.integers(max(0, len(self.requests) - 5), len(self.requests))
         )  # also ended and unknown ones
         self.engine.abort(number)
-        if number < len(self.requests):
-            self.aborted.add(number)
+        self.aborted |= {request.id for request in self.open_requests() if request.id == number}
 
     @rule(wrong=st.sampled_from([[], [VOCAB], [2, -1], [2] * CONTEXT]))
     def refuse(self, wrong: list[int]) -> None:
@@ -230,5 +230,5 @@ def check_nothing_left(engine: Engine, runner: FakeRunner) -> None:
 
 TestEngineStorm = EngineStorm.TestCase
 TestEngineStorm.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )

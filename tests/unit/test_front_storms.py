@@ -176,4 +176,4 @@ class FrontStorm(RuleBasedStateMachine):
 
 
 TestFrontStorm = FrontStorm.TestCase
-TestFrontStorm.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestFrontStorm.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)

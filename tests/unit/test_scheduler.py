@@ -272,6 +272,16 @@ def test_rows_that_end_together_part() -> None:
     bench.check_nothing_left()
 
 
+def test_a_prompt_waits_for_another_that_begins_like_it() -> None:
+    bench, read = Bench(prefix_tokens=1000, max_batch_tokens=64, prefill_chunk=64), 0
+    rows = [bench.add([*prompt_of(40), seed, 9]) for seed in range(2, 6)]
+    for _ in range(100):
+        step = bench.tick()
+        read += sum(step.plan.counts) if step is not None and not step.plan.wants_logits else 0
+    assert all(row.is_ended for row in rows) and read == 41 + 3
+    bench.check_nothing_left()
+
+
 def test_each_request_begins_once() -> None:
     bench, told = Bench(2), list[int]()
     wanted = [bench.add(prompt_of(9, seed)).request.id for seed in range(4)]

@@ -89,7 +89,7 @@ def test_a_fault_costs_nothing_but_time(run: Run, fault: str) -> None:
 )
 def test_silence(run: Run, hasty: None, life: str, why: str) -> None:
     async def work() -> None:
-        kept = Kept(lives(life, READY_AND_ANSWERS), silence_s=1.0)
+        kept = Kept(lives(life, READY_AND_ANSWERS), silence_s=0.5)
         client = Client(kept.front, "m", 3)
         await kept.until_answered()
         assert kept.whys[0].startswith(why)
@@ -104,10 +104,10 @@ def test_a_rank_that_never_comes(run: Run, hasty: None) -> None:
         return LaunchPlan(["sleep", "60"], 1) if start == 1 else plan_of(READY_AND_ANSWERS)
 
     async def work() -> None:
-        kept = Kept(plans, start_s=2.0)
+        kept = Kept(plans, start_s=1.0)
         client = Client(kept.front, "m", 3)
         await kept.until_answered()
-        assert kept.whys[0] == "no rank came within 2 s"
+        assert kept.whys[0] == "no rank came within 1 s"
         client.check()
         await kept.end()
 
@@ -127,7 +127,7 @@ def test_what_never_ends_is_killed_with_its_children(tmp_path: Path, run: Run, h
     ]
 
     async def work() -> None:
-        kept = Kept(lives(*(STUBBORN + note + end for end in ends), READY_AND_ANSWERS), silence_s=1.0)
+        kept = Kept(lives(*(STUBBORN + note + end for end in ends), READY_AND_ANSWERS), silence_s=0.5)
         client = Client(kept.front, "m", 3)
         await kept.until_answered()
         client.check()
