@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import re
+import socket
 import struct
 import threading
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ from collections.abc import Iterator
 import pytest
 
 from hippo_mpi.errors import ForeignError, HippoError, RankError, UserError
+from hippo_mpi.transport import control
 from hippo_mpi.transport.frames import framed
-from tests.unit.fake_world import TIMEOUT_S, Make, Rank, some_beats, wait_until, worlds
+from tests.unit.fake_world import HANG_S, TIMEOUT_S, Make, Rank, some_beats, wait_until, worlds
 
 
 @pytest.fixture
@@ -73,10 +75,16 @@ def test_a_rank_says_that_it_failed(make: Make, who: int, error: HippoError) -> 
     assert line == (str(error) if who == 0 else f"rank 2 (h2): {error}")
 
 
-def test_what_every_rank_finds_is_said_once_by_rank_0(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_every_rank_finds_is_said_once_by_rank_0(
+    make: Make, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who finds it sooner leaves it the word for a while."""
+    monkeypatch.setattr(control, "_SAME_S", 20.0)  # times as quick here
     ranks = make(4)
-    for rank in reversed(ranks):
+    for rank in ranks[1:]:
         rank.fail_beside(UserError("no such file"))
+    some_beats()
+    ranks[0].fail_beside(UserError("no such file"))
     assert await_ends(ranks, 0, 2) == "no such file"
     assert capfd.readouterr().err == "error: no such file\n"
 
@@ -235,9 +243,19 @@ def test_a_cut_link_is_named(make: Make, number: int) -> None:
     thread.join(20)
     assert not thread.is_alive()
     threading.Thread(target=ranks[number].await_announcement, daemon=True).start()
-    ranks[1 - number]._next.shutdown(2)
+    ranks[1 - number]._next.shutdown(socket.SHUT_RDWR)
     what = f"lost rank {1 - number} (h{1 - number}) while waiting for step 4: its connection closed"
     assert await_ends(ranks, 0) == (what if number == 0 else f"rank 1 (h1): {what}")
+
+
+def test_a_link_that_is_cut_behind_the_end_is_no_failure(make: Make) -> None:
+    ranks = make(2)
+    ranks[1].close()
+    thread = threading.Thread(target=ranks[1].await_announcement, daemon=True)
+    thread.start()
+    ranks[0]._next.shutdown(socket.SHUT_RDWR)
+    thread.join(HANG_S)
+    assert not thread.is_alive() and ranks[1].end is None and ranks[0].end is None
 
 
 def test_who_announces_to_a_dead_rank_leaves_the_word_to_its_watch_thread(make: Make) -> None:
@@ -277,9 +295,11 @@ def test_rank_0_closes_first(make: Make) -> None:
     ranks[0].close()
     ranks[1].heard(0, lambda peer: peer.said_bye)
     ranks[2].heard(0, lambda peer: peer.said_bye)
+    ranks[1].die()  # without a word: it may
+    some_beats()
     ranks[0].die()
     some_beats()
-    assert ranks[1].end is None and ranks[2].end is None
+    assert [rank.end for rank in ranks] == [None] * 3
 
 
 def test_reports_and_statuses(make: Make) -> None:
