@@ -3,52 +3,50 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Coroutine, Iterable
-from dataclasses import asdict
 from typing import Any, cast
 
-from hippo_mpi.engine.request import FinishReason, Request, RequestOutput, SamplingParams, Timings
+from hippo_mpi.engine.messages import ErrorMessage, OutputMessage
+from hippo_mpi.engine.request import FinishReason, Request, SamplingParams
 from hippo_mpi.errors import HippoError
 from hippo_mpi.serving.supervision.answer import Told
 from hippo_mpi.serving.supervision.front import Front
-from hippo_mpi.serving.supervision.rank_link import About, error_object, line_of, output_object, read_request
+from hippo_mpi.serving.supervision.messages import Add, Beat, Begun, Ready, Refused, Taking, line_of, read_order
 
 MAX_CONTEXT = VOCAB_SIZE = 100
 HANG_S = 30.0
 
 
 def ready() -> bytes:
-    return line_of(ready=asdict(About(MAX_CONTEXT, VOCAB_SIZE)))
+    return line_of(Ready(MAX_CONTEXT, VOCAB_SIZE))
 
 
 def output(
     number: int, token: int | None, text: str = "x", finish: FinishReason | None = None, state: int = 0
 ) -> bytes:
-    made = RequestOutput(number, text, token, Timings(), None, finish, None, [state] if state else None)
-    return line_of(output=output_object(made))
+    return line_of(OutputMessage(number, text, token, finish_reason=finish, random_state=[state] if state else None))
 
 
 def begun(*numbers: int) -> bytes:
-    return line_of(begun=numbers)
+    return line_of(Begun(list(numbers)))
 
 
 def taking(number: int | None) -> bytes:
-    return line_of(taking=number)
+    return line_of(Taking(number))
 
 
 def refused(number: int, error: HippoError) -> bytes:
-    return line_of(refused=number, **error_object(error))
+    return line_of(Refused(number, ErrorMessage.of(error)))
 
 
 def beat(waiting: int = 0, stalled_s: float = 0.0) -> bytes:
-    return line_of(beat={"ranks": [], "waiting": waiting, "stalled_s": stalled_s})
+    return line_of(Beat([], waiting, stalled_s))
 
 
 def read_told(line: bytes) -> Request | int:
     """Return a request that ranks are to answer, or the number of one that is aborted."""
-    message = json.loads(line)
-    return read_request(message["add"]) if "add" in message else int(message["abort"])
+    order = read_order(line)
+    return order.request if isinstance(order, Add) else order.request_id
 
 
 RANK_PROGRAM = f"""
@@ -68,19 +66,19 @@ def begin():
 def beat():
     send({beat().decode()!r})
 def begun(*numbers):
-    say(begun=numbers)
+    say(type="begun", request_ids=numbers)
 def taking(number):
-    say(taking=number)
+    say(type="taking", request_id=number)
 def output(number, token, finish=None, text="x"):
-    say(output={{**{json.loads(output(0, 0))["output"]!r}, "id": number, "token": token, "text": text, "finish": finish}})
+    say(type="output", request_id=number, token=token, text=text, finish_reason=finish)
 def told():  # (request's number, its prompt, its tokens so far), or (number, None, None) of one that is aborted
     for line in front.makefile("rb"):
         message = json.loads(line)
-        if "abort" in message:
-            yield message["abort"], None, None
+        if message["type"] == "abort":
+            yield message["request_id"], None, None
         else:
-            request = message["add"]
-            yield request["id"], request["prompt"], (request["resume"] or {{"tokens": []}})["tokens"]
+            request = message["request"]
+            yield request["id"], request["prompt"], (request.get("resume") or {{"tokens": []}})["tokens"]
 def status(code, why=""):
     with open(os.environ["HIPPO_STATUS_FILE"], "w") as file:
         file.write(f"{{code}}\\n{{why}}")

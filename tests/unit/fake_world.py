@@ -16,6 +16,7 @@ import pytest
 from hippo_mpi.errors import HippoError
 from hippo_mpi.transport import control
 from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.pulse import Activity
 from hippo_mpi.transport.world import World
 
 TIMEOUT_S = 60.0  # nothing here lasts so long: tests move what was noted into the past instead
@@ -68,6 +69,14 @@ class Rank(Control):
             return []
         return [self._next, self._previous, *(reader._connection for reader in self._readers.values())]
 
+    def awaits(self, doing: str) -> None:
+        """Note that the main thread waits for another rank."""
+        self.progress(doing, Activity.WAITING)
+
+    @property
+    def doing(self) -> str:
+        return self._pulse.doing
+
     def await_end(self) -> tuple[str | None, int]:
         assert self._end_noted.wait(HANG_S), f"{self.world.name} hangs"
         assert self.end is not None
@@ -88,7 +97,7 @@ class Rank(Control):
         """Stop as by a SIGSTOP, if it hasn't ended meanwhile."""
         stopped = threading.Event()
 
-        def wait() -> dict[str, Any]:
+        def wait() -> None:
             stopped.set()
             while not self._is_over:
                 time.sleep(_BEAT_S)

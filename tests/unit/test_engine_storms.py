@@ -175,7 +175,7 @@ class EngineStorm(RuleBasedStateMachine):
     def rows_and_caches_are_within_their_limits(self) -> None:
         scheduler = self.engine._scheduler
         under_way = [*scheduler._prefill.prompts, *scheduler.running]
-        longest = max((row.most_tokens for row in under_way), default=0)
+        longest = max((row.max_total_tokens for row in under_way), default=0)
         assert len(under_way) <= self.limits.max_batch_size
         assert len(under_way) <= 1 or len(under_way) * longest <= (self.limits.cache_tokens or 1 << 30)
         if self.budget is not None:

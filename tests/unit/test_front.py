@@ -8,13 +8,13 @@ import time
 
 import pytest
 
+from hippo_mpi.engine.messages import OutputMessage
 from hippo_mpi.engine.request import Request, Resume, SamplingParams
 from hippo_mpi.errors import ContextError, FieldError, ForeignError, HippoError, RankError, UserError
 from hippo_mpi.serving.supervision.answer import Answer, ServerEnding, Told
 from hippo_mpi.serving.supervision.front import Front, Overloaded
-from hippo_mpi.serving.supervision.rank_link import ToldOutput
 from tests.unit import fake_link
-from tests.unit.fake_link import FakeRanks, numbers_of, ready_ranks, run
+from tests.unit.fake_link import HANG_S, FakeRanks, numbers_of, ready_ranks, run
 
 MAX_FAILURES = 2
 GREEDY = SamplingParams(max_tokens=9, seed=1)
@@ -61,7 +61,7 @@ def test_outputs_come_to_whom_they_belong() -> None:
         first, second = ask(front, told=told), ask(front)
         await ranks.say(fake_link.output(0, 7, "a", state=5), fake_link.output(99, 7), fake_link.output(0, 8, "bc"))
         assert first.timings.token_ids == [7, 8] and first.emitted_chars == 3 and second.timings.token_ids == []
-        assert [one.text for one in told if isinstance(one, ToldOutput)] == ["a", "bc"]
+        assert [one.text for one in told if isinstance(one, OutputMessage)] == ["a", "bc"]
         assert counted[0] == (0, 0.0) and counted[1][0] == 0 and counted[1][1] > 0 and front.has_progressed
         await ranks.say(
             fake_link.output(0, 9, "", "stop"), fake_link.output(0, 10), fake_link.output(1, 3, "", "length")
@@ -155,10 +155,10 @@ def test_status_and_beats() -> None:
         await ranks.say(fake_link.beat(stalled_s=9.0))
         assert front.state == front.why_stuck == "no rank has got on for 9 s" and not front.status()["ready"]
         await ranks.say(fake_link.beat())
-        front.beat["at_s"] -= 6
+        front.beat._noted_s -= 6
         assert front.why_stuck == "rank 0 has said nothing for 6 s"
         await ranks.end()
-        assert front.beat == {} and front.why_stuck == "" and not front.status()["ready"]
+        assert front.beat.ranks == [] and front.beat.at_s == 0 and front.why_stuck == "" and not front.status()["ready"]
 
     run(work())
 
@@ -168,7 +168,7 @@ def test_how_ranks_end() -> None:
         for last, why in (
             (b"", "rank 0 is gone"),
             (fake_link.beat()[:-3], "rank 0 is gone"),
-            (b"fox\n", "rank 0 is gone: Expecting value: line 1 column 1 (char 0)"),
+            (b"fox\n", "rank 0 is gone: "),
             (b"\xff\xfe\n", "rank 0 is gone: "),
             (b"{" * 200, "rank 0 is gone: Separator is not found, and chunk exceed the limit"),
         ):
@@ -179,9 +179,6 @@ def test_how_ranks_end() -> None:
         assert await ranks.fail(ConnectionResetError("reset")) == "rank 0 is gone: reset"
         ranks = FakeRanks(Front(10, "m"), silence_s=0.05)
         assert await ranks.await_end() == "rank 0 said nothing for 0 s"
-        ranks = FakeRanks(Front(10, "m"))
-        await ranks.say(b'{"of": "a newer version"}\n')
-        assert await ranks.end() == "rank 0 is gone"
 
     run(work())
 
@@ -203,14 +200,22 @@ def test_it_ends_when_it_is_cancelled() -> None:
     run(work())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="what is no message of ours ends serve_ranks, and the supervisor, with a KeyError"
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"5",
+        b"null",
+        b"{}",
+        b'{"type": "fox"}',
+        b'{"type": "output"}',
+        b'{"type": "begun", "request_ids": 3}',
+        b'{"type": "ready"}',
+    ],
 )
-@pytest.mark.parametrize("line", [b"5\n", b"null\n", b'{"output": {}}\n', b'{"begun": 3}\n', b'{"ready": {}}\n'])
 def test_what_is_no_message_is_an_end(line: bytes) -> None:
     async def work() -> None:
         ranks = FakeRanks(Front(10, "m"))
-        assert (await ranks.end(line)).startswith("rank 0 is gone: ")
+        assert (await ranks.end(line + b"\n")).startswith("rank 0 is gone: ")
 
     run(work())
 
@@ -285,7 +290,7 @@ def test_ranks_that_never_become_ready_end_whoever_waits_for_their_model() -> No
         assert waits.outcome == "error: the ranks failed 3 times in a row, last: the test says so"
         assert front.model == "n", "the turn of who still waits"
         with pytest.raises(UserError, match="'m' can't be loaded: its ranks have ended 3 times while they loaded it"):
-            await loaded
+            await asyncio.wait_for(loaded, HANG_S)
         ranks = await ready_ranks(front)
         assert ranks.added == numbers_of([other])
         await ranks.end()
@@ -310,7 +315,7 @@ def test_late_words_of_ranks_that_had_to_go_change_nothing() -> None:
 def test_an_answer_of_another_front_is_brought_back() -> None:
     async def work() -> None:
         front = Front(1, "m")
-        before = [ToldOutput(5, "ab", 7, 0, 0, 0, None, None, [9])]
+        before = [OutputMessage(5, "ab", 7, random_state=[9])]
         answer = front.bring_back(Request(5, [1, 2], GREEDY), "m", lambda _: None, before)
         ranks = await ready_ranks(front)
         (request,) = ranks.told

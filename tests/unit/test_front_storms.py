@@ -151,7 +151,8 @@ class FrontStorm(RuleBasedStateMachine):
         assert all(front._answers[number].model == front.model for number in front._begun)
         assert front._begun == self.rows.keys()
         assert front.num_requests == sum(not client.has_ended for client in self.clients)
-        assert front.status()["running"] + front.status()["waiting"] == front.num_requests
+        status = front.status()
+        assert status["requests"] == front.num_requests == int(str(status["running"])) + int(str(status["waiting"]))
 
     def teardown(self) -> None:
         for _ in range(MAX_STEPS):

@@ -9,7 +9,7 @@ import pytest
 from hippo_mpi.errors import UserError
 from hippo_mpi.serving.supervision.front import Front
 from tests.unit import fake_link
-from tests.unit.fake_link import FakeRanks, numbers_of, ready_ranks, run
+from tests.unit.fake_link import HANG_S, FakeRanks, numbers_of, ready_ranks, run
 from tests.unit.test_front import MAX_FAILURES, ask, lose
 
 
@@ -117,7 +117,7 @@ def test_a_model_that_is_refused_is_given_up() -> None:
         assert front.give_up_model("it is a fox")
         assert front.model == "m" and other.outcome == "error: the model 'n' can't be loaded: it is a fox"
         with pytest.raises(UserError, match="it is a fox"):
-            await loaded
+            await asyncio.wait_for(loaded, HANG_S)
         assert not front.give_up_model("there is none to return to")
         assert ends == ["error"] and front.state.startswith("m is being loaded")
         ranks = await ready_ranks(front)

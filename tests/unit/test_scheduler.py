@@ -63,7 +63,7 @@ class Bench:
         for row, token in zip(step.rows, tokens, strict=True):
             if not row.is_ended:
                 row.tokens += [] if row.is_aborted else [token]
-                if row.is_aborted or len(row.tokens) == row.most_tokens:
+                if row.is_aborted or len(row.tokens) == row.max_total_tokens:
                     ended.append(row)
         self.scheduler.commit(step, ended)
         return step
@@ -192,7 +192,7 @@ def test_abort_at_any_moment(moment: Callable[[Bench], Sequence], prefix_tokens:
     others = [row for row in bench.scheduler.running if row is not sequence]
     bench.run()
     assert len(sequence.tokens) == num_tokens
-    assert all(len(row.tokens) == row.most_tokens for row in others)
+    assert all(len(row.tokens) == row.max_total_tokens for row in others)
     bench.check_nothing_left()
 
 
@@ -300,7 +300,7 @@ def test_no_more_are_let_in_than_caches_bear() -> None:
     for _ in range(200):
         bench.tick()
         under_way = [*bench.scheduler._prefill.prompts, *bench.scheduler.running]
-        assert len(under_way) <= 1 or len(under_way) * max(row.most_tokens for row in under_way) <= 40
+        assert len(under_way) <= 1 or len(under_way) * max(row.max_total_tokens for row in under_way) <= 40
     assert big.is_ended and later.is_ended
     bench.check_nothing_left()
 

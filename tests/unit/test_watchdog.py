@@ -10,11 +10,14 @@ import struct
 import threading
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from hippo_mpi.errors import ForeignError, HippoError, RankError, UserError
 from hippo_mpi.transport import control
 from hippo_mpi.transport.frames import framed
+from hippo_mpi.transport.rank_messages import Report, encode
+from hippo_mpi.transport.rank_status import RankStatus
 from tests.unit.fake_world import HANG_S, TIMEOUT_S, Make, Rank, some_beats, wait_until, worlds
 
 
@@ -37,7 +40,7 @@ def test_a_rank_dies(make: Make, victim: int, capfd: pytest.CaptureFixture[str])
     ranks, told = make(3), list[tuple[int, str]]()
     ranks[0].on_end = lambda code, why: told.append((code, why))
     ranks[0].progress("computing step 8")
-    ranks[victim].progress("waiting for step 8")
+    ranks[victim].awaits("waiting for step 8")
     ranks[0].heard(victim, lambda peer: peer.doing == "waiting for step 8")
     ranks.pop(victim).die()
     line = await_ends(ranks, 0)
@@ -126,7 +129,7 @@ def test_rank_0_dies_while_another_says_that_it_failed(make: Make) -> None:
     assert str(ranks[1].end).startswith("('rank 0 (h0) died")
 
 
-HALF = struct.pack("<I", 200) + b'{"kind": "be'
+HALF = struct.pack("<I", 200) + b'{"type": "be'
 
 
 @pytest.mark.parametrize("sent", [b"", b"\1", HALF], ids=["nothing", "half a length", "half a frame"])
@@ -147,11 +150,11 @@ def test_an_end_in_the_middle_of_a_frame(make: Make, sent: bytes, then: str) -> 
 def test_a_frame_in_two_parts(make: Make) -> None:
     ranks = make(2)
     ranks[1].fall_silent()
-    frame = framed(b'{"kind": "report", "body": {"x": 1}}')
+    frame = framed(encode(Report(msgspec.Raw(b'{"x": 1}'))))
     ranks[1].send_raw(frame[:9])
     some_beats()
-    ranks[1].send_raw(frame[9:] + framed(b'{"kind": "of a newer version"}'))
-    assert ranks[0].reports.get(timeout=20) == (1, {"x": 1})
+    ranks[1].send_raw(frame[9:])
+    assert ranks[0].next_report(dict[str, int]) == {"x": 1}
     some_beats()
     assert ranks[0].end is None
 
@@ -167,7 +170,7 @@ def test_a_frame_that_is_too_long_is_an_end(make: Make) -> None:
 def test_nobody_gets_on(make: Make, size: int) -> None:
     ranks = make(size)
     for rank in ranks:
-        rank.progress("waiting for step 3")
+        rank.awaits("waiting for step 3")
     some_beats()
     assert ranks[0].stalled_s == 0
     ranks[0].age_progress()
@@ -179,12 +182,12 @@ def test_nobody_gets_on(make: Make, size: int) -> None:
 def test_nothing_is_due_while_idle(make: Make) -> None:
     ranks = make(2)
     ranks[0].idle()
-    ranks[1].progress("waiting for a step")
+    ranks[1].awaits("waiting for a step")
     some_beats()
     ranks[0].age_progress()
     some_beats()
     assert ranks[0].stalled_s == 0 and ranks[0].end is None
-    ranks[0].progress("waiting for step 1")
+    ranks[0].awaits("waiting for step 1")
     some_beats()
     assert ranks[0].end is None
     ranks[0].age_progress()
@@ -194,7 +197,7 @@ def test_nothing_is_due_while_idle(make: Make) -> None:
 def test_nothing_is_due_in_a_pause(make: Make) -> None:
     """Also if what is done in it fails; then all is as before."""
     (rank,) = make(1)
-    rank.progress("waiting for step 1")
+    rank.awaits("waiting for step 1")
     with contextlib.suppress(ValueError), rank.pausing():
         rank.age_progress()
         some_beats()
@@ -209,20 +212,20 @@ def test_nothing_is_due_in_a_pause(make: Make) -> None:
 def test_what_one_rank_does_is_progress_of_all(make: Make) -> None:
     ranks = make(2)
     for rank in ranks:
-        rank.progress("waiting for step 1")
+        rank.awaits("waiting for step 1")
     some_beats()
     ranks[0].age_progress(TIMEOUT_S - 20)
     assert ranks[0].stalled_s > TIMEOUT_S - 20
-    ranks[1].progress("waiting after step 1")
+    ranks[1].awaits("waiting after step 1")
     wait_until(lambda: ranks[0].stalled_s == 0, "progress wasn't heard of")
     assert ranks[0].end is None
 
 
 def test_a_step_as_long_as_the_longest_is_let_be(make: Make) -> None:
     ranks = make(2)
-    ranks[0].progress("waiting for step 1")
+    ranks[0].awaits("waiting for step 1")
     ranks[1]._pulse.longest_s = 100.0
-    ranks[1].progress("waiting after step 0")
+    ranks[1].awaits("waiting after step 0")
     ranks[0].heard(1, lambda peer: peer.longest_s == 100)
     some_beats()
     ranks[0].age_progress(TIMEOUT_S + 190)
@@ -236,7 +239,7 @@ def test_a_step_as_long_as_the_longest_is_let_be(make: Make) -> None:
 def test_a_cut_link_is_named(make: Make, number: int) -> None:
     """A main thread that loses its neighbour leaves the watch thread the word for a while: here that sees nothing."""
     ranks = make(2)
-    ranks[number].progress("waiting for step 4")
+    ranks[number].awaits("waiting for step 4")
     thread = threading.Thread(target=ranks[number].await_announcement, daemon=True)
     thread.start()
     ranks[1 - number].announce(b"step 3")
@@ -305,12 +308,13 @@ def test_rank_0_closes_first(make: Make) -> None:
 def test_reports_and_statuses(make: Make) -> None:
     ranks = make(3)
     found: dict[int, object] = {}
+    statuses = [RankStatus(number, 0, 0, 0, 0) for number in range(3)]
     for rank in ranks:
-        rank.own_status = lambda number=rank.world.rank: {"number": number}  # type: ignore[misc]
+        rank.own_status = lambda rank=rank: statuses[rank.world.rank]  # type: ignore[misc]
 
     def agree(rank: Rank) -> None:
         gathered = rank.gather({"from": rank.world.rank})
-        found[rank.world.rank] = gathered, rank.share({"go": 1} if gathered else None)
+        found[rank.world.rank] = gathered, rank.share({"go": 1} if gathered else None, dict[str, int])
 
     threads = [threading.Thread(target=agree, args=[rank]) for rank in ranks]
     for thread in threads:
@@ -319,8 +323,7 @@ def test_reports_and_statuses(make: Make) -> None:
         thread.join(20)
     everything = [{"from": 0}, {"from": 1}, {"from": 2}]
     assert found == {0: (everything, {"go": 1}), 1: (None, {"go": 1}), 2: (None, {"go": 1})}
-    wanted = [{"number": 0}, {"number": 1}, {"number": 2}]
-    wait_until(lambda: ranks[0].statuses() == wanted, "statuses don't come")
+    wait_until(lambda: ranks[0].statuses() == statuses, "statuses don't come")
 
 
 @pytest.mark.xfail(strict=True, reason="an exception ends the watch thread, and with it every deadline")
@@ -369,7 +372,7 @@ def test_storms(make: Make, seed: int, capfd: pytest.CaptureFixture[str]) -> Non
         rank, step = chance.choice(ranks), chance.randint(0, 9)
         kind = chance.choice(["progress", "idle", "report", "announce"])
         if kind == "progress":
-            rank.progress(f"waiting for step {step}")
+            rank.awaits(f"waiting for step {step}")
         elif kind == "idle":
             rank.idle()
         elif kind == "report":
@@ -377,7 +380,7 @@ def test_storms(make: Make, seed: int, capfd: pytest.CaptureFixture[str]) -> Non
         else:
             rank.announce(b"step")
     for rank in ranks:
-        rank.progress("waiting for step 10")
+        rank.awaits("waiting for step 10")
     some_beats()
     assert [rank.end for rank in ranks] == [None] * len(ranks)
     victims = chance.sample(ranks, 2)
