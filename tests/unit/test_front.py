@@ -277,6 +277,26 @@ def test_a_fault_in_the_middle_of_the_recovery_of_another() -> None:
     run(work())
 
 
+def test_a_suspect_makes_room_for_the_next_with_its_first_token() -> None:
+    async def work() -> None:
+        front = Front(10, "m")
+        for _ in range(2):
+            ranks = await ready_ranks(front)
+            if not front.num_requests:
+                ask(front), ask(front)
+            await ranks.end(fake_link.begun(0, 1))
+            lose(front)
+        ranks = await ready_ranks(front)
+        assert ranks.added == [0]
+        await ranks.say(fake_link.output(0, 7))
+        assert ranks.added == [0, 1]
+        await ranks.say(fake_link.output(0, 8))
+        assert ranks.added == [0, 1]
+        await ranks.end()
+
+    run(work())
+
+
 def test_ranks_that_never_become_ready_end_whoever_waits_for_their_model() -> None:
     async def work() -> None:
         front = Front(10, "m")

@@ -77,8 +77,11 @@ class FrontStorm(RuleBasedStateMachine):
     @precondition(lambda self: self.clients)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
-        data.draw(st.sampled_from(self.clients[-6:])).leave()
+        client = data.draw(st.sampled_from(self.clients[-6:]))
+        client.leave()
         self.supervise()
+        if self.ranks is not None and self.front.was_ready:  # they begin it before they hear of that
+            self.say(fake_link.begun(client.answer.request.id))
 
     @rule(model=MODELS, stays=st.booleans())
     def load(self, model: str, stays: bool) -> None:

@@ -151,7 +151,7 @@ def test_ranks_that_cannot_be_started(run: Run, error: Exception) -> None:
 
 
 def test_a_command_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "_BACKOFF_S", (0.0, 0.0, HANG_S))
+    monkeypatch.setattr(product, "_BACKOFF_S", (0.0, 0.0, 0.0, HANG_S))
 
     async def plans(model: str, start: int) -> LaunchPlan:
         return LaunchPlan(["/no/such/program"], 2) if start > 1 else plan_of("begin()\nos._exit(3)", 1)
