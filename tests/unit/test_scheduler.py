@@ -28,6 +28,7 @@ class Bench:
         self.held = fake_runner.Slots(can_trim=True)
         limits = {"max_batch_size": 8, "max_batch_tokens": 8, "prefill_chunk": 4, "can_batch": True, **limits}
         self.scheduler = Scheduler(num_stages, Limits(**limits), PrefixCache(budget, lambda slot: True), count())
+        self.num_stages = num_stages
         self.in_flight: deque[tuple[Step, list[int]]] = deque()  # with each row's next token
 
     def add(self, prompt: list[int], max_tokens: int = 3, salt: str = "") -> Sequence:
@@ -69,8 +70,8 @@ class Bench:
         return step
 
     def tick(self) -> Step | None:
-        """Begin a step, or else finish one; the one that was begun."""
-        step = self.begin()
+        """Begin a step, or finish one if as many are under way as there are stages; the one that was begun."""
+        step = self.begin() if len(self.in_flight) < self.num_stages else None
         if step is None and self.in_flight:
             self.finish()
         return step
@@ -346,9 +347,11 @@ def test_slots_are_handed_on_and_taken_back() -> None:
     assert (whole.slot, whole.position, whole.timings.cached_tokens) == (0, 20, 20) and not slots.has_changes
     behind = begin([*prompt_of(20), 5, 6], whole)
     assert (behind.slot, behind.position) == (3, 20) and slots.take_changes() == SlotChanges(forks=((0, 3),))
+    apart = begin([*prompt_of(20), 5, 6], whole, behind, salt="other")
+    assert (apart.slot, apart.position) == (4, 0)
     for sequence in (stranger, part, whole, behind):
         slots.release(sequence)
-    assert begin([9]).slot == 4, "nothing is free before the ranks have dropped it"
+    assert begin([9]).slot == 5, "nothing is free before the ranks have dropped it"
     drops = slots.take_changes().drops
     assert set(drops) < {0, 1, 2, 3} and begin([9]).slot in drops
     slots.forget_prefixes()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -232,6 +235,23 @@ def test_no_task_is_left_of_a_supervisor_that_was_cancelled(run: Run, moment: st
         await asyncio.sleep(0)
         left = other_tasks()
         assert not KNOWN_TASKS & set(left)
+
+    run(work())
+
+
+def test_who_else_had_come_is_hung_up_on(run: Run) -> None:
+    """As a rank of another life, or a stranger."""
+
+    async def work() -> None:
+        kept = Kept(lives(READY_AND_ANSWERS))
+        await kept.until(lambda: kept.front.is_ready)
+        (path,) = Path(tempfile.gettempdir()).glob("*/front")
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.connect(str(path))
+            await asyncio.sleep(0.05)
+            await kept.end()
+            stranger.setblocking(False)
+            assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(stranger, 1), HANG_S) == b""
 
     run(work())
 

@@ -336,6 +336,7 @@ def test_a_mistake_of_the_watch_thread_is_an_end(make: Make, how: str) -> None:
     else:
         ranks[0].own_status = lambda: dict[str, int]()["fox"]  # type: ignore[return-value,assignment]
     wait_until(lambda: ranks[0].end is not None or num_watchers() < 2, "it goes on")
+    some_beats()
     assert ranks[0].end is not None
 
 
