@@ -17,6 +17,7 @@ from hippo_mpi.errors import HippoError
 from hippo_mpi.transport import control
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.pulse import Activity
+from hippo_mpi.transport.rank_messages import RankMessage
 from hippo_mpi.transport.world import World
 
 TIMEOUT_S = 60.0  # nothing here lasts so long: tests move what was noted into the past instead
@@ -51,6 +52,10 @@ class Rank(Control):
             self.die()
             self._end_noted.set()
             raise
+
+    def _send(self, rank: int, message: RankMessage) -> None:
+        if not self._is_over:
+            super()._send(rank, message)
 
     def die(self) -> None:
         """End as by a SIGKILL."""
