@@ -87,7 +87,7 @@ class EngineStorm(RuleBasedStateMachine):
         share_right: float | None,
     ) -> None:
         self.runner_args = (depth, can_trim, looks_ahead)
-        self.limits = Limits(max_batch_size=most_rows, max_batch_tokens=12, cache_tokens=cache_tokens, **rows)
+        self.limits = Limits(max_batch_size=most_rows, max_batch_tokens=32, cache_tokens=cache_tokens, **rows)
         self.budget = None if budget is None else PrefixBudget(budget, lambda num_tokens: num_tokens)
         self.propose = None if share_right is None or not can_trim else drafts(share_right, depth)
         self.requests: list[Request] = []
@@ -124,31 +124,40 @@ class EngineStorm(RuleBasedStateMachine):
 
     @rule(
         family=st.integers(0, 1),
-        shared=st.sampled_from([0, 1, 15, 16, 17, 40, 40, 60]),
-        rest=st.integers(1, 25),
-        count=st.integers(1, 14),
+        shared=st.sampled_from([0, 0, 15, 16, 17, 40, 40, 60]),
+        rest=st.integers(1, 12),
+        count=st.sampled_from([1, 2, 9, 20]),
         sampling=st.sampled_from(SAMPLINGS),
         salt=st.sampled_from(["", "", "", "salt"]),
+        then=st.integers(0, 6),
     )
-    def arrive(self, family: int, shared: int, rest: int, count: int, sampling: dict[str, Any], salt: str) -> None:
+    def arrive(
+        self, family: int, shared: int, rest: int, count: int, sampling: dict[str, Any], salt: str, then: int
+    ) -> None:
         number = len(self.requests)
         prompt = FAMILIES[family][:shared] + [(number * 5 + i) % (VOCAB - 2) + 2 for i in range(rest)]
         request = Request(number, prompt, SamplingParams(max_tokens=count, **sampling), cache_salt=salt)
         self.engine.add(request)
         self.requests.append(request)
         self.told[number] = []
+        self.step(then)
 
-    @rule(count=st.integers(1, 6))
+    @rule(count=st.sampled_from([1, 2, 4, 8, 16, 32]))
     def step(self, count: int) -> None:
         for _ in range(count):
             self.step_once()
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        number = data.draw(
-            st.integers(max(0, len(self.requests) - 5), len(self.requests))
-        )  # also ended and unknown ones
+    @rule(data=st.data(), after=st.integers(0, 4))
+    def abort(self, data: st.DataObject, after: int) -> None:
+        self.step(after)
+        self.abort_one(data.draw(st.sampled_from(self.numbers())))
+
+    def numbers(self) -> list[int]:
+        """Those of requests that haven't ended, of one that may have, and one that is unknown."""
+        return [request.id for request in self.open_requests()] + [0, len(self.requests)]
+
+    def abort_one(self, number: int) -> None:
         self.engine.abort(number)
         self.aborted |= {request.id for request in self.open_requests() if request.id == number}
 
@@ -157,9 +166,10 @@ class EngineStorm(RuleBasedStateMachine):
         with pytest.raises(UserError):
             self.engine.add(Request(len(self.requests), wrong, SamplingParams()))
 
-    @rule()
-    def ranks_fail(self) -> None:
+    @rule(after=st.integers(0, 20))
+    def ranks_fail(self, after: int) -> None:
         """In the midst of everything; aborts that weren't told are clients that are gone."""
+        self.step(after)
         for request in list(self.open_requests()):
             if request.id in self.aborted:
                 self.told[request.id].append(RequestOutput(request.id, "", None, None, finish_reason="abort"))  # type: ignore[arg-type]
@@ -230,5 +240,32 @@ def check_nothing_left(engine: Engine, runner: FakeRunner) -> None:
 
 TestEngineStorm = EngineStorm.TestCase
 TestEngineStorm.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_seeded_storm(seed: int) -> None:
+    """With everything as often as it takes, which hypothesis doesn't promise."""
+    chance = random.Random(seed)
+    storm = EngineStorm()
+    storm.begin(
+        depth=chance.randint(1, 4), can_trim=chance.random() < 0.7, looks_ahead=chance.random() < 0.7,
+        most_rows=chance.choice([1, 3, 8]), rows=chance.choice(ROWS), cache_tokens=chance.choice([None, None, 250]),
+        budget=chance.choice([None, 70, 400]), share_right=chance.choice([None, 0.0, 0.7]),
+    )  # fmt: skip
+    for _ in range(40):
+        (what,) = chance.choices(["arrive", "step", "abort", "fail"], [6, 6, 3, 1])
+        if what == "arrive":
+            storm.arrive(
+                chance.randint(0, 1), chance.choice([0, 16, 17, 40]), chance.randint(1, 6), chance.choice([2, 9, 20]),
+                chance.choice(SAMPLINGS), chance.choice(["", "", "salt"]), chance.randint(0, 3),
+            )  # fmt: skip
+        elif what == "step":
+            storm.step(chance.randint(1, 8))
+        elif what == "abort":
+            storm.abort_one(chance.choice(storm.numbers()))
+        else:
+            storm.ranks_fail(chance.randint(0, 5))
+        storm.rows_and_caches_are_within_their_limits()
+    storm.teardown()
