@@ -27,7 +27,7 @@ from typing import NoReturn, TypeVar
 
 import msgspec
 
-from hippo_mpi.errors import HippoError, RankError, UserError, print_error
+from hippo_mpi.errors import ForeignError, HippoError, RankError, UserError, print_error
 from hippo_mpi.transport.frames import FrameReader, framed, read_frame
 from hippo_mpi.transport.handshake import await_callers, dial, introduce
 from hippo_mpi.transport.processes import kill_rank_if_stopped, kill_stopped_ranks
@@ -262,6 +262,12 @@ class Control:
     # ---- the watch thread
 
     def _watch(self) -> None:
+        try:
+            self._watch_peers()
+        except Exception as error:  # without this thread there is no deadline
+            self.fail(ForeignError.caused_by(error, "the watch thread"))
+
+    def _watch_peers(self) -> NoReturn:
         beat_at = 0.0
         while True:
             readable, _, _ = select.select(list(self._star.values()), [], [], BEAT_S / 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import sys
 import tempfile
@@ -105,8 +104,6 @@ def is_alive(pid: int) -> bool:
 
 
 _SETTLE_S = 3.0
-KNOWN_TASKS = {"Event.wait", "Queue.get"}
-"""That a supervisor leaves when it is cancelled, which it shouldn't: take this away when no test expects it any more."""
 
 
 def other_tasks() -> list[str]:
@@ -127,10 +124,9 @@ async def _nothing_left(folder: Path) -> AsyncIterator[None]:
 
 
 def _left(children: set[str], descriptors: dict[str, str], folder: Path) -> dict[str, object]:
-    gc.collect()  # a connection that was accepted while its life ended, which nobody closes
     return {
         "processes": _children() - children,
-        "tasks": [task for task in other_tasks() if task not in KNOWN_TASKS],
+        "tasks": other_tasks(),
         "descriptors": dict(_descriptors().items() - descriptors.items()),
         "files": list(folder.iterdir()),
     }

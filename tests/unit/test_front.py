@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 
 import pytest
@@ -183,7 +182,6 @@ def test_how_ranks_end() -> None:
     run(work())
 
 
-@pytest.mark.xfail(sys.version_info < (3, 12), strict=True, reason="wait_for loses a cancellation if a line is there")
 def test_it_ends_when_it_is_cancelled() -> None:
     """Also in the moment at which ranks say something."""
 

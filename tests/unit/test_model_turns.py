@@ -82,7 +82,6 @@ def test_load() -> None:
     run(work())
 
 
-@pytest.mark.xfail(strict=True, reason="take_turn doesn't look whether whoever wanted the model still waits")
 def test_a_load_that_is_cancelled_before_its_turn_changes_nothing() -> None:
     async def work() -> None:
         front = Front(10, "m")

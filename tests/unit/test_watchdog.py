@@ -326,7 +326,6 @@ def test_reports_and_statuses(make: Make) -> None:
     wait_until(lambda: ranks[0].statuses() == statuses, "statuses don't come")
 
 
-@pytest.mark.xfail(strict=True, reason="an exception ends the watch thread, and with it every deadline")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("how", ["its own status can't be asked", "a frame isn't JSON"])
 def test_a_mistake_of_the_watch_thread_is_an_end(make: Make, how: str) -> None:

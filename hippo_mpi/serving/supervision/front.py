@@ -255,6 +255,7 @@ class Front:
         """Switch to the next model if it is its turn; return whether it is."""
         is_due = self.turn_is_over.is_set() or not any(a.model == self.model for a in self._answers.values())
         self.turn_is_over.clear()
+        self._wanted = [(name, loaded) for name, loaded in self._wanted if not loaded.done()]  # some have gone
         other = self._next_model()
         if other is None or not is_due:
             self._advance()
@@ -333,7 +334,8 @@ class Front:
         self.has_progressed = False
         try:
             while True:
-                line = await asyncio.wait_for(reader.readline(), silence_s)
+                async with asyncio.timeout(silence_s):  # Python 3.11's wait_for loses cancellations
+                    line = await reader.readline()
                 if not line.endswith(b"\n"):
                     return "rank 0 is gone"
                 self._take(read_report(line), writer)

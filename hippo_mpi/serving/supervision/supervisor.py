@@ -50,7 +50,24 @@ _KEEP_MEMORY = ":".join(
     }.items()
 )
 
-_Arrived = asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+
+class _Arrived(asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]]):
+    """Connections that nobody serves yet; those of a start that is over are closed."""
+
+    is_over = False
+
+    def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Take a new connection."""
+        if self.is_over:
+            writer.close()
+        else:
+            self.put_nowait((reader, writer))
+
+    def close(self) -> None:
+        """Close what has come, and what will."""
+        self.is_over = True
+        while not self.empty():
+            self.get_nowait()[1].close()
 
 
 @dataclass(frozen=True)
@@ -188,9 +205,7 @@ class _LastWords(asyncio.StreamReader):
 
 
 def _open_stream(arrived: _Arrived) -> asyncio.StreamReaderProtocol:
-    return asyncio.StreamReaderProtocol(
-        _LastWords(limit=MAX_LINE_BYTES), lambda reader, writer: arrived.put_nowait((reader, writer))
-    )
+    return asyncio.StreamReaderProtocol(_LastWords(limit=MAX_LINE_BYTES), arrived.take)
 
 
 class Supervisor:
@@ -253,27 +268,30 @@ class Supervisor:
         with tempfile.TemporaryDirectory(prefix="hippo-serve-", ignore_cleanup_errors=True) as name:
             folder, arrived = Path(name), _Arrived()
             server = await asyncio.get_running_loop().create_unix_server(
-                lambda: _open_stream(arrived), str(folder / "front")
+                lambda: _open_stream(arrived), str(folder / "front"), start_serving=False
             )
             group = RankGroup(folder)
             try:
+                await server.start_serving()
                 key = RunKey()
                 group.start(await self._plan(key), folder / "front", key)
                 return await self._live(group, arrived)
             finally:
                 server.close()
                 await group.end()
-                while not arrived.empty():  # of ranks that ended before they were served
-                    arrived.get_nowait()[1].close()
+                arrived.close()
 
     async def _live(self, group: RankGroup, arrived: _Arrived) -> str | None:
         """Serve with started ranks until they fail (return why) or it is another model's turn (None)."""
         front = self._front
         ended, connected = asyncio.ensure_future(group.wait()), asyncio.ensure_future(arrived.get())
-        await asyncio.wait({ended, connected}, return_when="FIRST_COMPLETED", timeout=self._start_s)
-        if not connected.done():
-            connected.cancel()
-            ended.cancel()
+        try:
+            await asyncio.wait({ended, connected}, return_when="FIRST_COMPLETED", timeout=self._start_s)
+        finally:
+            if not connected.done():
+                connected.cancel()
+                ended.cancel()
+        if connected.cancelled() or not connected.done():
             return self._why(group) if group.has_ended else f"no rank came within {self._start_s:.0f} s"
         serving = asyncio.ensure_future(front.serve_ranks(*connected.result(), self._silence_s))
         try:
@@ -295,8 +313,10 @@ class Supervisor:
         """Wait until the ranks fail (False), or it is another model's turn (True)."""
         while True:
             turn = asyncio.ensure_future(self._front.turn_is_over.wait())
-            await asyncio.wait({*lives, turn}, return_when="FIRST_COMPLETED")
-            turn.cancel()
+            try:
+                await asyncio.wait({*lives, turn}, return_when="FIRST_COMPLETED")
+            finally:
+                turn.cancel()
             if any(life.done() for life in lives):
                 return False
             if self._front.take_turn():
