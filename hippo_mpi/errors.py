@@ -92,6 +92,14 @@ class DesyncError(RankError):
     """A rank that received another step than it expected."""
 
 
+def error_with_status(exit_code: int, line: str) -> HippoError:
+    """Return an error of another process, of the kind that has this exit status."""
+    kinds: tuple[type[HippoError], ...] = (ForeignError, UserError, RankError)
+    error = next((kind for kind in kinds if kind.exit_code == exit_code), HippoError)(line)
+    error.exit_code = exit_code
+    return error
+
+
 def interrupted() -> HippoError:
     """Return the error of a run that was ended by Ctrl-C."""
     error = HippoError("left by Ctrl-C")

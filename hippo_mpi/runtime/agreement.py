@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint
-from hippo_mpi.errors import HippoError, LaunchError, UserError
+from hippo_mpi.errors import HippoError, LaunchError, error_with_status
 from hippo_mpi.planning.costs import ModelInfo
 from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
 from hippo_mpi.planning.machine import available_bytes, measured_speed
@@ -177,9 +177,7 @@ def _compare(introductions: list[_Introduction]) -> None:
         if introduction.error:
             everywhere = all(other.error == introduction.error for other in introductions)
             where = "" if everywhere else f"rank {rank} ({introduction.host}): "
-            error = UserError(f"{where}{introduction.error}")
-            error.exit_code = introduction.exit_code
-            raise error
+            raise error_with_status(introduction.exit_code, f"{where}{introduction.error}")
     first = introductions[0]
     for rank, other in enumerate(introductions):
         for what, ours, theirs in (

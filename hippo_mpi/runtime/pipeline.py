@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from hippo_mpi.errors import HippoError, UserError
+from hippo_mpi.errors import HippoError, error_with_status
 from hippo_mpi.parallel.timeline import Timeline
 from hippo_mpi.parallel.worker import Follower, Leader
 from hippo_mpi.planning.machine import peak_resident_bytes
@@ -30,7 +30,8 @@ class _Loaded:
     """Whether a rank has loaded its stage; if not, why."""
 
     host: str
-    error: str
+    error: str = ""
+    exit_code: int = 0
 
 
 class Pipeline:
@@ -72,10 +73,12 @@ class Pipeline:
         control.own_status = self._status
 
     def _agree_that_loaded(self, error: HippoError | None) -> None:
-        gathered = self.control.gather(_Loaded(self.world.host, str(error) if error else ""))
+        gathered = self.control.gather(
+            _Loaded(self.world.host, str(error), error.exit_code) if error else _Loaded(self.world.host)
+        )
         for rank, loaded in enumerate(gathered or ()):
             if loaded.error:
-                failure = UserError(f"rank {rank} ({loaded.host}): {loaded.error}")
+                failure = error_with_status(loaded.exit_code, f"rank {rank} ({loaded.host}): {loaded.error}")
                 self.control.fail(failure if self.world.size > 1 else error or failure)
         self.control.meet()
 

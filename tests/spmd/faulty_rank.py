@@ -1,14 +1,17 @@
-"""A rank of hippo_mpi.generate that goes astray at its tenth step, as its first argument says."""
+"""A rank of hippo_mpi.generate that goes astray at its tenth step, or while it loads, as its first argument says."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from typing import NoReturn
 
 from hippo_mpi import generate
+from hippo_mpi.errors import ForeignError
 from hippo_mpi.parallel import worker
 from hippo_mpi.parallel.step_plan import StepPlan
+from hippo_mpi.runtime import pipeline
 
 kind = sys.argv.pop(1)
 follow = worker.Follower.follow
@@ -30,5 +33,11 @@ def astray(self: worker.Follower) -> StepPlan | None:
     return follow(self)
 
 
+def unable(*_: object) -> NoReturn:
+    raise ForeignError("this rank was told not to load")
+
+
 worker.Follower.follow = astray  # type: ignore[method-assign]
+if kind == "load":
+    pipeline.load_stage = unable
 generate.main()

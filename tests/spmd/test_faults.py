@@ -157,6 +157,13 @@ def test_rank_goes_astray(what: str) -> None:
         assert running[1].wait(5) != 0
 
 
+def test_a_mistake_of_ours_while_a_rank_loads_is_told_as_one() -> None:
+    """A server tries again then: with status 2 it would give the model up."""
+    with ranks.ring([endless(), [sys.executable, FAULTY, "load", *endless()[1:]]]) as running:
+        assert [rank.wait() for rank in running] == [1, 1]
+        assert "this rank was told not to load" in running[0].err and "error: rank 1 (" in running[0].err
+
+
 def test_killed_under_mpirun() -> None:
     with ranks.single(ranks.mpirun(2, endless())) as launcher:
         launcher.await_output()
