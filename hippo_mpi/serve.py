@@ -36,9 +36,9 @@ from hippo_mpi.serving.api.audit_log import AuditLog
 from hippo_mpi.serving.key_files import keys_of_environment, read_key_file
 from hippo_mpi.serving.logs import set_up_logging
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
-from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.messages import FRONT, MAX_LINE_BYTES, RankPart, Ready
 from hippo_mpi.serving.supervision.rank_service import BEAT_S, RankService
+from hippo_mpi.serving.supervision.request_broker import RequestBroker
 from hippo_mpi.serving.supervision.supervisor import LaunchPlan, Supervisor
 from hippo_mpi.transport.run_key import RunKey
 from hippo_mpi.transport.world import detect_launch
@@ -62,7 +62,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve_rank(session: Session[ServeOptions]) -> int:
-    """Serve as a launched rank: rank 0 answers the front, or is one itself if no supervisor has started it."""
+    """Serve as a launched rank: rank 0 answers the broker, or is one itself if no supervisor has started it."""
     if session.world.rank > 0:
         session.follow()
         return 0
@@ -95,13 +95,13 @@ def _start_own_front(session: Session[ServeOptions]) -> socket.socket:
         raise UserError("a launcher starts the ranks of one model: for a catalogue, start hippo_mpi.serve without one")
     set_up_logging(options.log_level)
     catalogue = Catalogue([ServedModel(options.model_name or Path(options.model).name, options)])
-    front, api, http = _make_api(options, catalogue)
+    broker, api, http = _make_api(options, catalogue)
     connection, ours = socket.socketpair()
 
     async def both() -> None:
         reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)
-        ranks = asyncio.ensure_future(front.serve_ranks(reader, writer, _silence_s(options)))
-        await _serve_api(front, api, http)
+        ranks = asyncio.ensure_future(broker.serve_ranks(reader, writer, _silence_s(options)))
+        await _serve_api(broker, api, http)
         ranks.cancel()
 
     def serve_unsupervised() -> None:
@@ -134,18 +134,18 @@ def serve(argv: list[str]) -> int:
     if options.check:
         return 0
     hosts = _hosts(options, named)
-    front, api, http = _make_api(options, catalogue)
+    broker, api, http = _make_api(options, catalogue)
 
     async def make_plan(name: str, living: Sequence[int] | None) -> LaunchPlan:
         model = catalogue.find(name)
         assert model is not None
-        if living is not None and len(front.machines) == len(hosts):
-            await catalogue.plan(model, [front.machines[index] for index in living])
+        if living is not None and len(broker.machines) == len(hosts):
+            await catalogue.plan(model, [broker.machines[index] for index in living])
         return launch_plan([*argv, *model.card], options, hosts, living)
 
     start_s = _PYTHON_START_S + options.start_timeout  # so that ranks which wait in vain say so themselves
-    supervisor = Supervisor(front, make_plan, hosts, start_s, _silence_s(options), options.max_restarts)
-    asyncio.run(_serve_supervised(front, api, http, supervisor))
+    supervisor = Supervisor(broker, make_plan, hosts, start_s, _silence_s(options), options.max_restarts)
+    asyncio.run(_serve_supervised(broker, api, http, supervisor))
     return 0
 
 
@@ -163,18 +163,18 @@ def _check(options: ServeOptions, catalogue: Catalogue) -> None:
             check_layer_split(model.info, options.ranks, model.options.layer_split)
 
 
-async def _serve_api(front: Front, api: Api, settings: HttpSettings) -> None:
+async def _serve_api(broker: RequestBroker, api: Api, settings: HttpSettings) -> None:
     """Serve, from what the server before this one has left on, until a signal comes."""
     api.start()
     try:
-        await serve_http(api.app(), front, settings)
+        await serve_http(api.app(), broker, settings)
     finally:
         api.exchanges.close()
 
 
-async def _serve_supervised(front: Front, api: Api, settings: HttpSettings, supervisor: Supervisor) -> None:
+async def _serve_supervised(broker: RequestBroker, api: Api, settings: HttpSettings, supervisor: Supervisor) -> None:
     ranks = asyncio.ensure_future(supervisor.run())
-    http = asyncio.ensure_future(_serve_api(front, api, settings))
+    http = asyncio.ensure_future(_serve_api(broker, api, settings))
     try:
         await asyncio.wait({ranks, http}, return_when="FIRST_COMPLETED")
     finally:
@@ -191,11 +191,11 @@ def _silence_s(options: ServeOptions) -> float:
     return float(max(options.timeout, 4 * BEAT_S))
 
 
-def _make_api(options: ServeOptions, catalogue: Catalogue) -> tuple[Front, Api, HttpSettings]:
+def _make_api(options: ServeOptions, catalogue: Catalogue) -> tuple[RequestBroker, Api, HttpSettings]:
     rules = read_rules(options)
     access = Access(rules)
     http = HttpSettings.from_options(options)
-    front = Front(options.max_batch_size + options.max_queue, catalogue.first.name)
+    broker = RequestBroker(options.max_batch_size + options.max_queue, catalogue.first.name)
     audit = _open_audit_log(options)
     settings = ApiSettings(
         options.max_body_bytes,
@@ -211,7 +211,7 @@ def _make_api(options: ServeOptions, catalogue: Catalogue) -> tuple[Front, Api, 
     if options.journal:
         check_place(options.journal, "--journal")
     journal = Journal(options.journal) if options.journal else None
-    return front, Api(front, catalogue, access, settings, Metrics(front, audit), audit, journal), http
+    return broker, Api(broker, catalogue, access, settings, Metrics(broker, audit), audit, journal), http
 
 
 def _open_audit_log(options: ServeOptions) -> AuditLog | None:

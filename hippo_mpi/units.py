@@ -21,3 +21,8 @@ def show_bytes(count: int) -> str:
 def show_layers(start: int, stop: int) -> str:
     """Return the half-open range [start, stop) of layers as text: layer 3, layers 0-3."""
     return f"layer {start}" if stop == start + 1 else f"layers {start}-{stop - 1}"
+
+
+def waiting_requests(count: int) -> str:
+    """Return how many requests wait, in words."""
+    return f"{'no' if not count else f'{count:,}'} request{' waits' if count < 2 else 's wait'}"

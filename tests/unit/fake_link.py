@@ -10,8 +10,8 @@ from hippo_mpi.engine.messages import ErrorMessage, OutputMessage
 from hippo_mpi.engine.request import FinishReason, Request, SamplingParams
 from hippo_mpi.errors import HippoError
 from hippo_mpi.serving.supervision.answer import Told
-from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.messages import Add, Beat, Begun, Ready, Refused, Taking, line_of, read_order
+from hippo_mpi.serving.supervision.request_broker import RequestBroker
 
 MAX_CONTEXT = VOCAB_SIZE = 100
 HANG_S = 30.0
@@ -90,7 +90,7 @@ def status(code, why=""):
 class Client:
     """Somebody who waits for an answer of so many tokens, each of which says which it is."""
 
-    def __init__(self, front: Front, model: str, num_tokens: int) -> None:
+    def __init__(self, front: RequestBroker, model: str, num_tokens: int) -> None:
         self._front, self.num_tokens, self.is_gone = front, num_tokens, False
         self.told: list[Told] = []
         self.answer = front.submit([num_tokens, 1], SamplingParams(), model, self.told.append)
@@ -125,7 +125,7 @@ class Client:
 class FakeRanks:
     """Ranks as a front knows them: what they are told, and what they say."""
 
-    def __init__(self, front: Front, silence_s: float = HANG_S, limit: int = 1 << 20) -> None:
+    def __init__(self, front: RequestBroker, silence_s: float = HANG_S, limit: int = 1 << 20) -> None:
         self.told: list[Request | int] = []
         self.is_closed = False
         self._reader = asyncio.StreamReader(limit=limit)
@@ -181,7 +181,7 @@ class FakeRanks:
         return "cancelled" if self._serving.cancelled() else self._serving.result()
 
 
-async def ready_ranks(front: Front) -> FakeRanks:
+async def ready_ranks(front: RequestBroker) -> FakeRanks:
     ranks = FakeRanks(front)
     await ranks.say(ready())
     return ranks

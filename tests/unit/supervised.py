@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hippo_mpi.serving.supervision import supervisor as product
-from hippo_mpi.serving.supervision.front import Front
+from hippo_mpi.serving.supervision.request_broker import RequestBroker
 from hippo_mpi.serving.supervision.supervisor import LaunchPlan, Supervisor
 from tests.unit.fake_link import HANG_S, RANK_PROGRAM
 
@@ -51,7 +51,7 @@ class Kept:
     """A front, and a supervisor that keeps its ranks."""
 
     def __init__(self, plans: Plans, start_s: float = HANG_S, silence_s: float = HANG_S) -> None:
-        self.front, self.plans, self.num_starts = Front(100, "m"), plans, 0
+        self.front, self.plans, self.num_starts = RequestBroker(100, "m"), plans, 0
         self.whys: list[str] = []
         lose = self.front.lose_ranks
 

@@ -20,7 +20,7 @@ ROOMS = [
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # The page, launchers, and the front's memory run on machines and in processes where MLX has no business.
 WITHOUT_MLX = [
-    *("cli", "run", "page", "audit", "serving.supervision.front", "serving.supervision.supervisor"),
+    *("cli", "run", "page", "audit", "serving.supervision.request_broker", "serving.supervision.supervisor"),
     *sorted(f"cluster.{path.stem}" for path in (PACKAGE / "cluster").glob("[a-z]*.py")),
 ]
 

@@ -28,7 +28,7 @@ from hippo_mpi.serving.api import connections
 from hippo_mpi.serving.api.http_server import HttpSettings, listen, serve_http
 from hippo_mpi.serving.logs import ANNOUNCEMENTS
 from hippo_mpi.serving.page.cluster_view import fetch_status
-from hippo_mpi.serving.supervision.front import Front
+from hippo_mpi.serving.supervision.request_broker import RequestBroker
 
 HEAD = b"Host: localhost\r\n\r\n"
 
@@ -94,7 +94,9 @@ def serving(caplog: pytest.LogCaptureFixture, address: str = "127.0.0.1", **sett
 
     def serve() -> None:
         asyncio.set_event_loop(loop)
-        tasks.append(loop.create_task(serve_http(found.app(), Front(4, "m"), HttpSettings(address, 0, **settings))))
+        tasks.append(
+            loop.create_task(serve_http(found.app(), RequestBroker(4, "m"), HttpSettings(address, 0, **settings)))
+        )
         with contextlib.suppress(asyncio.CancelledError):
             loop.run_until_complete(tasks[0])
 

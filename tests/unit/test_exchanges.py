@@ -17,7 +17,8 @@ from hippo_mpi.serving.api.exchange import Exchange
 from hippo_mpi.serving.api.exchanges import Exchanges, Keeping
 from hippo_mpi.serving.api.journal import Journal
 from hippo_mpi.serving.api.journal_records import Line, Record
-from hippo_mpi.serving.supervision.front import Front, Overloaded
+from hippo_mpi.serving.supervision.answer import Overloaded
+from hippo_mpi.serving.supervision.request_broker import RequestBroker
 
 SAMPLING = SamplingParams(seed=1)
 
@@ -28,12 +29,12 @@ def record(num_choices: int = 1, **fields: Any) -> Record:
     return replace(found, **fields)
 
 
-def run(work: Callable[[Front, Journal, Exchanges], Coroutine[Any, Any, None]], path: Path) -> list[Exchange]:
+def run(work: Callable[[RequestBroker, Journal, Exchanges], Coroutine[Any, Any, None]], path: Path) -> list[Exchange]:
     """Run with a front whose ranks never come; returns the exchanges that have ended."""
     over: list[Exchange] = []
 
     async def main() -> None:
-        front, journal = Front(4, "m"), Journal(path)
+        front, journal = RequestBroker(4, "m"), Journal(path)
         exchanges = Exchanges(front, journal, Keeping(60, 0), over.append)
         exchanges.start(["m"])
         try:
@@ -50,7 +51,7 @@ def test_a_record_that_cannot_be_written_leaves_no_answers_at_work(tmp_path: Pat
     for _ in range(100_000):
         deep = [deep]
 
-    async def work(front: Front, _: Journal, exchanges: Exchanges) -> None:
+    async def work(front: RequestBroker, _: Journal, exchanges: Exchanges) -> None:
         with pytest.raises(RecursionError):
             await exchanges.open(record(body={"metadata": deep}), lambda number: None)
         assert front.num_requests == 0
@@ -59,7 +60,7 @@ def test_a_record_that_cannot_be_written_leaves_no_answers_at_work(tmp_path: Pat
 
 
 def test_what_is_refused_in_part_is_refused(tmp_path: Path) -> None:
-    async def work(front: Front, _: Journal, exchanges: Exchanges) -> None:
+    async def work(front: RequestBroker, _: Journal, exchanges: Exchanges) -> None:
         with pytest.raises(Overloaded):
             await exchanges.open(record(5), lambda number: None)
         assert front.num_requests == 0 and await exchanges.find("cmpl-1", "") is None
@@ -68,7 +69,7 @@ def test_what_is_refused_in_part_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_request_that_ends_before_its_client_has_an_id_is_forgotten(tmp_path: Path) -> None:
-    async def work(front: Front, journal: Journal, exchanges: Exchanges) -> None:
+    async def work(front: RequestBroker, journal: Journal, exchanges: Exchanges) -> None:
         opening = asyncio.ensure_future(exchanges.open(record(3), lambda number: None))
         await asyncio.sleep(0)
         assert front.num_requests == 3
@@ -77,7 +78,7 @@ def test_a_request_that_ends_before_its_client_has_an_id_is_forgotten(tmp_path: 
         assert opening.cancelled() and front.num_requests == 0
         assert await exchanges.find("cmpl-1", "") is None
 
-    async def look(front: Front, *_: Any) -> None:
+    async def look(front: RequestBroker, *_: Any) -> None:
         assert front.num_requests == 0
 
     run(work, tmp_path / "journal")

@@ -10,8 +10,8 @@ import pytest
 from hippo_mpi.engine.messages import OutputMessage
 from hippo_mpi.engine.request import Request, Resume, SamplingParams
 from hippo_mpi.errors import ContextError, FieldError, ForeignError, HippoError, RankError, UserError
-from hippo_mpi.serving.supervision.answer import Answer, ServerEnding, Told
-from hippo_mpi.serving.supervision.front import Front, Overloaded
+from hippo_mpi.serving.supervision.answer import Answer, Overloaded, ServerEnding, Told
+from hippo_mpi.serving.supervision.request_broker import RequestBroker
 from tests.unit import fake_link
 from tests.unit.fake_link import HANG_S, FakeRanks, numbers_of, ready_ranks, run
 
@@ -19,11 +19,11 @@ MAX_FAILURES = 2
 GREEDY = SamplingParams(max_tokens=9, seed=1)
 
 
-def ask(front: Front, model: str = "m", told: list[Told] | None = None) -> Answer:
+def ask(front: RequestBroker, model: str = "m", told: list[Told] | None = None) -> Answer:
     return front.submit([1, 2], GREEDY, model, (lambda _: None) if told is None else told.append)
 
 
-def lose(front: Front) -> None:
+def lose(front: RequestBroker) -> None:
     """As the supervisor does."""
     front.lose_ranks("the test says so", MAX_FAILURES)
     front.take_turn()
@@ -31,7 +31,7 @@ def lose(front: Front) -> None:
 
 def test_requests_wait_for_ranks_that_are_ready() -> None:
     async def work() -> None:
-        front = Front(10, "m")
+        front = RequestBroker(10, "m")
         early, other = ask(front), ask(front, "n")
         ranks = FakeRanks(front)
         assert not front.is_ready and front.state.startswith("m is being loaded")
@@ -54,7 +54,7 @@ def test_requests_wait_for_ranks_that_are_ready() -> None:
 
 def test_outputs_come_to_whom_they_belong() -> None:
     async def work() -> None:
-        front, told, counted = Front(10, "m"), list[Told](), list[tuple[int, float]]()
+        front, told, counted = RequestBroker(10, "m"), list[Told](), list[tuple[int, float]]()
         front.on_output = lambda output, before_s: counted.append((output.request_id, before_s))
         ranks = await ready_ranks(front)
         first, second = ask(front, told=told), ask(front)
@@ -79,7 +79,7 @@ def test_outputs_come_to_whom_they_belong() -> None:
 )
 def test_a_refusal_ends_one(error: HippoError) -> None:
     async def work() -> None:
-        front, told, ends = Front(10, "m"), list[Told](), list[str]()
+        front, told, ends = RequestBroker(10, "m"), list[Told](), list[str]()
         front.on_early_end = ends.append
         ranks = await ready_ranks(front)
         ask(front, told=told), ask(front)
@@ -94,7 +94,7 @@ def test_a_refusal_ends_one(error: HippoError) -> None:
 
 def test_abort_at_every_moment() -> None:
     async def work() -> None:
-        front, ends = Front(10, "m"), list[str]()
+        front, ends = RequestBroker(10, "m"), list[str]()
         front.on_early_end = ends.append
         answers = [ask(front) for _ in range(5)]
         front.abort(answers[0])  # before there are ranks
@@ -122,7 +122,7 @@ def test_abort_at_every_moment() -> None:
 
 def test_no_more_than_may_wait() -> None:
     async def work() -> None:
-        front = Front(2, "m")
+        front = RequestBroker(2, "m")
         answers = [ask(front), ask(front, "n")]
         with pytest.raises(Overloaded, match="2 requests are under way or wait already"):
             ask(front)
@@ -142,7 +142,7 @@ def test_no_more_than_may_wait() -> None:
 
 def test_status_and_beats() -> None:
     async def work() -> None:
-        front = Front(10, "m")
+        front = RequestBroker(10, "m")
         ranks = await ready_ranks(front)
         ask(front), ask(front)
         assert front.status()["waiting"] == 0 and front.why_stuck == ""
@@ -171,12 +171,12 @@ def test_how_ranks_end() -> None:
             (b"\xff\xfe\n", "rank 0 is gone: "),
             (b"{" * 200, "rank 0 is gone: Separator is not found, and chunk exceed the limit"),
         ):
-            ranks = FakeRanks(Front(10, "m"), limit=100)
+            ranks = FakeRanks(RequestBroker(10, "m"), limit=100)
             assert (await ranks.end(last)).startswith(why)
             assert ranks.is_closed
-        ranks = FakeRanks(Front(10, "m"))
+        ranks = FakeRanks(RequestBroker(10, "m"))
         assert await ranks.fail(ConnectionResetError("reset")) == "rank 0 is gone: reset"
-        ranks = FakeRanks(Front(10, "m"), silence_s=0.05)
+        ranks = FakeRanks(RequestBroker(10, "m"), silence_s=0.05)
         assert await ranks.await_end() == "rank 0 said nothing for 0 s"
 
     run(work())
@@ -188,7 +188,7 @@ def test_it_ends_when_it_is_cancelled() -> None:
     async def work() -> None:
         deaf = []
         for moment in range(8):
-            ranks = FakeRanks(Front(10, "m"))
+            ranks = FakeRanks(RequestBroker(10, "m"))
             await ranks.say(fake_link.beat())
             await ranks.be_cancelled(moment, fake_link.beat())
             deaf += [] if ranks.has_ended else [moment]
@@ -212,7 +212,7 @@ def test_it_ends_when_it_is_cancelled() -> None:
 )
 def test_what_is_no_message_is_an_end(line: bytes) -> None:
     async def work() -> None:
-        ranks = FakeRanks(Front(10, "m"))
+        ranks = FakeRanks(RequestBroker(10, "m"))
         assert (await ranks.end(line + b"\n")).startswith("rank 0 is gone: ")
 
     run(work())
@@ -222,7 +222,7 @@ def test_an_answer_goes_on_with_the_next_ranks() -> None:
     """From its last token; not one that was aborted or is complete. A token in between clears all of suspicion."""
 
     async def work() -> None:
-        front = Front(10, "m")
+        front = RequestBroker(10, "m")
         ranks = await ready_ranks(front)
         goes_on, waits, _, gone = (ask(front) for _ in range(4))
         told = [fake_link.output(0, 7, "ab", state=3), fake_link.output(2, 1, "", "stop"), fake_link.begun(0, 1, 2, 3)]
@@ -247,7 +247,7 @@ def test_a_fault_in_the_middle_of_the_recovery_of_another() -> None:
     """Before the next ranks are there, while they load, while they take up what they were told, and behind that."""
 
     async def work() -> None:
-        front, told, ends = Front(10, "m"), list[Told](), list[str]()
+        front, told, ends = RequestBroker(10, "m"), list[Told](), list[str]()
         front.on_early_end = ends.append
         ranks = await ready_ranks(front)
         first, waits = ask(front, told=told), ask(front)
@@ -277,7 +277,7 @@ def test_a_fault_in_the_middle_of_the_recovery_of_another() -> None:
 
 def test_a_suspect_makes_room_for_the_next_with_its_first_token() -> None:
     async def work() -> None:
-        front = Front(10, "m")
+        front = RequestBroker(10, "m")
         for _ in range(2):
             ranks = await ready_ranks(front)
             if not front.num_requests:
@@ -297,7 +297,7 @@ def test_a_suspect_makes_room_for_the_next_with_its_first_token() -> None:
 
 def test_ranks_that_never_become_ready_end_whoever_waits_for_their_model() -> None:
     async def work() -> None:
-        front = Front(10, "m")
+        front = RequestBroker(10, "m")
         waits, other = ask(front), ask(front, "n")
         loaded = asyncio.ensure_future(front.load("m"))
         await asyncio.sleep(0)
@@ -318,7 +318,7 @@ def test_ranks_that_never_become_ready_end_whoever_waits_for_their_model() -> No
 
 def test_late_words_of_ranks_that_had_to_go_change_nothing() -> None:
     async def work() -> None:
-        front = Front(10, "m")
+        front = RequestBroker(10, "m")
         ranks = await ready_ranks(front)
         answer = ask(front)
         front.fail_all(ServerEnding("the end"))
@@ -332,7 +332,7 @@ def test_late_words_of_ranks_that_had_to_go_change_nothing() -> None:
 
 def test_an_answer_of_another_front_is_brought_back() -> None:
     async def work() -> None:
-        front = Front(1, "m")
+        front = RequestBroker(1, "m")
         before = [OutputMessage(5, "ab", 7, random_state=[9])]
         answer = front.bring_back(Request(5, [1, 2], GREEDY), "m", lambda _: None, before)
         ranks = await ready_ranks(front)

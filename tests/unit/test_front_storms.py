@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from hippo_mpi.engine.request import Request
 from hippo_mpi.errors import RankError, UserError
-from hippo_mpi.serving.supervision.front import Front, Overloaded
+from hippo_mpi.serving.supervision.answer import Overloaded
+from hippo_mpi.serving.supervision.request_broker import RequestBroker
 from tests.unit import fake_link
 from tests.unit.fake_link import Client, FakeRanks
 
@@ -28,7 +29,7 @@ class FrontStorm(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.front = Front(MAX_REQUESTS, "m")
+        self.front = RequestBroker(MAX_REQUESTS, "m")
         self.clients: list[Client] = []
         self.loads: list[asyncio.Future[None]] = []
         self.ranks: FakeRanks | None = None

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from hippo_mpi.errors import UserError
-from hippo_mpi.serving.supervision.front import Front
+from hippo_mpi.serving.supervision.request_broker import RequestBroker
 from tests.unit import fake_link
 from tests.unit.fake_link import HANG_S, FakeRanks, numbers_of, ready_ranks, run
 from tests.unit.test_front import MAX_FAILURES, ask, lose
@@ -15,7 +15,7 @@ from tests.unit.test_front import MAX_FAILURES, ask, lose
 
 def test_a_model_comes_when_the_answers_of_the_other_are_complete() -> None:
     async def work() -> None:
-        front = Front(10, "m")
+        front = RequestBroker(10, "m")
         ranks = await ready_ranks(front)
         begun = ask(front)
         other = ask(front, "n")
@@ -46,7 +46,7 @@ def test_who_asked_for_another_model_goes_away(has_begun: bool) -> None:
     """Then the present one's answers go on at once, also if its turn was over already."""
 
     async def work() -> None:
-        front = Front(10, "m")
+        front = RequestBroker(10, "m")
         ranks = await ready_ranks(front)
         begun = [ask(front)] if has_begun else []
         other = ask(front, "n")
@@ -62,7 +62,7 @@ def test_who_asked_for_another_model_goes_away(has_begun: bool) -> None:
 
 def test_load() -> None:
     async def work() -> None:
-        front = Front(10, "m")
+        front = RequestBroker(10, "m")
         ranks = await ready_ranks(front)
         await front.load("m")
         ask(front)
@@ -84,7 +84,7 @@ def test_load() -> None:
 
 def test_a_load_that_is_cancelled_before_its_turn_changes_nothing() -> None:
     async def work() -> None:
-        front = Front(10, "m")
+        front = RequestBroker(10, "m")
         ranks = await ready_ranks(front)
         loaded = asyncio.ensure_future(front.load("n"))
         await asyncio.sleep(0)
@@ -102,7 +102,7 @@ def test_a_model_that_is_refused_is_given_up() -> None:
     """Whoever waits for it hears why; the model before comes back, and the other may be tried again."""
 
     async def work() -> None:
-        front, ends = Front(10, "m"), list[str]()
+        front, ends = RequestBroker(10, "m"), list[str]()
         front.on_early_end = ends.append
         assert not front.give_up_model("nothing was before it")
         ranks = await ready_ranks(front)
@@ -133,7 +133,7 @@ def test_a_fault_in_the_middle_of_a_change() -> None:
     """While the other model loads, with requests of both waiting; an abort there; then it is loaded after all."""
 
     async def work() -> None:
-        front = Front(10, "m")
+        front = RequestBroker(10, "m")
         ranks = await ready_ranks(front)
         begun, other, gone = ask(front), ask(front, "n"), ask(front, "n")
         late = ask(front)
@@ -164,7 +164,7 @@ def test_a_fault_when_a_change_is_due() -> None:
     """The ranks die between the last answer and the change: there is nothing to go on with, so it is made."""
 
     async def work() -> None:
-        front = Front(10, "m")
+        front = RequestBroker(10, "m")
         ranks = await ready_ranks(front)
         begun, other = ask(front), ask(front, "n")
         await ranks.end(fake_link.output(begun.request.id, 7, "", "stop"))
@@ -182,7 +182,7 @@ def test_a_fault_before_a_change_is_due() -> None:
     """Answers that had begun come first, with the next ranks; those that hadn't wait for their model's next turn."""
 
     async def work() -> None:
-        front = Front(10, "m")
+        front = RequestBroker(10, "m")
         ranks = await ready_ranks(front)
         begun, other = ask(front), ask(front, "n")
         await ranks.end(fake_link.begun(0) + fake_link.output(0, 7))
@@ -203,7 +203,7 @@ def test_a_fault_before_a_change_is_due() -> None:
 
 def test_nobody_is_left_when_a_change_fails_for_good() -> None:
     async def work() -> None:
-        front = Front(10, "m")
+        front = RequestBroker(10, "m")
         ranks = await ready_ranks(front)
         other = ask(front, "n")
         assert front.take_turn()

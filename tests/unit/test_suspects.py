@@ -15,8 +15,8 @@ from hippo_mpi.engine.messages import ErrorMessage, OutputMessage
 from hippo_mpi.engine.request import FinishReason, Request, SamplingParams
 from hippo_mpi.errors import ForeignError, HippoError, RankError
 from hippo_mpi.serving.supervision.answer import Answer, Told
-from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.messages import Add, Begun, Ready, Refused, Report, Taking, line_of, read_order
+from hippo_mpi.serving.supervision.request_broker import RequestBroker
 from hippo_mpi.serving.supervision.suspects import may_begin
 
 MOST_FAILURES = 5
@@ -30,7 +30,7 @@ class Life:
     A prompt is [what happens in its first step, steps until its first token].
     """
 
-    front: Front
+    front: RequestBroker
     rows: int
     reader: asyncio.StreamReader = field(default_factory=asyncio.StreamReader)
     waiting: list[Request] = field(default_factory=list)
@@ -90,7 +90,7 @@ PLAIN, POISON, READING = 1, 2, 3
 
 async def answer_all(prompts: Sequence[tuple[int, int]], rows: int) -> tuple[list[Answer], list[Life]]:
     """Ask for all, and give ranks a new life until nothing is left."""
-    front, lives = Front(1000, "m"), []
+    front, lives = RequestBroker(1000, "m"), []
     answers = [front.submit(list(prompt), SamplingParams(), "m") for prompt in prompts]
     while front.num_requests:
         lives.append(Life(front, rows))
@@ -141,7 +141,7 @@ def test_suspects_come_one_at_a_time() -> None:
 
 @pytest.mark.parametrize("was_ready", [True, False])
 def test_who_waits_loses_a_try_only_if_ranks_dont_start(was_ready: bool) -> None:
-    front = Front(10, "m")
+    front = RequestBroker(10, "m")
     answer = front.submit([1], SamplingParams(), "m")
 
     async def lose() -> None:
@@ -167,7 +167,7 @@ def test_who_waits_loses_a_try_only_if_ranks_dont_start(was_ready: bool) -> None
     ],
 )
 def test_an_error_of_ours_ends_one_answer(sent: HippoError, expected: type[HippoError]) -> None:
-    front, ends, told = Front(10, "m"), list[str](), list[Told]()
+    front, ends, told = RequestBroker(10, "m"), list[str](), list[Told]()
     front.on_early_end = ends.append
     first, second = (front.submit([1], SamplingParams(), "m", told.append) for _ in range(2))
 

@@ -22,8 +22,9 @@ from hippo_mpi.serving.api.access import Access
 from hippo_mpi.serving.api.metrics import Metrics
 from hippo_mpi.serving.api.openapi import openapi_object
 from hippo_mpi.serving.api.request_bodies import model_of
+from hippo_mpi.serving.supervision.answer import Overloaded
 from hippo_mpi.serving.supervision.catalogue import Catalogue
-from hippo_mpi.serving.supervision.front import Front, Overloaded
+from hippo_mpi.serving.supervision.request_broker import RequestBroker
 
 _DEEP_TIMEOUT_S = 10.0  # for a token to come
 _POLL_INTERVAL_S = 0.02
@@ -32,8 +33,8 @@ _POLL_INTERVAL_S = 0.02
 class AboutEndpoints:
     """The endpoints, as methods from a request to its response."""
 
-    def __init__(self, front: Front, catalogue: Catalogue, access: Access, metrics: Metrics) -> None:
-        self._front, self._catalogue, self._access, self._metrics = front, catalogue, access, metrics
+    def __init__(self, broker: RequestBroker, catalogue: Catalogue, access: Access, metrics: Metrics) -> None:
+        self._broker, self._catalogue, self._access, self._metrics = broker, catalogue, access, metrics
         self._started = datetime.now(UTC)
 
     async def introduce(self, _: Request) -> Response:
@@ -56,32 +57,32 @@ class AboutEndpoints:
 
     async def _why_no_token(self) -> str:
         """Wait for the next token, of a request of our own or of any other; return "" or why none has come."""
-        front, began_s = self._front, time.monotonic()
-        if not front.is_ready:
-            return front.state
+        broker, began_s = self._broker, time.monotonic()
+        if not broker.is_ready:
+            return broker.state
         own = None
         with contextlib.suppress(Overloaded):
-            own = front.submit([0], SamplingParams(max_tokens=1), front.model)
+            own = broker.submit([0], SamplingParams(max_tokens=1), broker.model)
         try:
-            while front.heard_s < began_s:
-                if why := front.why_stuck:
+            while broker.heard_s < began_s:
+                if why := broker.why_stuck:
                     return why
                 if time.monotonic() - began_s > _DEEP_TIMEOUT_S:
-                    return f"no token came within {_DEEP_TIMEOUT_S:.0f} s; requests under way or waiting: {front.num_requests}"
+                    return f"no token came within {_DEEP_TIMEOUT_S:.0f} s; requests under way or waiting: {broker.num_requests}"
                 await asyncio.sleep(_POLL_INTERVAL_S)
         finally:
             if own is not None:
-                front.abort(own)
+                broker.abort(own)
         return ""
 
     async def ready(self, request: Request) -> Response:
         """Answer with the server's state, with status 503 if it isn't ready; clients with a key also see the ranks."""
-        front = self._front
-        status = front.status()
-        if front.about is not None and self._access.has_key(request):  # hosts and memory are for holders of a key only
-            about, now = front.about, front.beat.ranks
-            status |= {"model": front.model, "max_context": about.max_context, "ranks": to_builtins(about.ranks)}
-            status |= {"now": [to_builtins(rank) or {} for rank in now], "silent_hosts": front.silent_hosts}
+        broker = self._broker
+        status = broker.status()
+        if broker.about is not None and self._access.has_key(request):  # hosts and memory are for holders of a key only
+            about, now = broker.about, broker.beat.ranks
+            status |= {"model": broker.model, "max_context": about.max_context, "ranks": to_builtins(about.ranks)}
+            status |= {"now": [to_builtins(rank) or {} for rank in now], "silent_hosts": broker.silent_hosts}
         return JSONResponse(status, 200 if status["ready"] else 503)
 
     async def metrics(self, _: Request) -> Response:
@@ -109,7 +110,7 @@ class AboutEndpoints:
 
     def _model_object(self, name: str) -> dict[str, Any]:
         # A model that isn't loaded yet may get a shorter context than it asks for.
-        about = self._front.about if name == self._front.model else None
+        about = self._broker.about if name == self._broker.model else None
         return {
             "id": name,
             "object": "model",

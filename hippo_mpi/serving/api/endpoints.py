@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's and Anthropic's endpoints over a Front, on top of Starlette.
+"""The HTTP API: OpenAI's and Anthropic's endpoints over a RequestBroker, on top of Starlette.
 
 It knows bodies and answers, and must not know how ranks are started.
 """
@@ -44,14 +44,14 @@ from hippo_mpi.serving.api.request_bodies import ApiSettings, Tokenizing, model_
 from hippo_mpi.serving.api.request_ids import REQUEST_ID_HEADERS, RequestIds, request_id
 from hippo_mpi.serving.api.request_log import Answered, RequestLog
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
-from hippo_mpi.serving.supervision.front import Front
+from hippo_mpi.serving.supervision.request_broker import RequestBroker
 
 
 class Api:
     """The endpoints of a server.
 
     Args:
-        front: that answers requests.
+        broker: that answers requests.
         catalogue: the models to choose from.
         access: checks and counts requests.
         settings: limits of the API.
@@ -62,7 +62,7 @@ class Api:
 
     def __init__(
         self,
-        front: Front,
+        broker: RequestBroker,
         catalogue: Catalogue,
         access: Access,
         settings: ApiSettings,
@@ -70,13 +70,13 @@ class Api:
         audit: AuditLog | None = None,
         journal: Journal | None = None,
     ) -> None:
-        self._front, self._catalogue, self._access = front, catalogue, access
+        self._broker, self._catalogue, self._access = broker, catalogue, access
         self._settings, self._audit = settings, audit
         self._grammars = GrammarCheck(settings.max_schema_bytes)
         self._tokenizing = Tokenizing()
-        self._about = AboutEndpoints(front, catalogue, access, metrics)
+        self._about = AboutEndpoints(broker, catalogue, access, metrics)
         keeping = Keeping(settings.keep_answers_s, settings.reconnect_s)
-        self.exchanges = Exchanges(front, journal, keeping, self._write_audit)
+        self.exchanges = Exchanges(broker, journal, keeping, self._write_audit)
         self._kept = KeptEndpoints(self.exchanges, catalogue, self._owner_of, self._stream)
 
     def start(self) -> None:
@@ -132,8 +132,8 @@ class Api:
         self._access.check_admin(request)
         model = model_of(self._catalogue, await read_json(request, self._settings))
         await self._check_fits(model)
-        await unless_gone(request, asyncio.ensure_future(self._front.load(model.name)))
-        return JSONResponse({"model": model.name, "state": self._front.state})
+        await unless_gone(request, asyncio.ensure_future(self._broker.load(model.name)))
+        return JSONResponse({"model": model.name, "state": self._broker.state})
 
     async def _tokenize(self, request: Request) -> Response:
         self._access.count_request(request)
@@ -162,7 +162,7 @@ class Api:
             raise HTTPException(503, "the audit log can't be written, and this server answers nothing without it")
         total = self._num_answers(request, question)
         record = await self._record(request, url, body, question, model, salt)
-        if model.name != self._front.model:
+        if model.name != self._broker.model:
             self._access.check_admin(request)
             await self._check_fits(model)
         writer = question.writer(record, model.tokenizer)
@@ -202,8 +202,8 @@ class Api:
 
     async def _check_fits(self, model: ServedModel) -> None:
         """Raise a UserError for a model that doesn't fit these machines, while the present one still runs."""
-        if self._front.machines:
-            await self._catalogue.plan(model, self._front.machines)
+        if self._broker.machines:
+            await self._catalogue.plan(model, self._broker.machines)
 
     async def _prepare(
         self, request: Request, asked: GenerationRequest, model: ServedModel
@@ -260,7 +260,7 @@ class Api:
             reader.__exit__(None, None, None)
             end()
 
-        return EventStream(events, leave, partial(self._front.why_waiting, exchange.record.model))
+        return EventStream(events, leave, partial(self._broker.why_waiting, exchange.record.model))
 
     def _note_left(self, request: Request, exchange: Exchange) -> None:
         """Leave a request's answers for the request log, when its client has them or has gone away."""

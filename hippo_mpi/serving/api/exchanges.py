@@ -22,7 +22,7 @@ from hippo_mpi.errors import RankError
 from hippo_mpi.serving.api.exchange import Exchange, Reader
 from hippo_mpi.serving.api.journal import Journal
 from hippo_mpi.serving.api.journal_records import Record, record_text
-from hippo_mpi.serving.supervision.front import Front
+from hippo_mpi.serving.supervision.request_broker import RequestBroker
 
 _log = logging.getLogger(__name__)
 _RECONNECT_TIMEOUT_S = 60.0  # for a client to come back: after a start, or after an end that may not have reached it
@@ -49,14 +49,14 @@ class Exchanges:
     """The exchanges that are under way, and those that the journal has.
 
     Args:
-        front: that answers requests.
+        broker: that answers requests.
         journal: that keeps them; None: nothing is kept.
         keeping: for how long.
         on_over: called with each exchange when its answers have ended.
     """
 
-    def __init__(self, front: Front, journal: Journal | None, keeping: Keeping, on_over: OnOver) -> None:
-        self._front, self._journal, self._keeping, self._on_over = front, journal, keeping, on_over
+    def __init__(self, broker: RequestBroker, journal: Journal | None, keeping: Keeping, on_over: OnOver) -> None:
+        self._broker, self._journal, self._keeping, self._on_over = broker, journal, keeping, on_over
         self._live: dict[str, Exchange] = {}  # by id: those that are, or will be, in the journal
 
     @property
@@ -81,7 +81,7 @@ class Exchanges:
         try:
             for index, one in enumerate(record.requests):
                 tell = partial(exchange.tell, index)
-                exchange.answers[index] = self._front.submit(
+                exchange.answers[index] = self._broker.submit(
                     one.prompt, one.sampling, record.model, tell, one.cache_salt
                 )
             if exchange.journal is not None:
@@ -93,7 +93,7 @@ class Exchanges:
                 await in_file.wait()
         except BaseException:  # nobody will get the exchange's id
             for answer in exchange.answers.values():
-                self._front.abort(answer)
+                self._broker.abort(answer)
             if self._live.pop(record.id, None) is not None:
                 self._forget(exchange)
             raise
@@ -144,7 +144,7 @@ class Exchanges:
     def _end(self, exchange: Exchange) -> None:
         """Free the places of an exchange that is over, let it expire, and report its tokens and its end."""
         for answer in exchange.answers.values():
-            self._front.abort(answer)
+            self._broker.abort(answer)
         record = exchange.record
         if exchange.journal is not None:
             was_left = all(exchange.outcome_of(index) == "abort" for index in range(len(record.requests)))
@@ -199,7 +199,7 @@ class Exchanges:
             self._end_soon(exchange)
         for index in exchange.running:
             tell, before = partial(exchange.tell, index), exchange.outputs_of(index)
-            exchange.answers[index] = self._front.bring_back(record.requests[index], record.model, tell, before)
+            exchange.answers[index] = self._broker.bring_back(record.requests[index], record.model, tell, before)
         self._leave(exchange)
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from hippo_mpi.protocols.openai_answers import error_object
 from hippo_mpi.protocols.openai_requests import CHAT, COMPLETION
 from hippo_mpi.protocols.openai_responses import RESPONSES
 from hippo_mpi.serving.api.request_ids import id_headers, request_id
-from hippo_mpi.serving.supervision.front import Overloaded
+from hippo_mpi.serving.supervision.answer import Overloaded
 
 _RETRY_AFTER_S = 2
 _LONG_FIELDS = {CHAT: "messages", COMPLETION: "prompt", RESPONSES: "input"}

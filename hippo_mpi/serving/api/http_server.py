@@ -23,7 +23,7 @@ from hippo_mpi.serving.api.connections import Connections, Listener, room_for_co
 from hippo_mpi.serving.api.http_protocol import HttpProtocol
 from hippo_mpi.serving.logs import ANNOUNCEMENTS
 from hippo_mpi.serving.supervision.answer import ServerEnding
-from hippo_mpi.serving.supervision.front import Front
+from hippo_mpi.serving.supervision.request_broker import RequestBroker
 
 _log = logging.getLogger(__name__)
 _announcements = logging.getLogger(ANNOUNCEMENTS)
@@ -90,7 +90,7 @@ def listen(address: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve_http(app: Starlette, front: Front, settings: HttpSettings) -> None:
+async def serve_http(app: Starlette, broker: RequestBroker, settings: HttpSettings) -> None:
     """Serve until a signal comes; then clients are told, in words.
 
     Raises:
@@ -109,14 +109,14 @@ async def serve_http(app: Starlette, front: Front, settings: HttpSettings) -> No
     )  # fmt: skip
     url = url_of(settings.address, listener.getsockname()[1], settings.certfile is not None)
     _announcements.info("listening on %s", url)
-    beside = [asyncio.ensure_future(_announce(front)), asyncio.ensure_future(connections.watch())]
+    beside = [asyncio.ensure_future(_announce(broker)), asyncio.ensure_future(connections.watch())]
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has ended
             signal.signal(number, lambda *_: None)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     server = uvicorn.Server(config)
-    beside.append(asyncio.ensure_future(_end_answers(server, front)))
+    beside.append(asyncio.ensure_future(_end_answers(server, broker)))
     try:
         await server.serve([listener])
     finally:
@@ -124,14 +124,14 @@ async def serve_http(app: Starlette, front: Front, settings: HttpSettings) -> No
             task.cancel()
 
 
-async def _end_answers(server: uvicorn.Server, front: Front) -> None:
+async def _end_answers(server: uvicorn.Server, broker: RequestBroker) -> None:
     while not server.should_exit:
         await asyncio.sleep(0.1)
-    _log.info("the server is ending; requests that are told so: %d", front.num_requests)
-    front.fail_all(ServerEnding("the server is ending"))
+    _log.info("the server is ending; requests that are told so: %d", broker.num_requests)
+    broker.fail_all(ServerEnding("the server is ending"))
 
 
-async def _announce(front: Front) -> None:
-    while not front.is_ready:
+async def _announce(broker: RequestBroker) -> None:
+    while not broker.is_ready:
         await asyncio.sleep(0.1)
     _announcements.info("ready")

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from hippo_mpi.engine.request import RequestOutput
 from hippo_mpi.serving.api.audit_log import AuditLog
-from hippo_mpi.serving.supervision.front import Front
+from hippo_mpi.serving.supervision.request_broker import RequestBroker
 
 _FIRST_BUCKETS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _BETWEEN_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5, 30)
@@ -19,15 +19,15 @@ _BETWEEN_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5, 30)
 class Metrics:
     """The metrics of a front and its audit log, in a registry of their own."""
 
-    def __init__(self, front: Front, audit: AuditLog | None = None) -> None:
+    def __init__(self, broker: RequestBroker, audit: AuditLog | None = None) -> None:
         self.registry = CollectorRegistry()
 
         def gauge(name: str, text: str, value: Callable[[], float]) -> None:
             Gauge(name, text, registry=self.registry).set_function(value)
 
-        gauge("hippo_requests", "Requests under way or waiting.", lambda: front.num_requests)
-        gauge("hippo_ready", "1 while ranks answer.", lambda: float(front.is_ready and not front.why_stuck))
-        gauge("hippo_restarts", "How often the ranks were started again.", lambda: front.num_restarts)
+        gauge("hippo_requests", "Requests under way or waiting.", lambda: broker.num_requests)
+        gauge("hippo_ready", "1 while ranks answer.", lambda: float(broker.is_ready and not broker.why_stuck))
+        gauge("hippo_restarts", "How often the ranks were started again.", lambda: broker.num_restarts)
         if audit is not None:
             gauge("hippo_audit_lost_requests", "Requests that aren't in the audit log.", lambda: audit.num_lost)
         self._ended = Counter("hippo_answers", "Answers that have ended.", ["finish_reason"], registry=self.registry)
@@ -48,9 +48,9 @@ class Metrics:
             buckets=_BETWEEN_BUCKETS_S,
             registry=self.registry,
         )
-        self.registry.register(_Ranks(front))
-        front.on_output = self._note
-        front.on_early_end = lambda reason: self._ended.labels(reason).inc()
+        self.registry.register(_Ranks(broker))
+        broker.on_output = self._note
+        broker.on_early_end = lambda reason: self._ended.labels(reason).inc()
 
     def _note(self, output: RequestOutput, before_s: float) -> None:
         timings = output.timings
@@ -72,8 +72,8 @@ class Metrics:
 class _Ranks(Collector):
     """The metrics that the ranks last reported. Their counters begin again at 0 when the ranks are restarted."""
 
-    def __init__(self, front: Front) -> None:
-        self._front = front
+    def __init__(self, broker: RequestBroker) -> None:
+        self._broker = broker
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         busy = CounterMetricFamily("hippo_rank_busy_seconds", "Time that a rank has worked.", labels=["rank"])
@@ -81,7 +81,7 @@ class _Ranks(Collector):
         hops = CounterMetricFamily("hippo_hops", "Messages with arrays to a rank.", labels=["rank"])
         cache = GaugeMetricFamily("hippo_cache_bytes", "KV caches of a rank.", labels=["rank"])
         in_flight = GaugeMetricFamily("hippo_steps_in_flight", "Steps that are on their way round the ring.")
-        for rank, status in enumerate(self._front.beat.ranks):
+        for rank, status in enumerate(self._broker.beat.ranks):
             if status is None:
                 continue
             busy.add_metric([str(rank)], status.busy_s)

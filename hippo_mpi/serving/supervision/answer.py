@@ -7,7 +7,11 @@ from dataclasses import dataclass, replace
 
 from hippo_mpi.engine.messages import OutputMessage
 from hippo_mpi.engine.request import Request, RequestOutput, Resume, Timings
-from hippo_mpi.errors import HippoError, RankError
+from hippo_mpi.errors import HippoError, RankError, UserError
+
+
+class Overloaded(UserError):
+    """Too many requests wait already."""
 
 
 class ServerEnding(RankError):

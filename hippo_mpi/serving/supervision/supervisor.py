@@ -24,8 +24,8 @@ from typing import Any
 from hippo_mpi.cluster.host_checks import Host, hand_over, linked
 from hippo_mpi.environment import STATUS_FILE, TERMINAL
 from hippo_mpi.errors import ForeignError, HippoError, UserError
-from hippo_mpi.serving.supervision.front import Front
 from hippo_mpi.serving.supervision.messages import FRONT, MAX_LINE_BYTES
+from hippo_mpi.serving.supervision.request_broker import RequestBroker
 from hippo_mpi.transport.ports import HeldPorts, new_loopback
 from hippo_mpi.transport.run_key import RunKey
 from hippo_mpi.transport.status_file import read_status
@@ -221,14 +221,14 @@ class Supervisor:
 
     def __init__(
         self,
-        front: Front,
+        broker: RequestBroker,
         make_plan: Callable[[str, Sequence[int] | None], Awaitable[LaunchPlan]],
         hosts: Sequence[Host],
         start_s: float,
         silence_s: float,
         max_restarts: int,
     ) -> None:
-        self._front, self._make_plan, self._hosts = front, make_plan, hosts
+        self._broker, self._make_plan, self._hosts = broker, make_plan, hosts
         self._start_s, self._silence_s, self._max_restarts = start_s, silence_s, max_restarts
 
     async def run(self) -> None:
@@ -237,13 +237,13 @@ class Supervisor:
         Raises:
             UserError: the first start failed because of something that was typed or configured.
         """
-        front, failures = self._front, 0
+        broker, failures = self._broker, 0
         while True:
-            front.has_progressed = False
+            broker.has_progressed = False
             try:
                 why = await self._serve_once()
             except (OSError, HippoError) as error:  # no more processes, memory or ports, a folder or the hub away
-                if not front.num_starts:
+                if not broker.num_starts:
                     raise (
                         error if isinstance(error, HippoError) else UserError(f"the ranks can't be started: {error}")
                     ) from None
@@ -251,15 +251,15 @@ class Supervisor:
             if why is None:
                 failures = 0
                 continue
-            failures = 1 if front.has_progressed else failures + 1
+            failures = 1 if broker.has_progressed else failures + 1
             in_vain = f"its ranks have ended {failures} times while they loaded it, last: {why}"
-            if failures > self._max_restarts and front.give_up_model(in_vain):
+            if failures > self._max_restarts and broker.give_up_model(in_vain):
                 failures = 0
                 continue
             _log.warning("the ranks are gone (%s); starting them again", why)
-            front.lose_ranks(why, self._max_restarts)
-            front.take_turn()
-            front.num_restarts += 1
+            broker.lose_ranks(why, self._max_restarts)
+            broker.take_turn()
+            broker.num_restarts += 1
             await asyncio.sleep(_BACKOFF_S[min(failures - 1, len(_BACKOFF_S) - 1)])
 
     async def _serve_once(self) -> str | None:
@@ -283,7 +283,7 @@ class Supervisor:
 
     async def _live(self, group: RankGroup, arrived: _Arrived) -> str | None:
         """Serve with started ranks until they fail (return why) or it is another model's turn (None)."""
-        front = self._front
+        broker = self._broker
         ended, connected = asyncio.ensure_future(group.wait()), asyncio.ensure_future(arrived.get())
         try:
             await asyncio.wait({ended, connected}, return_when="FIRST_COMPLETED", timeout=self._start_s)
@@ -293,18 +293,18 @@ class Supervisor:
                 ended.cancel()
         if connected.cancelled() or not connected.done():
             return self._why(group) if group.has_ended else f"no rank came within {self._start_s:.0f} s"
-        serving = asyncio.ensure_future(front.serve_ranks(*connected.result(), self._silence_s))
+        serving = asyncio.ensure_future(broker.serve_ranks(*connected.result(), self._silence_s))
         try:
             is_turned = await self._until_turn({ended, serving})
             await asyncio.wait({serving}, timeout=_END_S)  # rank 0 may still have something to tell
-            if is_turned or not front.was_ready:  # ranks that were never ready: their exit status says why
+            if is_turned or not broker.was_ready:  # ranks that were never ready: their exit status says why
                 await asyncio.wait({ended}, timeout=_END_S)
         finally:
             ended.cancel()
             serving.cancel()
         if is_turned:
             return None
-        if not front.was_ready and group.has_ended:
+        if not broker.was_ready and group.has_ended:
             return self._why(group)
         seen = serving.result() if serving.done() and not serving.cancelled() else "a rank has ended"
         return group.last_words or seen
@@ -312,14 +312,14 @@ class Supervisor:
     async def _until_turn(self, lives: set[asyncio.Future[Any]]) -> bool:
         """Wait until the ranks fail (False), or it is another model's turn (True)."""
         while True:
-            turn = asyncio.ensure_future(self._front.turn_is_over.wait())
+            turn = asyncio.ensure_future(self._broker.turn_is_over.wait())
             try:
                 await asyncio.wait({*lives, turn}, return_when="FIRST_COMPLETED")
             finally:
                 turn.cancel()
             if any(life.done() for life in lives):
                 return False
-            if self._front.take_turn():
+            if self._broker.take_turn():
                 return True
 
     async def _plan(self, key: RunKey) -> LaunchPlan:
@@ -327,19 +327,19 @@ class Supervisor:
 
         The context of the first start is kept, even if less memory is free by now: else answers could not go on.
         """
-        about, living = self._front.about, None
+        about, living = self._broker.about, None
         if self._hosts:
             found = await hand_over(key, self._hosts)
-            if self._front.num_starts:
+            if self._broker.num_starts:
                 found = await linked(self._hosts, found)
             silent = [str(host["ssh"]) for index, host in enumerate(self._hosts) if index not in found]
             living = found if silent else None
-            self._front.silent_hosts = silent
+            self._broker.silent_hosts = silent
             if silent:
                 _log.warning("starting without %s: no answer from there", ", ".join(silent))
-        plan = await self._make_plan(self._front.model, living)
+        plan = await self._make_plan(self._broker.model, living)
         where = ", ".join(host["ssh"] for host in plan.hosts) or f"this machine ({plan.num_local})"
-        _log.info("starting the ranks of %s on %s", self._front.model, where)
+        _log.info("starting the ranks of %s on %s", self._broker.model, where)
         if about is None:
             return plan
         return replace(plan, command=[*plan.command, "--max-context", str(about.max_context)])
@@ -352,12 +352,12 @@ class Supervisor:
         """
         code = group.status()
         if code in (UserError.exit_code, ForeignError.exit_code):  # the next start would end alike
-            if not self._front.num_starts:
+            if not self._broker.num_starts:
                 kind = UserError if code == UserError.exit_code else ForeignError
                 raise kind("the ranks didn't start; they said why")
             # A mistake of ours may not come again; nor may what is wrong with a model that could be loaded before, such as
             # a disk that is full now.
-            refused = code == UserError.exit_code and self._front.about is None
-            if refused and self._front.give_up_model("its ranks refuse it; the server's log says why"):
+            refused = code == UserError.exit_code and self._broker.about is None
+            if refused and self._broker.give_up_model("its ranks refuse it; the server's log says why"):
                 return None
         return group.last_words or f"exit status {code}"

@@ -22,7 +22,7 @@ from hippo_mpi.engine.messages import OutputMessage
 from hippo_mpi.engine.request import Request, RequestOutput, SamplingParams, Timings, check_request
 from hippo_mpi.errors import HippoError, RankError, UserError
 from hippo_mpi.planning.layer_split import Machine
-from hippo_mpi.serving.supervision.answer import Answer, Told
+from hippo_mpi.serving.supervision.answer import Answer, Overloaded, Told
 from hippo_mpi.serving.supervision.last_beat import LastBeat
 from hippo_mpi.serving.supervision.messages import (
     Abort,
@@ -38,17 +38,13 @@ from hippo_mpi.serving.supervision.messages import (
     read_report,
 )
 from hippo_mpi.serving.supervision.suspects import is_suspect, may_begin
-from hippo_mpi.units import count_of, show_layers
+from hippo_mpi.units import count_of, show_layers, waiting_requests
 
 _log = logging.getLogger(__name__)
 _ANY = 1 << 31  # tokens of a context or a vocabulary: more than any model has
 
 
-class Overloaded(UserError):
-    """Too many requests wait already."""
-
-
-class Front:
+class RequestBroker:
     """Keeps requests between clients and ranks.
 
     Args:
@@ -263,7 +259,7 @@ class Front:
         self._model_before, self.model = self.model, other
         self._was_loaded, self._num_failed_starts = False, 0
         waiting = sum(answer.model == other for answer in self._answers.values())
-        _log.info("changing from %s to %s; %s for it", self._model_before, other, _waiting(waiting))
+        _log.info("changing from %s to %s; %s for it", self._model_before, other, waiting_requests(waiting))
         self._set_state(f"{other} is being loaded")
         if self._writer is not None:
             self._writer.close()  # the ranks end
@@ -386,7 +382,7 @@ class Front:
         took_s = time.monotonic() - self._state_since_s
         ranks = ", ".join(f"{rank.host} {show_layers(*rank.layers)}" for rank in about.ranks)
         waiting = sum(answer.model == self.model for answer in self._answers.values())
-        _log.info("%s is loaded after %.1f s: %s; %s", self.model, took_s, ranks, _waiting(waiting))
+        _log.info("%s is loaded after %.1f s: %s; %s", self.model, took_s, ranks, waiting_requests(waiting))
 
     def _note(self, told: OutputMessage) -> None:
         self.has_progressed, self.heard_s = True, time.monotonic()
@@ -405,7 +401,3 @@ class Front:
         """Send an order to the ranks, if there are any; later ones are sent every request anew."""
         if self._writer is not None:
             self._writer.write(line_of(order))
-
-
-def _waiting(count: int) -> str:
-    return {0: "no request waits", 1: "1 request waits"}.get(count, f"{count} requests wait")
