@@ -66,4 +66,4 @@ def test_large_messages_both_ways_at_once(world: World, channel: RingChannel) ->
 def test_reports_are_gathered_and_shared(world: World, control: Control) -> None:
     found = control.gather({"rank": world.rank})
     assert found == ([{"rank": r} for r in range(world.size)] if world.rank == 0 else None)
-    assert control.share({"answer": 42} if world.rank == 0 else None) == {"answer": 42}
+    assert control.share({"answer": 42} if world.rank == 0 else None, dict[str, int]) == {"answer": 42}
