@@ -107,10 +107,12 @@ def make_dense_llama(folder: Path) -> int:
 
 def measure_benchmark(_: str, preload: str, trials: int) -> None:
     with tempfile.TemporaryDirectory() as name:
-        parameters = make_dense_llama(Path(name))
+        folder = Path(name) / "llama-105m"  # which the picture says
+        folder.mkdir()
+        parameters = make_dense_llama(folder)
         print(f"  llama of {parameters / 1e6:.0f}M parameters, float32, {preload or 'the wheel’s own BLAS'}")
         lengths = ["--prompt-tokens", "64", "--generation-tokens", "32", "--trials", str(trials), "--timeout", "120"]
-        command = [str(ranks.BIN / "hippo_mpi.benchmark"), "--model", name, *lengths]
+        command = [str(ranks.BIN / "hippo_mpi.benchmark"), "--model", str(folder), *lengths]
         print(run_pinned(2, [*command, "--compare", "mlx-lm", "--plot", "rates.png"], preload))
 
 
