@@ -62,7 +62,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve_rank(session: Session[ServeOptions]) -> int:
-    """Serve as a launched rank: rank 0 answers the broker, or is one itself if no supervisor has started it."""
+    """Serve as a launched rank: rank 0 answers the front, or is one itself if no supervisor has started it."""
     if session.world.rank > 0:
         session.follow()
         return 0
@@ -133,7 +133,7 @@ def serve(argv: list[str]) -> int:
     _check(options, catalogue)
     if options.check:
         return 0
-    hosts = _hosts(options, named)
+    hosts = _hosts(options, named, file)
     broker, api, http = _make_api(options, catalogue)
 
     async def make_plan(name: str, living: Sequence[int] | None) -> LaunchPlan:
@@ -265,7 +265,7 @@ def _read_models(options: ServeOptions, argv: list[str], file: ConfigFile) -> Ca
     return Catalogue(models)
 
 
-def _hosts(options: ServeOptions, named: list[Host]) -> list[Host]:
+def _hosts(options: ServeOptions, named: list[Host], file: ConfigFile) -> list[Host]:
     """Return where ranks are to be, rank 0's first; none: on this machine only, without a launcher.
 
     Raises:
@@ -273,7 +273,7 @@ def _hosts(options: ServeOptions, named: list[Host]) -> list[Host]:
     """
     if all(host["ssh"] in _LOOPBACK for host in named) and options.backend == "ring":
         return []
-    knock(named, str(options.hostfile or options.config), RunKey())  # later, a host that doesn't answer is left out
+    knock(named, str(options.hostfile or file.path), RunKey())  # later, a host that doesn't answer is left out
     return named
 
 
@@ -284,7 +284,7 @@ def _named_hosts(options: ServeOptions, file: ConfigFile) -> list[Host]:
         LaunchError: a host isn't there.
     """
     if file.hosts:
-        check_hosts(file.hosts, f"{options.config or 'the configuration'}: hosts")
+        check_hosts(file.hosts, f"{file.path}: hosts")
         return file.hosts
     return read_hostfile(options.hostfile) if options.hostfile else []
 

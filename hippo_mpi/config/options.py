@@ -42,7 +42,7 @@ class ConfigOptions:
     GROUP: ClassVar = "model"
     config: Path | None = option(
         None,
-        "YAML file of options and models, as for hippo_mpi.serve; --model NAME takes one of these; the command line wins",
+        "YAML file of options and models, as for hippo_mpi.serve; --model NAME takes one of these",
         check=Path,
     )
 

@@ -41,6 +41,7 @@ class ConfigFile:
     settings: Settings = field(default_factory=dict)
     cards: dict[str, Settings] = field(default_factory=dict)
     hosts: list[Any] = field(default_factory=list)
+    path: Path | None = None
 
 
 def words_of(settings: Mapping[str, list[str]], options: type[Options]) -> list[str]:
@@ -56,7 +57,7 @@ def read_config(path: Path, options: type[Options] = ServeOptions) -> ConfigFile
         UserError: it can't be read, or a key is unknown, given twice, in contradiction to another, or has a value that
             its option doesn't take; the message names the line and the key.
     """
-    file, lines = ConfigFile(), dict[str, str]()
+    file, lines = ConfigFile(path=path), dict[str, str]()
     known = _actions(OptionsParser(ServeOptions)) | _actions(OptionsParser(options))
     for name, key, value, where in _entries(_load(path, "--config"), path):
         lines[name] = where
