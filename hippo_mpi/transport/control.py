@@ -27,9 +27,11 @@ from typing import NoReturn, TypeVar
 
 import msgspec
 
-from hippo_mpi.errors import ForeignError, HippoError, RankError, UserError, print_error
+from hippo_mpi.environment import CONTROL
+from hippo_mpi.errors import ForeignError, HippoError, LaunchError, RankError, UserError, print_error
 from hippo_mpi.transport.frames import FrameReader, framed, read_frame
-from hippo_mpi.transport.handshake import await_callers, dial, introduce
+from hippo_mpi.transport.handshake import introduce
+from hippo_mpi.transport.meeting import Meeting
 from hippo_mpi.transport.processes import kill_rank_if_stopped, kill_stopped_ranks
 from hippo_mpi.transport.pulse import Activity, Pulse
 from hippo_mpi.transport.rank_messages import Beat, Bye, Failure, RankMessage, Report, decode_message, encode
@@ -219,27 +221,27 @@ class Control:
 
     def _connect(self, timeout_s: float) -> None:
         world = self.world
-        listener = socket.create_server((world.address if world.backend == "ring" else "", 0), backlog=world.size + 1)
-        complaint = f"{world.name} waited {timeout_s:.0f} s for the addresses of the other ranks"
-        with deadline(timeout_s, complaint):
-            key, addresses = introduce(world, listener.getsockname()[1])
-        names = [f"rank {rank} ({who['host']})" for rank, who in enumerate(addresses)]
-        successor, predecessor = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-        self._next = dial(addresses[successor], world, key, "ring", timeout_s)
-        if world.rank > 0:
-            self._star[0] = dial(addresses[0], world, key, "star", timeout_s)
-        expected = {("ring", predecessor)} | ({("star", r) for r in range(1, world.size)} if world.rank == 0 else set())
-        found = await_callers(listener, expected, key, world, names, timeout_s)
-        listener.close()
-        self._previous = found.pop(("ring", predecessor))
-        self._star |= {rank: connection for (_, rank), connection in found.items()}
+        with contextlib.ExitStack() as stack:
+            listeners = _listen(world, stack)
+            complaint = f"{world.name} waited {timeout_s:.0f} s for the addresses of the other ranks"
+            with deadline(timeout_s, complaint):
+                key, contacts = introduce(world, _places(world, listeners))
+            self._names = [f"rank {rank} ({who.host})" for rank, who in enumerate(contacts)]
+            successor, predecessor = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+            calls = {"ring": (successor, contacts[successor].places_from(world)[:1])}
+            if world.rank > 0:
+                calls["star"] = 0, contacts[0].places_from(world)
+            expected = {("ring", predecessor)}
+            expected |= {("star", rank) for rank in range(1, world.size)} if world.rank == 0 else set()
+            made, found = Meeting(key, world.rank, self._names).run(listeners, calls, expected, timeout_s)
+        self._next, self._previous = made["ring"], found.pop(("ring", predecessor))
+        self._star |= {0: made["star"]} if world.rank > 0 else {rank: one for (_, rank), one in found.items()}
         for connection in (self._next, *self._star.values()):
             _limit_sends(connection, self.timeout_s)
         now = time.monotonic()
-        self._names = names
         self._readers = {rank: FrameReader(connection) for rank, connection in self._star.items()}
-        pids = [who["pid"] if who["host"] == world.host else None for who in addresses]
-        self._peers = {rank: Peer(names[rank], now, pids[rank]) for rank in self._star}
+        pids = [who.pid if who.host == world.host else None for who in contacts]
+        self._peers = {rank: Peer(self._names[rank], now, pids[rank]) for rank in self._star}
 
     def _send(self, rank: int, message: RankMessage) -> None:
         data = encode(message)
@@ -375,6 +377,27 @@ class Control:
         for peer in self._peers.values() if self.world.backend != "mpi" else ():  # mpirun does it, with our exit status
             if peer.pid is not None and now - peer.beat_at > self.timeout_s and not peer.said_bye:
                 kill_rank_if_stopped(peer.pid)
+
+
+def _listen(world: World, stack: contextlib.ExitStack) -> list[socket.socket]:
+    """Return sockets at which the other ranks call; the stack closes them.
+
+    Raises:
+        LaunchError: an address isn't this host's.
+    """
+    listeners = []
+    for address in world.addresses if world.backend == "ring" else [""]:
+        try:
+            listeners.append(stack.enter_context(socket.create_server((address, 0), backlog=world.size + 1)))
+        except OSError as error:
+            raise LaunchError(f"{world.name} can't be called at {address}: {error.strerror} ({CONTROL})") from None
+    return listeners
+
+
+def _places(world: World, listeners: list[socket.socket]) -> list[tuple[str, int]]:
+    """Return the addresses and ports at which a rank with these listeners is reached."""
+    ports = [listener.getsockname()[1] for listener in listeners]
+    return list(zip(world.addresses, ports if len(ports) > 1 else ports * len(world.addresses), strict=True))
 
 
 def _limit_sends(connection: socket.socket, timeout_s: float) -> None:

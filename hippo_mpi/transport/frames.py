@@ -5,21 +5,22 @@ from __future__ import annotations
 import socket
 import struct
 
-_LENGTH = struct.Struct("<I")
+LENGTH = struct.Struct("<I")
+"""Of what is in front of a frame's data: their length in bytes."""
 _MAX_FRAME_BYTES = 1 << 24
 
 
 def framed(data: bytes) -> bytes:
     """Return `data` with its length in front."""
-    return _LENGTH.pack(len(data)) + data
+    return LENGTH.pack(len(data)) + data
 
 
 def read_frame(connection: socket.socket) -> bytes | None:
     """Wait for one frame and return its data; None if the connection is closed or the frame is too long."""
-    head = _read_exactly(connection, _LENGTH.size)
+    head = _read_exactly(connection, LENGTH.size)
     if head is None:
         return None
-    (length,) = _LENGTH.unpack(head)
+    (length,) = LENGTH.unpack(head)
     return _read_exactly(connection, length) if length <= _MAX_FRAME_BYTES else None
 
 
@@ -44,7 +45,7 @@ class FrameReader:
     def __init__(self, connection: socket.socket, max_bytes: int = _MAX_FRAME_BYTES) -> None:
         self._connection, self._max_bytes = connection, max_bytes
         self._data = bytearray()
-        self._end = _LENGTH.size  # of the head, then of the frame
+        self._end = LENGTH.size  # of the head, then of the frame
 
     def read(self) -> bytes | None:
         """Return a frame's data once all of it has arrived; None until then.
@@ -60,15 +61,15 @@ class FrameReader:
             if not piece:
                 raise ConnectionResetError("closed")
             self._data += piece
-            if len(self._data) == _LENGTH.size:
+            if len(self._data) == LENGTH.size:
                 self._end += self._length()
-        data = bytes(self._data[_LENGTH.size :])
+        data = bytes(self._data[LENGTH.size :])
         self._data.clear()
-        self._end = _LENGTH.size
+        self._end = LENGTH.size
         return data
 
     def _length(self) -> int:
-        (length,) = _LENGTH.unpack(self._data)
+        (length,) = LENGTH.unpack(self._data)
         if length > self._max_bytes:
             raise ConnectionResetError(f"a frame of {length:,} bytes, {self._max_bytes:,} at most")
         return int(length)

@@ -21,7 +21,7 @@ from hippo_mpi.errors import HippoError, LaunchError, interrupted
 from hippo_mpi.transport.channel import RingChannel
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.layout import Layout
-from hippo_mpi.transport.world import World, connect, detect_launch, end_within, own_address
+from hippo_mpi.transport.world import World, connect, control_addresses, detect_launch, end_within
 
 Group = mx.distributed.Group
 
@@ -130,6 +130,5 @@ def _world_of(group: Group) -> World:
         )
     host = socket.gethostname()
     if group.size() == 1:
-        return World(0, 1, "none", host, "127.0.0.1")
-    address = launch.address or own_address(launch)
-    return World(group.rank(), group.size(), launch.backend or "any", host, address, group)
+        return World(0, 1, "none", host, ("127.0.0.1",))
+    return World(group.rank(), group.size(), launch.backend or "any", host, control_addresses(launch), group)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import ipaddress
 import json
 import os
 import select
@@ -19,11 +20,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from hippo_mpi.environment import CONTROL
 from hippo_mpi.errors import LaunchError, RankError, print_error
 from hippo_mpi.transport.mpi_library import find_mpi_library
 from hippo_mpi.transport.processes import is_stopped, kill_stopped_ranks
 from hippo_mpi.transport.status_file import write_status
 
+MAX_ADDRESSES = 16
+"""At which a rank's control sockets listen; further ones are left out."""
+_OUTSIDE = "192.0.2.1"  # no host has it
 _SIGNAL_INTERVAL_S = 1.0  # between SIGQUIT and SIGKILL
 
 
@@ -35,7 +40,7 @@ class World:
     size: int
     backend: str
     host: str
-    address: str  # where peers reach this rank's control socket
+    addresses: tuple[str, ...]  # where peers reach this rank's control sockets; first, where its data go
     group: mx.distributed.Group | None = None
 
     @property
@@ -51,7 +56,7 @@ class Launch:
     backend: str  # "" (alone), "ring", "mpi", "jaccl"
     rank: int
     size: int | None  # None: only the backend knows
-    address: str = ""
+    ring: tuple[tuple[str, ...], ...] = ()  # the data's addresses of each rank, if it is known
 
 
 def detect_launch() -> Launch:
@@ -89,7 +94,8 @@ def _detect_ring(hostfile: Path, rank: int) -> Launch:
         return Launch("", 0, 1)
     if not 0 <= rank < len(hosts):
         raise LaunchError(f"MLX_RANK is {rank}, but MLX_HOSTFILE {hostfile} has {len(hosts)} hosts")
-    return Launch("ring", rank, len(hosts), str(hosts[rank][0]).rsplit(":", 1)[0])
+    ring = tuple(tuple(str(place).rpartition(":")[0] for place in places) for places in hosts)
+    return Launch("ring", rank, len(hosts), ring)
 
 
 def connect(launch: Launch, timeout_s: float) -> World:
@@ -104,7 +110,7 @@ def connect(launch: Launch, timeout_s: float) -> World:
     """
     host = socket.gethostname()
     if not launch.backend:
-        return World(0, 1, "none", host, "127.0.0.1")
+        return World(0, 1, "none", host, ("127.0.0.1",))
     if launch.backend == "mpi":
         find_mpi_library()
     waiting_for = (
@@ -121,7 +127,7 @@ def connect(launch: Launch, timeout_s: float) -> World:
             f"{launch.backend} made rank {group.rank()} of {group.size()}, but the launcher started rank {launch.rank} of"
             f" {launch.size}: is the launcher of the same MPI as the library ({os.environ.get('MLX_MPI_LIBNAME')})?"
         )
-    return World(group.rank(), group.size(), launch.backend, host, launch.address or own_address(launch), group)
+    return World(group.rank(), group.size(), launch.backend, host, control_addresses(launch), group)
 
 
 def _explain(launch: Launch, error: str) -> str:
@@ -133,17 +139,44 @@ def _explain(launch: Launch, error: str) -> str:
     return f"the {launch.backend} backend doesn't start: {error}"
 
 
-def own_address(launch: Launch) -> str:
-    """Return the address at which others reach this host: its interface towards them, or the outside, else loopback."""
-    coordinator = os.environ.get("MLX_JACCL_COORDINATOR", "").rpartition(":")[0]
-    if launch.backend == "jaccl" and launch.rank == 0 and coordinator:
-        return coordinator
+def control_addresses(launch: Launch) -> tuple[str, ...]:
+    """Return where others reach this rank's control sockets; first, where it gets the ring's data.
+
+    All ranks call rank 0, also those with which it shares no cable. So rank 0 is reached, too, where its packets to any
+    other rank leave from, and at the addresses that it was given (HIPPO_CONTROL).
+
+    Raises:
+        LaunchError: it was given one that is none.
+    """
+    if launch.ring:
+        own = list(launch.ring[launch.rank][:1])
+        others = [address for rank, places in enumerate(launch.ring) if rank != launch.rank for address in places]
+        if launch.rank == 0:
+            own += [source for other in others if (source := _source_of(other)) and not _is_loopback(source)]
+    else:
+        coordinator = os.environ.get("MLX_JACCL_COORDINATOR", "").rpartition(":")[0]
+        is_coordinator = launch.backend == "jaccl" and launch.rank == 0 and coordinator
+        own = [coordinator if is_coordinator else _source_of(coordinator or _OUTSIDE) or "127.0.0.1"]
+    for address in filter(None, os.environ.get(CONTROL, "").split(",")) if launch.rank == 0 else ():
+        try:
+            own.append(str(ipaddress.IPv4Address(address)))
+        except ValueError:
+            raise LaunchError(f"{CONTROL}: {address!r} is not an IPv4 address") from None
+    return tuple(dict.fromkeys(own))[:MAX_ADDRESSES]
+
+
+def _source_of(destination: str) -> str | None:
+    """Return this host's address on the way to another; None: there is no way."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((coordinator or "192.0.2.1", 9))  # nothing is sent: this only picks a route
+            probe.connect((destination, 9))  # nothing is sent: this only picks a route
             return str(probe.getsockname()[0])
         except OSError:
-            return "127.0.0.1"
+            return None
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.IPv4Address(address).is_loopback
 
 
 @contextlib.contextmanager

@@ -9,13 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pytest
 
 from hippo_mpi.errors import HippoError
 from hippo_mpi.transport import control
 from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.handshake import Contact
 from hippo_mpi.transport.pulse import Activity
 from hippo_mpi.transport.rank_messages import RankMessage
 from hippo_mpi.transport.world import World
@@ -152,17 +153,15 @@ def worlds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     made: list[Rank] = []
 
     def make(size: int) -> list[Rank]:
-        met, ports = threading.Barrier(size), dict[int, int]()
+        met, contacts = threading.Barrier(size), dict[int, Contact]()
 
-        def introduce(world: World, port: int) -> tuple[bytes, list[dict[str, Any]]]:
-            ports[world.rank] = port
+        def introduce(world: World, places: list[tuple[str, int]]) -> tuple[bytes, list[Contact]]:
+            contacts[world.rank] = Contact(world.host, 0, tuple(places))
             met.wait(HANG_S)
-            return b"key", [
-                {"host": f"h{rank}", "address": "127.0.0.1", "port": ports[rank], "pid": 0} for rank in range(size)
-            ]
+            return b"key", [contacts[rank] for rank in range(size)]
 
         def join(rank: int) -> None:
-            found[rank] = Rank(World(rank, size, "ring", f"h{rank}", "127.0.0.1"))
+            found[rank] = Rank(World(rank, size, "ring", f"h{rank}", ("127.0.0.1",)))
 
         monkeypatch.setattr(control, "introduce", introduce)
         found: dict[int, Rank] = {}

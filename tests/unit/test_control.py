@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import struct
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 
 import pytest
 
-from hippo_mpi.errors import RankError
 from hippo_mpi.transport.frames import FrameReader, framed
-from hippo_mpi.transport.handshake import await_callers, dial
-from hippo_mpi.transport.world import World
 
 LEFT_ALONE = """
 import os, socket, struct, sys, time
@@ -25,7 +19,7 @@ os.environ["HIPPO_STATUS_FILE"] = "/nonexistent/folder/status"
 from hippo_mpi.transport.control import Control, Peer
 from hippo_mpi.transport.frames import FrameReader
 from hippo_mpi.transport.world import World, write_status
-control = Control(World(0, 1, "none", "here", "127.0.0.1"), 5.0, 1.0)
+control = Control(World(0, 1, "none", "here", ("127.0.0.1",)), 5.0, 1.0)
 ours, theirs = socket.socketpair()
 control.on_end = write_status
 control._peers[1], control._readers[1], control._star[1] = Peer("rank 1 (there)", time.monotonic()), FrameReader(ours), ours
@@ -98,54 +92,6 @@ def test_a_closed_connection_has_no_frames(pair: tuple[socket.socket, socket.soc
         FrameReader(pair[0]).read()
 
 
-WORLD = World(0, 3, "ring", "here", "127.0.0.1")
-NAMES = ["rank 0 (here)", "rank 1 (here)", "rank 2 (there)"]
-EXPECTED = {("ring", 2), ("star", 1), ("star", 2)}
-
-
-def test_strangers_hold_nobody_up() -> None:
-    """Some say nothing, some dribble, some lie; the ranks come behind them and are known."""
-    key = b"key"
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(120)]
-        for stranger in strangers[::3]:
-            stranger.sendall(struct.pack("<I", 1 << 24))
-        for stranger in strangers[1::3]:
-            stranger.sendall(framed(b'{"kind": "star", "rank": 1, "proof": "0"}'))
-        me = {"host": "here", "address": "127.0.0.1", "port": port}
-        connections = []
-
-        def call() -> None:
-            for kind, rank in EXPECTED:
-                caller = World(rank, 3, "ring", "here", "127.0.0.1")
-                connections.append(dial(me, caller, key, kind, 5.0))
-
-        thread = threading.Thread(target=call)
-        thread.start()
-        found = await_callers(listener, EXPECTED, key, WORLD, NAMES, 10.0)
-        thread.join()
-        assert found.keys() == EXPECTED
-        for connection in (*strangers, *connections, *found.values()):
-            connection.close()
-
-
-def test_who_does_not_come_is_named_in_time() -> None:
-    """A stranger's bytes, one at a time, don't lengthen the wait."""
-    with (
-        socket.create_server(("127.0.0.1", 0)) as listener,
-        socket.create_connection(listener.getsockname()) as stranger,
-    ):
-        stranger.sendall(struct.pack("<I", 1000))
-        threading.Timer(0.3, stranger.sendall, [b"x"]).start()
-        began_s = time.monotonic()
-        with pytest.raises(
-            Exception, match=r"waited in vain for control connections of rank 1 \(here\), rank 2 \(there\)"
-        ):
-            await_callers(listener, EXPECTED, b"key", WORLD, NAMES, 0.6)
-        assert time.monotonic() - began_s < 5
-
-
 def test_an_end_that_waits_in_vain_has_a_deadline() -> None:
     """Even while the interpreter's lock is held, as MLX and MPI do: no thread could end it."""
     code = (
@@ -154,27 +100,3 @@ def test_an_end_that_waits_in_vain_has_a_deadline() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=15)
     assert (found.returncode, found.stderr) == (3, "error: in vain\n")
-
-
-def test_an_older_stranger_gives_way_in_the_same_moment() -> None:
-    """It has just said something when its place is taken."""
-    with socket.create_server(("127.0.0.1", 0), backlog=300) as listener, contextlib.ExitStack() as stack:
-        strangers = [stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(250)]
-        ended = threading.Event()
-        for stranger in strangers:
-            stranger.sendall(struct.pack("<I", 4000))
-
-        def dribble() -> None:
-            while not ended.wait(0.001):
-                for stranger in strangers:
-                    with contextlib.suppress(OSError):
-                        stranger.send(b"x")
-
-        thread = threading.Thread(target=dribble)
-        thread.start()
-        try:
-            with pytest.raises(RankError, match="waited in vain"):
-                await_callers(listener, EXPECTED, b"key", WORLD, NAMES, 1.0)
-        finally:
-            ended.set()
-            thread.join()
