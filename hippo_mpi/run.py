@@ -11,17 +11,16 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports needs no traceback
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from hippo_mpi.cluster.hosts import check_addresses, installed, knock, read_hostfile, read_json
+from hippo_mpi.cluster.hostfile import Host, Hostfile, hostfile_of, read_hostfile
+from hippo_mpi.cluster.hosts import check_hosts, installed, knock
 from hippo_mpi.cluster.launch import Launch
 from hippo_mpi.config import checks
 from hippo_mpi.config.bundled import BUNDLED
@@ -85,29 +84,23 @@ def launch_arguments(options: LaunchOptions, rest: list[str], held: contextlib.E
         UserError: the file of --config can't be read.
     """
     launch = [installed("mlx.launch")]
-    backend = options.backend or "ring"
-    hostfile, where = (None, "") if options.num_ranks is not None else _find_hosts(options, rest, held)
-    if hostfile is None:
-        num_ranks = options.num_ranks or RANKS
-        hosts: list[dict[str, Any]] = [{"ssh": THIS_MACHINE, "ips": [THIS_MACHINE]}] * num_ranks
-        launch += ["-n", str(num_ranks)]
-    else:
-        hosts, content = read_hostfile(hostfile), read_json(hostfile)
-        backend = options.backend or (isinstance(content, dict) and content.get("backend")) or "ring"
-        check_addresses(hosts, backend, where)
-        knock(hosts, where, key)
-        launch += ["--hostfile", str(hostfile)]
-    launch += ["--backend", backend]
+    hostfile = None if options.num_ranks is not None else _find_hosts(options, rest)
+    here = Host(THIS_MACHINE, (THIS_MACHINE,))
+    hosts = hostfile.hosts if hostfile else (here,) * (options.num_ranks or RANKS)
+    backend = options.backend or (hostfile and hostfile.backend) or "ring"
+    if hostfile:
+        hostfile.check(backend)
+        check_hosts(hostfile)
+        knock(hostfile, key)
     if backend == "mpi" and not shutil.which("mpirun"):
         raise LaunchError(f"--backend mpi needs mpirun, which isn't here: {install_hint('mpi')}")
+    if backend == "ring" and set(hosts) == {here}:
+        # The ring of ranks of this machine is one that no stranger meets by chance.
+        hostfile = replace(hostfile or Hostfile(hosts), hosts=(replace(here, ips=(new_loopback(),)),) * len(hosts))
+    launch += ["--hostfile", _write_hosts(hostfile, held)] if hostfile else ["-n", str(len(hosts))]
+    launch += ["--backend", backend]
     if backend == "ring":
-        if all((host["ssh"], host["ips"]) == (THIS_MACHINE, [THIS_MACHINE]) for host in hosts):
-            # The ring of ranks of this machine is one that no stranger meets by chance.
-            launch[1:3] = [
-                "--hostfile",
-                _write_hosts([{"ssh": THIS_MACHINE, "ips": [new_loopback()]}] * len(hosts), held),
-            ]
-        num_ports = sum(len(host["ips"]) for host in hosts)
+        num_ports = sum(len(host.ips) for host in hosts)
         if (options.starting_port or 0) + num_ports > 1 << 16:
             raise LaunchError(f"--starting-port {options.starting_port} leaves no {num_ports} ports up to 65535")
         first = options.starting_port or held.enter_context(HeldPorts(num_ports)).first
@@ -115,20 +108,20 @@ def launch_arguments(options: LaunchOptions, rest: list[str], held: contextlib.E
     return [*launch, "--", installed(options.command), *rest]
 
 
-def _find_hosts(options: LaunchOptions, rest: list[str], held: contextlib.ExitStack) -> tuple[Path | None, str]:
-    """Return the hostfile, and what it is called in errors; None: there is none."""
+def _find_hosts(options: LaunchOptions, rest: list[str]) -> Hostfile | None:
+    """Return the hosts of the hostfile, or of the file of --config; None: there are none."""
     if options.hostfile is not None:
-        return options.hostfile, f"hostfile {options.hostfile}"
+        return read_hostfile(options.hostfile)
     config, _ = take_config(rest)
     if config is not None and (hosts := read_hosts(config)):
-        return Path(_write_hosts(hosts, held)), f"{config}: hosts"
-    return (HOSTFILE, f"hostfile {HOSTFILE}") if HOSTFILE.exists() else (None, "")
+        return hostfile_of(hosts, f"{config}: hosts")
+    return read_hostfile(HOSTFILE) if HOSTFILE.exists() else None
 
 
-def _write_hosts(hosts: list[Any], held: contextlib.ExitStack) -> str:
+def _write_hosts(hostfile: Hostfile, held: contextlib.ExitStack) -> str:
     """Return the name of a hostfile that is there as long as it is held."""
     path = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="hippo-hosts-"))) / "hosts.json"
-    path.write_text(json.dumps(hosts))
+    path.write_text(hostfile.to_json())
     return str(path)
 
 

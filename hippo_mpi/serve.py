@@ -20,8 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from hippo_mpi.cluster.host_checks import Host
-from hippo_mpi.cluster.hosts import check_hosts, installed, knock, read_hostfile
+from hippo_mpi.cluster.hostfile import Hostfile, hostfile_of, read_hostfile
+from hippo_mpi.cluster.hosts import check_hosts, installed, knock
 from hippo_mpi.config.parser import OptionsParser
 from hippo_mpi.config.serve_options import API_KEYS, CardOptions, ServeOptions
 from hippo_mpi.config.yaml_file import ConfigFile, all_cards, read_config, take_config, without_option, words_of
@@ -128,12 +128,17 @@ def serve(argv: list[str]) -> int:
     set_up_logging(options.log_level)
     catalogue = _read_models(options, argv, file)
     _ = catalogue.first.modes  # a mistake is told before anything is started
-    named = _named_hosts(options, file)
-    options = replace(options, ranks=len(named) or options.ranks)
+    hostfile = _read_hosts(options, file)
+    options = replace(options, ranks=len(hostfile.hosts) if hostfile else options.ranks)
     _check(options, catalogue)
     if options.check:
         return 0
-    hosts = _hosts(options, named, file)
+    if hostfile is not None:
+        if _is_here(options, hostfile):
+            hostfile = None
+        else:
+            knock(hostfile, RunKey())  # later, a host that doesn't answer is left out
+    hosts = hostfile.hosts if hostfile else ()
     broker, api, http = _make_api(options, catalogue)
 
     async def make_plan(name: str, living: Sequence[int] | None) -> LaunchPlan:
@@ -141,7 +146,7 @@ def serve(argv: list[str]) -> int:
         assert model is not None
         if living is not None and len(broker.machines) == len(hosts):
             await catalogue.plan(model, [broker.machines[index] for index in living])
-        return launch_plan([*argv, *model.card], options, hosts, living)
+        return launch_plan([*argv, *model.card], options, hostfile, living)
 
     start_s = _PYTHON_START_S + options.start_timeout  # so that ranks which wait in vain say so themselves
     supervisor = Supervisor(broker, make_plan, hosts, start_s, _silence_s(options), options.max_restarts)
@@ -265,41 +270,47 @@ def _read_models(options: ServeOptions, argv: list[str], file: ConfigFile) -> Ca
     return Catalogue(models)
 
 
-def _hosts(options: ServeOptions, named: list[Host], file: ConfigFile) -> list[Host]:
-    """Return where ranks are to be, rank 0's first; none: on this machine only, without a launcher.
+def _backend(options: ServeOptions, hostfile: Hostfile) -> str:
+    return options.backend or hostfile.backend or "ring"
+
+
+def _read_hosts(options: ServeOptions, file: ConfigFile) -> Hostfile | None:
+    """Return the hosts of the file or of the hostfile, checked; None if there are none.
 
     Raises:
-        LaunchError: a host doesn't let us in.
+        LaunchError: a host isn't there, or doesn't say what the backend needs.
     """
-    if all(host["ssh"] in _LOOPBACK for host in named) and options.backend == "ring":
-        return []
-    knock(named, str(options.hostfile or file.path), RunKey())  # later, a host that doesn't answer is left out
-    return named
+    if not file.hosts and not options.hostfile:
+        return None
+    hostfile = read_hostfile(options.hostfile) if options.hostfile else hostfile_of(file.hosts, f"{file.path}: hosts")
+    hostfile.check(_backend(options, hostfile))
+    check_hosts(hostfile)
+    return hostfile
 
 
-def _named_hosts(options: ServeOptions, file: ConfigFile) -> list[Host]:
-    """Return the hosts of the file or of the hostfile, checked; none if there are none.
-
-    Raises:
-        LaunchError: a host isn't there.
-    """
-    if file.hosts:
-        check_hosts(file.hosts, f"{file.path}: hosts")
-        return file.hosts
-    return read_hostfile(options.hostfile) if options.hostfile else []
+def _is_here(options: ServeOptions, hostfile: Hostfile) -> bool:
+    """Return True if all ranks are to be on this machine, where they need no launcher."""
+    return all(host.ssh in _LOOPBACK for host in hostfile.hosts) and _backend(options, hostfile) == "ring"
 
 
 def launch_plan(
-    argv: list[str], options: ServeOptions, hosts: Sequence[Host], living: Sequence[int] | None
+    argv: list[str], options: ServeOptions, hostfile: Hostfile | None, living: Sequence[int] | None
 ) -> LaunchPlan:
-    """Return how ranks with this command line are started: on all hosts, or on the `living` ones."""
-    if not hosts:
+    """Return how ranks with this command line are started: on all hosts, or on the `living` ones.
+
+    Raises:
+        LaunchError: the living ones aren't joined in a way that the backend needs.
+    """
+    if hostfile is None:
         return LaunchPlan([sys.executable, "-m", "hippo_mpi.serve", *argv], options.ranks)
+    backend = _backend(options, hostfile)
     if living is not None:
         # The layer split was for another number of ranks.
-        argv, hosts = without_option(argv, "--layer-split"), [hosts[index] for index in living]
-    launcher = [installed("mlx.launch"), "--backend", options.backend]
-    return LaunchPlan([installed("hippo_mpi.serve"), *argv], launcher=launcher, hosts=hosts)
+        argv, hostfile = without_option(argv, "--layer-split"), hostfile.only(living)
+        backend = "ring" if len(living) == 1 else backend
+        hostfile.check(backend)
+    launcher = [installed("mlx.launch"), "--backend", backend]
+    return LaunchPlan([installed("hippo_mpi.serve"), *argv], launcher=launcher, hostfile=hostfile)
 
 
 def read_rules(options: ServeOptions) -> AccessRules:

@@ -12,13 +12,11 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
 
+from hippo_mpi.cluster.hostfile import Host
 from hippo_mpi.transport.ports import FIRST, LAST, THIS_MACHINE
 from hippo_mpi.transport.run_key import SSH, RunKey
 
-Host = dict[str, Any]
-"""An entry of a hostfile: {"ssh": name, "ips": [address]}."""
 _CONNECT_TIMEOUT_S = 5  # for a host to let us in, or to be reached
 _END_TIMEOUT_S = 3.0  # for the command to end after that
 # A refused connection also shows that the host is reached: nothing needs to listen on the port.
@@ -47,19 +45,19 @@ async def linked(hosts: Sequence[Host], living: Sequence[int]) -> list[int]:
 
 
 async def _hand_over(key: RunKey, host: Host) -> bool:
-    if host["ssh"] == THIS_MACHINE:
+    if host.ssh == THIS_MACHINE:
         return True
-    return await _succeeds(key.command(host["ssh"], _CONNECT_TIMEOUT_S), key.key.encode())
+    return await _succeeds(key.command(host.ssh, _CONNECT_TIMEOUT_S), key.key.encode())
 
 
 async def _reaches(host: Host, other: Host) -> bool:
     """Return True if a host reaches the first address of another, at a port from the ring's range, or it has none."""
-    if not other.get("ips"):
+    if not other.ips:
         return True
     port = random.randrange(FIRST, LAST)
-    command = [sys.executable, "-c", _CONNECT_SCRIPT, str(other["ips"][0]), str(port), str(_CONNECT_TIMEOUT_S)]
-    if host["ssh"] != THIS_MACHINE:
-        command = [*SSH, "-o", f"ConnectTimeout={_CONNECT_TIMEOUT_S}", host["ssh"], shlex.join(command)]
+    command = [sys.executable, "-c", _CONNECT_SCRIPT, other.ips[0], str(port), str(_CONNECT_TIMEOUT_S)]
+    if host.ssh != THIS_MACHINE:
+        command = [*SSH, "-o", f"ConnectTimeout={_CONNECT_TIMEOUT_S}", host.ssh, shlex.join(command)]
     return await _succeeds(command)
 
 

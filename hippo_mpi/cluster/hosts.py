@@ -1,16 +1,14 @@
-"""The hosts of a run: read from a hostfile, checked, and given the run key. Loads no MLX."""
+"""The hosts of a run: looked up, and given the run key. Loads no MLX."""
 
 from __future__ import annotations
 
-import ipaddress
-import json
 import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+from hippo_mpi.cluster.hostfile import Hostfile
 from hippo_mpi.errors import LaunchError
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.transport.run_key import RunKey
@@ -18,49 +16,14 @@ from hippo_mpi.transport.run_key import RunKey
 _SSH_TIMEOUT_S = 5  # to connect; the whole command gets twice as long
 
 
-def read_hostfile(path: Path) -> list[dict[str, Any]]:
-    """Read a hostfile; return its entries, {"ssh": name, "ips": [address]}, one per rank.
+def check_hosts(hostfile: Hostfile) -> None:
+    """Check that all hosts exist.
 
     Raises:
-        LaunchError: it can't be read, names no host, or a host that can't be ended.
+        LaunchError: one doesn't, or there is no ssh.
     """
-    content = read_json(path)
-    hosts = content.get("hosts") if isinstance(content, dict) else content
-    if not isinstance(hosts, list) or not hosts:
-        raise LaunchError(f'hostfile {path} lists no host; it needs one {{"ssh": ..., "ips": [...]}} per rank')
-    check_hosts(hosts, f"hostfile {path}")
-    return hosts
-
-
-def read_json(path: Path) -> Any:
-    """Read a hostfile as JSON, without checking its content.
-
-    Raises:
-        LaunchError: it can't be read, or isn't JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise LaunchError(f"hostfile {path} can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise LaunchError(f"hostfile {path} is not JSON: {error}") from None
-
-
-def check_hosts(hosts: list[Any], where: str) -> None:
-    """Check that entries are {"ssh": name, "ips": [...]} with valid addresses, and that their hosts exist.
-
-    Raises:
-        LaunchError: one isn't, or its host can't be ended; the message begins with `where`.
-    """
-    for rank, host in enumerate(hosts):
-        if not isinstance(host, dict) or not isinstance(host.get("ssh"), str):
-            raise LaunchError(f'{where}: the entry of rank {rank} has no "ssh"')
-        for ip in host.get("ips", []):
-            try:
-                ipaddress.ip_address(ip)
-            except ValueError:
-                raise LaunchError(f"{where}: {ip!r} of rank {rank} is not an IP address") from None
-        _check_host(where, rank, host["ssh"])
+    for rank, host in enumerate(hostfile.hosts):
+        _check_host(hostfile.where, rank, host.ssh)
 
 
 def _check_host(where: str, rank: int, name: str) -> None:
@@ -86,35 +49,21 @@ def installed(command: str) -> str:
     return str(path) if path.exists() else command
 
 
-def check_addresses(hosts: list[dict[str, Any]], backend: str, where: str) -> None:
-    """Check that each host of a ring has an address to listen on.
-
-    Raises:
-        LaunchError: one has none; the message begins with `where`.
-    """
-    for rank, host in enumerate(hosts):
-        if backend == "ring" and not host.get("ips"):
-            raise LaunchError(
-                f'{where}: rank {rank} ({host["ssh"]}) has no "ips", where the ring listens; such as'
-                f' {{"ssh": "{host["ssh"]}", "ips": ["192.168.5.{rank + 1}"]}}'
-            )
-
-
-def knock(hosts: list[dict[str, Any]], where: str, key: RunKey) -> None:
+def knock(hostfile: Hostfile, key: RunKey) -> None:
     """Copy the run's key to all other machines in parallel, through ssh without a password.
 
     Raises:
         LaunchError: some don't let us in within seconds; the message names each, with ssh's last line.
     """
     names: dict[str, int] = {}
-    for rank, host in enumerate(hosts):
-        if host["ssh"] != THIS_MACHINE:
-            names.setdefault(host["ssh"], rank)
+    for rank, host in enumerate(hostfile.hosts):
+        if host.ssh != THIS_MACHINE:
+            names.setdefault(host.ssh, rank)
     with ThreadPoolExecutor(max(1, len(names))) as pool:
         answers = dict(zip(names, pool.map(lambda name: _hand_over(key, name), names), strict=True))
     silent = [f"{name} (rank {names[name]}): {why}" for name, why in answers.items() if why]
     if silent:
-        raise LaunchError(f"{where}: no way in by `ssh NAME true` to {'; '.join(silent)}")
+        raise LaunchError(f"{hostfile.where}: no way in by `ssh NAME true` to {'; '.join(silent)}")
 
 
 def _hand_over(key: RunKey, name: str) -> str:

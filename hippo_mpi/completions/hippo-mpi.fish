@@ -289,7 +289,7 @@ complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l audit-required -d 're
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l log-level -xka "debug info warning error" -d 'lowest level of the lines on stderr (default: info)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l hostfile -xka "(__fish_complete_path (commandline -ct))" -d 'JSON list of hosts, as for mlx.launch'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l ranks -x -d 'ranks on this machine, without a hostfile (default: 2)'
-complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l backend -xka "ring mpi jaccl jaccl-ring" -d 'of mlx.launch, with a hostfile (default: ring)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l backend -xka "ring mpi jaccl jaccl-ring" -d 'with a hostfile; if not given, the one that it names, or ring'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l max-restarts -x -d 'consecutive rank failures, without progress, that a request survives (default: 5)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l api-key-file -xka "(__fish_complete_path (commandline -ct))" -d 'file with a key a line; or keys in HIPPO_API_KEYS, with commas between'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l admin-key-file -xka "(__fish_complete_path (commandline -ct))" -d 'file with keys, a line each, that alone may change the model; by default all may'

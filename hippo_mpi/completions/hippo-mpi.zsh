@@ -408,7 +408,7 @@ _shtab_hippo_mpi_serve_options=(
   "--log-level[lowest level of the lines on stderr (default\: info)]:log_level:(debug info warning error)"
   "--hostfile[JSON list of hosts, as for mlx.launch]:hostfile:_files"
   "--ranks[ranks on this machine, without a hostfile (default\: 2)]:ranks:"
-  "--backend[of mlx.launch, with a hostfile (default\: ring)]:backend:(ring mpi jaccl jaccl-ring)"
+  "--backend[with a hostfile\; if not given, the one that it names, or ring]:backend:(ring mpi jaccl jaccl-ring)"
   "--max-restarts[consecutive rank failures, without progress, that a request survives (default\: 5)]:max_restarts:"
   "--api-key-file[file with a key a line\; or keys in HIPPO_API_KEYS, with commas between]:api_key_file:_files"
   "--admin-key-file[file with keys, a line each, that alone may change the model\; by default all may]:admin_key_file:_files"

@@ -73,7 +73,9 @@ class StartOptions:
     GROUP: ClassVar = "ranks that this command starts itself"
     hostfile: Path | None = option(None, "JSON list of hosts, as for mlx.launch", check=Path)
     ranks: int = option(2, "ranks on this machine, without a hostfile", check=checks.positive)
-    backend: str = option("ring", "of mlx.launch, with a hostfile", choices=BACKENDS)
+    backend: str | None = option(
+        None, "with a hostfile; if not given, the one that it names, or ring", choices=BACKENDS
+    )
     max_restarts: int = option(
         5, "consecutive rank failures, without progress, that a request survives", check=checks.whole
     )

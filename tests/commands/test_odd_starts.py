@@ -132,3 +132,14 @@ def test_a_start_without_its_hosts_leaves_the_journal_alone(tmp_path: Path) -> N
         assert running.wait(60) > 0
         assert "no way in by `ssh NAME true` to 127.0.0.77 (rank 1)" in running.err
     assert not (tmp_path / "journal").exists()
+
+
+def test_a_hostfile_for_jaccl_is_not_run_as_a_ring(tmp_path: Path) -> None:
+    """Here, MLX says that it has none."""
+    hostfile = tmp_path / "hosts.json"
+    rdma = [[None, "rdma_en5"], ["rdma_en5", None]]
+    hosts = [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "rdma": row} for row in rdma]
+    hostfile.write_text(json.dumps({"backend": "jaccl", "hosts": hosts}))
+    with ranks.single([str(ranks.BIN / "hippo_mpi.serve"), "--port", "0", "--hostfile", str(hostfile)]) as running:
+        assert running.wait() == 2
+        assert "error: the jaccl backend doesn't start: " in running.err

@@ -101,7 +101,7 @@ def test_the_key_is_on_no_command_line(tmp_path: Path) -> None:
                     ).stdout.splitlines()
                 )
             assert running.wait() == 0, running.err
-        (file,) = _key_files({line for line in seen if str(hostfile) in line})  # others may run beside this test
+        (file,) = _key_files({line for line in seen if str(tmp_path) in line})  # others may run beside this test
         text = " ".join(seen)
         assert "HIPPO_RUN_KEY=" not in text and file.read_text() not in text
         assert file.stat().st_mode & 0o777 == 0o600

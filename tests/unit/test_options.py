@@ -110,5 +110,5 @@ def test_the_launcher_starts_on_the_hosts_of_the_file(tmp_path: Path) -> None:
         options, rest = run.make_parser().read_known(["--config", str(path), "--prompt", "x"])
         words = run.launch_arguments(options, rest, held, RunKey())
         hosts = json.loads(Path(words[words.index("--hostfile") + 1]).read_text())
-        assert [host["ssh"] for host in hosts] == ["127.0.0.1"] * 2
+        assert [host["ssh"] for host in hosts["hosts"]] == ["127.0.0.1"] * 2
         assert words[-4:] == ["--config", str(path), "--prompt", "x"]

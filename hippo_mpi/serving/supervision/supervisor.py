@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi.cluster.host_checks import Host, hand_over, linked
+from hippo_mpi.cluster.host_checks import hand_over, linked
+from hippo_mpi.cluster.hostfile import Host, Hostfile
 from hippo_mpi.environment import STATUS_FILE, TERMINAL
 from hippo_mpi.errors import ForeignError, HippoError, UserError
 from hippo_mpi.serving.supervision.messages import FRONT, MAX_LINE_BYTES
@@ -77,13 +78,14 @@ class LaunchPlan:
     Args:
         command: what every rank runs.
         num_local: ranks on this machine, without a launcher.
-        launcher: the beginning of a launcher's command line, if they are elsewhere: on `hosts`, rank 0's first.
+        launcher: the beginning of a launcher's command line, if they are elsewhere.
+        hostfile: for that launcher.
     """
 
     command: Sequence[str]
     num_local: int = 0
     launcher: Sequence[str] = ()
-    hosts: Sequence[Host] = ()
+    hostfile: Hostfile | None = None
 
 
 class RankGroup:
@@ -120,11 +122,11 @@ class RankGroup:
             _TUNABLES: os.environ.get(_TUNABLES, _KEEP_MEMORY),
         }
         hostfile = self._folder / "hosts.json"
-        if plan.launcher:
-            hostfile.write_text(json.dumps(list(plan.hosts)))
+        if plan.hostfile:
+            hostfile.write_text(plan.hostfile.to_json())
             given = {name: env[name] for name in (FRONT, STATUS_FILE, _TUNABLES)} | key.passed_on
             words = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
-            self._ports = HeldPorts(sum(max(1, len(host.get("ips", ()))) for host in plan.hosts))
+            self._ports = HeldPorts(sum(max(1, len(host.ips)) for host in plan.hostfile.hosts))
             ports = ["--starting-port", str(self._ports.first)]
             self._start([*plan.launcher, "--hostfile", str(hostfile), *ports, *words, "--", *plan.command], env)
             return
@@ -332,13 +334,15 @@ class Supervisor:
             found = await hand_over(key, self._hosts)
             if self._broker.num_starts:
                 found = await linked(self._hosts, found)
-            silent = [str(host["ssh"]) for index, host in enumerate(self._hosts) if index not in found]
+            silent = [host.ssh for index, host in enumerate(self._hosts) if index not in found]
             living = found if silent else None
             self._broker.silent_hosts = silent
             if silent:
                 _log.warning("starting without %s: no answer from there", ", ".join(silent))
         plan = await self._make_plan(self._broker.model, living)
-        where = ", ".join(host["ssh"] for host in plan.hosts) or f"this machine ({plan.num_local})"
+        where = (
+            ", ".join(host.ssh for host in plan.hostfile.hosts) if plan.hostfile else f"this machine ({plan.num_local})"
+        )
         _log.info("starting the ranks of %s on %s", self._broker.model, where)
         if about is None:
             return plan

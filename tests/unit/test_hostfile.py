@@ -1,0 +1,159 @@
+"""Hostfiles: what they may say, and what is left of them when a host is left out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hippo_mpi.cluster.hostfile import Host, Hostfile, hostfile_of, read_hostfile
+from hippo_mpi.errors import LaunchError
+from hippo_mpi.serve import launch_plan, make_parser
+
+MESH = Hostfile(
+    tuple(
+        Host(
+            f"mini{rank}", (f"192.168.1.{rank + 1}",), tuple(None if to == rank else f"{rank}to{to}" for to in range(4))
+        )
+        for rank in range(4)
+    ),
+    backend="jaccl",
+    envs=("MLX_METAL_FAST_SYNCH=0",),
+)
+
+
+def write(folder: Path, content: Any) -> Path:
+    path = folder / "hosts.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "hosts.json"
+    path.write_text(MESH.to_json())
+    assert read_hostfile(path) == Hostfile(MESH.hosts, f"hostfile {path}", MESH.backend, MESH.envs)
+
+
+def test_a_host_that_is_left_out_leaves_the_cables_of_the_others(tmp_path: Path) -> None:
+    left = MESH.only([0, 1, 3])
+    assert [host.ssh for host in left.hosts] == ["mini0", "mini1", "mini3"]
+    assert [host.rdma for host in left.hosts] == [
+        (None, "0to1", "0to3"), ("1to0", None, "1to3"), ("3to0", "3to1", None),
+    ]  # fmt: skip
+    left.check("jaccl")
+    assert (left.backend, left.envs) == (MESH.backend, MESH.envs)
+    assert MESH.only([3, 0]).hosts[0].rdma == (None, "3to0")
+
+
+def test_a_ring_of_cables_that_is_broken_is_told() -> None:
+    ring = Hostfile(
+        tuple(
+            Host(host.ssh, host.ips, tuple(device if abs(rank - to) in (1, 3) else None for to, device in enumerate(host.rdma)))
+            for rank, host in enumerate(MESH.hosts)
+        )
+    )  # fmt: skip
+    ring.check("jaccl-ring")
+    with pytest.raises(
+        LaunchError, match=r"an RDMA device from rank 0 \(mini0\) to rank 2 \(mini2\), and there is none"
+    ):
+        ring.check("jaccl")
+    with pytest.raises(LaunchError, match=r"jaccl-ring needs an RDMA device from rank 1 \(mini1\) to rank 2 \(mini3\)"):
+        ring.only([0, 1, 3]).check("jaccl-ring")
+
+
+@pytest.mark.parametrize(
+    ("entries", "backend", "told"),
+    [
+        ([{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "b"}], "ring", r'rank 1 \(b\) has no "ips"'),
+        ([{"ssh": "a", "ips": ["10.0.0.1"], "rdma": [None]}], "nccl", "no backend is called 'nccl'; there are ring,"),
+        ([{"ssh": "a", "rdma": [None]}], "jaccl", r'rank 0 \(a\) has no "ips", where ranks meet for jaccl'),
+        (
+            [{"ssh": "a", "ips": ["10.0.0.1"], "rdma": [None, "x"]}, {"ssh": "b", "rdma": ["x"]}],
+            "jaccl", r"for each of 2 ranks, but rank 1 \(b\) has 1; hippo_mpi also runs with --backend ring",
+        ),
+        (
+            [{"ssh": "a", "ips": ["10.0.0.1"], "rdma": [None, "x"]}, {"ssh": "b", "rdma": ["x", "x"]}],
+            "jaccl", r"must be null for rank 1 itself",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_backend_lacks_is_named(entries: list[Any], backend: str, told: str) -> None:
+    with pytest.raises(LaunchError, match=f"^somewhere: .*{told}"):
+        hostfile_of(entries, "somewhere").check(backend)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([], "lists no host"),
+        ({"hosts": {}}, "lists no host"),
+        ("mini1", "lists no host"),
+        ([{"ips": []}], 'rank 0 has no "ssh"'),
+        ([{"ssh": "a", "ips": "10.0.0.1"}], r'"ips" of rank 0 \(a\) must be a list'),
+        ([{"ssh": "a", "ips": ["mini1"]}], "'mini1' of rank 0 is not an IP address"),
+        ({"backend": 1, "hosts": [{"ssh": "a"}]}, '"backend" is 1, and must be a name'),
+        ({"envs": "A=1", "hosts": [{"ssh": "a"}]}, '"envs" must be a list of "NAME=value"'),
+        ({"envs": ["A B=1"], "hosts": [{"ssh": "a"}]}, '"envs" must be a list of "NAME=value"'),
+    ],
+)  # fmt: skip
+def test_what_no_hostfile_is_gets_a_line(content: Any, told: str, tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=f"hosts.json:? .*{told}"):
+        read_hostfile(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("name", ["mini2", "anna@mini2.local", "10.0.0.1", "[fe80::1%en5]", "a_b-c"])
+def test_names_of_hosts(name: str) -> None:
+    assert hostfile_of([{"ssh": name}], "somewhere").hosts[0].ssh == name
+
+
+HOSTILE = [
+    "-oProxyCommand=touch /tmp/x",
+    "-v",
+    "a@-oProxyCommand=x",
+    "",
+    " ",
+    "a b",
+    "a;b",
+    "a\x1b[31m",
+    "a\n",
+    "$(x)",
+    "é",
+]
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "-" * 10_000])
+def test_a_hostile_name_reaches_neither_ssh_nor_the_terminal(name: str) -> None:
+    refused(name)
+
+
+@given(st.text(max_size=30))
+def test_any_other_text_is_refused_or_harmless(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9._:\[\]%@-]+", name) or name.startswith("-") or "@-" in name:
+        refused(name)
+
+
+def refused(name: str) -> None:
+    with pytest.raises(LaunchError) as caught:
+        hostfile_of([{"ssh": name}], "somewhere")
+    line = str(caught.value)
+    assert line.isascii() and line.isprintable() and len(line) < 700
+
+
+def test_a_server_starts_what_its_hostfile_names(tmp_path: Path) -> None:
+    """JACCL, too, with its envs; a host that is lost takes its row and its column along, and one that is left needs none."""
+    path = tmp_path / "hosts.json"
+    path.write_text(MESH.to_json())
+    options = make_parser().read(["--hostfile", str(path), "--layer-split", "3,3,3,3"])
+    whole = launch_plan(["--layer-split", "3,3,3,3", "--port", "0"], options, MESH, None)
+    assert list(whole.launcher[-2:]) == ["--backend", "jaccl"] and whole.hostfile == MESH
+    left = launch_plan(["--layer-split", "3,3,3,3", "--port", "0"], options, MESH, [0, 2])
+    assert list(left.launcher[-2:]) == ["--backend", "jaccl"] and list(left.command[1:]) == ["--port", "0"]
+    assert left.hostfile is not None and [host.rdma for host in left.hostfile.hosts] == [(None, "0to2"), ("2to0", None)]
+    assert list(launch_plan([], options, MESH, [1]).launcher[-2:]) == ["--backend", "ring"]
+    asked = make_parser().read(["--hostfile", str(path), "--backend", "ring"])
+    assert list(launch_plan([], asked, MESH, None).launcher[-2:]) == ["--backend", "ring"]
