@@ -1,6 +1,6 @@
 """hippo_mpi.run: start a command on all ranks.
 
-What ./launch/run does, too: check the hosts, start mlx.launch, lend rank 0 its terminal, and end with rank 0's status.
+What ./launch/run does, too: check the hosts, start the ranks, lend rank 0 its terminal, and end with rank 0's status.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from hippo_mpi.cluster.hostfile import Host, Hostfile, hostfile_of, read_hostfile
 from hippo_mpi.cluster.hosts import check_hosts, installed, knock
 from hippo_mpi.cluster.launch import Launch
+from hippo_mpi.cluster.start_plan import StartPlan, start_plan
 from hippo_mpi.config import checks
 from hippo_mpi.config.bundled import BUNDLED
 from hippo_mpi.config.parser import OptionsParser, option
@@ -76,36 +77,33 @@ def make_parser() -> OptionsParser[LaunchOptions]:
     )
 
 
-def launch_arguments(options: LaunchOptions, rest: list[str], held: contextlib.ExitStack, key: RunKey) -> list[str]:
-    """Return the mlx.launch command line; its ports are `held`, and its hosts have the key.
+def make_job(options: LaunchOptions, rest: list[str], held: contextlib.ExitStack, key: RunKey) -> StartPlan | list[str]:
+    """Return what our starter is to do, or mlx.launch's command line for MPI. Ports are `held`; the hosts let us in.
 
     Raises:
         LaunchError: the hosts can't be used, or don't answer.
         UserError: the file of --config can't be read.
     """
-    launch = [installed("mlx.launch")]
     hostfile = None if options.num_ranks is not None else _find_hosts(options, rest)
     here = Host(THIS_MACHINE, (THIS_MACHINE,))
-    hosts = hostfile.hosts if hostfile else (here,) * (options.num_ranks or RANKS)
-    backend = options.backend or (hostfile and hostfile.backend) or "ring"
-    if hostfile:
-        hostfile.check(backend)
-        check_hosts(hostfile)
-        knock(hostfile, key)
-    if backend == "mpi" and not shutil.which("mpirun"):
-        raise LaunchError(f"--backend mpi needs mpirun, which isn't here: {install_hint('mpi')}")
-    if backend == "ring" and set(hosts) == {here}:
+    hostfile = hostfile or Hostfile((here,) * (options.num_ranks or RANKS), "this machine")
+    hosts, backend = hostfile.hosts, options.backend or hostfile.backend or "ring"
+    hostfile.check(backend)
+    check_hosts(hostfile)
+    knock(hostfile, key if backend == "mpi" else None)
+    if backend == "mpi":
+        if not shutil.which("mpirun"):
+            raise LaunchError(f"--backend mpi needs mpirun, which isn't here: {install_hint('mpi')}")
+        on = ["--hostfile", _write_hosts(hostfile, held), "--backend", backend]
+        return [installed("mlx.launch"), *on, "--", installed(options.command), *rest]
+    if set(hosts) == {here}:
         # The ring of ranks of this machine is one that no stranger meets by chance.
-        hostfile = replace(hostfile or Hostfile(hosts), hosts=(replace(here, ips=(new_loopback(),)),) * len(hosts))
-    launch += ["--hostfile", _write_hosts(hostfile, held)] if hostfile else ["-n", str(len(hosts))]
-    launch += ["--backend", backend]
-    if backend == "ring":
-        num_ports = sum(len(host.ips) for host in hosts)
-        if (options.starting_port or 0) + num_ports > 1 << 16:
-            raise LaunchError(f"--starting-port {options.starting_port} leaves no {num_ports} ports up to 65535")
-        first = options.starting_port or held.enter_context(HeldPorts(num_ports)).first
-        launch += ["--starting-port", str(first)]
-    return [*launch, "--", installed(options.command), *rest]
+        hosts = (replace(here, ips=(new_loopback(),)),) * len(hosts)
+    num_ports = sum(len(host.ips) for host in hosts) if backend == "ring" else 1
+    if (options.starting_port or 0) + num_ports > 1 << 16:
+        raise LaunchError(f"--starting-port {options.starting_port} leaves no {num_ports} ports up to 65535")
+    first = options.starting_port or held.enter_context(HeldPorts(num_ports)).first
+    return start_plan(replace(hostfile, hosts=hosts), backend, ["-m", options.command, *rest], first)
 
 
 def _find_hosts(options: LaunchOptions, rest: list[str]) -> Hostfile | None:
@@ -143,7 +141,7 @@ def main() -> None:
             sys.exit(subprocess.run([installed(options.command), "--version"]).returncode)
         with contextlib.ExitStack() as held:
             key = RunKey()
-            code = Launch().run(launch_arguments(options, rest, held, key), key)
+            code = Launch().run(make_job(options, rest, held, key), key)
     except HippoError as error:
         print_error(str(error))
         code = error.exit_code

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hippo_mpi.cluster.hostfile import Hostfile, hostfile_of, read_hostfile
-from hippo_mpi.cluster.hosts import check_hosts, installed, knock
+from hippo_mpi.cluster.hosts import check_hosts, knock
 from hippo_mpi.config.parser import OptionsParser
 from hippo_mpi.config.serve_options import API_KEYS, CardOptions, ServeOptions
 from hippo_mpi.config.yaml_file import ConfigFile, all_cards, read_config, take_config, without_option, words_of
@@ -40,7 +40,6 @@ from hippo_mpi.serving.supervision.messages import FRONT, MAX_LINE_BYTES, RankPa
 from hippo_mpi.serving.supervision.rank_service import BEAT_S, RankService
 from hippo_mpi.serving.supervision.request_broker import RequestBroker
 from hippo_mpi.serving.supervision.supervisor import LaunchPlan, Supervisor
-from hippo_mpi.transport.run_key import RunKey
 from hippo_mpi.transport.world import detect_launch
 
 try:
@@ -137,7 +136,7 @@ def serve(argv: list[str]) -> int:
         if _is_here(options, hostfile):
             hostfile = None
         else:
-            knock(hostfile, RunKey())  # later, a host that doesn't answer is left out
+            knock(hostfile)  # later, a host that doesn't answer is left out
     hosts = hostfile.hosts if hostfile else ()
     broker, api, http = _make_api(options, catalogue)
 
@@ -302,15 +301,14 @@ def launch_plan(
         LaunchError: the living ones aren't joined in a way that the backend needs.
     """
     if hostfile is None:
-        return LaunchPlan([sys.executable, "-m", "hippo_mpi.serve", *argv], options.ranks)
+        return LaunchPlan(["-m", "hippo_mpi.serve", *argv], options.ranks)
     backend = _backend(options, hostfile)
     if living is not None:
         # The layer split was for another number of ranks.
         argv, hostfile = without_option(argv, "--layer-split"), hostfile.only(living)
         backend = "ring" if len(living) == 1 else backend
         hostfile.check(backend)
-    launcher = [installed("mlx.launch"), "--backend", backend]
-    return LaunchPlan([installed("hippo_mpi.serve"), *argv], launcher=launcher, hostfile=hostfile)
+    return LaunchPlan(["-m", "hippo_mpi.serve", *argv], hostfile=hostfile, backend=backend)
 
 
 def read_rules(options: ServeOptions) -> AccessRules:

@@ -27,9 +27,9 @@ except ConnectionRefusedError: pass
 """
 
 
-async def hand_over(key: RunKey, hosts: Sequence[Host]) -> list[int]:
-    """Copy the run key of the next ranks to all hosts; return the indices of those that let us in."""
-    are_in = await asyncio.gather(*(_hand_over(key, host) for host in hosts))
+async def reachable(hosts: Sequence[Host], key: RunKey | None = None) -> list[int]:
+    """Return the indices of the hosts that let us in, with the run key copied there if one is given."""
+    are_in = await asyncio.gather(*(_lets_in(host, key) for host in hosts))
     return [index for index, is_in in enumerate(are_in) if is_in]
 
 
@@ -44,10 +44,12 @@ async def linked(hosts: Sequence[Host], living: Sequence[int]) -> list[int]:
     return ring
 
 
-async def _hand_over(key: RunKey, host: Host) -> bool:
+async def _lets_in(host: Host, key: RunKey | None) -> bool:
     if host.ssh == THIS_MACHINE:
         return True
-    return await _succeeds(key.command(host.ssh, _CONNECT_TIMEOUT_S), key.key.encode())
+    if key:
+        return await _succeeds(key.command(host.ssh, _CONNECT_TIMEOUT_S), key.key.encode())
+    return await _succeeds([*SSH, "-o", f"ConnectTimeout={_CONNECT_TIMEOUT_S}", host.ssh, "true"])
 
 
 async def _reaches(host: Host, other: Host) -> bool:

@@ -26,11 +26,13 @@ class Host:
         ssh: the name by which ssh reaches it; 127.0.0.1 is this machine.
         ips: its addresses for data; of rank 0, the first is also where the ranks of JACCL meet.
         rdma: JACCL's device, or devices, on the cable to each rank; None where there is no cable.
+        python: path of the Python there that has hippo_mpi, such as ~/hippo/.venv/bin/python; None: the same as here.
     """
 
     ssh: str
     ips: tuple[str, ...] = ()
     rdma: tuple[str | list[str] | None, ...] = ()
+    python: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,10 @@ class Hostfile:
 
     def to_json(self) -> str:
         """Return what mlx.launch reads, too."""
-        hosts = [{"ssh": host.ssh, "ips": host.ips, "rdma": host.rdma} for host in self.hosts]
+        hosts = [
+            {"ssh": host.ssh, "ips": host.ips, "rdma": host.rdma} | ({"python": host.python} if host.python else {})
+            for host in self.hosts
+        ]
         return json.dumps({"backend": self.backend or "", "envs": self.envs, "hosts": hosts})
 
     def check(self, backend: str) -> None:
@@ -155,4 +160,7 @@ def _host(entry: Any, rank: int, where: str) -> Host:
             ipaddress.ip_address(ip)
         except ValueError:
             raise LaunchError(f"{where}: {ip!r} of rank {rank} is not an IP address") from None
-    return Host(name, tuple(ips), tuple(rdma))
+    python = entry.get("python")
+    if python is not None and (not isinstance(python, str) or not python.startswith(("/", "~/"))):
+        raise LaunchError(f'{where}: "python" of rank {rank} ({name}) must be a path that begins with / or ~/')
+    return Host(name, tuple(ips), tuple(rdma), python)

@@ -11,7 +11,7 @@ from pathlib import Path
 from hippo_mpi.cluster.hostfile import Hostfile
 from hippo_mpi.errors import LaunchError
 from hippo_mpi.transport.ports import THIS_MACHINE
-from hippo_mpi.transport.run_key import RunKey
+from hippo_mpi.transport.run_key import SSH, RunKey
 
 _SSH_TIMEOUT_S = 5  # to connect; the whole command gets twice as long
 
@@ -49,8 +49,8 @@ def installed(command: str) -> str:
     return str(path) if path.exists() else command
 
 
-def knock(hostfile: Hostfile, key: RunKey) -> None:
-    """Copy the run's key to all other machines in parallel, through ssh without a password.
+def knock(hostfile: Hostfile, key: RunKey | None = None) -> None:
+    """Check that ssh lets us into all other machines without a password; copy the run's key there if one is given.
 
     Raises:
         LaunchError: some don't let us in within seconds; the message names each, with ssh's last line.
@@ -60,17 +60,20 @@ def knock(hostfile: Hostfile, key: RunKey) -> None:
         if host.ssh != THIS_MACHINE:
             names.setdefault(host.ssh, rank)
     with ThreadPoolExecutor(max(1, len(names))) as pool:
-        answers = dict(zip(names, pool.map(lambda name: _hand_over(key, name), names), strict=True))
+        answers = dict(zip(names, pool.map(lambda name: _knock_at(name, key), names), strict=True))
     silent = [f"{name} (rank {names[name]}): {why}" for name, why in answers.items() if why]
     if silent:
         raise LaunchError(f"{hostfile.where}: no way in by `ssh NAME true` to {'; '.join(silent)}")
 
 
-def _hand_over(key: RunKey, name: str) -> str:
-    """Copy the key to a host; return "" if that worked, else the last line of ssh."""
+def _knock_at(name: str, key: RunKey | None) -> str:
+    """Return "" if a host lets us in, else the last line of ssh."""
+    command = (
+        key.command(name, _SSH_TIMEOUT_S) if key else [*SSH, "-o", f"ConnectTimeout={_SSH_TIMEOUT_S}", name, "true"]
+    )
     try:
         ended = subprocess.run(
-            key.command(name, _SSH_TIMEOUT_S), input=key.key.encode(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            command, input=key.key.encode() if key else b"", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             timeout=2 * _SSH_TIMEOUT_S,
         )  # fmt: skip
     except subprocess.TimeoutExpired:

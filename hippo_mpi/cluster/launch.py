@@ -1,4 +1,4 @@
-"""A run of mlx.launch from a terminal: its ranks' streams, its messages, its signals and its end."""
+"""A run from a terminal: its ranks' streams, its messages, its signals and its end."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from hippo_mpi.cluster.launcher_messages import LauncherMessages
+from hippo_mpi.cluster.start_plan import START, StartPlan
 from hippo_mpi.environment import CONSOLE, STATUS_FILE
 from hippo_mpi.errors import LaunchError, RankError
 from hippo_mpi.transport.console import Console
@@ -28,16 +30,21 @@ _AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"
 
 
 class Launch:
-    """One run of mlx.launch. Ctrl-C, SIGTERM or SIGHUP ends all ranks; a second one, or a timeout, kills them."""
+    """One run, by our starter or by mlx.launch. Ctrl-C, SIGTERM or SIGHUP ends all ranks; a second one, or a timeout, kills them."""
 
     def __init__(self) -> None:
         self._launcher: subprocess.Popen[bytes] | None = None
         self._console: Console | None = None
         self._ended_by: int | None = None
         self._kill_at_s = float("inf")
+        self._is_starter = False
 
-    def run(self, command_line: list[str], key: RunKey) -> int:
-        """Run mlx.launch to its end, and pass the run key to its ranks.
+    def run(self, job: StartPlan | list[str], key: RunKey) -> int:
+        """Run ranks to their end, and pass the run key to them.
+
+        Args:
+            job: what our starter does, or the command line of mlx.launch.
+            key: of the run.
 
         Returns:
             The exit status of rank 0, or 128 + the number of the signal that ended us.
@@ -51,15 +58,7 @@ class Launch:
                 self._console = Console(Path(folder))
             except OSError as error:
                 raise LaunchError(f"no socket in {folder}: {error} (a shorter TMPDIR may help)") from None
-            given = {STATUS_FILE: str(status), CONSOLE: str(self._console.path), **key.passed_on}
-            # Hosts other than 127.0.0.1 are reached through ssh, which doesn't pass the environment on.
-            words = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
-            # After a SIGINT mlx.launch lives on without reading its ranks' output: in a process group of its own,
-            # the terminal's Ctrl-C doesn't reach it.
-            self._launcher = subprocess.Popen(
-                [command_line[0], *words, *command_line[1:]], env={**_AS_ROOT, **os.environ, **given, **key.environment},
-                stdin=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0,
-            )  # fmt: skip
+            self._launcher = self._start(job, {STATUS_FILE: str(status), CONSOLE: str(self._console.path)}, key)
             if self._ended_by is not None:  # the signal came while the launcher was starting
                 self._signal(signal.SIGTERM)
             messages = LauncherMessages(self._launcher)
@@ -71,7 +70,31 @@ class Launch:
             if rank_0_status := read_status(status):
                 return rank_0_status[0]
             messages.show()  # rank 0 left no status: the launcher's own messages may say why
+            if self._is_starter and self._launcher.returncode > 0:
+                return self._launcher.returncode
             return RankError.exit_code if self._console.pid else self._launcher.returncode or 1
+
+    def _start(self, job: StartPlan | list[str], given: dict[str, str], key: RunKey) -> subprocess.Popen[bytes]:
+        """Start a launcher, in a process group of its own, so that the terminal's Ctrl-C doesn't reach it.
+
+        mlx.launch, for one, would live on without reading its ranks' output.
+        """
+        if isinstance(job, StartPlan):
+            self._is_starter = True
+            plan = replace(job, environment={**job.environment, **given, **key.environment})
+            starter = subprocess.Popen(START, stdin=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0)
+            assert starter.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it ends with an error of its own
+                starter.stdin.write(plan.encode())
+                starter.stdin.flush()
+            return starter
+        given = given | key.passed_on
+        # Hosts other than 127.0.0.1 are reached through ssh, which doesn't pass the environment on.
+        words = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
+        return subprocess.Popen(
+            [job[0], *words, *job[1:]], env={**_AS_ROOT, **os.environ, **given, **key.environment},
+            stdin=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0,
+        )  # fmt: skip
 
     def _await_end(self, messages: LauncherMessages) -> None:
         """Wait for the launcher, then for the ranks (rank 0 may still be printing its error); kill what doesn't end."""
@@ -132,7 +155,10 @@ class Launch:
             self._console.signal(signal.SIGSTOP)
         if self._launcher:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # all have ended
-                os.killpg(self._launcher.pid, number)
+                if self._is_starter:  # whose keepers must outlive it, to end their ranks
+                    os.kill(self._launcher.pid, number)
+                else:
+                    os.killpg(self._launcher.pid, number)
         if self._console:
             self._console.signal(number)
             self._console.signal(signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""The standard error of mlx.launch: its ranks' lines are passed on at once, its own are held back."""
+"""The standard error of a launcher: its ranks' lines are passed on at once; those of mlx.launch itself are held back."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _JOIN_TIMEOUT_S = 2.0
 
 
 class LauncherMessages:
-    """A reader of mlx.launch's standard error, in a thread of its own.
+    """A reader of a launcher's standard error, in a thread of its own.
 
-    The launcher's own messages, such as that a rank "exited with code 2", say nothing new after a rank's error line;
+    The own messages of mlx.launch, such as that a rank "exited with code 2", say nothing new after a rank's error line;
     without one they may be all that explains a failure. So they are held back until `show`.
 
     Args:
@@ -32,7 +32,7 @@ class LauncherMessages:
         self._kept: list[str] = []
         self._is_ruled = False  # inside a message of mpirun, between its two lines of dashes
         self._is_usage = False  # inside a usage text of mlx.launch, before its error line
-        self._has_error = False  # a rank has printed an error line
+        self._errors: set[str] = set()  # error lines that ranks have printed
         self.has_lost_a_rank = False  # the launcher has reported a failed rank
         assert launcher.stderr is not None
         self._descriptor = launcher.stderr.fileno()
@@ -45,7 +45,7 @@ class LauncherMessages:
 
     def show(self) -> None:
         """Print the held messages, unless a rank has printed an error."""
-        if self._has_error:
+        if self._errors:
             return
         sys.stderr.write("".join(f"{line}\n" for line in self._kept))
 
@@ -69,6 +69,7 @@ class LauncherMessages:
             self.has_lost_a_rank |= "Node with rank" in text
             self._kept += list(filter(None, [_COLOR.sub("", warning[0]).strip()]))
             os.write(2, line[: warning.start()].encode())  # the piece of a rank's line before it
-        else:
-            self._has_error |= text.startswith("error: ")
+        elif text not in self._errors:  # which several ranks find, before they know of each other
+            if text.startswith("error: "):
+                self._errors.add(text)
             os.write(2, line.encode())

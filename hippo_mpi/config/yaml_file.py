@@ -28,7 +28,7 @@ from hippo_mpi.config.serve_options import CardOptions, ServeOptions
 from hippo_mpi.errors import UserError
 
 _NEVER = ("config", "help", "version")
-_HOST_KEYS = ("ssh", "ips", "rdma")
+_HOST_KEYS = ("ssh", "ips", "rdma", "python")
 
 Settings = dict[str, list[str]]
 """By name of an option, the words that a command line would have for it."""

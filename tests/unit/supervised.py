@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -32,7 +31,7 @@ Plans = Callable[[str, int], Awaitable[LaunchPlan]]
 
 
 def plan_of(life: str, num_local: int = 1) -> LaunchPlan:
-    return LaunchPlan([sys.executable, "-S", "-E", "-c", RANK_PROGRAM + life], num_local)
+    return LaunchPlan(["-S", "-E", "-c", RANK_PROGRAM + life], num_local)
 
 
 def lives(*programs: str, **of_model: Sequence[str]) -> Plans:

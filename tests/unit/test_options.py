@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 
 import pytest
 
 from hippo_mpi import batch, benchmark, chat, generate, plan, run, serve
+from hippo_mpi.cluster.start_plan import StartPlan
 from hippo_mpi.config.parser import OptionsParser, changed
 from hippo_mpi.config.yaml_file import expanded, read_config
 from hippo_mpi.errors import UserError
@@ -108,7 +108,6 @@ def test_the_launcher_starts_on_the_hosts_of_the_file(tmp_path: Path) -> None:
     path.write_text('hosts:\n  - {ssh: 127.0.0.1, ips: ["127.0.0.1"]}\n  - {ssh: 127.0.0.1, ips: [127.0.0.1]}\n')
     with contextlib.ExitStack() as held:
         options, rest = run.make_parser().read_known(["--config", str(path), "--prompt", "x"])
-        words = run.launch_arguments(options, rest, held, RunKey())
-        hosts = json.loads(Path(words[words.index("--hostfile") + 1]).read_text())
-        assert [host["ssh"] for host in hosts["hosts"]] == ["127.0.0.1"] * 2
-        assert words[-4:] == ["--config", str(path), "--prompt", "x"]
+        job = run.make_job(options, rest, held, RunKey())
+        assert isinstance(job, StartPlan) and [rank.host for rank in job.ranks] == ["127.0.0.1"] * 2
+        assert job.words == ["-m", "hippo_mpi.generate", "--config", str(path), "--prompt", "x"]

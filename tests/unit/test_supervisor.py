@@ -107,7 +107,7 @@ def test_silence(run: Run, hasty: None, life: str, why: str) -> None:
 
 def test_a_rank_that_never_comes(run: Run, hasty: None) -> None:
     async def plans(model: str, start: int) -> LaunchPlan:
-        return LaunchPlan(["sleep", "60"], 1) if start == 1 else plan_of(READY_AND_ANSWERS)
+        return LaunchPlan(["-c", "import time; time.sleep(60)"], 1) if start == 1 else plan_of(READY_AND_ANSWERS)
 
     async def work() -> None:
         kept = Kept(plans, start_s=1.0)

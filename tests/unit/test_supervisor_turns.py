@@ -153,17 +153,17 @@ def test_ranks_that_cannot_be_started(run: Run, error: Exception) -> None:
     run(work())
 
 
-def test_a_command_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_can_not_be_started(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "_BACKOFF_S", (0.0, 0.0, 0.0, HANG_S))
 
     async def plans(model: str, start: int) -> LaunchPlan:
-        return LaunchPlan(["/no/such/program"], 2) if start > 1 else plan_of("begin()\nos._exit(3)", 1)
+        return LaunchPlan(["-c", "#" * (1 << 20)], 2) if start > 1 else plan_of("begin()\nos._exit(3)", 1)
 
     async def work() -> None:
         kept = Kept(plans)
         client = Client(kept.front, "m", 3)
         await kept.until_answered()
-        assert "failed 3 times in a row, last: [Errno 2] No such file" in client.error
+        assert "failed 3 times in a row, last: [Errno 7] Argument list too long" in client.error
         await kept.end()
 
     run(work())

@@ -1,7 +1,6 @@
 """Start the ranks, notice when they fail, end what is left of them, and start them again on the hosts that answer.
 
-Local ranks are started one by one: under the ring backend mlx.launch would keep a core busy, and a server is idle most of
-the time. On other hosts mlx.launch starts them (or, with --backend mpi, its mpirun).
+Local ranks are started one by one. On other hosts our starter starts them or, with --backend mpi, mlx.launch's mpirun.
 """
 
 from __future__ import annotations
@@ -21,8 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi.cluster.host_checks import hand_over, linked
+from hippo_mpi.cluster.host_checks import linked, reachable
 from hippo_mpi.cluster.hostfile import Host, Hostfile
+from hippo_mpi.cluster.hosts import installed
+from hippo_mpi.cluster.start_plan import START, start_plan
 from hippo_mpi.environment import STATUS_FILE, TERMINAL
 from hippo_mpi.errors import ForeignError, HippoError, UserError
 from hippo_mpi.serving.supervision.messages import FRONT, MAX_LINE_BYTES
@@ -76,16 +77,16 @@ class LaunchPlan:
     """How the ranks are started.
 
     Args:
-        command: what every rank runs.
-        num_local: ranks on this machine, without a launcher.
-        launcher: the beginning of a launcher's command line, if they are elsewhere.
-        hostfile: for that launcher.
+        words: what every rank runs: the words behind Python's name.
+        num_local: ranks on this machine, if there are no others.
+        hostfile: where they are, otherwise.
+        backend: by which they are joined there.
     """
 
-    command: Sequence[str]
+    words: Sequence[str]
     num_local: int = 0
-    launcher: Sequence[str] = ()
     hostfile: Hostfile | None = None
+    backend: str = "ring"
 
 
 class RankGroup:
@@ -121,24 +122,42 @@ class RankGroup:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             _TUNABLES: os.environ.get(_TUNABLES, _KEEP_MEMORY),
         }
-        hostfile = self._folder / "hosts.json"
         if plan.hostfile:
-            hostfile.write_text(plan.hostfile.to_json())
-            given = {name: env[name] for name in (FRONT, STATUS_FILE, _TUNABLES)} | key.passed_on
-            words = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
+            given = {name: env[name] for name in (FRONT, STATUS_FILE, _TUNABLES)}
             self._ports = HeldPorts(sum(max(1, len(host.ips)) for host in plan.hostfile.hosts))
-            ports = ["--starting-port", str(self._ports.first)]
-            self._start([*plan.launcher, "--hostfile", str(hostfile), *ports, *words, "--", *plan.command], env)
+            if plan.backend == "mpi":
+                self._start_mpi(plan, env, given | key.passed_on)
+            else:
+                job = start_plan(plan.hostfile, plan.backend, plan.words, self._ports.first)
+                self._start(
+                    START, env, replace(job, environment={**job.environment, **given, **key.environment}).encode()
+                )
             return
         self._ports = HeldPorts(plan.num_local)
         first, address = self._ports.first, new_loopback()
-        hostfile.write_text(json.dumps([[f"{address}:{first + rank}"] for rank in range(plan.num_local)]))
+        ring = self._folder / "ring.json"
+        ring.write_text(json.dumps([[f"{address}:{first + rank}"] for rank in range(plan.num_local)]))
         for rank in range(plan.num_local):
-            self._start(plan.command, {**env, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)})
+            own = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(ring)}
+            self._start([sys.executable, *plan.words], {**env, **own})
 
-    def _start(self, command: Sequence[str], env: dict[str, str]) -> None:
-        process = subprocess.Popen(list(command), env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+    def _start_mpi(self, plan: LaunchPlan, env: dict[str, str], given: dict[str, str]) -> None:
+        assert plan.hostfile
+        hostfile = self._folder / "hosts.json"
+        hostfile.write_text(plan.hostfile.to_json())
+        words = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
+        launcher = [installed("mlx.launch"), "--backend", "mpi", "--hostfile", str(hostfile), *words]
+        self._start([*launcher, "--", sys.executable, *plan.words], env)
+
+    def _start(self, command: Sequence[str], env: dict[str, str], lifeline: bytes = b"") -> None:
+        """Start a process, which lives on while its input is open if it is given some."""
+        stdin = subprocess.PIPE if lifeline else subprocess.DEVNULL
+        process = subprocess.Popen(list(command), env=env, stdin=stdin, start_new_session=True)
         self._processes.append(process)
+        if process.stdin:
+            with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen
+                process.stdin.write(lifeline)
+                process.stdin.flush()
 
     @property
     def has_ended(self) -> bool:
@@ -325,13 +344,13 @@ class Supervisor:
                 return True
 
     async def _plan(self, key: RunKey) -> LaunchPlan:
-        """Plan a start on the hosts that answer, and hand them the key.
+        """Plan a start on the hosts that answer.
 
         The context of the first start is kept, even if less memory is free by now: else answers could not go on.
         """
         about, living = self._broker.about, None
         if self._hosts:
-            found = await hand_over(key, self._hosts)
+            found = await reachable(self._hosts)
             if self._broker.num_starts:
                 found = await linked(self._hosts, found)
             silent = [host.ssh for index, host in enumerate(self._hosts) if index not in found]
@@ -346,7 +365,7 @@ class Supervisor:
         _log.info("starting the ranks of %s on %s", self._broker.model, where)
         if about is None:
             return plan
-        return replace(plan, command=[*plan.command, "--max-context", str(about.max_context)])
+        return replace(plan, words=[*plan.words, "--max-context", str(about.max_context)])
 
     def _why(self, group: RankGroup) -> str | None:
         """Return what the exit status says of ranks that never became ready.
