@@ -181,7 +181,9 @@ def _tell(logprobs: mx.array, token: int, count: int) -> TokenLogprobs:
     top = mx.argsort(-logprobs)[:count] if count else mx.zeros((0,), mx.uint32)
     ids, values = cast(list[int], top.tolist()), cast(list[float], logprobs[top].tolist())
     (chosen,) = cast(list[float], logprobs[token : token + 1].tolist())
-    # A token ruled out by a grammar or a bias has logprob -inf, which JSON can't express.
-    return TokenLogprobs(
-        max(chosen, _MIN_LOGPROB), [(i, max(v, _MIN_LOGPROB)) for i, v in zip(ids, values, strict=True)]
-    )
+    return TokenLogprobs(_finite(chosen), [(i, _finite(v)) for i, v in zip(ids, values, strict=True)])
+
+
+def _finite(logprob: float) -> float:
+    """Return what JSON can express, unlike -inf (of a token that a grammar or a bias rules out) and NaN (of an overflow)."""
+    return logprob if logprob >= _MIN_LOGPROB else _MIN_LOGPROB

@@ -27,7 +27,7 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(queue.Full):
-            self._lines.put_nowait(f"{self.format(record)}\n".encode())
+            self._lines.put_nowait(f"{self.format(record)}\n".encode(errors="backslashreplace"))
 
     def _write(self) -> None:
         while True:

@@ -344,3 +344,19 @@ def test_an_answer_of_another_front_is_brought_back() -> None:
         await ranks.end()
 
     run(work())
+
+
+def test_what_can_not_be_told_to_the_ranks_leaves_nothing() -> None:
+    """It would fail again with every start of theirs, and take a place for ever."""
+
+    async def work() -> None:
+        front = RequestBroker(10, "m")
+        ranks = await ready_ranks(front)
+        with pytest.raises(UnicodeEncodeError):
+            front.submit([1], SamplingParams(max_tokens=9, seed=1, stop_words=("\ud800",)), "m", lambda _: None)
+        assert front.num_requests == 0
+        answer = ask(front)
+        assert ranks.told == [answer.request]
+        await ranks.end()
+
+    run(work())

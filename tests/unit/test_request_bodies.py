@@ -42,3 +42,23 @@ def test_bodies_with_much_in_them_are_not_deep() -> None:
 def test_bodies_that_are_no_objects(data: bytes, why: str) -> None:
     with pytest.raises(UserError, match=why):
         read(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"stop": ["\xed\xa0\x80"]}', b'{"stop": ["\xff"]}',
+        *('{"stop": ["a"]}'.encode(encoding) for encoding in ("utf-16", "utf-16-le", "utf-32")),
+        '{"stop": ["\ud800"]}'.encode("utf-16-le", "surrogatepass"),
+    ],
+)  # fmt: skip
+def test_texts_that_are_not_utf_8_are_refused(data: bytes) -> None:
+    """Python's json takes UTF-16, and half of a surrogate pair in bytes, which nothing can write down afterwards."""
+    with pytest.raises(UserError, match="is not JSON in UTF-8"):
+        read(data)
+
+
+def test_half_of_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        read(b'{"stop": ["\\ud800"]}')
+    assert read(b'\xef\xbb\xbf{"stop": ["\\ud83d\\ude00"]}') == {"stop": ["\U0001f600"]}

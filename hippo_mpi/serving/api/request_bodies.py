@@ -75,13 +75,14 @@ async def read_json(request: Request, settings: ApiSettings) -> dict[str, Any]:
     except TimeoutError:
         raise HTTPException(408, f"the body took longer than {settings.body_timeout_s:.0f} s") from None
     try:
-        body = json.loads(data)
-        if b"\\u" in data:
+        text = data.decode("utf-8-sig")  # json itself would take halves of surrogate pairs, and UTF-16
+        body = json.loads(text)
+        if "\\u" in text:
             json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UserError("half of a surrogate pair in a text") from None
     except ValueError:
-        raise UserError("the body is not JSON") from None
+        raise UserError("the body is not JSON in UTF-8") from None
     except RecursionError:
         raise UserError(_TOO_DEEP) from None
     if not isinstance(body, dict):

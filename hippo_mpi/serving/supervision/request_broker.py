@@ -172,6 +172,7 @@ class RequestBroker:
     def _take_in(
         self, request: Request, model: str, tell: Callable[[Told], None], before: Sequence[OutputMessage]
     ) -> Answer:
+        line_of(Add(request))  # what can't be written must fail here, and not the ranks that are to read it
         answer = Answer(request, Timings(prompt_tokens=len(request.prompt)), model, tell)
         for told in before:
             answer.note(told)
