@@ -26,6 +26,7 @@ class Limits:
     max_batch_tokens: int = 512  # prompt tokens between two steps of the running sequences
     cache_tokens: int | None = None  # that all sequences together may need, padded to the longest; None: no limit
     prefill_chunk: int | None = None  # prompt tokens per step; None: chosen by the number of stages
+    keeps_chunks: bool = False  # whether every step of a prompt but its last must have that many tokens
     can_batch: bool | None = None  # whether rows may share a step; None: the engine probes the model, also for can_pad
     can_pad: bool = False  # whether prompts of different lengths may be read in one step, padded on the right
     longest_chunk: int = 2048  # most prompt tokens per step on one stage; the engine sets it for its machine
@@ -94,7 +95,9 @@ class Prefill:
         Args:
             room: most tokens per row, which applies while other sequences are decoding.
         """
-        max_tokens = min(self._chunk_tokens(), room) if self._running() else self._chunk_tokens()
+        max_tokens = self._chunk_tokens()
+        if self._running() and not self._limits.keeps_chunks:
+            max_tokens = min(max_tokens, room)
         rows = self._prompts_together(self._whose_turn(), max_tokens)
         chunk = Chunk(
             rows,

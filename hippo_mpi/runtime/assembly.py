@@ -21,6 +21,8 @@ from hippo_mpi.runtime.pipeline import Pipeline
 from hippo_mpi.runtime.session import Session
 from hippo_mpi.shard.stage import load_stage
 
+_MLX_LM_CHUNK = 2048  # tokens of a prompt that mlx-lm reads in a step
+
 
 def open_model_tokenizer(session: Session[RunOptions], extra_eos: tuple[str, ...] = ()) -> TokenizerWrapper:
     """Open the tokenizer of the model that the ranks agreed on.
@@ -65,7 +67,7 @@ def build_conversation(session: Session[TextOptions], first_prompt: str | None =
     pipeline = session.load()
     if options.seed is not None:
         mx.random.seed(options.seed)
-    limits = Limits(prefill_chunk=options.prefill_step_size, deadline_s=options.timeout)
+    limits = with_chunks(Limits(deadline_s=options.timeout), options)
     # The conversation so far is all that is kept, and at most the context: the plan has counted it.
     budget = PrefixBudget(max_context, lambda num_tokens: num_tokens)
     conversation.engine = _build_engine(session, pipeline, tokenizer, limits, budget)
@@ -76,13 +78,19 @@ def build_engine(session: Session[ManyOptions], pipeline: Pipeline, tokenizer: T
     """Build an engine for many requests, within what the memory guard leaves for caches."""
     options = session.options
     limits, budget = room_for_many(session.agreement, options.max_batch_size, options.prompt_cache_bytes)
-    limits = replace(
-        limits,
-        max_batch_tokens=options.max_batch_tokens,
-        prefill_chunk=options.prefill_step_size,
-        deadline_s=options.timeout,
-    )
+    limits = replace(limits, max_batch_tokens=options.max_batch_tokens, deadline_s=options.timeout)
+    limits = with_chunks(limits, options)
     return _build_engine(session, pipeline, tokenizer, limits, budget)
+
+
+def with_chunks(limits: Limits, options: RunOptions) -> Limits:
+    """Return the limits with the steps in which prompts are read.
+
+    What a rotating cache of a given size attends to depends on the step's length, in mlx-lm, too: so these are mlx-lm's.
+    """
+    if options.max_kv_size is None:
+        return replace(limits, prefill_chunk=options.prefill_step_size)
+    return replace(limits, prefill_chunk=options.prefill_step_size or _MLX_LM_CHUNK, keeps_chunks=True)
 
 
 def room_for_many(
