@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pathlib import Path
 from tests import ranks
 from tests.ranks import Rank
 
+SSHD = shutil.which("sshd", path="/usr/sbin:/usr/bin:/usr/local/sbin") or ""
 CAN_MAKE = os.geteuid() == 0 and bool(shutil.which("ip")) and bool(shutil.which("nsenter"))
 WHY_NOT = "needs root and ip (iproute2), to make network namespaces"
 _numbers = itertools.count()
@@ -123,3 +125,44 @@ def cabled_ring(
         yield started
     finally:
         ranks.end(started)
+
+
+@contextlib.contextmanager
+def reached_by_ssh(hosts: Sequence[Host], folder: Path, options: Sequence[str] = ()) -> Iterator[dict[str, str]]:
+    """An sshd on each host, and the environment in which ssh knows them by name, by way of the LAN.
+
+    Args:
+        hosts: with a LAN.
+        folder: for keys and settings.
+        options: of all sshds, such as "SetEnv=HOME=/tmp/anna".
+    """
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    (folder / "authorized").write_bytes((folder / "user.pub").read_bytes())
+    Path("/run/sshd").mkdir(exist_ok=True)
+    config = "".join(f"Host {host.name}\n HostName {host.lan}\n" for host in hosts)
+    (folder / "config").write_text(
+        f"{config}Host *\n IdentityFile {folder / 'user'}\n StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n"
+    )
+    wrapper = folder / "bin" / "ssh"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder / "config"} "$@"\n')
+    wrapper.chmod(0o755)
+    given = [word for option in options for word in ("-o", option)]
+    daemons = [
+        ranks.start(host.command(
+            [SSHD, "-D", "-e", "-f", "/dev/null", "-h", str(folder / "host"), "-o", f"ListenAddress={host.lan}", "-o",
+             f"AuthorizedKeysFile={folder / 'authorized'}", "-o", "StrictModes=no", "-o", "PermitRootLogin=yes", *given]
+        ))
+        for host in hosts
+    ]  # fmt: skip
+    try:
+        for daemon in daemons:
+            daemon.await_output("Server listening", "stderr")
+        yield {"PATH": f"{wrapper.parent}:{ranks.BIN}:{os.environ['PATH']}"}
+    finally:
+        below = [pid for daemon in daemons for pid in ranks.descendants(daemon.process.pid)]
+        ranks.end(daemons)
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
