@@ -108,15 +108,14 @@ class Starter:
         if is_told or self._first_bad is None:
             return 128 + signal.SIGTERM if own is None else own
         rank, code = self._first_bad
-        if code in _TOLD:
-            return code if own is None else own
         start = self._plan.ranks[rank]
         if not any(keeper.returncode in _TOLD for keeper in self._keepers):
             how = f"was ended by signal {code - 128}" if code > 128 else f"ended with status {code}"
             if code == _SSH_FAILED and start.host != THIS_MACHINE:
                 how = "was lost: its ssh connection ended, or couldn't be made"
             print_error(f"rank {rank} ({start.host}) {how}")
-        return RankError.exit_code
+        status = own if own in (0, *_TOLD) else code
+        return status if status in (0, *_TOLD) else RankError.exit_code
 
     async def _end_all(self, ended: asyncio.Future[Any]) -> None:
         """End what is left: keepers end their ranks when their lifelines end."""
