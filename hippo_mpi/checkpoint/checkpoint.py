@@ -95,9 +95,9 @@ class Checkpoint:
         identity = [config, sorted(self.weight_bytes.items()), self.flow.digest(), content, adapter]
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    def stage_files(self, start: int, stop: int, shares_head: bool = False) -> set[str]:
-        """Return the weight files that layers [start, stop) come from; with start 0, embedding and head too."""
-        return _files_of(self.source, self.flow.stage_weights(start, stop, shares_head))
+    def stage_arrays(self, start: int, stop: int, shares_head: bool = False) -> dict[str, set[str]]:
+        """Return the stored arrays, by file, that layers [start, stop) come from; with start 0, embedding and head too."""
+        return _stored_arrays(self.source, self.flow.stage_weights(start, stop, shares_head))
 
     def stage_weights(self, start: int, stop: int) -> set[str]:
         """Return the names of the weights that layers [start, stop) need; with start 0, of embedding and head too."""
@@ -149,7 +149,7 @@ def load_stage_weights(
 ) -> nn.Module:
     """Load a model with the weights of layers [start, stop); every other weight is absent.
 
-    From the hub, only the files that hold these weights are downloaded.
+    From the hub, only these weights are downloaded.
 
     Absent weights are NaNs that take no memory: if one were ever used by mistake, the answer would show it.
 
@@ -167,7 +167,7 @@ def load_stage_weights(
     if not has_weights(folder):
         raise ModelError(f"{folder} has no model*.safetensors: only a plan can be made of it")
     if is_view(folder):
-        fetch(folder, checkpoint.stage_files(start, stop, shares_head), lambda: on_progress(0))
+        fetch(folder, checkpoint.stage_arrays(start, stop, shares_head), lambda: on_progress(0))
     model, _ = open_lazily(checkpoint.source)
     with loading_errors(folder, "can't be read"):
         hold_weights(model, checkpoint.flow.stage_weights(start, stop, shares_head), on_progress)
@@ -208,16 +208,17 @@ def _absent(weight: mx.array) -> mx.array:
     return absent
 
 
-def _files_of(source: ModelSource, wanted: set[str]) -> set[str]:
-    """Return the files that the weights `wanted` come from, although mlx-lm renames, stacks and splits them."""
-    files: list[str] = []
+def _stored_arrays(source: ModelSource, wanted: set[str]) -> dict[str, set[str]]:
+    """Return the stored arrays, by file, that weights come from, although mlx-lm renames, stacks and splits them."""
+    stored: list[tuple[str, str]] = []
     arrays: list[mx.array] = []
     load = mx.load
 
     def noting_load(file: Any, *args: Any, **kwargs: Any) -> Any:
         loaded: Any = load(file, *args, **kwargs)
-        files.extend([Path(file).name] * len(loaded))
-        arrays.extend(loaded.values())
+        if Path(file).parent == source.path:  # and not an adapter's
+            stored.extend((Path(file).name, name) for name in loaded)
+            arrays.extend(loaded.values())
         return loaded
 
     mx.load = noting_load
@@ -226,7 +227,11 @@ def _files_of(source: ModelSource, wanted: set[str]) -> set[str]:
     finally:
         mx.load = load
     targets = [mx.stop_gradient(weight) for name, weight in tree_flatten(model.parameters()) if name in wanted]
-    return {files[index] for indices in ancestors(targets, arrays) for index in indices}
+    found: dict[str, set[str]] = {}
+    for index in set().union(*ancestors(targets, arrays)):
+        file, name = stored[index]
+        found.setdefault(file, set()).add(name)
+    return found
 
 
 def open_lazily(source: ModelSource) -> tuple[nn.Module, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Downloads models from the Hugging Face hub: small files at once, and only the weight files that a rank needs.
+"""Downloads models from the Hugging Face hub: small files at once, and only the weights that a rank needs.
 
 A plan needs the model's structure before it is decided which rank needs what. So a repo becomes a folder, a *view*, in
 which missing weight files are represented by stand-ins: the real header, fetched alone, and a hole where the data would
@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from tqdm import tqdm
 
 from hippo_mpi.checkpoint.hub_errors import explain
+from hippo_mpi.checkpoint.hub_spans import NoRangesError, fetch_head, fetch_spans
+from hippo_mpi.checkpoint.spans import num_bytes, spans_here, spans_of, without
 from hippo_mpi.config.bundled import BUNDLED_MODELS
 from hippo_mpi.errors import ModelError
 
@@ -34,6 +36,8 @@ _FILES_OF_A_PLAN = [
 ]
 _HEADERS_AT_ONCE = 16  # concurrent requests for headers
 _NOTE = ".hippo-hub.json"  # marks a view, and has its repo and commit
+_LAYOUT = 2  # of views: since 2, stand-ins have the real files' heads, byte for byte
+_WHOLE = 0.9  # of a file's bytes: whoever needs more gets the whole file
 
 
 def find_model(
@@ -80,8 +84,11 @@ def open_repo(repo: str, revision: str | None, on_progress: Callable[[], None], 
         small: Any = {"allow_patterns": _FILES_OF_A_PLAN if is_for_plan else _SMALL_FILES, "tqdm_class": ticker}
         snapshot = Path(snapshot_download(repo, revision=revision, **small))
         view = Path(constants.HF_HOME) / "hippo_mpi" / f"{repo.replace('/', '--')}--{snapshot.name}"
-        if is_view(view) and any(path.is_symlink() and not path.exists() for path in view.iterdir()):
-            shutil.rmtree(view, ignore_errors=True)  # the hub's cache, which it links to, has been cleaned
+        if is_view(view) and (
+            _note(view).get("layout") != _LAYOUT  # or the hub's cache, which it links to, has been cleaned:
+            or any(path.is_symlink() and not path.exists() for path in view.iterdir())
+        ):
+            shutil.rmtree(view, ignore_errors=True)
         if not is_view(view):
             _make_view(view, repo, snapshot, on_progress)
         _link_small_files(view, snapshot)
@@ -99,39 +106,49 @@ def is_view(folder: Path) -> bool:
 
 def commit_of(folder: Path) -> str | None:
     """Return the commit of a view's repo; None for an ordinary folder."""
-    return str(json.loads((folder / _NOTE).read_text())["commit"]) if is_view(folder) else None
+    return str(_note(folder)["commit"]) if is_view(folder) else None
 
 
 def downloaded_share(folder: Path) -> float:
     """Return the share of a model's weight bytes that is on this machine: 1.0 for an ordinary folder."""
     files = list(folder.glob("*.safetensors"))
     total = sum(file.stat().st_size for file in files)
-    here = sum(file.stat().st_size for file in files if not is_view(folder) or file.is_symlink())
+    is_whole = not is_view(folder)
+    here = sum(file.stat().st_size if is_whole or file.is_symlink() else num_bytes(spans_here(file)) for file in files)
     return here / total if total else 0.0
 
 
-def fetch(folder: Path, files: Iterable[str], on_progress: Callable[[], None]) -> None:
-    """Replace stand-ins in a view by the real files.
+def fetch(folder: Path, needed: Mapping[str, Iterable[str]], on_progress: Callable[[], None]) -> None:
+    """Download what is missing of arrays into a view: their bytes, or whole files that consist of little else.
 
     Args:
         folder: the view.
-        files: names of weight files.
+        needed: names of stored arrays, by their files.
         on_progress: called for every piece that arrives.
 
     Raises:
         ModelError: a download fails.
     """
-    note = json.loads((folder / _NOTE).read_text())
-
-    for name in sorted(files):
-        if (folder / name).is_symlink():
+    repo, commit = (str(_note(folder)[key]) for key in ("repo", "commit"))
+    for name, arrays in sorted(needed.items()):
+        file = folder / name
+        if file.is_symlink():
             continue
+        missing = without(spans_of(file, arrays), spans_here(file))
         try:
-            path = hf_hub_download(note["repo"], name, revision=note["commit"], tqdm_class=_ticker(on_progress))
+            with contextlib.suppress(NoRangesError):
+                if num_bytes(missing) < _WHOLE * file.stat().st_size:
+                    fetch_spans(repo, commit, file, missing, on_progress)
+                    continue
+            path = hf_hub_download(repo, name, revision=commit, tqdm_class=_ticker(on_progress))
         except Exception as error:
-            raise explain(error, note["repo"], note["commit"]) from error
+            raise explain(error, repo, commit) from error
         on_progress()
-        _link(folder / name, Path(path))
+        _link(file, Path(path))
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / _NOTE).read_text())  # type: ignore[no-any-return]
 
 
 def _ticker(on_progress: Callable[[], None]) -> type[tqdm]:  # type: ignore[type-arg]
@@ -159,7 +176,7 @@ def _make_view(view: Path, repo: str, snapshot: Path, on_progress: Callable[[], 
             for one in as_completed(made):
                 one.result()
                 on_progress()
-        (folder / _NOTE).write_text(json.dumps({"repo": repo, "commit": snapshot.name}))
+        (folder / _NOTE).write_text(json.dumps({"repo": repo, "commit": snapshot.name, "layout": _LAYOUT}))
         os.rename(folder, view)
     except OSError:
         if not is_view(view):  # otherwise another rank was faster
@@ -200,19 +217,11 @@ def _make_weight_file(path: Path, repo: str, snapshot: Path) -> None:
 
 
 def _make_stand_in(path: Path, repo: str, commit: str) -> None:
-    """Write a sparse file with the real one's header, and a hole in place of the data."""
-    real = HfApi().parse_safetensors_file_metadata(repo, path.name, revision=commit)
-    header: dict[str, Any] = {
-        name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
-        for name, tensor in real.tensors.items()
-    }
-    if real.metadata:
-        header["__metadata__"] = real.metadata
-    text = json.dumps(header).encode()
-    data_bytes = max((tensor.data_offsets[1] for tensor in real.tensors.values()), default=0)
+    """Write a sparse file with the real one's head, and a hole in place of the data."""
+    head, total = fetch_head(repo, commit, path.name)
     with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + data_bytes)
+        stream.write(head)
+        stream.truncate(total)
 
 
 def _link(place: Path, target: Path) -> None:
