@@ -18,7 +18,7 @@ import sys
 from typing import Any
 
 from hippo_mpi.cluster.keeper import SILENCE_S, Errand
-from hippo_mpi.cluster.start_plan import StartPlan
+from hippo_mpi.cluster.start_plan import StartPlan, quoted
 from hippo_mpi.errors import RankError, print_error
 from hippo_mpi.transport.ports import THIS_MACHINE
 
@@ -69,7 +69,7 @@ class Starter:
         command = (
             [start.python, *module]
             if is_here
-            else [*_SSH, start.host, f"exec {_quoted(start.python)} {shlex.join(module)}"]
+            else [*_SSH, start.host, f"exec {quoted(start.python)} {shlex.join(module)}"]
         )
         keeper = await asyncio.create_subprocess_exec(
             *command,
@@ -127,11 +127,6 @@ class Starter:
             if keeper.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     keeper.kill()
-
-
-def _quoted(path: str) -> str:
-    """Return a path for a shell, which must still know what ~/ is."""
-    return f"~/{shlex.quote(path[2:])}" if path.startswith("~/") else shlex.quote(path)
 
 
 def _read_plan() -> StartPlan | None:

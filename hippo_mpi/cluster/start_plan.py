@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -88,3 +89,8 @@ def start_plan(hostfile: Hostfile, backend: str, words: Sequence[str], first_por
         for rank, host in enumerate(hosts)
     ]
     return StartPlan(words, ranks, environment, files)
+
+
+def quoted(path: str) -> str:
+    """Return a path for a shell, which must still know what ~/ is."""
+    return f"~/{shlex.quote(path[2:])}" if path.startswith("~/") else shlex.quote(path)

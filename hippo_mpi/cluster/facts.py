@@ -1,0 +1,183 @@
+"""What is known of each host: the probe's answer, read into dataclasses. What can't be read is unknown, never absent."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from hippo_mpi.cluster.hostfile import Host
+
+
+@dataclass(frozen=True)
+class Interface:
+    """A network interface, with its addresses as in 10.205.0.1/30."""
+
+    name: str
+    addresses: tuple[ipaddress.IPv4Interface, ...]
+    mtu: int | None = None
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of ours."""
+
+    pid: int
+    parent: int
+    user: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How another host's address is called: from which own address, and why it isn't there, if it isn't."""
+
+    source: str | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one host says of itself.
+
+    Args:
+        system: Linux or Darwin.
+        name: its own.
+        shell: that accounts log in to.
+        versions: of Python and packages, in the ranks' Python; empty: there is none.
+        interfaces: None: unknown.
+        own: for each address that it should have, why it can't be listened on; empty: it can.
+        reached: for each address that it should reach.
+        taken: for each port that should be free and isn't, why.
+        memory: total bytes, and those that are free; None: unknown.
+        machine: an id that no other machine has; None: unknown.
+    """
+
+    system: str
+    release: str
+    name: str
+    shell: str
+    clock: float
+    open_files: int
+    cache: str
+    cache_free: int
+    versions: dict[str, str | None]
+    versions_error: str
+    environment: dict[str, str]
+    own: dict[str, str]
+    reached: dict[str, Reach]
+    taken: dict[int, str]
+    interfaces: tuple[Interface, ...] | None
+    memory: tuple[int, int] | None
+    processes: tuple[Process, ...] | None
+    machine: str | None
+
+    def interface_of(self, address: str) -> Interface | None:
+        """Return the interface that has an address."""
+        wanted = ipaddress.IPv4Address(address)
+        return next((one for one in self.interfaces or () if any(a.ip == wanted for a in one.addresses)), None)
+
+    def interface_towards(self, address: str) -> Interface | None:
+        """Return the interface in whose network an address is."""
+        wanted = ipaddress.IPv4Address(address)
+        return next((one for one in self.interfaces or () if any(wanted in a.network for a in one.addresses)), None)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A host, and what came of asking it.
+
+    Args:
+        host: of the hostfile.
+        facts: None: it didn't answer.
+        error: what ssh said then, or what is wrong with the answer.
+        noise: what its shell prints at each login.
+        asked_s: when it was asked, by our clock.
+    """
+
+    host: Host
+    facts: Facts | None = None
+    error: str = ""
+    noise: str = ""
+    asked_s: float = 0.0
+    raw: dict[str, Any] = field(default_factory=dict)
+
+
+def read_facts(raw: dict[str, Any]) -> Facts:
+    """Return the facts in a probe's answer.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is no probe's answer.
+    """
+    outputs, is_linux = raw["outputs"], raw["system"] == "Linux"
+    versions = outputs["versions"]
+    return Facts(
+        raw["system"], raw["release"], raw["name"], raw["shell"], float(raw["clock"]), int(raw["open_files"]), raw["cache"],
+        int(raw["cache_free"]), json.loads(versions["out"]) if versions["status"] == 0 else {}, _last_line(versions["err"]),
+        dict(raw["environment"]), dict(raw["own"]),
+        {address: Reach(one["source"], one["why"]) for address, one in raw["reached"].items()},
+        {int(port): why for port, why in raw["taken"].items()},
+        (_linux_interfaces if is_linux else _macos_interfaces)(_output(outputs, "addresses")),
+        _linux_memory(_output(outputs, "memory")) if is_linux else None,
+        _processes(_output(outputs, "processes")),
+        _output(outputs, "machine").strip() or None,
+    )  # fmt: skip
+
+
+def _output(outputs: dict[str, Any], name: str) -> str:
+    found = outputs.get(name, {})
+    return str(found["out"]) if found.get("status") == 0 else ""
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def _linux_interfaces(text: str) -> tuple[Interface, ...] | None:
+    """Read `ip -j addr`."""
+    try:
+        return tuple(
+            Interface(
+                one["ifname"],
+                tuple(
+                    ipaddress.IPv4Interface(f"{a['local']}/{a['prefixlen']}")
+                    for a in one["addr_info"]
+                    if a["family"] == "inet"
+                ),
+                one.get("mtu"),
+            )
+            for one in json.loads(text)
+            if "ifname" in one and "UP" in one.get("flags", ())
+        )
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _macos_interfaces(text: str) -> tuple[Interface, ...] | None:
+    """Read `ifconfig -a`."""
+    found = []
+    for block in re.split(r"\n(?=\S)", text):
+        head = re.match(r"(\w+): flags=\w+<([^>]*)>.*?mtu (\d+)", block)
+        if head and "UP" in head[2].split(","):
+            pairs = re.findall(r"\n\s+inet (\S+).*? netmask (0x[0-9a-f]{8})", block)
+            addresses = (ipaddress.IPv4Interface(f"{ip}/{bin(int(mask, 16)).count('1')}") for ip, mask in pairs)
+            found.append(Interface(head[1], tuple(addresses), int(head[3])))
+    return tuple(found) or None
+
+
+def _linux_memory(text: str) -> tuple[int, int] | None:
+    """Read /proc/meminfo."""
+    found = dict(re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE))
+    if not {"MemTotal", "MemAvailable"} <= found.keys():
+        return None
+    return int(found["MemTotal"]) << 10, int(found["MemAvailable"]) << 10
+
+
+def _processes(text: str) -> tuple[Process, ...] | None:
+    lines = [line.split(None, 4) for line in text.splitlines()]
+    ours = (words for words in lines if len(words) == 5 and "hippo_mpi." in words[4])
+    return (
+        tuple(Process(int(pid), int(parent), user, command) for pid, parent, user, _, command in ours) if text else None
+    )

@@ -1,0 +1,121 @@
+"""What a host says of itself: raw outputs of commands, and a few facts, as one JSON object. Python 3.8, nothing but it.
+
+The doctor sends this file through ssh, with GIVEN in front: the Python of the ranks there, the addresses that the
+host should have and those that it should reach, and ports that should be free. Nothing is judged and nothing is changed
+here, and no file is left.
+"""
+
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+COMMAND_S = 4.0
+CONNECT_S = 2.0
+VERSIONS = """
+import importlib.metadata as m, json, platform
+def of(name):
+    try: return m.version(name)
+    except m.PackageNotFoundError: return None
+print(json.dumps({"Python": platform.python_version(), **{n: of(n) for n in ("hippo-mpi", "mlx", "mlx-lm")}}))
+"""
+COMMANDS = {
+    "Linux": {
+        "addresses": ["ip", "-j", "addr"],
+        "memory": ["cat", "/proc/meminfo"],
+        "processes": ["ps", "-A", "-ww", "-o", "pid=,ppid=,user=,etime=,args="],
+        "machine": ["cat", "/etc/machine-id"],
+    },
+    "Darwin": {
+        "addresses": ["/sbin/ifconfig", "-a"],
+        "memory": ["/usr/bin/vm_stat"],
+        "processes": ["/bin/ps", "-A", "-ww", "-o", "pid=,ppid=,user=,etime=,args="],
+        "system": ["/usr/bin/sw_vers"],
+        "settings": ["/usr/sbin/sysctl", "-n", "hw.memsize", "iogpu.wired_limit_mb", "kern.maxfilesperproc"],
+        "thunderbolt": ["/usr/sbin/system_profiler", "SPThunderboltDataType", "-json"],
+        "ports": ["/usr/sbin/networksetup", "-listallhardwareports"],
+        "rdma": ["/usr/bin/rdma_ctl", "status"],
+        "power": ["/usr/bin/pmset", "-g", "custom"],
+    },
+}
+
+
+def run(words):
+    """Return what a command prints, by stream, and its status; None as status: there is no such command, or no end."""
+    try:
+        found = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_S)
+        return {
+            "out": found.stdout.decode("utf-8", "replace"), "err": found.stderr.decode("utf-8", "replace"),
+            "status": found.returncode,
+        }  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"out": "", "err": str(error), "status": None}
+
+
+def bind(address, port):
+    """Return "" if an address and port can be listened on, else why not."""
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((address, port))
+            return ""
+        except OSError as error:
+            return error.strerror or str(error)
+
+
+def reach(address):
+    """Return by which own address another is called, and "" if it is there: a refused connection shows that, too."""
+    source = None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        try:
+            one.connect((address, 9))
+            source = one.getsockname()[0]
+        except OSError:
+            pass
+    try:
+        socket.create_connection((address, 9), CONNECT_S).close()
+        why = ""
+    except ConnectionRefusedError:
+        why = ""
+    except OSError as error:
+        why = error.strerror or "timed out"
+    return {"source": source, "why": why}
+
+
+def cache_folder():
+    """Return the nearest folder that is there of where models are kept."""
+    path = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def main(given):
+    """Print everything."""
+    commands = dict(COMMANDS.get(platform.system(), {}))
+    commands["versions"] = [os.path.expanduser(given["python"]), "-c", VERSIONS]
+    with ThreadPoolExecutor(16) as pool:
+        outputs = {name: pool.submit(run, words) for name, words in commands.items()}
+        reached = {address: pool.submit(reach, address) for address in given["others"]}
+        facts = {
+            "system": platform.system(), "release": platform.release(), "name": socket.gethostname(),
+            "python": sys.executable, "home": os.path.expanduser("~"), "shell": os.environ.get("SHELL", ""),
+            "clock": time.time(), "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            "cache": cache_folder(), "cache_free": shutil.disk_usage(cache_folder()).free,
+            "environment": {n: v for n, v in os.environ.items() if n.startswith("MLX_") or n == "SSH_CONNECTION"},
+            "own": {address: bind(address, 0) for address in given["own"]},
+            "taken": {str(port): why for port in given["ports"] for why in [bind("", port)] if why},
+            "outputs": {name: one.result() for name, one in outputs.items()},
+            "reached": {address: one.result() for address, one in reached.items()},
+        }  # fmt: skip
+    print(json.dumps(facts))
+
+
+if "GIVEN" in globals():
+    main(globals()["GIVEN"])

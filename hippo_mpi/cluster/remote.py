@@ -1,0 +1,89 @@
+"""Asks hosts what they are, all at once, each by one ssh; this machine without."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hippo_mpi.cluster import probe
+from hippo_mpi.cluster.facts import Probed, read_facts
+from hippo_mpi.cluster.hostfile import Host, Hostfile
+from hippo_mpi.cluster.start_plan import quoted
+from hippo_mpi.transport.ports import THIS_MACHINE
+from hippo_mpi.transport.run_key import SSH
+
+_MARK = "hippo-probe-begins"  # what comes before it is no answer, but what a shell prints at each login
+_PYTHONS = ("python3", "python3.12", "python3.11", "/opt/homebrew/bin/python3", "/usr/local/bin/python3")
+NO_PYTHON = "no Python"
+
+
+def ask(hostfile: Hostfile, ports: Sequence[int], timeout_s: float) -> list[Probed]:
+    """Return what every host of a hostfile says of itself, by rank.
+
+    Args:
+        hostfile: whose neighbors in the ring are called, and from everywhere rank 0.
+        ports: that should be free.
+        timeout_s: for all of a host's answer.
+    """
+    with ThreadPoolExecutor(len(hostfile.hosts)) as pool:
+        return list(pool.map(lambda rank: _ask(hostfile, rank, ports, timeout_s), range(len(hostfile.hosts))))
+
+
+def _ask(hostfile: Hostfile, rank: int, ports: Sequence[int], timeout_s: float) -> Probed:
+    host, following = hostfile.hosts[rank], hostfile.hosts[(rank + 1) % len(hostfile.hosts)]
+    others = list(following.ips) if len(hostfile.hosts) > 1 else []
+    is_here = host.ssh == THIS_MACHINE
+    python = sys.executable if is_here or not host.python else host.python
+    given = {"python": python, "own": host.ips, "others": others, "ports": ports}
+    program = f"GIVEN = {given!r}\n{Path(probe.__file__).read_text()}"
+    asked_s = time.time()
+    command = (
+        ["sh", "-s"]
+        if is_here
+        else [*SSH, "-T", "-o", f"ConnectTimeout={max(1, int(timeout_s / 2))}", host.ssh, "exec sh -s"]
+    )
+    try:
+        ended = subprocess.run(
+            command, input=_script(python, program), capture_output=True, timeout=timeout_s, text=True, errors="replace"
+        )
+    except subprocess.TimeoutExpired:
+        return Probed(host, error=f"no answer within {timeout_s:.0f} s", asked_s=asked_s)
+    except OSError as error:
+        return Probed(host, error=str(error), asked_s=asked_s)
+    return _read(host, ended, asked_s)
+
+
+def _script(python: str, program: str) -> str:
+    """Return a shell script that runs a program with the first Python that is there, the ranks' own first."""
+    words = " ".join([quoted(python), *map(shlex.quote, _PYTHONS)])
+    return (
+        f"echo {_MARK}\nfor python in {words}; do\n"
+        '  if "$python" -c "import sys; sys.exit(sys.version_info < (3, 8))" 2>/dev/null; then\n'
+        f"    exec \"$python\" - <<'{_MARK}'\n{program}\n{_MARK}\n  fi\ndone\necho '{NO_PYTHON}'\n"
+    )
+
+
+def _read(host: Host, ended: subprocess.CompletedProcess[str], asked_s: float) -> Probed:
+    noise, mark, answer = ended.stdout.partition(f"{_MARK}\n")
+    if not mark:
+        lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
+        return Probed(host, error=lines[-1] if lines else f"ssh ended with status {ended.returncode}", asked_s=asked_s)
+    if answer.strip() == NO_PYTHON:
+        return Probed(host, error=NO_PYTHON, noise=noise.strip(), asked_s=asked_s)
+    try:
+        raw: dict[str, Any] = json.loads(answer)
+        return Probed(host, read_facts(raw), noise=noise.strip(), asked_s=asked_s, raw=raw)
+    except (ValueError, KeyError, TypeError) as error:
+        return Probed(
+            host,
+            error=f"an answer that can't be read: {error!r}; {ended.stderr[-200:]}",
+            noise=noise.strip(),
+            asked_s=asked_s,
+        )
