@@ -21,7 +21,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from tqdm import tqdm
 
 from hippo_mpi.checkpoint.hub_errors import explain
-from hippo_mpi.config.bundled import BUNDLED_MODELS
+from hippo_mpi.config.bundled import BUNDLED_MODELS, BUNDLED_NAMES
 from hippo_mpi.errors import ModelError
 
 _SMALL_FILES = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
@@ -54,10 +54,9 @@ def find_model(
     if path.exists():
         return path
     if "/" not in model:
-        bundled = sorted(card.stem for card in BUNDLED_MODELS.glob("*.yaml"))
-        if model in bundled:
+        if model in BUNDLED_NAMES:
             return BUNDLED_MODELS / model
-        raise ModelError(f"no such model folder: {model}; bundled are {', '.join(bundled) or 'none'}")
+        raise ModelError(f"no such model folder: {model}; bundled are {', '.join(BUNDLED_NAMES) or 'none'}")
     if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
         raise ModelError(f"no such model folder: {model}")
     return open_repo(model, revision, on_progress, is_for_plan)
