@@ -50,8 +50,8 @@ def find_model(
     Raises:
         ModelError: there is no such model.
     """
-    path = Path(model).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(model))
+    if os.path.exists(path):  # what is too long for a name, too, is no folder
         return path
     if "/" not in model:
         if model in BUNDLED_NAMES:

@@ -13,6 +13,7 @@ from typing import Any
 
 _MAX_S = 1_000_000  # eleven days; poll(2) counts milliseconds in 32 bits
 _MAX_BYTES = 1 << 60
+_MAX_NUMBER = 1e12
 
 
 def _number(
@@ -73,7 +74,7 @@ def at_least_0(text: str) -> float:
 
 def above_0(text: str) -> float:
     """Return a number above 0."""
-    return float(_number(text, float, "a number above 0", 0.0, open_low=True))
+    return float(_number(text, float, f"a number above 0, up to {_MAX_NUMBER:g}", 0.0, _MAX_NUMBER, open_low=True))
 
 
 def seconds(text: str) -> float:
