@@ -42,7 +42,8 @@ def chat(session: Session[TextOptions]) -> int:
     pipeline, conversation = build_conversation(session)
     interrupts = Interrupts(lambda: _leave(session))
     session.launcher.take_interrupts()
-    sys.stderr.write(f"{_HELP}\n")
+    if session.launcher.may_be_typed:
+        sys.stderr.write(f"{_HELP}\n")
     code = 0
     try:
         while (line := _ask(session, interrupts)) not in (None, "/bye", "q"):
@@ -68,7 +69,7 @@ def _ask(session: Session[TextOptions], interrupts: Interrupts) -> str | None:
         with interrupts.asking():
             line = ask(session.launcher, ">> ")
     finally:
-        if line is None:
+        if line is None and session.launcher.may_be_typed:
             sys.stderr.write("\n")  # the cursor is behind the prompt
     return None if line is None else line.rstrip()
 

@@ -28,10 +28,19 @@ UNREAD = 141
 _PIPE_TIMEOUT_MS = 1000  # for the reader of a full pipe to make room for the last error line
 
 
+def printable(text: str) -> str:
+    """Return a text with bytes that weren't UTF-8 escaped, so that it can be printed, sent and compared."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 class HippoError(Exception):
     """The base of all errors that are shown to the user as one line, without a traceback."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Return the line, in characters that can be written: names of files may hold bytes that aren't UTF-8."""
+        return printable(super().__str__())
 
 
 class ForeignError(HippoError):

@@ -15,7 +15,7 @@ from pathlib import Path
 from hippo_mpi.checkpoint.hub import downloaded_share
 from hippo_mpi.config.bundled import BUNDLED_MODELS
 from hippo_mpi.config.options import DeadlineOptions
-from hippo_mpi.config.parser import OptionsParser, option
+from hippo_mpi.config.parser import Once, OptionsParser, option
 from hippo_mpi.config.yaml_file import ConfigFile, all_cards, read_config
 from hippo_mpi.errors import HippoError
 from hippo_mpi.planning.layer_split import Machine
@@ -32,7 +32,7 @@ class ModelsOptions(DeadlineOptions):
     """All options of hippo_mpi.models."""
 
     catalogue: Path | None = option(None, "folder of cards; by default that of the bundled models", check=Path)
-    config: Path | None = option(None, "the models of a YAML file instead", check=Path)
+    config: Path | None = option(None, "the models of a YAML file instead", action=Once, check=Path)
     machines: list[Machine] | None = option(
         None, "machines that aren't here: NAME:GIBIBYTES[:SPEED], once per rank", "--machine",
         check=Machine.from_option, action="append",

@@ -2,6 +2,7 @@
 
 hippo_mpi.serve --model M &
 hippo_mpi.page                                  # http://127.0.0.1:7860
+hippo_mpi.page --config hippo.yaml              # of the server with that file
 """
 
 from __future__ import annotations
@@ -9,23 +10,29 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from hippo_mpi.config import checks
-from hippo_mpi.config.parser import OptionsParser, option
-from hippo_mpi.config.serve_options import API_KEYS
+from hippo_mpi.config.parser import Once, OptionsParser, option
+from hippo_mpi.config.serve_options import API_KEYS, ServeOptions
+from hippo_mpi.config.yaml_file import read_config, words_of
 from hippo_mpi.errors import HippoError, UserError, install_hint, print_error
-from hippo_mpi.serving.addresses import TRUST_HINT, is_loopback, is_untrusted, url_of
+from hippo_mpi.serving.addresses import TRUST_HINT, is_loopback, is_untrusted, url_of, url_to_ask
 from hippo_mpi.serving.page.cluster_view import ClusterView, fetch_status, own_key
 
 _REQUEST_TIMEOUT_S = 5.0
+_URL = url_of(ServeOptions.address, ServeOptions.port)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PageOptions:
     """All options of hippo_mpi.page."""
 
-    url: str = option("http://127.0.0.1:8080", f"of hippo_mpi.serve; its key from {API_KEYS}")
+    url: str | None = option(
+        None, f"of hippo_mpi.serve (default: that of --config, or {_URL}); its key from {API_KEYS}"
+    )
+    config: Path | None = option(None, "the server's YAML file, which says where it listens", action=Once, check=Path)
     address: str = option("127.0.0.1", "address to listen on")
     port: int = option(7860, "port to listen on", check=checks.port)
     insecure: bool = option(False, "listen on other addresses, where anyone may ask")
@@ -52,7 +59,7 @@ def show(argv: list[str]) -> int:
         from hippo_mpi.serving.page.web_page import CSS, make_page, theme
     except ImportError as missing:
         raise UserError(f"hippo_mpi.page needs {missing.name}: {install_hint('page')}") from None
-    url = options.url.rstrip("/")
+    url = (options.url or (url_of_server(options.config) if options.config else _URL)).rstrip("/")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=own_key())
     try:
         models = [model.id for model in client.with_options(timeout=_REQUEST_TIMEOUT_S, max_retries=0).models.list()]
@@ -71,6 +78,16 @@ def show(argv: list[str]) -> int:
     sys.stderr.flush()
     page.block_thread()
     return 0
+
+
+def url_of_server(path: Path) -> str:
+    """Return the URL of a server with this file.
+
+    Raises:
+        UserError: the file is wrong.
+    """
+    server = OptionsParser(ServeOptions).read(words_of(read_config(path).settings, ServeOptions))
+    return url_to_ask(url_of(server.address, server.port, server.ssl_certfile is not None))
 
 
 def main() -> NoReturn:

@@ -144,6 +144,11 @@ def _check(session: Session[PlanOptions]) -> None:
     options, folder = session.options, session.agreement.checkpoint.source.path
     if not options.simulate and (options.links or options.stage_times):
         raise UserError("--link and --stage-times are for a simulation: add --simulate")
+    if options.links and len(session.agreement.counts) == 1:
+        raise UserError(
+            "--link joins several ranks: give --machine NAME:GIBIBYTES once per rank, or start them with ./launch/run"
+            " -n 2 --command plan"
+        )
     if options.simulate and not options.stage_times and not has_weights(folder):
         raise UserError(
             f"--simulate times the stages, and {folder} has no weights: give --stage-times, or download them"

@@ -25,9 +25,9 @@ from hippo_mpi.cluster.launch import Launch
 from hippo_mpi.cluster.start_plan import StartPlan, start_plan
 from hippo_mpi.config import checks
 from hippo_mpi.config.bundled import BUNDLED
-from hippo_mpi.config.parser import OptionsParser, option
-from hippo_mpi.config.serve_options import BACKENDS
-from hippo_mpi.config.yaml_file import read_hosts, take_config
+from hippo_mpi.config.parser import OptionsParser, option, read_given
+from hippo_mpi.config.serve_options import BACKENDS, StartOptions
+from hippo_mpi.config.yaml_file import ConfigFile, read_start, take_config, words_of
 from hippo_mpi.errors import HippoError, LaunchError, install_hint, print_error
 from hippo_mpi.transport.ports import THIS_MACHINE, HeldPorts, new_loopback
 from hippo_mpi.transport.run_key import RunKey
@@ -84,7 +84,8 @@ def make_job(options: LaunchOptions, rest: list[str], held: contextlib.ExitStack
         LaunchError: the hosts can't be used, or don't answer.
         UserError: the file of --config can't be read.
     """
-    hostfile = None if options.num_ranks is not None else _find_hosts(options, rest)
+    options, file = _with_file(options, rest)
+    hostfile = None if options.num_ranks is not None else _find_hosts(options, file)
     here = Host(THIS_MACHINE, (THIS_MACHINE,))
     hostfile = hostfile or Hostfile((here,) * (options.num_ranks or RANKS), "this machine")
     hosts, backend = hostfile.hosts, options.backend or hostfile.backend or "ring"
@@ -106,13 +107,24 @@ def make_job(options: LaunchOptions, rest: list[str], held: contextlib.ExitStack
     return start_plan(replace(hostfile, hosts=hosts), backend, ["-m", options.command, *rest], first)
 
 
-def _find_hosts(options: LaunchOptions, rest: list[str]) -> Hostfile | None:
+def _with_file(options: LaunchOptions, rest: list[str]) -> tuple[LaunchOptions, ConfigFile]:
+    """Return the options with what the file of --config says where they say nothing, and what else it says of hosts."""
+    path, _ = take_config(rest)
+    file = read_start(path) if path else ConfigFile()
+    told, _ = read_given(StartOptions, words_of(file.settings, StartOptions))
+    if options.num_ranks is None and options.hostfile is None:
+        # As for a server, a hostfile wins over a number of ranks.
+        ranks = None if "hostfile" in told else told.get("ranks")
+        options = replace(options, num_ranks=ranks, hostfile=told.get("hostfile"))
+    return replace(options, backend=options.backend or told.get("backend")), file
+
+
+def _find_hosts(options: LaunchOptions, file: ConfigFile) -> Hostfile | None:
     """Return the hosts of the hostfile, or of the file of --config; None: there are none."""
     if options.hostfile is not None:
         return read_hostfile(options.hostfile)
-    config, _ = take_config(rest)
-    if config is not None and (hosts := read_hosts(config)):
-        return hostfile_of(hosts, f"{config}: hosts")
+    if file.hosts:
+        return hostfile_of(file.hosts, file.lines["hosts"])
     return read_hostfile(HOSTFILE) if HOSTFILE.exists() else None
 
 

@@ -281,7 +281,7 @@ def _read_hosts(options: ServeOptions, file: ConfigFile) -> Hostfile | None:
     """
     if not file.hosts and not options.hostfile:
         return None
-    hostfile = read_hostfile(options.hostfile) if options.hostfile else hostfile_of(file.hosts, f"{file.path}: hosts")
+    hostfile = read_hostfile(options.hostfile) if options.hostfile else hostfile_of(file.hosts, file.lines["hosts"])
     hostfile.check(_backend(options, hostfile))
     check_hosts(hostfile)
     return hostfile

@@ -51,6 +51,13 @@ class Rank:
             time.sleep(0.01)
         raise AssertionError(f"nothing with {text!r} on {stream} within {LIMIT_S} s: {self.out!r} {self.err!r}")
 
+    def await_chat(self) -> None:
+        """Wait until a chat that reads a pipe answers."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"/help\n")
+        self.process.stdin.flush()
+        self.await_output("/help, h: this help", "stderr")
+
     def wait(self, limit_s: float = LIMIT_S) -> int:
         code = self.process.wait(limit_s)
         for thread in self.threads:

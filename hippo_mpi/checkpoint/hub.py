@@ -23,7 +23,7 @@ from tqdm import tqdm
 from hippo_mpi.checkpoint.hub_errors import explain
 from hippo_mpi.checkpoint.hub_spans import NoRangesError, fetch_head, fetch_spans
 from hippo_mpi.checkpoint.spans import num_bytes, spans_here, spans_of, without
-from hippo_mpi.config.bundled import BUNDLED_MODELS
+from hippo_mpi.config.bundled import BUNDLED_MODELS, BUNDLED_NAMES
 from hippo_mpi.errors import ModelError
 
 _SMALL_FILES = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
@@ -54,14 +54,13 @@ def find_model(
     Raises:
         ModelError: there is no such model.
     """
-    path = Path(model).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(model))
+    if os.path.exists(path):  # what is too long for a name, too, is no folder
         return path
     if "/" not in model:
-        bundled = sorted(card.stem for card in BUNDLED_MODELS.glob("*.yaml"))
-        if model in bundled:
+        if model in BUNDLED_NAMES:
             return BUNDLED_MODELS / model
-        raise ModelError(f"no such model folder: {model}; bundled are {', '.join(bundled) or 'none'}")
+        raise ModelError(f"no such model folder: {model}; bundled are {', '.join(BUNDLED_NAMES) or 'none'}")
     if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
         raise ModelError(f"no such model folder: {model}")
     return open_repo(model, revision, on_progress, is_for_plan)

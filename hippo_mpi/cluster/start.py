@@ -19,7 +19,7 @@ from typing import Any
 
 from hippo_mpi.cluster.keeper import SILENCE_S, Errand
 from hippo_mpi.cluster.start_plan import StartPlan, quoted
-from hippo_mpi.errors import RankError, print_error
+from hippo_mpi.errors import INTERRUPTED, RankError, print_error
 from hippo_mpi.transport.ports import THIS_MACHINE
 
 _BEAT_S = SILENCE_S / 5
@@ -105,6 +105,8 @@ class Starter:
     def _status(self, is_told: bool) -> int:
         """Return the status to end with, by what has ended so far; say what no rank can have said itself."""
         own = self._keepers[0].returncode
+        if own == INTERRUPTED:  # by a person, who knows
+            return own
         if is_told or self._first_bad is None:
             return 128 + signal.SIGTERM if own is None else own
         rank, code = self._first_bad

@@ -8,5 +8,6 @@ from pathlib import Path
 _PACKAGE = Path(str(files("hippo_mpi")))
 BUNDLED = _PACKAGE / "bundled" if (_PACKAGE / "bundled").is_dir() else _PACKAGE.parent
 BUNDLED_MODELS = BUNDLED / "models"
+BUNDLED_NAMES = tuple(sorted(card.stem for card in BUNDLED_MODELS.glob("*.yaml")))
 BUNDLED_MODEL = BUNDLED_MODELS / "story-3m"
 DEFAULT_PROMPT = "Tell me a story about a fox."

@@ -11,6 +11,10 @@ import ipaddress
 import re
 from typing import Any
 
+_MAX_S = 1_000_000  # eleven days; poll(2) counts milliseconds in 32 bits
+_MAX_BYTES = 1 << 60
+_MAX_NUMBER = 1e12
+
 
 def _number(
     text: str, kind: type[float] | type[int], what: str, low: float, high: float = float("inf"), open_low: bool = False
@@ -19,9 +23,18 @@ def _number(
         value = kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
-    if not low <= value <= high or (open_low and value == low):
-        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+    if not low <= value <= high or value == float("inf") or (open_low and value == low):
+        raise argparse.ArgumentTypeError(f"{text.strip()} is not {what}")
     return value
+
+
+def text(typed: str) -> str:
+    """Return what was typed if it is text: on a command line, bytes that aren't UTF-8 become halves of surrogate pairs."""
+    try:
+        typed.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{typed[:100]!a} is not UTF-8") from None
+    return typed
 
 
 def positive(text: str) -> int:
@@ -61,12 +74,18 @@ def at_least_0(text: str) -> float:
 
 def above_0(text: str) -> float:
     """Return a number above 0."""
-    return float(_number(text, float, "a number above 0", 0.0, open_low=True))
+    return float(_number(text, float, f"a number above 0, up to {_MAX_NUMBER:g}", 0.0, _MAX_NUMBER, open_low=True))
+
+
+def seconds(text: str) -> float:
+    """Return a number of seconds above 0, for which sockets can wait."""
+    return float(_number(text, float, f"a number of seconds above 0, up to {_MAX_S}", 0.0, _MAX_S, open_low=True))
 
 
 def two_beats(text: str) -> float:
     """Return a number of seconds, in which a rank says at least twice that it lives."""
-    return float(_number(text, float, "a number of seconds from 1 up: ranks say twice a second that they live", 1.0))
+    what = f"a number of seconds from 1 to {_MAX_S}: ranks say twice a second that they live"
+    return float(_number(text, float, what, 1.0, _MAX_S))
 
 
 def share(text: str) -> float:
@@ -83,7 +102,7 @@ def size(text: str) -> int:
     """Return a number of bytes, from one or one with K, M or G behind it, as for mlx_lm.server."""
     shift = {"K": 10, "M": 20, "G": 30}.get(text.upper().removesuffix("B")[-1:], 0)
     number = text.upper().removesuffix("B").rstrip("KMG") if shift else text
-    return int(_number(number, float, "a size such as 512M or 2G", 0.0) * (1 << shift))
+    return int(_number(number, float, "a size such as 512M or 2G", 0.0, _MAX_BYTES >> shift) * (1 << shift))
 
 
 def some_bytes(text: str) -> int:

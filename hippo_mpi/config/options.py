@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from hippo_mpi.config import checks
-from hippo_mpi.config.bundled import BUNDLED_MODEL
-from hippo_mpi.config.parser import option
+from hippo_mpi.config.bundled import BUNDLED_MODEL, BUNDLED_NAMES
+from hippo_mpi.config.parser import Once, option
 
 PRECISIONS = ("float32", "float16", "bfloat16", "8bit", "6bit", "5bit", "4bit", "3bit", "2bit")
 
@@ -25,13 +25,15 @@ class ModelOptions:
     GROUP: ClassVar = "model"
     model: str = option(
         str(BUNDLED_MODEL),
-        "folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft), or a name from --config",
+        f"folder or Hugging Face repo of an mlx-lm model, a bundled one ({', '.join(BUNDLED_NAMES)}), or a name from"
+        " --config",
+        check=str,
     )
     revision: str | None = option(None, "revision of the Hugging Face repo")
     precision: str | None = option(
         None, "cast or quantise the weights while loading; as stored if not given", choices=PRECISIONS
     )
-    adapter_path: str | None = option(None, "folder with trained adapter weights and their config")
+    adapter_path: str | None = option(None, "folder with trained adapter weights and their config", check=str)
     trust_remote_code: bool = option(False, "allow the checkpoint to bring its own code")
 
 
@@ -43,6 +45,7 @@ class ConfigOptions:
     config: Path | None = option(
         None,
         "YAML file of options and models, as for hippo_mpi.serve; --model NAME takes one of these",
+        action=Once,
         check=Path,
     )
 
@@ -52,7 +55,9 @@ class DraftOptions:
     """A small model that proposes tokens."""
 
     GROUP: ClassVar = "speculative decoding"
-    draft_model: str | None = option(None, "folder or repo of a small model, whole on rank 0, that proposes tokens")
+    draft_model: str | None = option(
+        None, "folder or repo of a small model, whole on rank 0, that proposes tokens", check=str
+    )
     num_draft_tokens: int = option(3, "most tokens that it proposes for a step", check=checks.positive)
 
 
@@ -124,7 +129,7 @@ class DeadlineOptions:
 
     GROUP: ClassVar = "ranks"
     timeout: float = option(30.0, "seconds without progress after which all ranks end", check=checks.two_beats)
-    start_timeout: float = option(30.0, "seconds that ranks wait for each other to start", check=checks.above_0)
+    start_timeout: float = option(30.0, "seconds that ranks wait for each other to start", check=checks.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, ClassVar, Generic, NoReturn, Protocol, TypeVar
 
+from hippo_mpi.config import checks
 from hippo_mpi.errors import UserError
 
 
@@ -33,7 +34,7 @@ class _Option:
 
     Args:
         names: as they are typed; none: the field's own, with dashes.
-        check: of what is typed; returns the value.
+        check: of what is typed; returns the value. None: it must be text.
         settings: more of argparse's, such as nargs and choices.
     """
 
@@ -88,6 +89,16 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class Once(argparse.Action):
+    """Stores a value, and refuses a second one."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: object) -> None:
+        """Store the value."""
+        if getattr(namespace, self.dest, None) is not None:
+            raise argparse.ArgumentError(self, "can be given once only")
+        setattr(namespace, self.dest, value)
+
+
 class Parser(argparse.ArgumentParser):
     """Raises instead of exiting, so that all ranks can agree on the error first."""
 
@@ -127,8 +138,8 @@ class OptionsParser(Parser, Generic[_O]):
             settings["default"] = field.default
         if isinstance(field.default, bool):
             settings["action"] = "store_true"
-        elif found.check is not None:
-            settings["type"] = found.check
+        else:
+            settings["type"] = found.check or checks.text
         own = f"--{field.name.replace('_', '-')}"
         names = (
             found.names if any(name.startswith("--") or name[0] != "-" for name in found.names) else (own, *found.names)

@@ -94,10 +94,11 @@ class Conversation:
 
 
 def ask(launcher: Launcher, prompt: str) -> str | None:
-    """Print a prompt and read a line, on a terminal with readline's editing keys; None at the end of the input."""
+    """Ask a person with a prompt, and read a line, on a terminal with readline's editing keys; None at the end of the input."""
     if not launcher.is_terminal:
-        sys.stderr.write(prompt)
-        sys.stderr.flush()
+        if launcher.may_be_typed:
+            sys.stderr.write(prompt)
+            sys.stderr.flush()
         return launcher.read_line()
     with contextlib.suppress(ImportError):  # a Python built without readline has no history
         import readline  # noqa: F401

@@ -13,7 +13,7 @@ from hippo_mpi.checkpoint.checkpoint import ModelSource
 from hippo_mpi.config.options import ConfigOptions, DeadlineOptions, DraftOptions, RunOptions
 from hippo_mpi.config.parser import OptionsParser, changed
 from hippo_mpi.config.yaml_file import expanded
-from hippo_mpi.errors import ForeignError, HippoError, UserError, interrupted, print_error, unread
+from hippo_mpi.errors import ForeignError, HippoError, UserError, interrupted, print_error, printable, unread
 from hippo_mpi.offline.progress import Progress
 from hippo_mpi.planning.layer_split import Machine
 from hippo_mpi.runtime.agreement import PlanConstraints, compare_ranks, negotiate
@@ -78,7 +78,7 @@ def _run(parser: OptionsParser[_D], body: Callable[[_Joined[_D]], int], argv: li
     except HippoError as error:
         _refuse(f"{world.name}: {error}", error.exit_code, world.rank)
     try:
-        given = {name: str(value) for name, value in changed(options).items()}
+        given = {name: printable(str(value)) for name, value in changed(options).items()}
         control.on_end = _note_end
         code = body(_Joined(options, given, mistake, world, control, console))
     except HippoError as error:

@@ -67,6 +67,11 @@ class Launcher:
         """True if our input and output are a terminal, so that a person types and reads."""
         return self._copied is None and os.isatty(0) and os.isatty(1)
 
+    @property
+    def may_be_typed(self) -> bool:
+        """True unless our input is known to be no terminal: what a launcher copies may be a person's."""
+        return self._copied is not None or os.isatty(0)
+
     def read_all(self) -> str:
         """Return all of the input, up to its end."""
         if self._copied:

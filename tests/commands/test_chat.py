@@ -18,22 +18,23 @@ from tests.ranks import Rank
 from tests.terminals import CTRL_C, Terminal, terminal
 
 CHAT = [str(ranks.BIN / "hippo_mpi.chat"), "--max-tokens", "200"]
+HELP_ENDS = "and so is a line that begins with a space.\n"
 TURNS = ["Tell me a story about a fox.", "What does a cow say?", "Thank you!"]
 
 
 def say(rank: Rank, line: str) -> str:
-    """Type a line and wait for the answer."""
-    asked, shown = rank.err.count(">> "), len(rank.out)
+    """Send a line and wait for the answer, behind which the help is asked for."""
+    asked, shown = rank.err.count(HELP_ENDS), len(rank.out)
     assert rank.process.stdin is not None
-    rank.process.stdin.write(f"{line}\n".encode())
+    rank.process.stdin.write(f"{line}\n/help\n".encode())
     rank.process.stdin.flush()
     ends = time.monotonic() + 60
-    while rank.err.count(">> ") == asked:
+    while rank.err.count(HELP_ENDS) == asked:
         assert time.monotonic() < ends, rank.err
         assert rank.process.poll() is None, rank.err
         time.sleep(0.02)
     length = -1
-    while length != len(rank.out):  # the answer comes through another pipe than the prompt that follows it
+    while length != len(rank.out):  # the answer comes through another pipe than the help that follows it
         length = len(rank.out)
         time.sleep(0.2)
     return rank.out[shown:].rstrip("\n")
@@ -45,7 +46,6 @@ def test_turns_are_those_of_mlx_lm_and_the_cache_is_kept() -> None:
     messages: list[dict[str, str]] = []
     with ranks.ring([CHAT] * 2, first_stdin=subprocess.PIPE) as running:
         first = running[0]
-        first.await_output(">> ", "stderr")
         for turn in TURNS:
             messages.append({"role": "user", "content": turn})
             tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
@@ -65,7 +65,6 @@ def test_turns_are_those_of_mlx_lm_and_the_cache_is_kept() -> None:
 @pytest.mark.slow
 def test_idle_ranks_take_no_cpu() -> None:
     with ranks.ring([CHAT] * 2, first_stdin=subprocess.PIPE) as running:
-        running[0].await_output(">> ", "stderr")
         say(running[0], TURNS[1])
         before = [ranks.cpu_seconds(rank.process.pid) for rank in running]
         time.sleep(5)
@@ -75,7 +74,6 @@ def test_idle_ranks_take_no_cpu() -> None:
 
 def test_a_turn_that_is_too_long_is_refused_and_the_chat_goes_on() -> None:
     with ranks.single([*CHAT, "--max-context", "40"], stdin=subprocess.PIPE) as running:
-        running.await_output(">> ", "stderr")
         say(running, "fox " * 200)
         assert "error: the prompt has" in running.err
         assert say(running, TURNS[1])
@@ -83,9 +81,8 @@ def test_a_turn_that_is_too_long_is_refused_and_the_chat_goes_on() -> None:
 
 def test_commands_and_what_is_said_with_a_space() -> None:
     with ranks.single(CHAT, stdin=subprocess.PIPE) as running:
-        running.await_output(">> ", "stderr")
         assert not say(running, "/help")
-        assert running.err.count("/reset, r: begin anew") == 2
+        assert running.err.count("/reset, r: begin anew") == 2 and ">>" not in running.err
         assert not say(running, "/hepl me")
         assert "/hepl isn't a command: /help lists them; a space before it says it to the model" in running.err
         assert not say(running, "/reset")
@@ -132,13 +129,12 @@ def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(started: str) -> None:
 def test_a_second_ctrl_c_leaves_whatever_the_ranks_do() -> None:
     """Without a terminal, too, and while rank 0 waits inside MLX for one that has stopped."""
     with ranks.single([*STARTED["launch/run"], *LONG], stdin=subprocess.PIPE) as running:
-        running.await_output(">> ", "stderr")
-        below = ranks.descendants(running.process.pid)
-        (second,) = [pid for pid in below if b"MLX_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
         assert running.process.stdin is not None
         running.process.stdin.write(b"hello\n")
         running.process.stdin.flush()
         running.await_output()
+        below = ranks.descendants(running.process.pid)
+        (second,) = [pid for pid in below if b"MLX_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
         os.kill(second, signal.SIGSTOP)
         for _ in range(2):
             time.sleep(0.5)
@@ -151,6 +147,16 @@ def test_a_second_ctrl_c_leaves_whatever_the_ranks_do() -> None:
 @pytest.mark.slow
 def test_statistics_follow_every_answer() -> None:
     with ranks.single(CHAT, stdin=subprocess.PIPE) as running:
-        running.await_output(">> ", "stderr")
         say(running, TURNS[1])
         assert re.search(r"prompt \d+ tokens, .* generation \d+ tokens", running.err)
+
+
+@pytest.mark.parametrize("stdin", [subprocess.DEVNULL, subprocess.PIPE], ids=["nothing", "pipe"])
+def test_nobody_is_asked_without_a_terminal(stdin: int) -> None:
+    with ranks.single(CHAT, stdin=stdin) as running:
+        if running.process.stdin:
+            running.process.stdin.write(f"{TURNS[1]}\n".encode())
+            running.process.stdin.close()
+        assert running.wait() == 0, running.err
+        lines = running.err.splitlines()
+        assert len(lines) == (stdin == subprocess.PIPE) and all(line.startswith("prompt ") for line in lines), lines

@@ -370,7 +370,7 @@ def measure_start(_: str, __: str, trials: int) -> None:
 def measure_idle(*_: Any) -> None:
     chat = [str(ranks.BIN / "hippo_mpi.chat")]
     with ranks.ring([chat] * 2, first_stdin=subprocess.PIPE) as running:
-        running[0].await_output(">> ", "stderr")
+        running[0].await_chat()
         time.sleep(1)
 
         before = [ranks.cpu_seconds(rank.process.pid) for rank in running]

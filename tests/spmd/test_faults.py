@@ -133,7 +133,7 @@ def test_stuck_while_others_send(tmp_path: Path) -> None:
 def test_stopped_between_turns_of_a_chat() -> None:
     command = [str(ranks.BIN / "hippo_mpi.chat"), "--timeout", str(TIMEOUT_S)]
     with ranks.ring([command] * 2, first_stdin=subprocess.PIPE) as running:
-        running[0].await_output(">> ", "stderr")
+        running[0].await_chat()
         running[1].process.send_signal(signal.SIGSTOP)
         assert_ended(running, TIMEOUT_S, "rank 1 (", [0])
 
@@ -141,7 +141,7 @@ def test_stopped_between_turns_of_a_chat() -> None:
 def test_killed_between_turns_of_a_chat() -> None:
     command = [str(ranks.BIN / "hippo_mpi.chat"), "--timeout", str(TIMEOUT_S)]
     with ranks.ring([command] * 3, first_stdin=subprocess.PIPE) as running:
-        running[0].await_output(">> ", "stderr")
+        running[0].await_chat()
         running[2].process.kill()
         assert_ended(running, DEATH_S, "rank 2 (", [0, 1])
 
