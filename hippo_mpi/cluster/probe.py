@@ -1,9 +1,10 @@
 """What a host says of itself: raw outputs of commands, and a few facts, as one JSON object. Python 3.8, nothing but it.
 
-The doctor sends this file through ssh, with GIVEN in front: the Python of the ranks there, the addresses that the
-host should have and those that it should reach, and ports that should be free. Nothing is judged and nothing is changed
-here, and no file is left.
+The doctor sends this file through ssh, with a call of `main` behind it. Nothing is judged and nothing is changed here,
+and no file is left.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 COMMAND_S = 4.0
 CONNECT_S = 2.0
@@ -46,7 +48,7 @@ COMMANDS = {
 }
 
 
-def run(words):
+def run(words: list[str]) -> dict[str, Any]:
     """Return what a command prints, by stream, and its status; None as status: there is no such command, or no end."""
     try:
         found = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_S)
@@ -58,7 +60,7 @@ def run(words):
         return {"out": "", "err": str(error), "status": None}
 
 
-def bind(address, port):
+def bind(address: str, port: int) -> str:
     """Return "" if an address and port can be listened on, else why not."""
     with socket.socket() as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -69,7 +71,7 @@ def bind(address, port):
             return error.strerror or str(error)
 
 
-def reach(address):
+def reach(address: str) -> dict[str, str | None]:
     """Return by which own address another is called, and "" if it is there: a refused connection shows that, too."""
     source = None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
@@ -88,7 +90,7 @@ def reach(address):
     return {"source": source, "why": why}
 
 
-def cache_folder():
+def cache_folder() -> str:
     """Return the nearest folder that is there of where models are kept."""
     path = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
     while not os.path.isdir(path):
@@ -96,26 +98,29 @@ def cache_folder():
     return path
 
 
-def main(given):
-    """Print everything."""
+def main(python: str, own: list[str], others: list[str], free: list[int]) -> None:
+    """Print everything.
+
+    Args:
+        python: path of the ranks' Python on this host.
+        own: addresses that the host should have.
+        others: those that it should reach.
+        free: ports on which nobody should listen.
+    """
     commands = dict(COMMANDS.get(platform.system(), {}))
-    commands["versions"] = [os.path.expanduser(given["python"]), "-c", VERSIONS]
+    commands["versions"] = [os.path.expanduser(python), "-c", VERSIONS]
     with ThreadPoolExecutor(16) as pool:
         outputs = {name: pool.submit(run, words) for name, words in commands.items()}
-        reached = {address: pool.submit(reach, address) for address in given["others"]}
+        reached = {address: pool.submit(reach, address) for address in others}
         facts = {
             "system": platform.system(), "release": platform.release(), "name": socket.gethostname(),
             "python": sys.executable, "home": os.path.expanduser("~"), "shell": os.environ.get("SHELL", ""),
             "clock": time.time(), "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             "cache": cache_folder(), "cache_free": shutil.disk_usage(cache_folder()).free,
             "environment": {n: v for n, v in os.environ.items() if n.startswith("MLX_") or n == "SSH_CONNECTION"},
-            "own": {address: bind(address, 0) for address in given["own"]},
-            "taken": {str(port): why for port in given["ports"] for why in [bind("", port)] if why},
+            "own": {address: bind(address, 0) for address in own},
+            "taken": {str(port): why for port in free for why in [bind("", port)] if why},
             "outputs": {name: one.result() for name, one in outputs.items()},
             "reached": {address: one.result() for address, one in reached.items()},
         }  # fmt: skip
     print(json.dumps(facts))
-
-
-if "GIVEN" in globals():
-    main(globals()["GIVEN"])

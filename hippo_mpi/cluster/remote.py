@@ -41,8 +41,8 @@ def _ask(hostfile: Hostfile, rank: int, ports: Sequence[int], timeout_s: float) 
     others = list(following.ips) if len(hostfile.hosts) > 1 else []
     is_here = host.ssh == THIS_MACHINE
     python = sys.executable if is_here or not host.python else host.python
-    given = {"python": python, "own": host.ips, "others": others, "ports": ports}
-    program = f"GIVEN = {given!r}\n{Path(probe.__file__).read_text()}"
+    given = (python, list(host.ips), others, list(ports))
+    program = f"{Path(probe.__file__).read_text()}\n\nmain(*{given!r})"
     asked_s = time.time()
     command = (
         ["sh", "-s"]
