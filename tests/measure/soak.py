@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 import threading
@@ -95,7 +96,11 @@ def _draw_fault(draw: random.Random, found: Stage) -> Fault:
 
 def _look(found: Stage) -> dict[str, dict[str, Any]]:
     """What its processes have; of ranks only while they answer: one that starts would not know the question."""
-    return found.count(["front", "rank 0", "rank 1"] if found.running.status()["ready"] else ["front"])
+    looked: dict[str, dict[str, Any]] = {}
+    for name in ("front", "rank 0", "rank 1") if found.running.status()["ready"] else ("front",):
+        with contextlib.suppress(OSError, AssertionError):  # it has died, or was stopped, in this moment
+            looked |= found.count([name])
+    return looked
 
 
 def _report(
