@@ -17,7 +17,7 @@ from tests.histories.history import FAULT_KINDS, Fault, History, Stream
 from tests.histories.kinds import KINDS, NUM_VARIANTS
 from tests.histories.stage import Stage, stage
 
-_MOST_AT_ONCE = 32
+_MOST_AT_ONCE = 64
 _LEAVES = 0.2  # share of clients that go away
 _LOOK_S = 10.0
 _LIMIT_S = 300.0  # for an answer: three faults and the changes of models between
@@ -61,7 +61,7 @@ class Soak:
             print(f"  {what}: {line}", flush=True)
 
 
-def measure_soak(minutes: float, seed: int = 1, fault_s: float = 60.0, arrivals_per_s: float = 1.0) -> bool:
+def measure_soak(minutes: float, seed: int = 1, fault_s: float = 60.0, arrivals_per_s: float = 2.0) -> bool:
     """Let streams arrive for so long, with a fault every `fault_s` (0: none); whether all was well."""
     with stage() as found:
         driver = Driver(found)
