@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": "show what each rank would hold; loads no weight",
     "models": "list a catalogue's models, and whether they fit",
     "audit": "check an audit log, or add it up",
+    "cluster": "say what is wrong with the machines of a run, and what to do",
 }
 SHELLS = ("bash", "zsh", "fish")
 
@@ -73,12 +74,17 @@ def completion_script(shell: str) -> str:
     return (files("hippo_mpi") / "completions" / f"hippo-mpi.{shell}").read_text()
 
 
+def module_of(command: str) -> str:
+    """Return the module of a command; that of a command with a room of its own is in there."""
+    return "hippo_mpi.cluster.__main__" if command == "cluster" else f"hippo_mpi.{command}"
+
+
 def _load(command: str) -> ModuleType:
     """Import a command; a Ctrl-C during the import ends the process without a traceback."""
     previous = signal.getsignal(signal.SIGINT)
     if previous is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    module = importlib.import_module(f"hippo_mpi.{command}")
+    module = importlib.import_module(module_of(command))
     signal.signal(signal.SIGINT, previous)
     return module
 

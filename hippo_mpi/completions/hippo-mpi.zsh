@@ -14,6 +14,7 @@ _shtab_hippo_mpi_commands() {
     batch:'answer a file of prompts'
     benchmark:'measure what the ranks give together, and each alone'
     chat:'hold a conversation'
+    cluster:'say what is wrong with the machines of a run, and what to do'
     completion:'print what makes a shell complete all of these'
     dashboard:'print a Grafana dashboard of a server'"'"'s metrics'
     generate:'answer one prompt'
@@ -174,6 +175,23 @@ _shtab_hippo_mpi_chat_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_chat_defaults_added=0
+
+_shtab_hippo_mpi_cluster_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:_files"
+  "--starting-port[look whether this port and those of the other ranks are free]:starting_port:"
+  "--check[only these checks, by their names]:NAME:(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ address-missing address-clash self-assigned vpn-path wrong-interface link-down mtu-differs port-taken names-same stale-ranks disk-full memory-taken open-files fast-synch clock)"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  "--json[print a JSON object]"
+  "--save[write what the hosts answered to this file, without what is private]:FILE:_files"
+  "--from[judge what --save has written, instead of asking]:FILE:_files"
+  ":doctor\: say what is wrong with hosts, and what to do:(doctor)"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_defaults_added=0
 
 _shtab_hippo_mpi_completion_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -452,6 +470,7 @@ _shtab_hippo_mpi() {
         batch) _arguments -C -s $_shtab_hippo_mpi_batch_options ;;
         benchmark) _arguments -C -s $_shtab_hippo_mpi_benchmark_options ;;
         chat) _arguments -C -s $_shtab_hippo_mpi_chat_options ;;
+        cluster) _arguments -C -s $_shtab_hippo_mpi_cluster_options ;;
         completion) _arguments -C -s $_shtab_hippo_mpi_completion_options ;;
         dashboard) _arguments -C -s $_shtab_hippo_mpi_dashboard_options ;;
         generate) _arguments -C -s $_shtab_hippo_mpi_generate_options ;;

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from hippo_mpi import audit, batch, benchmark, chat, errors, generate, models, page, plan, run, serve
+from hippo_mpi.cluster import __main__ as cluster
 from hippo_mpi.config.yaml_file import read_config
 from hippo_mpi.errors import HippoError
 from hippo_mpi.protocols.openai_requests import CHAT
@@ -31,7 +32,7 @@ MAX_README_LINES = 200
 PARSERS = {
     m.__name__.split(".")[-1]: m.make_parser()
     for m in (audit, batch, benchmark, chat, generate, models, page, plan, serve)
-}
+} | {"cluster": cluster.make_parser()}
 # Options that mlx.launch takes out of its program's arguments, read off its parser.
 LAUNCH_OPTIONS = set(
     re.findall(

@@ -32,7 +32,7 @@ def parser_of_everything() -> argparse.ArgumentParser:
     for name in cli.COMMANDS:
         # What `run` doesn't take is for the command that it starts, which is generate if nothing is said.
         for source in (name, "generate") if name == "run" else (name,):
-            verbs.choices[name]._add_container_actions(importlib.import_module(f"hippo_mpi.{source}").make_parser())
+            verbs.choices[name]._add_container_actions(importlib.import_module(cli.module_of(source)).make_parser())
         for action in verbs.choices[name]._actions:
             if str(ROOT) in str(action.default):
                 action.default = None  # elsewhere it is another
@@ -107,7 +107,7 @@ def test_fish_completes(tmp_path: Path) -> None:
 
 def test_verbs_are_the_dotted_commands() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert {name: f"hippo_mpi.{name}:main" for name in cli.COMMANDS} == {
+    assert {name: f"{cli.module_of(name)}:main" for name in cli.COMMANDS} == {
         name.removeprefix("hippo_mpi."): place for name, place in scripts.items() if name != "hippo-mpi"
     }
 

@@ -1,0 +1,283 @@
+"""The doctor, over ssh between namespaces: what is broken there is named, on the right host, and nothing else is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import ranks
+from tests.cabled_hosts import CAN_MAKE, SSHD, WHY_NOT, Host
+from tests.small_disk import fill, small_disk
+from tests.spmd.test_starter import Cluster, cluster
+
+pytestmark = [
+    pytest.mark.skipif(not CAN_MAKE or not SSHD, reason=f"{WHY_NOT}; and sshd (openssh-server)"),
+    pytest.mark.timeout(120),
+]
+
+
+def doctor(three: Cluster, *options: str) -> tuple[int, dict[str, Any]]:
+    """Exit status and what is said, as JSON; of processes nothing, since all of the machine's are on each host here."""
+    command = [
+        sys.executable,
+        "-m",
+        "hippo_mpi.cluster",
+        "doctor",
+        "--hostfile",
+        str(three.hostfile),
+        "--json",
+        *options,
+    ]
+    found = subprocess.run(
+        three.hosts[0].command(command), capture_output=True, text=True, timeout=60, env={**os.environ, **three.env}
+    )
+    assert found.returncode in (0, 2, 3), found.stderr
+    said = json.loads(found.stdout)
+    said["findings"] = [one for one in said["findings"] if one["check"] != "stale-ranks"]
+    return found.returncode, said
+
+
+def ip(host: Host, *words: str) -> None:
+    subprocess.run(["ip", "-n", host.namespace, *words], check=True, capture_output=True)
+
+
+def device(host: Host, address: str) -> str:
+    shown = subprocess.run(
+        ["ip", "-n", host.namespace, "-j", "addr", "show", "to", address], check=True, capture_output=True
+    ).stdout
+    return str(next(one["ifname"] for one in json.loads(shown) if one))
+
+
+def rewrite(three: Cluster, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    content = json.loads(three.hostfile.read_text())
+    change(content["hosts"])
+    three.hostfile.write_text(json.dumps(content))
+
+
+# ---- faults, each of a host; "" as host: of every host that ssh reaches
+
+
+def no_sshd(three: Cluster, number: int) -> None:
+    own = f"ListenAddress={three.hosts[number].lan}".encode()
+    for path in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if path.name.isdigit() and own in (path / "cmdline").read_bytes():
+                os.kill(int(path.name), signal.SIGKILL)
+
+
+def other_host_key(three: Cluster, number: int) -> None:
+    folder = three.hostfile.parent
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "other"], check=True)
+    kind, key, *_ = (folder / "other.pub").read_text().split()
+    host = three.hosts[number]
+    (folder / "known").write_text(f"{host.lan} {kind} {key}\n")
+    strict = f"Host {host.name}\n StrictHostKeyChecking yes\n UserKnownHostsFile {folder / 'known'}\n"
+    (folder / "config").write_text(strict + (folder / "config").read_text())
+
+
+def unknown_name(three: Cluster, number: int) -> None:
+    rewrite(three, lambda hosts: hosts[number].update(ssh=f"nosuch{number}.invalid"))
+
+
+def no_python(three: Cluster, number: int) -> None:
+    rewrite(three, lambda hosts: hosts[number].update(python="/no/such/python"))
+
+
+def other_version(three: Cluster, number: int) -> None:
+    folder = three.hostfile.parent / "other"
+    (folder / "mlx-0.99.0.dist-info").mkdir(parents=True)
+    (folder / "mlx-0.99.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mlx\nVersion: 0.99.0\n")
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    rewrite(three, lambda hosts: hosts[number].update(python=str(python)))
+
+
+def no_address(three: Cluster, number: int) -> None:
+    host = three.hosts[number]
+    address = host.cables[(number - 1) % 3]
+    ip(host, "addr", "del", f"{address}/30", "dev", device(host, address))
+
+
+def clash(three: Cluster, number: int) -> None:
+    host = three.hosts[number]
+    address = host.cables[(number - 1) % 3]
+    ip(host, "addr", "add", f"{address.rpartition('.')[0]}.77/24", "dev", device(host, host.lan))
+
+
+def by_the_lan(three: Cluster, number: int) -> None:
+    host, other = three.hosts[number], three.hosts[(number + 1) % 3]
+    ip(host, "route", "add", f"{other.cables[number]}/32", "dev", device(host, host.lan))
+
+
+def cable_out(three: Cluster, number: int) -> None:
+    other = three.hosts[(number + 1) % 3]
+    ip(other, "link", "set", device(other, other.cables[number]), "down")
+
+
+def small_mtu(three: Cluster, number: int) -> None:
+    host = three.hosts[number]
+    ip(host, "link", "set", device(host, host.cables[(number + 1) % 3]), "mtu", "1400")
+
+
+def self_assigned(three: Cluster, number: int) -> None:
+    move(three, number, "169.254.7")
+
+
+def of_a_vpn(three: Cluster, number: int) -> None:
+    move(three, number, "100.64.7")
+
+
+def move(three: Cluster, number: int, network: str) -> None:
+    """The cable to the host before gets other addresses."""
+    host, before = three.hosts[number], three.hosts[(number - 1) % 3]
+    for one, other, last in ((host, before, 1), (before, host, 2)):
+        ip(one, "addr", "add", f"{network}.{last}/30", "dev", device(one, one.cables[other.number]))
+    rewrite(three, lambda hosts: hosts[number].update(ips=[f"{network}.1"]))
+
+
+@dataclass(frozen=True)
+class Case:
+    check: str
+    befall: Callable[[Cluster, int], None]
+    hosts: tuple[int, ...] = (1, 2)
+
+
+FAULTS = {
+    "no sshd": Case("ssh-refused", no_sshd),
+    "another host key": Case("ssh-host-key", other_host_key),
+    "a name that nobody has": Case("ssh-refused", unknown_name),
+    "no such Python": Case("path-differs", no_python),
+    "another version": Case("versions-differ", other_version),
+    "an address is gone": Case("address-missing", no_address, (0, 1, 2)),
+    "two networks overlap": Case("address-clash", clash, (0, 1, 2)),
+    "packets leave by the LAN": Case("wrong-interface", by_the_lan, (0, 1, 2)),
+    "a cable is out": Case("link-down", cable_out, (0, 1, 2)),
+    "MTUs differ": Case("mtu-differs", small_mtu, (0, 1, 2)),
+    "a self-assigned address": Case("self-assigned", self_assigned, (1, 2)),
+    "a VPN's address": Case("vpn-path", of_a_vpn, (1, 2)),
+}
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Iterator[Cluster]:
+    with cluster(tmp_path) as found:
+        yield found
+
+
+def assert_named(findings: list[dict[str, Any]], case: Case, number: int, three: Cluster, among: int = 2) -> None:
+    """Among the first findings, on the right host, with a fix."""
+    name = json.loads(three.hostfile.read_text())["hosts"][number]["ssh"]
+    first = [(one["check"], one["host"]) for one in findings[:among]]
+    assert (case.check, name) in first, findings
+    assert all(one["found"] and one["fix"] for one in findings)
+
+
+def test_nothing_is_wrong_with_hosts_that_are_well(three: Cluster) -> None:
+    """In one round trip each, and with nothing left behind on them."""
+    processes = subprocess.run(["ps", "-A", "-o", "pid="], capture_output=True, text=True).stdout
+    code, said = doctor(three, "--starting-port", str(ranks.consecutive_ports(3)))
+    assert code == 0 and not [one for one in said["findings"] if one["weight"] == "error"], said
+    assert [host["answered"] for host in said["hosts"]] == [True] * 3
+    assert {host["versions"]["mlx"] for host in said["hosts"]} == {said["hosts"][0]["versions"]["mlx"]}
+    assert processes
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named_on_its_host(name: str, three: Cluster) -> None:
+    case = FAULTS[name]
+    number = case.hosts[len(name) % len(case.hosts)]
+    case.befall(three, number)
+    code, said = doctor(three)
+    assert_named(said["findings"], case, number, three)
+    errors = {(one["check"], one["host"]) for one in said["findings"] if one["weight"] == "error"}
+    assert code == (3 if not all(host["answered"] for host in said["hosts"]) else 2 if errors else 0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("no sshd", "a cable is out"), ("another version", "an address is gone"), ("MTUs differ", "two networks overlap")]
+)  # fmt: skip
+def test_faults_in_pairs(first: str, second: str, three: Cluster) -> None:
+    """The one doesn't hide the other."""
+    FAULTS[first].befall(three, 2)
+    FAULTS[second].befall(three, 0)
+    _, said = doctor(three)
+    assert_named(said["findings"], FAULTS[first], 2, three, among=4)
+    assert_named(said["findings"], FAULTS[second], 0, three, among=4)
+
+
+SHELLS = {
+    "ssh-noise": 'echo "Welcome to mini"; exec sh -c "$SSH_ORIGINAL_COMMAND"',
+    "open-files": 'ulimit -n 512; exec sh -c "$SSH_ORIGINAL_COMMAND"',
+    "fast-synch": 'export MLX_METAL_FAST_SYNCH=1; exec sh -c "$SSH_ORIGINAL_COMMAND"',
+    "login-shell": 'export SHELL=/usr/bin/fish; exec sh -c "$SSH_ORIGINAL_COMMAND"',
+}
+
+
+@pytest.mark.parametrize("check", SHELLS)
+def test_what_a_login_brings_along(check: str, tmp_path: Path) -> None:
+    with cluster(tmp_path, [f"ForceCommand={SHELLS[check]}"]) as three:
+        code, said = doctor(three)
+        assert code == 0
+        assert [(one["check"], one["host"]) for one in said["findings"]] == [(check, "mini1"), (check, "mini2")]
+
+
+def test_a_full_disk_and_a_taken_port(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    with small_disk(tmp_path / "disk") as disk, cluster(tmp_path / "here", [f"SetEnv=HF_HOME={disk}"]) as three:
+        fill(disk)
+        port = 17_654
+        listening = (
+            f"import socket, time; s = socket.create_server(('', {port + 1})); print('on', flush=True); time.sleep(60)"
+        )
+        with ranks.single(three.hosts[1].command([sys.executable, "-c", listening])) as listener:
+            listener.await_output("on")
+            code, said = doctor(three, "--starting-port", str(port), "--check", "disk-full", "port-taken")
+        assert code == 2
+        assert {(one["check"], one["host"]) for one in said["findings"]} == {
+            ("disk-full", "mini1"), ("disk-full", "mini2"), ("port-taken", "mini1"),
+        }  # fmt: skip
+
+
+def test_what_was_saved_is_judged_alike_and_tells_nothing_private(three: Cluster, tmp_path: Path) -> None:
+    small_mtu(three, 1)
+    saved = tmp_path / "report.json"
+    code, said = doctor(three, "--save", str(saved))
+    again = subprocess.run(
+        [sys.executable, "-m", "hippo_mpi.cluster", "doctor", "--from", str(saved), "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert (again.returncode, json.loads(again.stdout)["findings"]) == (code, said["findings"])
+    text = saved.read_text()
+    assert not re.search(r"\b(?:[0-9a-f]{2}:){5}[0-9a-f]{2}\b", text)
+    assert Path("/etc/machine-id").read_text().strip() not in text
+
+
+def test_a_host_that_does_not_answer_takes_no_longer_than_it_may(three: Cluster) -> None:
+    ip(three.hosts[2], "link", "set", device(three.hosts[2], three.hosts[2].lan), "down")
+    began_s = time.monotonic()
+    code, said = doctor(three, "--timeout", "4")
+    assert time.monotonic() - began_s < 15
+    assert code == 3 and ("ssh-refused", "mini2") in {(one["check"], one["host"]) for one in said["findings"]}
+
+
+def test_hosts_may_be_named(three: Cluster) -> None:
+    command = [sys.executable, "-m", "hippo_mpi.cluster", "doctor", "mini1", "nosuch.invalid"]
+    found = subprocess.run(
+        three.hosts[0].command(command), capture_output=True, text=True, timeout=60, env={**os.environ, **three.env}
+    )
+    assert found.returncode == 3
+    assert "mini1" in found.stdout and "error: ssh-refused on nosuch.invalid: " in found.stdout

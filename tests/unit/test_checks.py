@@ -1,0 +1,148 @@
+"""The doctor's judgement, which is pure: random clusters that are well have no faults, and odd answers end nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from ipaddress import IPv4Interface
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hippo_mpi.cluster.checks import NAMES, diagnose
+from hippo_mpi.cluster.doctor import exit_code, lines_of, read_saved
+from hippo_mpi.cluster.facts import Facts, Interface, Probed, Process, Reach, read_facts
+from hippo_mpi.cluster.hostfile import Host
+from hippo_mpi.errors import UserError
+
+VERSIONS: dict[str, str | None] = {"Python": "3.12.1", "hippo-mpi": "0.1.0", "mlx": "0.32.4", "mlx-lm": "0.32.2"}
+GIB = 1 << 30
+
+
+def healthy(seed: int) -> list[Probed]:
+    """Hosts in a ring: each cable a network of its own, beside a LAN, or only the LAN; Linux or macOS."""
+    draw = random.Random(seed)
+    size, has_cables = draw.randrange(1, 7), draw.random() < 0.7
+    lan = f"192.168.{draw.randrange(256)}"
+
+    def on_cable(rank: int) -> str:
+        """Of a rank, on its cable to the one before."""
+        return f"10.205.{rank}.1" if has_cables else f"{lan}.{rank + 10}"
+
+    hosts = []
+    for rank in range(size):
+        following = (rank + 1) % size
+        interfaces = [Interface("lo", (IPv4Interface("127.0.0.1/8"),), 65536)]
+        interfaces.append(Interface("en0", (IPv4Interface(f"{lan}.{rank + 10}/24"),), 1500))
+        if has_cables and size > 1:
+            interfaces.append(Interface("en3", (IPv4Interface(f"10.205.{rank}.1/30"),), 9000))
+            interfaces.append(Interface("en4", (IPv4Interface(f"10.205.{following}.2/30"),), 9000))
+        source = f"10.205.{following}.2" if has_cables else f"{lan}.{rank + 10}"
+        host = Host("127.0.0.1" if rank == 0 else f"mini{rank}", (on_cable(rank),) if size > 1 else ())
+        facts = Facts(
+            draw.choice(["Linux", "Darwin"]), "6.1", f"mini{rank}", draw.choice(["/bin/bash", "/bin/zsh"]), 1000.0 + draw.uniform(-1, 1),
+            draw.choice([1024, 1 << 20, -1]), "/home/anna/.cache", draw.randrange(3, 900) * GIB, dict(VERSIONS), "", {},
+            {address: "" for address in host.ips}, {on_cable(following): Reach(source, "")} if size > 1 else {}, {},
+            tuple(interfaces), (64 * GIB, 50 * GIB), (Process(7, 6, "anna", "python -m hippo_mpi.generate"),), f"{rank:032x}",
+        )  # fmt: skip
+        hosts.append(Probed(host, facts, asked_s=1000.0))
+    return hosts
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_random_clusters_that_are_well(seed: int) -> None:
+    hosts = healthy(seed)
+    assert diagnose(hosts) == [] and exit_code(hosts, []) == 0
+    assert list(lines_of(hosts, []))[-1] == "nothing is wrong"
+
+
+def change(hosts: list[Probed], rank: int, **fields: Any) -> list[Probed]:
+    facts = hosts[rank].facts
+    assert facts is not None
+    return [*hosts[:rank], replace(hosts[rank], facts=replace(facts, **fields)), *hosts[rank + 1 :]]
+
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "stale-ranks": {"processes": (Process(7, 1, "anna", "python -m hippo_mpi.generate"),)},
+    "memory-taken": {"memory": (64 * GIB, 3 * GIB)},
+    "clock": {"clock": 1400.0},
+    "python-missing": {"versions": {"Python": "3.12.1", "hippo-mpi": None, "mlx": None, "mlx-lm": None}},
+    "path-differs": {"versions": {}, "versions_error": "No such file or directory"},
+    "disk-full": {"cache_free": 1 << 20},
+    "open-files": {"open_files": 256},
+    "port-taken": {"taken": {17000: "Address already in use"}},
+}
+
+
+@pytest.mark.parametrize("check", FIELDS)
+def test_what_is_wrong_is_named_on_its_host(check: str) -> None:
+    hosts = change(healthy(3), 1, **FIELDS[check])
+    (finding,) = diagnose(hosts)
+    assert (finding.check, finding.host) == (check, "mini1") and finding.found and finding.fix
+    assert check in NAMES
+    assert diagnose(hosts, ["ssh-noise"]) == []
+
+
+def test_one_machine_under_two_names() -> None:
+    hosts = next(hosts for hosts in map(healthy, range(100)) if len(hosts) > 2)
+    facts = hosts[1].facts
+    assert facts is not None
+    (finding,) = diagnose(change(hosts, 2, machine=facts.machine, name=facts.name))
+    assert finding.check == "names-same" and "mini1 and mini2 are one machine" in finding.found
+
+
+def raw() -> dict[str, Any]:
+    def output(text: str, status: int | None = 0) -> dict[str, Any]:
+        return {"out": text, "err": "", "status": status}
+
+    return {
+        "system": "Darwin", "release": "25.4.0", "name": "mini2", "python": "/usr/bin/python3", "home": "/Users/anna",
+        "shell": "/bin/zsh", "clock": 1000.0, "open_files": 256, "cache": "/Users/anna/.cache", "cache_free": 5 * GIB,
+        "environment": {}, "own": {}, "taken": {}, "reached": {},
+        "outputs": {
+            "addresses": output(IFCONFIG), "memory": output(""), "processes": output(""), "versions": output(json.dumps(VERSIONS)),
+        },
+    }  # fmt: skip
+
+
+IFCONFIG = """lo0: flags=8049<UP,LOOPBACK,RUNNING,MULTICAST> mtu 16384
+\tinet 127.0.0.1 netmask 0xff000000
+en0: flags=8863<UP,BROADCAST,SMART,RUNNING,SIMPLEX,MULTICAST> mtu 1500
+\tether aa:bb:cc:dd:ee:01
+\tinet 192.168.1.12 netmask 0xffffff00 broadcast 192.168.1.255
+\tstatus: active
+en3: flags=8822<BROADCAST,SMART,SIMPLEX,MULTICAST> mtu 9000
+\tinet 10.205.0.2 netmask 0xfffffffc broadcast 10.205.0.3
+bridge0: flags=8863<UP,BROADCAST,SMART,RUNNING,SIMPLEX,MULTICAST> mtu 1500
+\tmember: en3 flags=3<LEARNING,DISCOVER>
+"""
+
+
+def test_interfaces_of_macos() -> None:
+    facts = read_facts(raw())
+    assert facts.interfaces == (
+        Interface("lo0", (IPv4Interface("127.0.0.1/8"),), 16384),
+        Interface("en0", (IPv4Interface("192.168.1.12/24"),), 1500),
+        Interface("bridge0", (), 1500),
+    )
+
+
+@pytest.mark.parametrize("system", ["Linux", "Darwin"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[1]", '[{"ifname": 1}]', "\x00\xff", "inet inet inet"])
+def test_what_can_not_be_read_is_unknown(system: str, text: str) -> None:
+    answer = {**raw(), "system": system}
+    for name in ("addresses", "memory", "processes", "machine"):
+        answer["outputs"][name] = {"out": text, "err": "", "status": 0}
+    hosts = [Probed(Host("mini2"), read_facts(answer), asked_s=1000.0)]
+    assert not [one for one in diagnose(hosts) if one.weight == "error"]
+    assert list(lines_of(hosts, []))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "[1]", '[{"host": {}}]'])
+def test_what_is_no_report(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="is not what --save writes"):
+        read_saved(path)
