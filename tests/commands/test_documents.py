@@ -73,7 +73,7 @@ def test_every_module_is_in_the_tree() -> None:
         assert any(entry.split("/")[0] == name for entry in entries), name
 
 
-@pytest.mark.parametrize("command", PARSERS)
+@pytest.mark.parametrize("command", sorted(PARSERS.keys() - {"cluster"}))  # which no launcher starts
 def test_no_option_is_mistaken_for_one_of_mlx_launch(command: str) -> None:
     for action in PARSERS[command]._actions:
         for option in action.option_strings:
