@@ -124,7 +124,7 @@ class Control:
             time.sleep(_SAME_S)
         self._send(0, Failure(line, error.exit_code))
         time.sleep(2.0)  # rank 0 answers with the end; if it can't, we leave anyway
-        self._leave(None, error.exit_code)
+        self._leave(line if self.world.rank == 1 and 0 not in self._star else None, error.exit_code)  # as _on_failure
 
     def statuses(self) -> list[RankStatus | None]:
         """Return what every rank said of itself in its last beat, by rank; on rank 0."""
