@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from hippo_mpi.config import checks
@@ -201,14 +202,23 @@ def check_sampling(sampling: SamplingParams) -> None:
             check(repr(value) if isinstance(value, str) else str(value))
         except argparse.ArgumentTypeError as error:
             raise UserError(f"{name}: {error}") from None
-    words, biases = sampling.stop_words, sampling.logit_bias
+    words = sampling.stop_words
     if isinstance(words, str) or not all(isinstance(word, str) for word in words):
         raise UserError(f"stop_words: {words!r} is not a list of texts")
-    if not all(isinstance(bias, tuple) and len(bias) == 2 and math.isfinite(bias[1]) for bias in biases):
-        raise UserError(f"logit_bias: {biases!r} is not a list of pairs (token, number)")
+    if not all(_is_bias(pair) for pair in sampling.logit_bias):
+        raise UserError(f"logit_bias: {sampling.logit_bias!r} is not a list of pairs (token, number)")
     for name in ("presence_penalty", "frequency_penalty"):
-        if not math.isfinite(getattr(sampling, name) or 0.0):
-            raise UserError(f"{name}: {getattr(sampling, name)} is not a number")
+        value = getattr(sampling, name)
+        if value is not None and not _is_number(value):
+            raise UserError(f"{name}: {value!r} is not a number")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _is_bias(pair: object) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Integral) and _is_number(pair[1])
 
 
 def check_context(prompt_tokens: int, max_context: int) -> None:
