@@ -202,11 +202,11 @@ def check_sampling(sampling: SamplingParams) -> None:
             check(repr(value) if isinstance(value, str) else str(value))
         except argparse.ArgumentTypeError as error:
             raise UserError(f"{name}: {error}") from None
-    words = sampling.stop_words
-    if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+    words, biases = sampling.stop_words, sampling.logit_bias
+    if not isinstance(words, tuple | list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"stop_words: {words!r} is not a list of texts")
-    if not all(_is_bias(pair) for pair in sampling.logit_bias):
-        raise UserError(f"logit_bias: {sampling.logit_bias!r} is not a list of pairs (token, number)")
+    if not isinstance(biases, tuple | list) or not all(_is_bias(pair) for pair in biases):
+        raise UserError(f"logit_bias: {biases!r} is not a list of pairs (token, number)")
     for name in ("presence_penalty", "frequency_penalty"):
         value = getattr(sampling, name)
         if value is not None and not _is_number(value):
