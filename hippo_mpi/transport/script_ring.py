@@ -64,6 +64,7 @@ class ScriptControl(Control):
 
     def hang_up(self) -> None:
         """Close all connections, so that a rank that still waits for this one learns that it is gone."""
+        self._end_lock.acquire()  # the interpreter ends, perhaps before another failure's line is written: others write it
         self.close()
         for connection in (self._next, self._previous):
             with contextlib.suppress(OSError):  # the other side has closed it first

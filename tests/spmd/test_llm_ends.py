@@ -19,10 +19,10 @@ BEFORE
 with LLM("story-3m", timeout=10) as llm:
     print("begun", flush=True)
     for number, output in enumerate(llm.generate("The fox", SamplingParams(max_tokens=400, ignore_eos=True))):
+        if number > 5:
+            time.sleep(0.3)  # who is followed to the last token is waited for too long
         if number == 5:
             WHAT
-        elif number > 5:
-            time.sleep(0.3)  # a rank that is followed to its last token is waited for too long
     print("left", flush=True)
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     print([(output.request_id, output.finish_reason) for output in llm.generate("The bear", params)], flush=True)
