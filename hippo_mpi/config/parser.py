@@ -57,6 +57,12 @@ def with_default(options: type[Options], name: str, default: Any) -> Any:
     return dataclasses.field(default=default, metadata=options.__dataclass_fields__[name].metadata)
 
 
+def checks_of(options: type[Options]) -> dict[str, Callable[[str], Any]]:
+    """Return how options are checked, by name; those that take any text are left out."""
+    found = {field.name: field.metadata[_OPTION].check for field in dataclasses.fields(options)}
+    return {name: check for name, check in found.items() if check is not None}
+
+
 def changed(options: Options) -> dict[str, Any]:
     """Return those options that aren't at their defaults."""
     return {

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
+from hippo_mpi.config import checks
 from hippo_mpi.config.options import SamplingOptions
+from hippo_mpi.config.parser import checks_of
 from hippo_mpi.engine.loops import RepetitionDetector
 from hippo_mpi.errors import ContextError, HippoError, UserError
 
@@ -176,6 +181,44 @@ def check_request(prompt: list[int], sampling: SamplingParams, max_context: int,
     for token in (*prompt, *sampling.forced, *(token for token, _ in sampling.logit_bias)):
         if not 0 <= token < vocab_size:
             raise UserError(f"token {token} is not in the vocabulary of {vocab_size:,} tokens")
+
+
+_COUNTS = ("logprobs", "min_tokens", "max_thinking_tokens")
+_CHECKS = checks_of(SamplingOptions) | dict.fromkeys(_COUNTS, checks.whole)
+_OPTIONAL = {name for name, default in vars(SamplingParams()).items() if default is None}
+
+
+def check_sampling(sampling: SamplingParams) -> None:
+    """Check parameters that a script has given, with the words of the command line, which checks its own.
+
+    Raises:
+        UserError: a parameter has an invalid value.
+    """
+    for name, check in _CHECKS.items():
+        value = getattr(sampling, name)
+        if value is None and name in _OPTIONAL:
+            continue
+        try:
+            check(repr(value) if isinstance(value, str) else str(value))
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{name}: {error}") from None
+    words, biases = sampling.stop_words, sampling.logit_bias
+    if not isinstance(words, tuple | list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"stop_words: {words!r} is not a list of texts")
+    if not isinstance(biases, tuple | list) or not all(_is_bias(pair) for pair in biases):
+        raise UserError(f"logit_bias: {biases!r} is not a list of pairs (token, number)")
+    for name in ("presence_penalty", "frequency_penalty"):
+        value = getattr(sampling, name)
+        if value is not None and not _is_number(value):
+            raise UserError(f"{name}: {value!r} is not a number")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _is_bias(pair: object) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Integral) and _is_number(pair[1])
 
 
 def check_context(prompt_tokens: int, max_context: int) -> None:

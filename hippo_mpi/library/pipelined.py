@@ -139,6 +139,7 @@ def route_calls(stage: Stage, peer: Peer, ring: ScriptRing | None = None) -> Non
         cache = options.pop("cache", None)
         if ring is None:
             return peer.call(tokens, cache, options)
+        ring.settle()
         try:
             return peer.call(tokens, cache, options)
         except HippoError as error:

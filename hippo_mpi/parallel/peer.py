@@ -73,8 +73,9 @@ class Peer:
         self._progress(f"waiting for {header.decode()}", Activity.WAITING)
         message = self._channel.receive()
         if message.header != header:
+            other = message.header.decode() if message.header.startswith(b"call ") else "a step of an LLM"
             raise DesyncError(
-                f"this rank has made {header.decode()}, but the rank before {message.header.decode()}:"
+                f"this rank has made {header.decode()}, but the rank before {other}:"
                 " every rank of a script must call its models in the same order with the same tokens"
             )
         looks = self._stage.flow.looks_at_values

@@ -136,6 +136,8 @@ class RingChannel(Channel):
     def receive(self) -> Message:
         """Wait for the next announcement and post the receive of its arrays, which `Message.wait` completes."""
         frame = self._control.await_announcement()
+        if frame == _SENT:
+            raise DesyncError("the arrays of another message came before the next one was announced")
         length = int.from_bytes(frame[:2], "little")
         header, shapes = frame[2 : 2 + length], json.loads(frame[2 + length :])
         if not shapes:

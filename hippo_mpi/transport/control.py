@@ -124,7 +124,8 @@ class Control:
             time.sleep(_SAME_S)
         self._send(0, Failure(line, error.exit_code))
         time.sleep(2.0)  # rank 0 answers with the end; if it can't, we leave anyway
-        self._leave(None, error.exit_code)
+        is_heard = 0 in self._star and not self._peers[0].said_bye
+        self._leave(line if self.world.rank == 1 and not is_heard else None, error.exit_code)  # as _on_failure
 
     def statuses(self) -> list[RankStatus | None]:
         """Return what every rank said of itself in its last beat, by rank; on rank 0."""

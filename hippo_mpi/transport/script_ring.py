@@ -10,20 +10,26 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import socket
 import sys
+import threading
+from abc import abstractmethod
+from collections.abc import Iterator
 from types import TracebackType
-from typing import NoReturn
+from typing import NoReturn, Protocol, TypeVar
 
 import mlx.core as mx
+import msgspec
 
-from hippo_mpi.errors import HippoError, LaunchError, interrupted
+from hippo_mpi.errors import DesyncError, HippoError, LaunchError, UserError, interrupted
 from hippo_mpi.transport.channel import RingChannel
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.world import World, connect, control_addresses, detect_launch, end_within
 
 Group = mx.distributed.Group
+_M = TypeVar("_M")
 
 _MIN_EXIT_TIMEOUT_S = 10.0  # to wait for the other ranks to end, on a busy machine
 
@@ -38,12 +44,44 @@ class ScriptControl(Control):
             raise error
         super().fail(error)
 
+    def next_report(self, kind: type[_M], waits: bool = True) -> _M:
+        """Return the next message of rank 0; end all ranks if it is of another kind."""
+        with self._expecting():
+            return super().next_report(kind, waits)
+
+    def gather(self, message: _M) -> list[_M] | None:
+        """Return every rank's message on rank 0; end all ranks if one is of another kind."""
+        with self._expecting():
+            return super().gather(message)
+
+    @contextlib.contextmanager
+    def _expecting(self) -> Iterator[None]:
+        try:
+            yield
+        except msgspec.ValidationError as error:
+            why = f"ranks talk of different things ({error}): every rank of a script must make the same calls"
+            self.fail(DesyncError(why))
+
     def hang_up(self) -> None:
         """Close all connections, so that a rank that still waits for this one learns that it is gone."""
+        self._end_lock.acquire()  # the interpreter ends, perhaps before another failure's line is written: others write it
         self.close()
         for connection in (self._next, self._previous):
             with contextlib.suppress(OSError):  # the other side has closed it first
                 connection.shutdown(socket.SHUT_RDWR)
+
+
+class RingLoop(Protocol):
+    """A loop of the script that uses the ring in every turn, on all ranks."""
+
+    @property
+    @abstractmethod
+    def is_left(self) -> bool:
+        """True if the script can't go on with it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End it on this rank; the others do, too."""
 
 
 class ScriptRing:
@@ -61,6 +99,8 @@ class ScriptRing:
         self.control.idle()
         self.channel = RingChannel(world, self.control, Layout(world.size))
         self._num_models = 0
+        self.open_loop: RingLoop | None = None
+        self._pid, self._thread = os.getpid(), threading.current_thread()
         if world.size > 1:
             self._before = sys.excepthook
             sys.excepthook = self._end_all
@@ -71,15 +111,46 @@ class ScriptRing:
         self._num_models += 1
         return self._num_models
 
+    def settle(self, own: RingLoop | None = None) -> None:
+        """Make the ring free for something that all ranks begin now: end the loop that the script has left.
+
+        Args:
+            own: a loop that is to end even if the script could go on with it.
+
+        Raises:
+            UserError: the script is inside a loop.
+        """
+        if threading.current_thread() is not self._thread:
+            here, there = threading.current_thread().name, self._thread.name
+            self.control.fail(
+                LaunchError(f"a model was called in {here}: call it from the thread that loaded it, {there}")
+            )
+        loop = self.open_loop
+        if loop is not None and loop is not own and not loop.is_left:
+            raise UserError("another LLM is in use: leave the loop over its answers first, or call its close()")
+        self.close_loop()
+
+    def close_loop(self) -> None:
+        """End the open loop, if there is one."""
+        loop, self.open_loop = self.open_loop, None
+        if loop is not None:
+            loop.close()
+
     def _end_all(self, kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
         """End every rank because of the exception that ended the script on this one."""
         self._before(kind, error, where)
+        if os.getpid() != self._pid:
+            return  # a forked child isn't a rank
         if isinstance(error, KeyboardInterrupt):
             self.control.fail(interrupted())
         self.control.fail(HippoError(f"the script raised {kind.__name__}: {' '.join(str(error).split())}"))
 
     def _leave(self) -> None:
         """End this rank in an orderly way, or with an error line if the others don't end in time."""
+        if os.getpid() != self._pid:
+            return  # a forked child isn't a rank
+        with contextlib.suppress(RuntimeError):  # MLX's: this is another thread than the loop's
+            self.close_loop()
         end_s = max(self.control.timeout_s, _MIN_EXIT_TIMEOUT_S)
         end_within(end_s, f"{self.world.name} waited {end_s:.0f} s for the other ranks to end")
         with contextlib.suppress(RuntimeError):  # the receiver is gone, so nobody needs the message
@@ -101,6 +172,7 @@ def join(group: Group | None, start_timeout_s: float, timeout_s: float) -> Scrip
 
     Raises:
         LaunchError: the group isn't what the launcher has started, or isn't the one of the first call.
+        UserError: the script is inside a loop over an LLM's answers.
         RankError: another rank doesn't answer.
     """
     if _joined:
@@ -110,6 +182,7 @@ def join(group: Group | None, start_timeout_s: float, timeout_s: float) -> Scrip
                 f"this script has joined as rank {world.rank} of {world.size}, and can't join another group as rank"
                 f" {group.rank()} of {group.size()}"
             )
+        _joined[0].settle()
         return _joined[0]
     world = connect(detect_launch(), start_timeout_s) if group is None else _world_of(group)
     _joined.append(ScriptRing(world, start_timeout_s, timeout_s))
