@@ -27,10 +27,9 @@ from typing import NoReturn, TypeVar
 
 import msgspec
 
-from hippo_mpi.environment import CONTROL
-from hippo_mpi.errors import ForeignError, HippoError, LaunchError, RankError, UserError, print_error
+from hippo_mpi.errors import ForeignError, HippoError, RankError, UserError, print_error
 from hippo_mpi.transport.frames import FrameReader, framed, read_frame
-from hippo_mpi.transport.handshake import introduce
+from hippo_mpi.transport.handshake import introduce, listen, places_of
 from hippo_mpi.transport.meeting import Meeting
 from hippo_mpi.transport.processes import kill_rank_if_stopped, kill_stopped_ranks
 from hippo_mpi.transport.pulse import Activity, Pulse
@@ -223,10 +222,10 @@ class Control:
     def _connect(self, timeout_s: float) -> None:
         world = self.world
         with contextlib.ExitStack() as stack:
-            listeners = _listen(world, stack)
+            listeners = listen(world, stack)
             complaint = f"{world.name} waited {timeout_s:.0f} s for the addresses of the other ranks"
             with deadline(timeout_s, complaint):
-                key, contacts = introduce(world, _places(world, listeners))
+                key, contacts = introduce(world, places_of(world, listeners))
             self._names = [f"rank {rank} ({who.host})" for rank, who in enumerate(contacts)]
             successor, predecessor = (world.rank + 1) % world.size, (world.rank - 1) % world.size
             calls = {"ring": (successor, contacts[successor].places_from(world)[:1])}
@@ -378,27 +377,6 @@ class Control:
         for peer in self._peers.values() if self.world.backend != "mpi" else ():  # mpirun does it, with our exit status
             if peer.pid is not None and now - peer.beat_at > self.timeout_s and not peer.said_bye:
                 kill_rank_if_stopped(peer.pid)
-
-
-def _listen(world: World, stack: contextlib.ExitStack) -> list[socket.socket]:
-    """Return sockets at which the other ranks call; the stack closes them.
-
-    Raises:
-        LaunchError: an address isn't this host's.
-    """
-    listeners = []
-    for address in world.addresses if world.backend == "ring" else [""]:
-        try:
-            listeners.append(stack.enter_context(socket.create_server((address, 0), backlog=world.size + 1)))
-        except OSError as error:
-            raise LaunchError(f"{world.name} can't be called at {address}: {error.strerror} ({CONTROL})") from None
-    return listeners
-
-
-def _places(world: World, listeners: list[socket.socket]) -> list[tuple[str, int]]:
-    """Return the addresses and ports at which a rank with these listeners is reached."""
-    ports = [listener.getsockname()[1] for listener in listeners]
-    return list(zip(world.addresses, ports if len(ports) > 1 else ports * len(world.addresses), strict=True))
 
 
 def _limit_sends(connection: socket.socket, timeout_s: float) -> None:

@@ -6,17 +6,19 @@ connection begins with a proof from both sides (`meeting.py`).
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import secrets
+import socket
 from dataclasses import dataclass
 
 import mlx.core as mx
 import msgspec
 import numpy as np
 
-from hippo_mpi.environment import RUN_KEY
-from hippo_mpi.errors import RankError
+from hippo_mpi.environment import CONTROL, RUN_KEY
+from hippo_mpi.errors import LaunchError, RankError
 from hippo_mpi.transport.run_key import given_key
 from hippo_mpi.transport.world import MAX_ADDRESSES, World
 
@@ -50,6 +52,27 @@ class _Introduction(msgspec.Struct, frozen=True):
     contact: Contact
     proof: str = ""
     key: str = ""
+
+
+def listen(world: World, stack: contextlib.ExitStack) -> list[socket.socket]:
+    """Return sockets at which the other ranks call; the stack closes them.
+
+    Raises:
+        LaunchError: an address isn't this host's.
+    """
+    listeners = []
+    for address in world.addresses if world.backend == "ring" else [""]:
+        try:
+            listeners.append(stack.enter_context(socket.create_server((address, 0), backlog=world.size + 1)))
+        except OSError as error:
+            raise LaunchError(f"{world.name} can't be called at {address}: {error.strerror} ({CONTROL})") from None
+    return listeners
+
+
+def places_of(world: World, listeners: list[socket.socket]) -> list[tuple[str, int]]:
+    """Return the addresses and ports at which a rank with these listeners is reached."""
+    ports = [listener.getsockname()[1] for listener in listeners]
+    return list(zip(world.addresses, ports if len(ports) > 1 else ports * len(world.addresses), strict=True))
 
 
 def introduce(world: World, places: list[tuple[str, int]]) -> tuple[bytes, list[Contact]]:
