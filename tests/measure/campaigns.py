@@ -9,11 +9,13 @@ from tests.histories.campaign import run_campaign
 from tests.measure.hostile import measure_hostile
 from tests.measure.moments import WAYS, measure_moments
 from tests.measure.soak import measure_soak
+from tests.measure.starter import measure_starter
 
 CAMPAIGNS: dict[str, Callable[[argparse.Namespace], object]] = {
     "histories": lambda given: run_campaign(given.count or 200, given.seed, given.minutes),
     "moments": lambda given: measure_moments(given.count or 50, given.seed, given.ways),
     "hostile": lambda given: measure_hostile(given.count or 10_000, given.seed),
+    "starter": lambda given: measure_starter(given.count or 20, given.seed),
     "soak": lambda given: measure_soak(given.minutes or 30, given.seed, given.fault_every),
 }
 

@@ -10,6 +10,7 @@ What takes longer, with --count, --seed and --minutes (tests/measure/campaigns.p
 
 histories random sequences of faults against streams of every kind: what was lost or changed, with its seed
 moments   a rank killed or stopped at any moment of a run, under each way to start: what didn't end as it should
+starter   our starter over three hosts: its CPU, and how long ranks outlive it, its machine, or one of them
 hostile   hostile requests beside 8 normal streams: what they got, streams lost or changed, times between tokens
 soak      streams that come and go, and a fault a minute: errors, changed answers, memory, descriptors, tasks
 """
