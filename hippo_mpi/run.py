@@ -19,6 +19,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hippo_mpi.cluster.doctor import first_error
 from hippo_mpi.cluster.hostfile import Host, Hostfile, hostfile_of, read_hostfile
 from hippo_mpi.cluster.hosts import check_hosts, installed, knock
 from hippo_mpi.cluster.launch import Launch
@@ -28,7 +29,7 @@ from hippo_mpi.config.bundled import BUNDLED
 from hippo_mpi.config.parser import OptionsParser, option, read_given
 from hippo_mpi.config.serve_options import BACKENDS, StartOptions
 from hippo_mpi.config.yaml_file import ConfigFile, read_start, take_config, words_of
-from hippo_mpi.errors import HippoError, LaunchError, install_hint, print_error
+from hippo_mpi.errors import HippoError, LaunchError, RankError, install_hint, print_error
 from hippo_mpi.transport.ports import THIS_MACHINE, HeldPorts, new_loopback
 from hippo_mpi.transport.run_key import RunKey
 from hippo_mpi.transport.terminal import open_standard_streams
@@ -36,6 +37,7 @@ from hippo_mpi.transport.terminal import open_standard_streams
 HOSTFILE = BUNDLED / "hostfile"  # a checkout's
 RANKS = 2
 """Of this machine, where there is no hostfile either."""
+_HERE = Host(THIS_MACHINE, (THIS_MACHINE,))
 COMMANDS = [f"hippo_mpi.{name}" for name in ("generate", "chat", "batch", "benchmark", "models", "plan", "serve")]
 
 
@@ -77,29 +79,40 @@ def make_parser() -> OptionsParser[LaunchOptions]:
     )
 
 
-def make_job(options: LaunchOptions, rest: list[str], held: contextlib.ExitStack, key: RunKey) -> StartPlan | list[str]:
-    """Return what our starter is to do, or mlx.launch's command line for MPI. Ports are `held`; the hosts let us in.
+def find_hosts(options: LaunchOptions, rest: list[str]) -> Hostfile:
+    """Return where ranks are to run, and by which backend, checked.
 
     Raises:
-        LaunchError: the hosts can't be used, or don't answer.
+        LaunchError: the hosts can't be used.
         UserError: the file of --config can't be read.
     """
     options, file = _with_file(options, rest)
-    hostfile = None if options.num_ranks is not None else _find_hosts(options, file)
-    here = Host(THIS_MACHINE, (THIS_MACHINE,))
-    hostfile = hostfile or Hostfile((here,) * (options.num_ranks or RANKS), "this machine")
-    hosts, backend = hostfile.hosts, options.backend or hostfile.backend or "ring"
-    hostfile.check(backend)
+    hostfile = None if options.num_ranks is not None else _named_hosts(options, file)
+    hostfile = hostfile or Hostfile((_HERE,) * (options.num_ranks or RANKS), "this machine")
+    hostfile = replace(hostfile, backend=options.backend or hostfile.backend or "ring")
+    hostfile.check(hostfile.backend or "")
     check_hosts(hostfile)
+    return hostfile
+
+
+def make_job(
+    options: LaunchOptions, hostfile: Hostfile, rest: list[str], held: contextlib.ExitStack, key: RunKey
+) -> StartPlan | list[str]:
+    """Return what our starter is to do, or mlx.launch's command line for MPI. Ports are `held`; the hosts let us in.
+
+    Raises:
+        LaunchError: a host doesn't answer, or there are no ports.
+    """
+    hosts, backend = hostfile.hosts, hostfile.backend or "ring"
     knock(hostfile, key if backend == "mpi" else None)
     if backend == "mpi":
         if not shutil.which("mpirun"):
             raise LaunchError(f"--backend mpi needs mpirun, which isn't here: {install_hint('mpi')}")
         on = ["--hostfile", _write_hosts(hostfile, held), "--backend", backend]
         return [installed("mlx.launch"), *on, "--", installed(options.command), *rest]
-    if set(hosts) == {here}:
+    if set(hosts) == {_HERE}:
         # The ring of ranks of this machine is one that no stranger meets by chance.
-        hosts = (replace(here, ips=(new_loopback(),)),) * len(hosts)
+        hosts = (replace(_HERE, ips=(new_loopback(),)),) * len(hosts)
     num_ports = sum(len(host.ips) for host in hosts) if backend == "ring" else 1
     if (options.starting_port or 0) + num_ports > 1 << 16:
         raise LaunchError(f"--starting-port {options.starting_port} leaves no {num_ports} ports up to 65535")
@@ -119,7 +132,7 @@ def _with_file(options: LaunchOptions, rest: list[str]) -> tuple[LaunchOptions, 
     return replace(options, backend=options.backend or told.get("backend")), file
 
 
-def _find_hosts(options: LaunchOptions, file: ConfigFile) -> Hostfile | None:
+def _named_hosts(options: LaunchOptions, file: ConfigFile) -> Hostfile | None:
     """Return the hosts of the hostfile, or of the file of --config; None: there are none."""
     if options.hostfile is not None:
         return read_hostfile(options.hostfile)
@@ -152,8 +165,10 @@ def main() -> None:
         if "--version" in rest:
             sys.exit(subprocess.run([installed(options.command), "--version"]).returncode)
         with contextlib.ExitStack() as held:
-            key = RunKey()
-            code = Launch().run(make_job(options, rest, held, key), key)
+            hostfile, key = find_hosts(options, rest), RunKey()
+            code = Launch().run(make_job(options, hostfile, rest, held, key), key)
+        if code == RankError.exit_code and (finding := first_error(hostfile)):
+            print_error(f"{finding.check} on {finding.host}: {finding.found}; {finding.fix}")
     except HippoError as error:
         print_error(str(error))
         code = error.exit_code

@@ -9,17 +9,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi.cluster.checks import ERROR, Finding
+from hippo_mpi.cluster.checks import ERROR, Finding, diagnose
 from hippo_mpi.cluster.facts import Facts, Probed, read_facts
-from hippo_mpi.cluster.hostfile import Host
+from hippo_mpi.cluster.hostfile import Host, Hostfile
+from hippo_mpi.cluster.remote import ask
 from hippo_mpi.errors import RankError, UserError
+from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.units import show_bytes
 
+_TIMEOUT_S = 5.0  # for hosts to answer after a run that has failed
 # What tells one machine or person from another; each becomes a number, the same everywhere.
 _PRIVATE = re.compile(
     r"(?P<mac>\b(?:[0-9a-f]{2}:){5}[0-9a-f]{2}\b)|(?P<uuid>\b[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\b)"
     r"|(?<=/home/)(?P<user>[\w.-]+)|(?<=/Users/)(?P<account>[\w.-]+)|(?P<id>\b[0-9a-f]{32}\b)"
 )
+
+
+def first_error(hostfile: Hostfile) -> Finding | None:
+    """Return what keeps ranks of several hosts from working, after a run that has failed; None if nothing is found."""
+    if all(host.ssh == THIS_MACHINE for host in hostfile.hosts):
+        return None
+    found = diagnose(ask(hostfile, (), _TIMEOUT_S))
+    return found[0] if found and found[0].weight == ERROR else None
 
 
 def lines_of(hosts: Sequence[Probed], findings: Sequence[Finding]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests import ranks
-from tests.cabled_hosts import CAN_MAKE, SSHD, WHY_NOT, Host, cabled_hosts, reached_by_ssh
+from tests.cabled_hosts import CAN_MAKE, SSHD, WHY_NOT, Host, cabled_hosts, cut, reached_by_ssh
 from tests.ranks import Rank
 from tests.spmd.test_faults import endless
 
@@ -73,7 +73,8 @@ class Cluster:
 
 
 def _is_rank(entry: Path) -> bool:
-    return b"hippo_mpi.generate" in (entry / "cmdline").read_bytes()
+    words = (entry / "cmdline").read_bytes()
+    return b"hippo_mpi.generate" in words or b"hippo_mpi.serve" in words
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,47 @@ def test_nothing_outlives_the_starter(who: str, tmp_path: Path) -> None:
         for pid in {"run": [running.process.pid], "starter": starters}.get(who, []):
             os.kill(pid, signal.SIGKILL)
         assert not ranks.await_end([pids[2]] if "machine" in who else pids, GONE_S + 0.5)
+
+
+def test_a_start_that_fails_says_what_the_doctor_finds(tmp_path: Path) -> None:
+    """Two hosts were cabled, and no longer are: ssh goes another way, and lets us in."""
+    with cluster(tmp_path) as three:
+        cut(three.hosts[1], three.hosts[2])
+        with three.run("--max-tokens", "3", "--start-timeout", "5", "--timeout", "4") as running:
+            assert running.wait() == 3
+        told = [line for line in running.err.splitlines() if line.startswith("error: ")]
+        assert "rank" in told[0] and re.match(
+            r"error: (link-down|address-missing) on mini[12]: .*10\.205\.1\.", told[-1]
+        )
+
+
+def test_a_server_goes_on_without_a_rank_that_is_stopped(tmp_path: Path) -> None:
+    """On another host, where it would stay for ever."""
+    with cluster(tmp_path) as three:
+        serve = [
+            sys.executable,
+            "-m",
+            "hippo_mpi.serve",
+            "--port",
+            "0",
+            "--hostfile",
+            str(three.hostfile),
+            "--timeout",
+            "4",
+        ]
+        with ranks.single(three.hosts[0].command(serve), env=three.env) as running:
+            running.await_output(" is loaded after ", "stderr")
+            pids = three.rank_pids
+            os.kill(pids[2], signal.SIGSTOP)
+            ends_s = time.monotonic() + 60
+            while running.err.count(" is loaded after ") < 2 and time.monotonic() < ends_s:
+                time.sleep(0.1)
+            assert running.err.count(" is loaded after ") == 2 and "rank 2 (mini2) answered last" in running.err
+            assert not ranks.await_end(pids, GONE_S)
+            again = three.rank_pids
+            running.process.terminate()
+            assert running.wait() == 0
+            assert len(again) == 3 and not ranks.await_end(again, GONE_S)
 
 
 def test_a_host_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_the_launcher_starts_on_the_hosts_of_the_file(tmp_path: Path) -> None:
     path.write_text('hosts:\n  - {ssh: 127.0.0.1, ips: ["127.0.0.1"]}\n  - {ssh: 127.0.0.1, ips: [127.0.0.1]}\n')
     with contextlib.ExitStack() as held:
         options, rest = run.make_parser().read_known(["--config", str(path), "--prompt", "x"])
-        job = run.make_job(options, rest, held, RunKey())
+        job = run.make_job(options, run.find_hosts(options, rest), rest, held, RunKey())
         assert isinstance(job, StartPlan) and [rank.host for rank in job.ranks] == ["127.0.0.1"] * 2
         assert job.words == ["-m", "hippo_mpi.generate", "--config", str(path), "--prompt", "x"]
 
@@ -275,7 +275,7 @@ def test_one_file_of_options(module: Any, config: Path) -> None:
         if module is serve:
             serve.read_command_line(words)
         elif module is run:
-            run.make_job(run.make_parser().read([]), words, contextlib.ExitStack(), RunKey())
+            run.find_hosts(run.make_parser().read([]), words)
         elif module in (models, page):
             module.make_parser().read(words)
         else:
@@ -354,7 +354,7 @@ def test_only_people_are_asked(is_person: bool, capsys: pytest.CaptureFixture[st
 def job_of(path: Path, *words: str) -> StartPlan:
     with contextlib.ExitStack() as held:
         options, rest = run.make_parser().read_known(["--config", str(path), *words])
-        job = run.make_job(options, rest, held, RunKey())
+        job = run.make_job(options, run.find_hosts(options, rest), rest, held, RunKey())
     assert isinstance(job, StartPlan)
     return job
 
