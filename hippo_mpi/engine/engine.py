@@ -86,7 +86,8 @@ class Engine:
         self._scheduler = Scheduler(runner.depth, limits, prefixes, serials)
         self.limits = limits
         self._sequences: dict[int, Sequence] = {}
-        self._compiling: dict[int, tuple[Request, Compiling]] = {}  # requests whose grammar isn't compiled yet
+        self._arrivals = count()
+        self._compiling: dict[int, tuple[Request, int, Compiling]] = {}  # whose grammar isn't compiled yet, by arrival
         self._ended_early: list[RequestOutput] = []  # to be returned by the next step
         newline = list(tokenizer.encode("\n", add_special_tokens=False))
         self._special_tokens = newline + list(tokenizer.eos_token_ids)
@@ -114,19 +115,20 @@ class Engine:
         check_request(request.prompt, request.sampling, self._max_context, self._vocab_size)
         allowed = min(request.sampling.max_tokens, self._max_context - len(request.prompt))
         request = replace(request, sampling=replace(request.sampling, max_tokens=allowed))
+        arrival = next(self._arrivals)
         if request.sampling.grammar is None:
-            self._queue(request)
+            self._queue(request, arrival)
             return
         self.on_begin([request.id])
-        self._compiling[request.id] = request, self._grammars.compile(request.sampling.grammar)
+        self._compiling[request.id] = request, arrival, self._grammars.compile(request.sampling.grammar)
 
-    def _queue(self, request: Request, grammar: GrammarMask | None = None) -> None:
+    def _queue(self, request: Request, arrival: int, grammar: GrammarMask | None = None) -> None:
         thinking = Thinking(self._tokenizer, request.prompt, request.sampling.max_thinking_tokens)
         end_tokens = sorted(self._tokenizer.eos_token_ids)
         sampler = TokenSampler(request.sampling, self._special_tokens, self._vocab_size, thinking, grammar, end_tokens)
         timings = Timings(prompt_tokens=len(request.prompt))
         text = AnswerText(self._tokenizer, request.prompt if request.sampling.keep_space else ())
-        sequence = Sequence(request, list(request.prompt), sampler, text, timings)
+        sequence = Sequence(request, list(request.prompt), sampler, text, timings, arrival)
         if request.sampling.max_repeats:
             sequence.repetition = RepetitionDetector(request.sampling.max_repeats)
         if request.resume is not None:
@@ -135,17 +137,17 @@ class Engine:
         self._scheduler.add(sequence)
 
     def _queue_compiled(self) -> None:
-        for number, (request, compiling) in list(self._compiling.items()):
+        for number, (request, arrival, compiling) in list(self._compiling.items()):
             if compiling.is_due:
                 del self._compiling[number]
                 try:
-                    self._queue(request, compiling.mask())
+                    self._queue(request, arrival, compiling.mask())
                 except Exception as error:
                     self._ended_early.append(_failed(number, Timings(prompt_tokens=len(request.prompt)), error))
 
     def _await_grammar(self) -> None:
         """Wait until one of the grammars is compiled, but no longer than one poll interval."""
-        wait([compiling.matcher for _, compiling in self._compiling.values()], _POLL_INTERVAL_S, "FIRST_COMPLETED")
+        wait([compiling.matcher for _, _, compiling in self._compiling.values()], _POLL_INTERVAL_S, "FIRST_COMPLETED")
         self._runner.note_progress("compiling grammars")
 
     def abort(self, request_id: int) -> None:
@@ -154,8 +156,8 @@ class Engine:
         if sequence is not None and self._scheduler.abort(sequence):
             self._ended_early.append(self._ended(sequence))
         if request_id in self._compiling:
-            request, compiling = self._compiling.pop(request_id)
-            if all(other is not compiling for _, other in self._compiling.values()):
+            request, _, compiling = self._compiling.pop(request_id)
+            if all(other is not compiling for _, _, other in self._compiling.values()):
                 self._grammars.forget(compiling)
             timings = Timings(prompt_tokens=len(request.prompt))
             self._ended_early.append(RequestOutput(request_id, "", None, timings, finish_reason="abort"))

@@ -136,6 +136,7 @@ class Sequence:
     sampler: Any  # engine.sampling.TokenSampler
     detokenizer: Any
     timings: Timings
+    arrival: int = 0  # how many requests came before
     slot: int = -1  # given when the request is admitted
     position: int = 0
     emitted_chars: int = 0

@@ -90,8 +90,11 @@ class Scheduler:
     # ---- changes
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence."""
-        self._waiting.append(sequence)
+        """Queue a sequence in order of arrival: one whose grammar had to be compiled doesn't lose its place by that."""
+        place = len(self._waiting)
+        while place and self._waiting[place - 1].arrival > sequence.arrival:
+            place -= 1
+        self._waiting.insert(place, sequence)
 
     def abort(self, sequence: Sequence) -> bool:
         """Remove a sequence; False if it is in flight, in which case `commit` removes it later."""

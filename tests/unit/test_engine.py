@@ -595,6 +595,23 @@ def test_an_answer_follows_its_grammar(checkpoint: Checkpoint, tokenizer: Tokeni
     assert {bench.tokens[0][-1], other.tokens[1][-1]} <= set(words.eos_token_ids)
 
 
+def test_a_request_keeps_its_place_while_its_grammar_is_compiled(
+    checkpoint: Checkpoint, tokenizer: TokenizerWrapper
+) -> None:
+    """Else, where more come than can be answered, those that wait would be passed by at each new start of the ranks."""
+    story, words = open_folder(BUNDLED_MODEL), open_tokenizer(BUNDLED_MODEL, [4, 0], (), False)
+    bench = Bench(story, words, [12], max_batch_size=1)
+    ask(bench, 0, prompt_of(1, 9), max_tokens=60)
+    bench.engine.add(Request(1, [9, 10, 11], SamplingParams(max_tokens=3, grammar=json_grammar({"type": "boolean"}))))
+    for number in range(2, 6):
+        ask(bench, number, prompt_of(number, 9), max_tokens=3)
+    while bench.engine._compiling:
+        bench.note(bench.engine.step())
+    assert not bench.reasons.get(0), "the first has ended before the grammar was compiled"
+    begun = [output.request_id for output in bench.engine.run()]
+    assert list(dict.fromkeys(begun)) == [0, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("sampling", [{}, {"temp": 1.0, "seed": 5, "top_p": 0.9, "repetition_penalty": 1.2}], ids=str)
 def test_an_answer_goes_on_where_it_was(
     checkpoint: Checkpoint, tokenizer: TokenizerWrapper, sampling: dict[str, Any]
