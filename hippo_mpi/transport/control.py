@@ -30,7 +30,7 @@ import msgspec
 from hippo_mpi.errors import ForeignError, HippoError, RankError, UserError, print_error
 from hippo_mpi.transport.frames import FrameReader, framed, read_frame
 from hippo_mpi.transport.handshake import introduce, listen, places_of
-from hippo_mpi.transport.meeting import Meeting
+from hippo_mpi.transport.meeting import Meeting, in_own_thread
 from hippo_mpi.transport.processes import kill_rank_if_stopped, kill_stopped_ranks
 from hippo_mpi.transport.pulse import Activity, Pulse
 from hippo_mpi.transport.rank_messages import Beat, Bye, Failure, RankMessage, Report, decode_message, encode
@@ -233,7 +233,9 @@ class Control:
                 calls["star"] = 0, contacts[0].places_from(world)
             expected = {("ring", predecessor)}
             expected |= {("star", rank) for rank in range(1, world.size)} if world.rank == 0 else set()
-            made, found = Meeting(key, world.rank, self._names).run(listeners, calls, expected, timeout_s)
+            made, found = in_own_thread(
+                Meeting(key, world.rank, self._names).meet(listeners, calls, expected, timeout_s)
+            )
         self._next, self._previous = made["ring"], found.pop(("ring", predecessor))
         self._star |= {0: made["star"]} if world.rank > 0 else {rank: one for (_, rank), one in found.items()}
         for connection in (self._next, *self._star.values()):

@@ -58,7 +58,7 @@ class Meeting:
         self._expected: set[Caller] = set()
         self._all_found = asyncio.Event()
 
-    def run(
+    async def meet(
         self,
         listeners: Sequence[socket.socket],
         calls: Mapping[str, tuple[int, Sequence[tuple[str, int]]]],
@@ -79,15 +79,6 @@ class Meeting:
         Raises:
             RankError: a rank can't be reached, or doesn't call in time.
         """
-        return _in_own_thread(self._meet(listeners, calls, expected, timeout_s))
-
-    async def _meet(
-        self,
-        listeners: Sequence[socket.socket],
-        calls: Mapping[str, tuple[int, Sequence[tuple[str, int]]]],
-        expected: set[Caller],
-        timeout_s: float,
-    ) -> tuple[dict[str, socket.socket], dict[Caller, socket.socket]]:
         self._expected = expected
         accepting = [asyncio.create_task(self._accept(listener)) for listener in listeners]
         calling = {
@@ -252,7 +243,7 @@ async def _end(tasks: Sequence[asyncio.Task[_T]]) -> list[_T]:
     return [result for result in ended if not isinstance(result, BaseException)]
 
 
-def _in_own_thread(work: Coroutine[Any, Any, _T]) -> _T:
+def in_own_thread(work: Coroutine[Any, Any, _T]) -> _T:
     """Run a coroutine to its end, in a thread of its own: a script that calls us may itself be in an event loop."""
     found: Future[_T] = Future()
 

@@ -15,7 +15,7 @@ import pytest
 from hippo_mpi.errors import LaunchError, RankError
 from hippo_mpi.transport import world as worlds
 from hippo_mpi.transport.frames import framed, read_frame
-from hippo_mpi.transport.meeting import Meeting
+from hippo_mpi.transport.meeting import Meeting, in_own_thread
 from hippo_mpi.transport.world import Launch, control_addresses
 
 NAMES = ["rank 0 (here)", "rank 1 (here)", "rank 2 (there)"]
@@ -46,12 +46,12 @@ def place_of(listening: socket.socket) -> Place:
 
 def call(kind: str, rank: int, *places: Place, key: bytes = b"key", timeout_s: float = 5.0) -> socket.socket:
     """The connection of a rank that calls rank 0."""
-    return Meeting(key, rank, NAMES).run([], {kind: (0, places)}, set(), timeout_s)[0][kind]
+    return in_own_thread(Meeting(key, rank, NAMES).meet([], {kind: (0, places)}, set(), timeout_s))[0][kind]
 
 
 def take(listening: socket.socket, timeout_s: float = 10.0) -> dict[tuple[str, int], socket.socket]:
     """The connections of all who call rank 0."""
-    return Meeting(b"key", 0, NAMES).run([listening], {}, EXPECTED, timeout_s)[1]
+    return in_own_thread(Meeting(b"key", 0, NAMES).meet([listening], {}, EXPECTED, timeout_s))[1]
 
 
 @contextlib.contextmanager
@@ -145,7 +145,7 @@ def test_the_right_one_of_several_addresses_is_found(listener: socket.socket) ->
 
         def answer_with_another_key() -> None:
             with contextlib.suppress(RankError):
-                Meeting(b"another", 0, NAMES).run([other_run], {}, EXPECTED, 2.0)
+                in_own_thread(Meeting(b"another", 0, NAMES).meet([other_run], {}, EXPECTED, 2.0))
 
         threads = [threading.Thread(target=one) for one in (talk, answer_with_another_key)]
         for thread in threads:

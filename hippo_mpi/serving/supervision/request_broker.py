@@ -38,6 +38,7 @@ from hippo_mpi.serving.supervision.messages import (
     read_report,
 )
 from hippo_mpi.serving.supervision.suspects import is_suspect, may_begin
+from hippo_mpi.serving.supervision.wanted_models import WantedModels
 from hippo_mpi.units import count_of, show_layers, waiting_requests
 
 _log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class RequestBroker:
         self._writer: asyncio.StreamWriter | None = None
         self.model = model  # which the ranks hold, or are started with
         self._model_before: str | None = None  # the one to return to if the present one can't be loaded
-        self._wanted: list[tuple[str, asyncio.Future[None]]] = []  # models to load without a request
+        self._wanted = WantedModels()
         self.turn_is_over = asyncio.Event()
         self._abouts: dict[str, Ready] = {}
         self.machines: list[Machine] = []  # memory budgets of the ranks that were ready last
@@ -197,9 +198,8 @@ class RequestBroker:
         Raises:
             UserError: it can't be loaded.
         """
-        loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._note_wanted(model)
-        self._wanted.append((model, loaded))
+        loaded = self._wanted.add(model)
         self._advance()
         await loaded
 
@@ -209,7 +209,7 @@ class RequestBroker:
         """Send the ranks what may begin, or signal that it is another model's turn."""
         if self._writer is None:
             return
-        self._answer_wanted(self.model)
+        self._wanted.answer(self.model)
         if self._next_model() is None:
             self._begin_all()
         elif not self._begun:
@@ -222,7 +222,7 @@ class RequestBroker:
 
     def _next_model(self) -> str | None:
         """Return the model that is waited for longest, if it isn't the present one."""
-        waited_for = [model for model, _ in self._wanted] + [answer.model for answer in self._answers.values()]
+        waited_for = self._wanted.names + [answer.model for answer in self._answers.values()]
         return next((model for model in waited_for if model != self.model), None)
 
     def _begin_all(self) -> None:
@@ -238,21 +238,10 @@ class RequestBroker:
         self._at_work.discard(number)
         self._advance()
 
-    def _answer_wanted(self, model: str, error: UserError | None = None) -> None:
-        """Tell those who wait for a model that it is loaded, or why it can't be."""
-        for name, loaded in self._wanted:
-            if name == model and not loaded.done():
-                if error is None:
-                    loaded.set_result(None)
-                else:
-                    loaded.set_exception(error)
-        self._wanted = [(name, loaded) for name, loaded in self._wanted if name != model and not loaded.done()]
-
     def take_turn(self) -> bool:
         """Switch to the next model if it is its turn; return whether it is."""
         is_due = self.turn_is_over.is_set() or not any(a.model == self.model for a in self._answers.values())
         self.turn_is_over.clear()
-        self._wanted = [(name, loaded) for name, loaded in self._wanted if not loaded.done()]  # some have gone
         other = self._next_model()
         if other is None or not is_due:
             self._advance()
@@ -273,7 +262,7 @@ class RequestBroker:
         if self._was_loaded or self._model_before is None:
             return False
         error = UserError(f"the model {self.model!r} can't be loaded: {why}")
-        self._answer_wanted(self.model, error)
+        self._wanted.answer(self.model, error)
         for answer in list(self._answers.values()):
             if answer.model == self.model:
                 self._fail(answer, error)
@@ -295,7 +284,7 @@ class RequestBroker:
         self._num_failed_starts += not self.was_ready
         if self._num_failed_starts > most_failures:
             in_vain = f"its ranks have ended {self._num_failed_starts} times while they loaded it, last: {why}"
-            self._answer_wanted(self.model, UserError(f"the model {self.model!r} can't be loaded: {in_vain}"))
+            self._wanted.answer(self.model, UserError(f"the model {self.model!r} can't be loaded: {in_vain}"))
         at_work = {*self._at_work, *({self._taking} - {None})}
         for number, answer in list(self._answers.items()):
             if answer.model != self.model:
