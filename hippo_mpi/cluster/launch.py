@@ -15,7 +15,7 @@ from pathlib import Path
 from hippo_mpi.cluster.launcher_messages import LauncherMessages
 from hippo_mpi.cluster.start_plan import START, StartPlan
 from hippo_mpi.environment import CONSOLE, STATUS_FILE
-from hippo_mpi.errors import LaunchError, RankError
+from hippo_mpi.errors import LaunchError, RankError, print_error
 from hippo_mpi.transport.console import Console
 from hippo_mpi.transport.run_key import RunKey
 from hippo_mpi.transport.status_file import read_status
@@ -69,10 +69,13 @@ class Launch:
                 return 128 + self._ended_by
             if rank_0_status := read_status(status):
                 return rank_0_status[0]
-            messages.show()  # rank 0 left no status: the launcher's own messages may say why
-            if self._is_starter and self._launcher.returncode > 0:
-                return self._launcher.returncode
-            return RankError.exit_code if self._console.pid else self._launcher.returncode or 1
+            told = messages.show()  # rank 0 left no status: the launcher's own messages may say why
+            code = self._launcher.returncode
+            if self._is_starter and code > 0:
+                return code
+            if not told and (code or self._console.pid):
+                print_error(f"rank 0 ended without a word, and its launcher with status {code}")
+            return RankError.exit_code if self._console.pid else code or 1
 
     def _start(self, job: StartPlan | list[str], given: dict[str, str], key: RunKey) -> subprocess.Popen[bytes]:
         """Start a launcher, in a process group of its own, so that the terminal's Ctrl-C doesn't reach it.

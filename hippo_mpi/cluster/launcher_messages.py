@@ -43,11 +43,11 @@ class LauncherMessages:
         """Wait until all is read, at most _JOIN_TIMEOUT_S: a rank that outlives its launcher keeps the pipe open."""
         self._thread.join(_JOIN_TIMEOUT_S)
 
-    def show(self) -> None:
-        """Print the held messages, unless a rank has printed an error."""
-        if self._errors:
-            return
-        sys.stderr.write("".join(f"{line}\n" for line in self._kept))
+    def show(self) -> bool:
+        """Print the held messages, unless a rank has printed an error; return whether either has said something."""
+        if not self._errors:
+            sys.stderr.write("".join(f"{line}\n" for line in self._kept))
+        return bool(self._errors or self._kept)
 
     def _read(self) -> None:
         with open(self._descriptor, errors="replace", newline="\n", closefd=False) as lines:
