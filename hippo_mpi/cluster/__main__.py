@@ -3,6 +3,7 @@
 hippo_mpi.cluster doctor --hostfile hosts.json                # what is wrong with them, and what to do
 hippo_mpi.cluster doctor mini2.local anna@mini3.local         # of hosts that are in no hostfile yet
 hippo_mpi.cluster doctor --save report.json                   # for a bug report; --from judges it again
+hippo_mpi.cluster convert $PBS_NODEFILE --to mlx              # lists of hosts of other launchers
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from hippo_mpi.cluster import doctor
 from hippo_mpi.cluster.checks import NAMES, diagnose
+from hippo_mpi.cluster.host_formats import FORMATS, read_any, written
 from hippo_mpi.cluster.hostfile import Hostfile, hostfile_of, read_hostfile
 from hippo_mpi.cluster.remote import ask
 from hippo_mpi.config import checks
@@ -21,16 +23,27 @@ from hippo_mpi.config.parser import OptionsParser, option
 from hippo_mpi.errors import HippoError, UserError, print_error
 from hippo_mpi.transport.ports import THIS_MACHINE
 
-_VERBS = ("doctor",)
+_VERBS = ("doctor", "convert")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterOptions:
     """All options of hippo_mpi.cluster."""
 
-    verb: str = option("", "doctor: say what is wrong with hosts, and what to do", "verb", choices=_VERBS)
+    verb: str = option(
+        "",
+        "doctor: say what is wrong with hosts, and what to do; convert: print a list of hosts in another format",
+        "verb",
+        choices=_VERBS,
+    )
     hosts: Sequence[str] = option(
-        (), "hosts beside this one, as ssh knows them, instead of a hostfile", "hosts", nargs="*"
+        (),
+        "doctor: hosts beside this one, as ssh knows them, instead of a hostfile; convert: the file",
+        "hosts",
+        nargs="*",
+    )
+    to: str = option(
+        "mlx", "format to convert to: openmpi, mpich, lines (a host a line, as of PBS), or mlx", choices=FORMATS
     )
     hostfile: Path | None = option(None, "JSON list of hosts, as for mlx.launch", check=Path, metavar="FILE")
     starting_port: int | None = option(
@@ -85,10 +98,23 @@ def examine(options: ClusterOptions) -> int:
     return doctor.exit_code(hosts, findings)
 
 
+def convert(options: ClusterOptions) -> int:
+    """Print a list of hosts in another format; return the exit status.
+
+    Raises:
+        UserError: there isn't one file, or it names no hosts.
+    """
+    if len(options.hosts) != 1:
+        raise UserError("convert takes one file: hippo_mpi.cluster convert FILE --to FORMAT")
+    print(written(read_any(Path(options.hosts[0])), options.to), end="")
+    return 0
+
+
 def main() -> None:
     """Run the command and exit with its status."""
     try:
-        code = examine(make_parser().read())
+        options = make_parser().read()
+        code = convert(options) if options.verb == "convert" else examine(options)
     except HippoError as error:
         print_error(str(error))
         code = error.exit_code

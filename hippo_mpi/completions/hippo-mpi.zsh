@@ -179,6 +179,7 @@ _shtab_hippo_mpi_chat_defaults_added=0
 _shtab_hippo_mpi_cluster_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of this and of mlx-lm, and stop]"
+  "--to[format to convert to\: openmpi, mpich, lines (a host a line, as of PBS), or mlx (default\: mlx)]:to:(mlx openmpi mpich lines)"
   "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:_files"
   "--starting-port[look whether this port and those of the other ranks are free]:starting_port:"
   "--check[only these checks, by their names]:NAME:(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ address-missing address-clash self-assigned vpn-path wrong-interface link-down mtu-differs port-taken names-same stale-ranks disk-full memory-taken open-files fast-synch clock)"
@@ -186,8 +187,8 @@ _shtab_hippo_mpi_cluster_options=(
   "--json[print a JSON object]"
   "--save[write what the hosts answered to this file, without what is private]:FILE:_files"
   "--from[judge what --save has written, instead of asking]:FILE:_files"
-  ":doctor\: say what is wrong with hosts, and what to do:(doctor)"
-  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+  ":doctor\: say what is wrong with hosts, and what to do\; convert\: print a list of hosts in another format:(doctor convert)"
+  "(*)::doctor\: hosts beside this one, as ssh knows them, instead of a hostfile\; convert\: the file:"
 )
 
 # guard to ensure default positional specs are added only once per session
