@@ -94,6 +94,8 @@ class Engine:
         self.on_prefill: Callable[[int, int], None] = lambda done, total: None
         self.on_begin: Callable[[list[int]], None] = lambda request_ids: None
         """Called with the ids of requests just before their first step, or their grammar, is computed."""
+        self.on_wait: Callable[[int], None] = lambda request_id: None
+        """Called with the id of a request whose grammar has been compiled, and which waits for its first step."""
 
     @property
     def is_idle(self) -> bool:
@@ -142,6 +144,7 @@ class Engine:
                 del self._compiling[number]
                 try:
                     self._queue(request, arrival, compiling.mask())
+                    self.on_wait(number)
                 except Exception as error:
                     self._ended_early.append(_failed(number, Timings(prompt_tokens=len(request.prompt)), error))
 

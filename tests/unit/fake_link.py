@@ -10,7 +10,17 @@ from hippo_mpi.engine.messages import ErrorMessage, OutputMessage
 from hippo_mpi.engine.request import FinishReason, Request, SamplingParams
 from hippo_mpi.errors import HippoError
 from hippo_mpi.serving.supervision.answer import Told
-from hippo_mpi.serving.supervision.messages import Add, Beat, Begun, Ready, Refused, Taking, line_of, read_order
+from hippo_mpi.serving.supervision.messages import (
+    Add,
+    Beat,
+    Begun,
+    Ready,
+    Refused,
+    Taking,
+    Waiting,
+    line_of,
+    read_order,
+)
 from hippo_mpi.serving.supervision.request_broker import RequestBroker
 
 MAX_CONTEXT = VOCAB_SIZE = 100
@@ -25,6 +35,10 @@ def output(
     number: int, token: int | None, text: str = "x", finish: FinishReason | None = None, state: int = 0
 ) -> bytes:
     return line_of(OutputMessage(number, text, token, finish_reason=finish, random_state=[state] if state else None))
+
+
+def waiting(number: int) -> bytes:
+    return line_of(Waiting(number))
 
 
 def begun(*numbers: int) -> bytes:

@@ -600,7 +600,9 @@ def test_a_request_keeps_its_place_while_its_grammar_is_compiled(
 ) -> None:
     """Else, where more come than can be answered, those that wait would be passed by at each new start of the ranks."""
     story, words = open_folder(BUNDLED_MODEL), open_tokenizer(BUNDLED_MODEL, [4, 0], (), False)
-    bench = Bench(story, words, [12], max_batch_size=1)
+    bench, told = Bench(story, words, [12], max_batch_size=1), list[str]()
+    bench.engine.on_begin = lambda numbers: told.extend(f"begins {number}" for number in numbers)
+    bench.engine.on_wait = lambda number: told.append(f"waits {number}")
     ask(bench, 0, prompt_of(1, 9), max_tokens=60)
     bench.engine.add(Request(1, [9, 10, 11], SamplingParams(max_tokens=3, grammar=json_grammar({"type": "boolean"}))))
     for number in range(2, 6):
@@ -610,6 +612,8 @@ def test_a_request_keeps_its_place_while_its_grammar_is_compiled(
     assert not bench.reasons.get(0), "the first has ended before the grammar was compiled"
     begun = [output.request_id for output in bench.engine.run()]
     assert list(dict.fromkeys(begun)) == [0, 1, 2, 3, 4, 5]
+    # While it waits, it isn't at work: no failure of the ranks is its own.
+    assert [line for line in told if line.endswith("1")] == ["begins 1", "waits 1", "begins 1"]
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temp": 1.0, "seed": 5, "top_p": 0.9, "repetition_penalty": 1.2}], ids=str)

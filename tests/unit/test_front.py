@@ -360,3 +360,21 @@ def test_what_can_not_be_told_to_the_ranks_leaves_nothing() -> None:
         await ranks.end()
 
     run(work())
+
+
+def test_a_request_that_waits_with_its_grammar_is_nobody_s_suspect() -> None:
+    """Else, in a long queue, each failure of the ranks would count against all that have a grammar."""
+
+    async def work() -> None:
+        front = RequestBroker(10, "m")
+        ranks = await ready_ranks(front)
+        running, waiting, compiling = ask(front), ask(front), ask(front)
+        for _ in range(2):
+            await ranks.end(fake_link.begun(0) + fake_link.begun(1) + fake_link.begun(2) + fake_link.waiting(1))
+            lose(front)
+            ranks = await ready_ranks(front)
+        assert [one.num_failures for one in (running, waiting, compiling)] == [2, 0, 2]
+        assert 1 in ranks.added
+        await ranks.end()
+
+    run(work())

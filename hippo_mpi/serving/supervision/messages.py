@@ -71,6 +71,12 @@ class Begun(msgspec.Struct, tag="begun", frozen=True):
     request_ids: list[int]
 
 
+class Waiting(msgspec.Struct, tag="waiting", frozen=True):
+    """A request that had begun, with its grammar, waits for its first step."""
+
+    request_id: int
+
+
 class Refused(msgspec.Struct, tag="refused", frozen=True):
     """A request has met an error, and ended."""
 
@@ -92,7 +98,7 @@ class Beat(msgspec.Struct, tag="beat", frozen=True):
     stalled_s: float
 
 
-Report = Ready | Taking | Begun | Refused | Beat | OutputMessage
+Report = Ready | Taking | Begun | Waiting | Refused | Beat | OutputMessage
 
 _encoder = msgspec.json.Encoder()
 read_order = msgspec.json.Decoder(Order).decode

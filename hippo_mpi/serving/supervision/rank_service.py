@@ -23,6 +23,7 @@ from hippo_mpi.serving.supervision.messages import (
     Refused,
     Report,
     Taking,
+    Waiting,
     line_of,
     read_order,
 )
@@ -46,6 +47,7 @@ class RankService:
         """Answer requests until the front is gone."""
         self._engine = engine
         engine.on_begin = lambda numbers: self._tell(Begun(numbers))
+        engine.on_wait = lambda number: self._tell(Waiting(number))
         self._tell(ready)
         while True:
             if engine.is_idle:

@@ -34,6 +34,7 @@ from hippo_mpi.serving.supervision.messages import (
     Refused,
     Report,
     Taking,
+    Waiting,
     line_of,
     read_report,
 )
@@ -343,6 +344,8 @@ class RequestBroker:
                 self._note(report)
             case Begun():
                 self._at_work.update(number for number in report.request_ids if number in self._answers)
+            case Waiting():
+                self._at_work.discard(report.request_id)
             case Taking():
                 self._taking = report.request_id
             case Refused():
