@@ -83,7 +83,7 @@ def test_a_model_whose_ranks_fail_once_is_loaded(tmp_path: Path) -> None:
 def test_the_shortest_deadline_is_longer_than_beats_are_apart() -> None:
     with ranks.single([SERVE, "--timeout", "0.9"]) as refused:
         assert refused.wait() == 2
-        assert "from 1 up" in refused.err
+        assert "from 1 to 1000000" in refused.err
     shortest = ServeOptions(timeout=1.0)
     assert _silence_s(shortest) >= 4 * BEAT_S
 
