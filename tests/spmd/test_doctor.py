@@ -186,13 +186,10 @@ def assert_named(findings: list[dict[str, Any]], case: Case, number: int, three:
 
 
 def test_nothing_is_wrong_with_hosts_that_are_well(three: Cluster) -> None:
-    """In one round trip each, and with nothing left behind on them."""
-    processes = subprocess.run(["ps", "-A", "-o", "pid="], capture_output=True, text=True).stdout
     code, said = doctor(three, "--starting-port", str(ranks.consecutive_ports(3)))
     assert code == 0 and not [one for one in said["findings"] if one["weight"] == "error"], said
     assert [host["answered"] for host in said["hosts"]] == [True] * 3
     assert {host["versions"]["mlx"] for host in said["hosts"]} == {said["hosts"][0]["versions"]["mlx"]}
-    assert processes
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -263,7 +260,8 @@ def test_what_was_saved_is_judged_alike_and_tells_nothing_private(three: Cluster
     assert (again.returncode, json.loads(again.stdout)["findings"]) == (code, said["findings"])
     text = saved.read_text()
     assert not re.search(r"\b(?:[0-9a-f]{2}:){5}[0-9a-f]{2}\b", text)
-    assert Path("/etc/machine-id").read_text().strip() not in text
+    machine = Path("/etc/machine-id")
+    assert not machine.exists() or not (own := machine.read_text().strip()) or own not in text
 
 
 def test_a_host_that_does_not_answer_takes_no_longer_than_it_may(three: Cluster) -> None:
