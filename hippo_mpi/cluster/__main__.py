@@ -3,6 +3,7 @@
 hippo_mpi.cluster doctor --hostfile hosts.json                # what is wrong with them, and what to do
 hippo_mpi.cluster doctor mini2.local anna@mini3.local         # of hosts that are in no hostfile yet
 hippo_mpi.cluster doctor --save report.json                   # for a bug report; --from judges it again
+hippo_mpi.cluster stop --hostfile hosts.json                  # ranks whose starter is gone
 hippo_mpi.cluster convert $PBS_NODEFILE --to mlx              # lists of hosts of other launchers
 """
 
@@ -13,17 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hippo_mpi.cluster import doctor
+from hippo_mpi.cluster import doctor, stop
 from hippo_mpi.cluster.checks import NAMES, diagnose
 from hippo_mpi.cluster.host_formats import FORMATS, read_any, written
 from hippo_mpi.cluster.hostfile import Hostfile, hostfile_of, read_hostfile
 from hippo_mpi.cluster.remote import ask
 from hippo_mpi.config import checks
 from hippo_mpi.config.parser import OptionsParser, option
-from hippo_mpi.errors import HippoError, UserError, print_error
+from hippo_mpi.errors import HippoError, RankError, UserError, print_error
 from hippo_mpi.transport.ports import THIS_MACHINE
 
-_VERBS = ("doctor", "convert")
+_VERBS = ("doctor", "stop", "convert")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +33,13 @@ class ClusterOptions:
 
     verb: str = option(
         "",
-        "doctor: say what is wrong with hosts, and what to do; convert: print a list of hosts in another format",
+        "doctor: say what is wrong with hosts, and what to do; stop: end ranks whose starter is gone; convert: print a list of hosts in another format",
         "verb",
         choices=_VERBS,
     )
     hosts: Sequence[str] = option(
         (),
-        "doctor: hosts beside this one, as ssh knows them, instead of a hostfile; convert: the file",
+        "doctor, stop: hosts beside this one, as ssh knows them, instead of a hostfile; convert: the file",
         "hosts",
         nargs="*",
     )
@@ -52,6 +53,7 @@ class ClusterOptions:
     check: Sequence[str] = option((), "only these checks, by their names", nargs="+", choices=NAMES, metavar="NAME")
     timeout: float = option(10.0, "seconds for a host to answer", check=checks.above_0)
     json: bool = option(False, "print a JSON object")
+    yes: bool = option(False, "stop: end them without asking")
     save: Path | None = option(
         None, "write what the hosts answered to this file, without what is private", check=Path, metavar="FILE"
     )
@@ -98,6 +100,32 @@ def examine(options: ClusterOptions) -> int:
     return doctor.exit_code(hosts, findings)
 
 
+def end_ranks(options: ClusterOptions) -> int:
+    """End ranks whose starter is gone, after a yes; return the exit status.
+
+    Raises:
+        UserError: the hosts aren't named in a way that can be read.
+    """
+    hosts = ask(_hostfile(options), (), options.timeout)
+    for host in hosts:
+        if host.facts is None:
+            print_error(f"{host.host.ssh} is not known: {host.error}")
+    commands = stop.commands_of(hosts)
+    for finding in diagnose(hosts, ["stale-ranks"]):
+        print(f"{finding.host}: {finding.found}")
+    if not commands:
+        print("there is no rank whose starter is gone")
+    elif not options.yes and input("end them? [y/N] ").strip().lower() not in ("y", "yes"):
+        print("nothing was ended")
+    else:
+        for name, command in commands.items():
+            if why := stop.end(command):
+                print_error(f"{name}: {why}")
+                return RankError.exit_code
+            print(f"{name}: ended")
+    return doctor.exit_code(hosts, [])
+
+
 def convert(options: ClusterOptions) -> int:
     """Print a list of hosts in another format; return the exit status.
 
@@ -114,7 +142,7 @@ def main() -> None:
     """Run the command and exit with its status."""
     try:
         options = make_parser().read()
-        code = convert(options) if options.verb == "convert" else examine(options)
+        code = {"doctor": examine, "stop": end_ranks, "convert": convert}[options.verb](options)
     except HippoError as error:
         print_error(str(error))
         code = error.exit_code

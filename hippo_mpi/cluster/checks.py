@@ -6,14 +6,15 @@ A check's name is stable, for --check and for people who search. It says which h
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from hippo_mpi.cluster.facts import Facts, Probed
+from hippo_mpi.cluster.facts import Facts, Probed, Process
 from hippo_mpi.cluster.remote import NO_PYTHON
 from hippo_mpi.transport.ports import THIS_MACHINE
-from hippo_mpi.units import show_bytes
+from hippo_mpi.units import count_of, show_bytes
 
 ERROR, WARNING = "error", "warning"
 _MIN_FREE_BYTES = 2 << 30
@@ -21,6 +22,8 @@ _MIN_OPEN_FILES = 1024
 _MOST_OFF_S = 5.0  # between clocks, beyond what the question took
 _VPN = ipaddress.IPv4Network("100.64.0.0/10")
 _LINK_LOCAL = ipaddress.IPv4Network("169.254.0.0/16")
+_RANK = re.compile(r"\S*python\S* (-m |\S*/)hippo_mpi\.(generate|chat|batch|benchmark)( |$)")
+_SHELL = re.compile(r"(^|/)((ba|da|z|fi|k)?sh|python[\d.]*)$")
 _SIMPLE_SHELLS = ("bash", "zsh")
 
 
@@ -241,13 +244,23 @@ def _names(hosts: Sequence[Probed]) -> Iterator[Finding]:
             )
 
 
+def stale_ranks(facts: Facts) -> list[Process]:
+    """Return the ranks of a host whose starter is gone, so that they are left to the system's first process.
+
+    In a container that may be a shell, whose own children they are.
+    """
+    if not facts.first_process or _SHELL.search(facts.first_process.split()[0]):
+        return []
+    return [one for one in facts.processes or () if one.parent == 1 and _RANK.match(one.command)]
+
+
 def _stale_ranks(hosts: Sequence[Probed]) -> Iterator[Finding]:
     for _, host, facts in known(hosts):
-        lost = [one for one in facts.processes or () if one.parent == 1 and "hippo_mpi.serve" not in one.command]
-        if lost:
+        if lost := stale_ranks(facts):
             pids = " ".join(str(one.pid) for one in lost)
-            found = f"{len(lost)} rank{'s' * (len(lost) > 1)} whose starter is gone (pid {pids})"
-            yield Finding("stale-ranks", host.host.ssh, found, f"if nobody needs them: kill {pids}", WARNING)
+            found = f"{count_of(len(lost), 'rank')} whose starter is gone (pid {pids})"
+            fix = "if nobody needs them: hippo_mpi.cluster stop, with the same hosts"
+            yield Finding("stale-ranks", host.host.ssh, found, fix, WARNING)
 
 
 def _room(hosts: Sequence[Probed]) -> Iterator[Finding]:

@@ -52,6 +52,8 @@ class Facts:
         reached: for each address that it should reach.
         taken: for each port that should be free and isn't, why.
         memory: total bytes, and those that are free; None: unknown.
+        processes: of ours.
+        first_process: the command of the process that lost ones are left to.
         machine: an id that no other machine has; None: unknown.
     """
 
@@ -72,6 +74,7 @@ class Facts:
     interfaces: tuple[Interface, ...] | None
     memory: tuple[int, int] | None
     processes: tuple[Process, ...] | None
+    first_process: str
     machine: str | None
 
     def interface_of(self, address: str) -> Interface | None:
@@ -122,6 +125,7 @@ def read_facts(raw: dict[str, Any]) -> Facts:
         (_linux_interfaces if is_linux else _macos_interfaces)(_output(outputs, "addresses")),
         _linux_memory(_output(outputs, "memory")) if is_linux else None,
         _processes(_output(outputs, "processes")),
+        _first_process(_output(outputs, "processes")),
         _output(outputs, "machine").strip() or None,
     )  # fmt: skip
 
@@ -181,3 +185,8 @@ def _processes(text: str) -> tuple[Process, ...] | None:
     return (
         tuple(Process(int(pid), int(parent), user, command) for pid, parent, user, _, command in ours) if text else None
     )
+
+
+def _first_process(text: str) -> str:
+    found = re.search(r"^\s*1\s+0\s+\S+\s+\S+\s+(.+)$", text, re.MULTILINE)
+    return found[1] if found else ""

@@ -185,10 +185,11 @@ _shtab_hippo_mpi_cluster_options=(
   "--check[only these checks, by their names]:NAME:(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ address-missing address-clash self-assigned vpn-path wrong-interface link-down mtu-differs port-taken names-same stale-ranks disk-full memory-taken open-files fast-synch clock)"
   "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
   "--json[print a JSON object]"
+  "--yes[stop\: end them without asking]"
   "--save[write what the hosts answered to this file, without what is private]:FILE:_files"
   "--from[judge what --save has written, instead of asking]:FILE:_files"
-  ":doctor\: say what is wrong with hosts, and what to do\; convert\: print a list of hosts in another format:(doctor convert)"
-  "(*)::doctor\: hosts beside this one, as ssh knows them, instead of a hostfile\; convert\: the file:"
+  ":doctor\: say what is wrong with hosts, and what to do\; stop\: end ranks whose starter is gone\; convert\: print a list of hosts in another format:(doctor stop convert)"
+  "(*)::doctor, stop\: hosts beside this one, as ssh knows them, instead of a hostfile\; convert\: the file:"
 )
 
 # guard to ensure default positional specs are added only once per session

@@ -45,7 +45,8 @@ def healthy(seed: int) -> list[Probed]:
             draw.choice(["Linux", "Darwin"]), "6.1", f"mini{rank}", draw.choice(["/bin/bash", "/bin/zsh"]), 1000.0 + draw.uniform(-1, 1),
             draw.choice([1024, 1 << 20, -1]), "/home/anna/.cache", draw.randrange(3, 900) * GIB, dict(VERSIONS), "", {},
             {address: "" for address in host.ips}, {on_cable(following): Reach(source, "")} if size > 1 else {}, {},
-            tuple(interfaces), (64 * GIB, 50 * GIB), (Process(7, 6, "anna", "python -m hippo_mpi.generate"),), f"{rank:032x}",
+            tuple(interfaces), (64 * GIB, 50 * GIB), (Process(7, 6, "anna", "python -m hippo_mpi.generate"), Process(8, 1, "anna", "python -m hippo_mpi.serve")),
+            draw.choice(["/sbin/init splash", "/sbin/launchd", "/usr/lib/systemd/systemd"]), f"{rank:032x}",
         )  # fmt: skip
         hosts.append(Probed(host, facts, asked_s=1000.0))
     return hosts
@@ -83,6 +84,11 @@ def test_what_is_wrong_is_named_on_its_host(check: str) -> None:
     assert (finding.check, finding.host) == (check, "mini1") and finding.found and finding.fix
     assert check in NAMES
     assert diagnose(hosts, ["ssh-noise"]) == []
+
+
+@pytest.mark.parametrize("first", ["", "sh -c run", "/bin/bash", "python3.12 -m x"])
+def test_a_container_s_own_ranks_are_watched(first: str) -> None:
+    assert diagnose(change(healthy(3), 1, first_process=first, **FIELDS["stale-ranks"])) == []
 
 
 def test_one_machine_under_two_names() -> None:
