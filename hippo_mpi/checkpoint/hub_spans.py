@@ -65,11 +65,11 @@ def _read_all(repo: str, commit: str, name: str, span: Span, on_progress: Callab
     Raises:
         OSError: the connection ends again and again.
     """
-    data = b""
+    data = bytearray()
     for _ in range(_TRIES):
         data += _read(repo, commit, name, (span[0] + len(data), span[1]), on_progress)[0]
         if len(data) == span[1] - span[0]:
-            return data
+            return bytes(data)
     raise ConnectionError(f"{name} ended after {len(data):,} of {span[1] - span[0]:,} bytes")
 
 
@@ -77,7 +77,7 @@ def _read(repo: str, commit: str, name: str, span: Span, on_progress: Callable[[
     """Return the bytes of a span, or the first of them, and the file's size."""
     start, stop = span
     headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    data = b""
+    data = bytearray()
     with http_stream_backoff(
         "GET", hf_hub_url(repo, name, revision=commit), headers=headers, timeout=_TIMEOUT_S, follow_redirects=True
     ) as response:
@@ -93,4 +93,4 @@ def _read(repo: str, commit: str, name: str, span: Span, on_progress: Callable[[
             on_progress()
             if len(data) >= stop - start:
                 break
-    return data[: stop - start], total
+    return bytes(data[: stop - start]), total

@@ -9,6 +9,7 @@ hippo_mpi.cluster convert $PBS_NODEFILE --to mlx              # lists of hosts o
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def end_ranks(options: ClusterOptions) -> int:
         print(f"{finding.host}: {finding.found}")
     if not commands:
         print("there is no rank whose starter is gone")
-    elif not options.yes and input("end them? [y/N] ").strip().lower() not in ("y", "yes"):
+    elif not options.yes and not _agrees("end them? [y/N] "):
         print("nothing was ended")
     else:
         for name, command in commands.items():
@@ -124,6 +125,12 @@ def end_ranks(options: ClusterOptions) -> int:
                 return RankError.exit_code
             print(f"{name}: ended")
     return doctor.exit_code(hosts, [])
+
+
+def _agrees(question: str) -> bool:
+    """Ask, and return whether the answer is a yes; the end of the input is none."""
+    print(question, end="", flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def convert(options: ClusterOptions) -> int:
@@ -140,6 +147,7 @@ def convert(options: ClusterOptions) -> int:
 
 def main() -> None:
     """Run the command and exit with its status."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left half done by a Ctrl-C
     try:
         options = make_parser().read()
         code = {"doctor": examine, "stop": end_ranks, "convert": convert}[options.verb](options)

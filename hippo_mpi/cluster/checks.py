@@ -153,10 +153,10 @@ def _addresses(hosts: Sequence[Probed]) -> Iterator[Finding]:
                 )
                 fix = f"give an interface that address, or name another in the hostfile; it has {has or 'none'}"
                 yield Finding("address-missing", host.host.ssh, f"{address} is none of its addresses ({why})", fix)
-            elif ipaddress.IPv4Address(address) in _LINK_LOCAL:
+            elif ipaddress.ip_address(address) in _LINK_LOCAL:
                 fix = "give the cable's ports fixed addresses: these change, and may be reached by another interface"
                 yield Finding("self-assigned", host.host.ssh, f"{address} is one that it gave itself", fix, WARNING)
-            elif ipaddress.IPv4Address(address) in _VPN:
+            elif ipaddress.ip_address(address) in _VPN:
                 yield Finding(
                     "vpn-path",
                     host.host.ssh,
@@ -188,7 +188,7 @@ def _neighbors(hosts: Sequence[Probed]) -> Iterator[Finding]:
                 near
                 and leaving
                 and near.name != leaving.name
-                and ipaddress.IPv4Address(address) not in _own_addresses(facts)
+                and ipaddress.ip_address(address) not in _own_addresses(facts)
             ):
                 found = f"packets to {towards} leave by {leaving.name} ({reach.source}), not by {near.name}, which is in its network"
                 yield Finding(
@@ -200,7 +200,7 @@ def _neighbors(hosts: Sequence[Probed]) -> Iterator[Finding]:
                 yield Finding("link-down", host.host.ssh, f"{towards} isn't reached{through}: {reach.why}", fix)
 
 
-def _own_addresses(facts: Facts) -> set[ipaddress.IPv4Address]:
+def _own_addresses(facts: Facts) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
     return {a.ip for one in facts.interfaces or () for a in one.addresses}
 
 

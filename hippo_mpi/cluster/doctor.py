@@ -104,7 +104,7 @@ def read_saved(path: Path) -> list[Probed]:
         hosts = [_probed(one) for one in json.loads(path.read_text())]
     except OSError as error:
         raise UserError(f"--from {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         hosts = []
     if not hosts:
         raise UserError(f"--from {path} is not what --save writes")

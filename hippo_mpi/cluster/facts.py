@@ -79,12 +79,12 @@ class Facts:
 
     def interface_of(self, address: str) -> Interface | None:
         """Return the interface that has an address."""
-        wanted = ipaddress.IPv4Address(address)
+        wanted = ipaddress.ip_address(address)
         return next((one for one in self.interfaces or () if any(a.ip == wanted for a in one.addresses)), None)
 
     def interface_towards(self, address: str) -> Interface | None:
         """Return the interface in whose network an address is."""
-        wanted = ipaddress.IPv4Address(address)
+        wanted = ipaddress.ip_address(address)
         return next((one for one in self.interfaces or () if any(wanted in a.network for a in one.addresses)), None)
 
 

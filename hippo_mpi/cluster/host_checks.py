@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from hippo_mpi.cluster.hostfile import Host
+from hippo_mpi.cluster.start_plan import quoted
 from hippo_mpi.transport.ports import FIRST, LAST, THIS_MACHINE
 from hippo_mpi.transport.run_key import SSH, RunKey
 
@@ -57,10 +58,11 @@ async def _reaches(host: Host, other: Host) -> bool:
     if not other.ips:
         return True
     port = random.randrange(FIRST, LAST)
-    command = [sys.executable, "-c", _CONNECT_SCRIPT, other.ips[0], str(port), str(_CONNECT_TIMEOUT_S)]
-    if host.ssh != THIS_MACHINE:
-        command = [*SSH, "-o", f"ConnectTimeout={_CONNECT_TIMEOUT_S}", host.ssh, shlex.join(command)]
-    return await _succeeds(command)
+    words = ["-c", _CONNECT_SCRIPT, other.ips[0], str(port), str(_CONNECT_TIMEOUT_S)]
+    if host.ssh == THIS_MACHINE:
+        return await _succeeds([sys.executable, *words])
+    there = f"{quoted(host.python or sys.executable)} {shlex.join(words)}"
+    return await _succeeds([*SSH, "-o", f"ConnectTimeout={_CONNECT_TIMEOUT_S}", host.ssh, there])
 
 
 async def _succeeds(command: Sequence[str], data: bytes = b"") -> bool:

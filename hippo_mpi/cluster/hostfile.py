@@ -83,7 +83,14 @@ class Hostfile:
                         f'{self.where}: rank {rank} ({host.ssh}) has no "ips", where the ring listens; such as'
                         f' {{"ssh": "{host.ssh}", "ips": ["192.168.5.{rank + 1}"]}}'
                     )
-        elif backend.startswith("jaccl"):
+        elif backend == "mpi":
+            for rank, host in enumerate(self.hosts):
+                if host.python:
+                    raise LaunchError(
+                        f'{self.where}: "python" of rank {rank} ({host.ssh}) is not for mpi, which starts the same path'
+                        " on every host"
+                    )
+        else:
             self._check_rdma(backend)
 
     def _check_rdma(self, backend: str) -> None:

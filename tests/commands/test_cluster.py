@@ -24,10 +24,10 @@ ENDED = """
 ("$0" $FOLDER/hippo_mpi.generate &)
 "$0" -c "import subprocess, sys; subprocess.run(sys.argv[1:])" "$0" $FOLDER/hippo_mpi.generate &
 sleep 2
-echo n | "$0" -m hippo_mpi.cluster stop
-ps -A -o args= | grep -c "^$0 $FOLDER/hippo_mpi.generate"
+"$0" -m hippo_mpi.cluster stop </dev/null
+ps -A -ww -o args= | grep -c "^$0 $FOLDER/hippo_mpi.generate"
 "$0" -m hippo_mpi.cluster stop --yes
-ps -A -o args= | grep -c "^$0 $FOLDER/hippo_mpi.generate"
+ps -A -ww -o args= | grep -c "^$0 $FOLDER/hippo_mpi.generate"
 """
 STUCK = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)"
 

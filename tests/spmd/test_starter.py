@@ -148,8 +148,11 @@ def test_a_start_that_fails_says_what_the_doctor_finds(tmp_path: Path) -> None:
 
 
 def test_a_server_goes_on_without_a_rank_that_is_stopped(tmp_path: Path) -> None:
-    """On another host, where it would stay for ever."""
-    with cluster(tmp_path) as three:
+    """On another host, where it would stay for ever; all hosts take part in the next start, by the Python that each has."""
+    home = tmp_path / "anna"
+    home.mkdir()
+    (home / "venv").symlink_to(Path(sys.executable).parents[1])
+    with cluster(tmp_path, [f"SetEnv=HOME={home}"], "~/venv/bin/python") as three:
         serve = [
             sys.executable,
             "-m",

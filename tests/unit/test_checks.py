@@ -146,7 +146,19 @@ def test_what_can_not_be_read_is_unknown(system: str, text: str) -> None:
     assert list(lines_of(hosts, []))
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", "[1]", '[{"host": {}}]'])
+def test_addresses_of_six_are_none_that_a_ring_has() -> None:
+    hosts = change(
+        healthy(3), 1, own={"fe80::1": "Address family not supported"}, reached={"fe80::2": Reach(None, "no")}
+    )
+    assert {one.check for one in diagnose(hosts)} == {"address-missing", "link-down"}
+
+
+NO_FACTS = json.dumps(
+    [{"host": {"ssh": "a", "ips": [], "rdma": [], "python": None}, "error": "", "noise": "", "asked_s": 0.0, "raw": {**raw(), "reached": []}}]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "[1]", '[{"host": {}}]', NO_FACTS])
 def test_what_is_no_report(content: str, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(content)

@@ -80,6 +80,7 @@ def test_a_ring_of_cables_that_is_broken_is_told() -> None:
             [{"ssh": "a", "ips": ["10.0.0.1"], "rdma": [None, "x"]}, {"ssh": "b", "rdma": ["x", "x"]}],
             "jaccl", r"must be null for rank 1 itself",
         ),
+        ([{"ssh": "a"}, {"ssh": "b", "python": "~/p"}], "mpi", r'"python" of rank 1 \(b\) is not for mpi'),
     ],
 )  # fmt: skip
 def test_what_a_backend_lacks_is_named(entries: list[Any], backend: str, told: str) -> None:
