@@ -148,7 +148,7 @@ def test_a_start_that_fails_says_what_the_doctor_finds(tmp_path: Path) -> None:
 
 
 def test_a_server_goes_on_without_a_rank_that_is_stopped(tmp_path: Path) -> None:
-    """On another host, where it would stay for ever; all hosts take part in the next start, by the Python that each has."""
+    """On another host, where it would stay for ever; and all hosts take part in the next start."""
     home = tmp_path / "anna"
     home.mkdir()
     (home / "venv").symlink_to(Path(sys.executable).parents[1])

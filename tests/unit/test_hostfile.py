@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hippo_mpi.cluster import host_checks
 from hippo_mpi.cluster.hostfile import Host, Hostfile, hostfile_of, read_hostfile
 from hippo_mpi.errors import LaunchError
 from hippo_mpi.serve import launch_plan, make_parser
@@ -158,3 +160,17 @@ def test_a_server_starts_what_its_hostfile_names(tmp_path: Path) -> None:
     assert launch_plan([], options, MESH, [1]).backend == "ring"
     asked = make_parser().read(["--hostfile", str(path), "--backend", "ring"])
     assert launch_plan([], asked, MESH, None).backend == "ring"
+
+
+def test_a_host_is_asked_by_its_own_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of this machine need not be there."""
+    commands: list[list[str]] = []
+
+    async def succeeds(command: list[str], data: bytes = b"") -> bool:
+        commands.append(command)
+        return True
+
+    monkeypatch.setattr(host_checks, "_succeeds", succeeds)
+    hosts = [Host("mini1", ("10.0.0.1",)), Host("mini2", ("10.0.0.2",), python="~/my hippo/python")]
+    assert asyncio.run(host_checks.linked(hosts, [0, 1])) == [0, 1]
+    assert commands[1][-2] == "mini2" and commands[1][-1].startswith("~/'my hippo/python' -c ")
