@@ -120,6 +120,7 @@ def test_no_requests_at_once() -> None:
         )
 
 
+@pytest.mark.slow
 def test_more_than_the_context() -> None:
     with ranks.ring([[BENCHMARK, *SMALL, "--max-context", "22"]] * 2) as running:
         assert [rank.wait() for rank in running] == [2, 2]

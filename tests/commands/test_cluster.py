@@ -32,6 +32,7 @@ ps -A -ww -o args= | grep -c "^$0 $FOLDER/hippo_mpi.generate"
 STUCK = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare (util-linux)")
 def test_ranks_without_a_starter_are_ended_after_a_yes(tmp_path: Path) -> None:
     """Also one that ignores SIGTERM; one whose starter lives isn't touched."""

@@ -110,6 +110,7 @@ def test_plan_from_a_config_alone(command: list[str], tmp_path: Path) -> None:
     assert shown[1][-1] == f"assumed: {tmp_path} has no weights: sizes are those that config.json describes"
 
 
+@pytest.mark.slow
 def test_a_giant_is_planned_in_little_memory(tmp_path: Path) -> None:
     """Half of DeepSeek-V3 in 16 bits, from its config: nothing of it may ever be computed."""
     layers = 30

@@ -27,8 +27,13 @@ DRAW = random.Random(1)
 PROMPT, OTHER = ([DRAW.randrange(1, 100) for _ in range(length)] for length in (100, 60))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-@pytest.mark.parametrize(("size", "step"), [(16, None), (64, None), (16, 32)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=SLOW), "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("size", "step"), [(16, None), pytest.param(64, None, marks=SLOW), pytest.param(16, 32, marks=SLOW)]
+)
 def test_answers_are_mlx_lm_s(name: str, size: int, step: int | None, tmp_path: Path) -> None:
     """Alone and beside another answer, on one stage and on two."""
     make_checkpoint(name, tmp_path, seed=5021)

@@ -118,6 +118,7 @@ def test_the_model_is_left_as_it_was_by_asking_it(name: str, tmp_path: Path) -> 
         assert_same(ours, theirs, "after the question")
 
 
+@pytest.mark.slow
 def test_options_of_mlx_lm_work_as_on_the_whole_model(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Windows, quantised caches, a draft model, and prompt caches that are trimmed, saved and loaded."""
     draft, _ = load_model(BUNDLED_MODEL)

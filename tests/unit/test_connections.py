@@ -161,6 +161,7 @@ def test_more_than_is_kept_of_requests_ahead(caplog: pytest.LogCaptureFixture) -
         assert running.gone.wait(5)
 
 
+@pytest.mark.slow
 def test_a_client_that_never_reads(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its stream is ended; one that reads slowly isn't."""
     monkeypatch.setattr(connections, "UNREAD_S", 1.0)

@@ -26,6 +26,7 @@ def properties(count: int) -> dict[str, Any]:
     return {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(count)}}
 
 
+@pytest.mark.slow
 def test_a_schema_that_takes_for_ever_is_ended_and_remembered() -> None:
     check, grammar = GrammarCheck(limit_s=1.0), json_grammar(FOR_EVER)
     assert len(grammar) < 1000
@@ -99,6 +100,7 @@ def test_descriptors_above_those_that_select_knows() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_a_worker_that_reads_nothing_is_ended() -> None:
     """A grammar is longer than what a pipe takes."""
     check = GrammarCheck(limit_s=0.5)

@@ -122,6 +122,7 @@ def test_an_installed_wheel_has_all_commands(installed: Path, tmp_path: Path) ->
     assert "--precision" in run(installed / "hippo-mpi", "completion", "bash", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_an_editable_installation_is_the_checkout(tmp_path: Path) -> None:
     commands = install(["--editable", str(ROOT)], tmp_path / "venv")
     found = run(commands / "python", "-c", "from hippo_mpi.config.bundled import BUNDLED; print(BUNDLED)", cwd=tmp_path)
