@@ -9,148 +9,54 @@ hippo_mpi.cluster convert $PBS_NODEFILE --to mlx              # lists of hosts o
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from types import ModuleType
 
-from hippo_mpi.cluster import doctor, stop
-from hippo_mpi.cluster.checks import NAMES, diagnose
-from hippo_mpi.cluster.host_formats import FORMATS, read_any, written
-from hippo_mpi.cluster.hostfile import Hostfile, hostfile_of, read_hostfile
-from hippo_mpi.cluster.remote import ask
-from hippo_mpi.config import checks
-from hippo_mpi.config.parser import OptionsParser, option
-from hippo_mpi.errors import HippoError, RankError, UserError, print_error
-from hippo_mpi.transport.ports import THIS_MACHINE
+from hippo_mpi.config.parser import OptionsParser, Parser
+from hippo_mpi.errors import HippoError, print_error
 
-_VERBS = ("doctor", "stop", "convert")
+VERBS = {
+    "doctor": "say what is wrong with hosts, and what to do",
+    "stop": "end ranks whose starter is gone",
+    "convert": "print a list of hosts in another format",
+}
+"""Each is a module of `verbs`, with a dataclass `Options` and `run`, which returns the exit status."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClusterOptions:
-    """All options of hippo_mpi.cluster."""
-
-    verb: str = option(
-        "",
-        "doctor: say what is wrong with hosts, and what to do; stop: end ranks whose starter is gone; convert: print a list of hosts in another format",
-        "verb",
-        choices=_VERBS,
+def make_parser() -> Parser:
+    """Return the parser of the command; each verb has its own."""
+    parser = Parser(
+        prog="hippo_mpi.cluster",
+        usage="hippo_mpi.cluster VERB [options]",
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Each verb has a --help of its own.",
     )
-    hosts: Sequence[str] = option(
-        (),
-        "doctor, stop: hosts beside this one, as ssh knows them, instead of a hostfile; convert: the file",
-        "hosts",
-        nargs="*",
-    )
-    to: str = option(
-        "mlx", "format to convert to: openmpi, mpich, lines (a host a line, as of PBS), or mlx", choices=FORMATS
-    )
-    hostfile: Path | None = option(None, "JSON list of hosts, as for mlx.launch", check=Path, metavar="FILE")
-    starting_port: int | None = option(
-        None, "look whether this port and those of the other ranks are free", check=checks.port
-    )
-    check: Sequence[str] = option((), "only these checks, by their names", nargs="+", choices=NAMES, metavar="NAME")
-    timeout: float = option(10.0, "seconds for a host to answer", check=checks.above_0)
-    json: bool = option(False, "print a JSON object")
-    yes: bool = option(False, "stop: end them without asking")
-    save: Path | None = option(
-        None, "write what the hosts answered to this file, without what is private", check=Path, metavar="FILE"
-    )
-    from_: Path | None = option(
-        None, "judge what --save has written, instead of asking", "--from", check=Path, metavar="FILE"
-    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
+    for name, line in VERBS.items():
+        verbs.add_parser(name, help=line, add_help=False)
+    return parser
 
 
-def make_parser() -> OptionsParser[ClusterOptions]:
-    """Return the parser of the command's options."""
-    return OptionsParser(ClusterOptions, prog="hippo_mpi.cluster", description=(__doc__ or "").splitlines()[0])
+def _module_of(verb: str) -> ModuleType:
+    return importlib.import_module(f"hippo_mpi.cluster.verbs.{verb}")
 
 
-def _hostfile(options: ClusterOptions) -> Hostfile:
-    """Return the hosts that are meant: of the hostfile, or named, beside this one.
-
-    Raises:
-        UserError: both are given, or a host is no host.
-    """
-    if options.hosts and options.hostfile:
-        raise UserError("give hosts, or --hostfile, not both")
-    if options.hostfile:
-        return read_hostfile(options.hostfile)
-    return hostfile_of([{"ssh": name} for name in (THIS_MACHINE, *options.hosts)], "the command line")
-
-
-def examine(options: ClusterOptions) -> int:
-    """Print what is wrong with hosts; return the exit status.
-
-    Raises:
-        UserError: a file can't be read or written.
-    """
-    if options.from_:
-        hosts = doctor.read_saved(options.from_)
-    else:
-        hostfile = _hostfile(options)
-        first = options.starting_port
-        ports = range(first, first + sum(max(1, len(host.ips)) for host in hostfile.hosts)) if first else ()
-        hosts = ask(hostfile, ports, options.timeout)
-    if options.save:
-        doctor.save(hosts, options.save)
-    findings = diagnose(hosts, options.check)
-    print(doctor.to_json(hosts, findings) if options.json else "\n".join(doctor.lines_of(hosts, findings)))
-    return doctor.exit_code(hosts, findings)
-
-
-def end_ranks(options: ClusterOptions) -> int:
-    """End ranks whose starter is gone, after a yes; return the exit status.
-
-    Raises:
-        UserError: the hosts aren't named in a way that can be read.
-    """
-    hosts = ask(_hostfile(options), (), options.timeout)
-    for host in hosts:
-        if host.facts is None:
-            print_error(f"{host.host.ssh} is not known: {host.error}")
-    commands = stop.commands_of(hosts)
-    for finding in diagnose(hosts, ["stale-ranks"]):
-        print(f"{finding.host}: {finding.found}")
-    if not commands:
-        print("there is no rank whose starter is gone")
-    elif not options.yes and not _agrees("end them? [y/N] "):
-        print("nothing was ended")
-    else:
-        for name, command in commands.items():
-            if why := stop.end(command):
-                print_error(f"{name}: {why}")
-                return RankError.exit_code
-            print(f"{name}: ended")
-    return doctor.exit_code(hosts, [])
-
-
-def _agrees(question: str) -> bool:
-    """Ask, and return whether the answer is a yes; the end of the input is none."""
-    print(question, end="", flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def convert(options: ClusterOptions) -> int:
-    """Print a list of hosts in another format; return the exit status.
-
-    Raises:
-        UserError: there isn't one file, or it names no hosts.
-    """
-    if len(options.hosts) != 1:
-        raise UserError("convert takes one file: hippo_mpi.cluster convert FILE --to FORMAT")
-    print(written(read_any(Path(options.hosts[0])), options.to), end="")
-    return 0
+def parser_of(verb: str) -> OptionsParser:  # type: ignore[type-arg]  # of the verb's own class
+    """Return the parser of a verb's options."""
+    return OptionsParser(_module_of(verb).Options, prog=f"hippo_mpi.cluster {verb}", description=VERBS[verb])
 
 
 def main() -> None:
     """Run the command and exit with its status."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left half done by a Ctrl-C
     try:
-        options = make_parser().read()
-        code = {"doctor": examine, "stop": end_ranks, "convert": convert}[options.verb](options)
+        if sys.argv[1:2] and sys.argv[1] in VERBS:
+            code: int = _module_of(sys.argv[1]).run(parser_of(sys.argv[1]).read(sys.argv[2:]))
+        else:
+            make_parser().parse_args(sys.argv[1:] or ["--help"])
+            code = 0
     except HippoError as error:
         print_error(str(error))
         code = error.exit_code

@@ -5,6 +5,7 @@
 #    source ~/.local/share/bash_completion/hippo-mpi
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
+_shtab_hippo_mpi_cluster_subparsers=(doctor stop convert)
 _shtab_hippo_mpi_subparsers=(run generate chat batch serve page benchmark plan models audit cluster completion dashboard)
 
 _shtab_hippo_mpi_run_option_strings=(--num-ranks -n --hostfile --backend --starting-port --command -h --help --version --prompt --json --show-plan --model --revision --precision --adapter-path --trust-remote-code --config --max-kv-size --kv-bits --kv-group-size --quantized-kv-start --layer-split --max-context --prefill-step-size --prefill-chunk --timeout --start-timeout --draft-model --num-draft-tokens --system-prompt --prefill-response --ignore-chat-template --chat-template-config --extra-eos-token --max-tokens -m --temp --top-p --min-p --top-k --min-tokens-to-keep --xtc-probability --xtc-threshold --repetition-penalty --repetition-context-size --max-repeats --seed --stop-words)
@@ -17,7 +18,10 @@ _shtab_hippo_mpi_benchmark_option_strings=(-h --help --version --model --revisio
 _shtab_hippo_mpi_plan_option_strings=(-h --help --version --machine --json --model --revision --precision --adapter-path --trust-remote-code --config --max-kv-size --kv-bits --kv-group-size --quantized-kv-start --layer-split --max-context --prefill-step-size --prefill-chunk --timeout --start-timeout --draft-model --num-draft-tokens --simulate --link --prompt-tokens --concurrent --stage-times)
 _shtab_hippo_mpi_models_option_strings=(-h --help --version --catalogue --config --machine --paths --timeout --start-timeout)
 _shtab_hippo_mpi_audit_option_strings=(-h --help --version --audit-key --last-hash --lines --by --since --json)
-_shtab_hippo_mpi_cluster_option_strings=(-h --help --version --to --hostfile --starting-port --check --timeout --json --yes --save --from)
+_shtab_hippo_mpi_cluster_doctor_option_strings=(-h --help --version --starting-port --check --json --save --from --hostfile --timeout)
+_shtab_hippo_mpi_cluster_stop_option_strings=(-h --help --version --yes --hostfile --timeout)
+_shtab_hippo_mpi_cluster_convert_option_strings=(-h --help --version --to)
+_shtab_hippo_mpi_cluster_option_strings=(-h --help --version)
 _shtab_hippo_mpi_completion_option_strings=(-h --help --version)
 _shtab_hippo_mpi_dashboard_option_strings=(-h --help --version)
 _shtab_hippo_mpi_option_strings=(-h --help --version)
@@ -70,9 +74,6 @@ _shtab_hippo_mpi_models___catalogue_COMPGEN=_shtab_compgen_dirs
 _shtab_hippo_mpi_models___config_COMPGEN=_shtab_compgen_files
 _shtab_hippo_mpi_audit_pos_1_COMPGEN=_shtab_compgen_files
 _shtab_hippo_mpi_audit___audit_key_COMPGEN=_shtab_compgen_files
-_shtab_hippo_mpi_cluster___hostfile_COMPGEN=_shtab_compgen_files
-_shtab_hippo_mpi_cluster___save_COMPGEN=_shtab_compgen_files
-_shtab_hippo_mpi_cluster___from_COMPGEN=_shtab_compgen_files
 
 _shtab_hippo_mpi_run___backend_choices=(ring mpi jaccl jaccl-ring)
 _shtab_hippo_mpi_run___command_choices=(hippo_mpi.generate hippo_mpi.chat hippo_mpi.batch hippo_mpi.benchmark hippo_mpi.models hippo_mpi.plan hippo_mpi.serve)
@@ -102,9 +103,9 @@ _shtab_hippo_mpi_plan___precision_choices=(float32 float16 bfloat16 8bit 6bit 5b
 _shtab_hippo_mpi_plan___kv_bits_choices=(2 3 4 6 8)
 _shtab_hippo_mpi_plan___kv_group_size_choices=(32 64 128)
 _shtab_hippo_mpi_audit_pos_0_choices=(verify report digest)
+_shtab_hippo_mpi_cluster_doctor___check_choices=(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ address-missing address-clash self-assigned vpn-path wrong-interface link-down mtu-differs port-taken names-same stale-ranks disk-full memory-taken open-files fast-synch clock)
+_shtab_hippo_mpi_cluster_convert___to_choices=(mlx openmpi mpich lines)
 _shtab_hippo_mpi_cluster_pos_0_choices=(doctor stop convert)
-_shtab_hippo_mpi_cluster___to_choices=(mlx openmpi mpich lines)
-_shtab_hippo_mpi_cluster___check_choices=(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ address-missing address-clash self-assigned vpn-path wrong-interface link-down mtu-differs port-taken names-same stale-ranks disk-full memory-taken open-files fast-synch clock)
 _shtab_hippo_mpi_completion_pos_0_choices=(bash zsh fish)
 _shtab_hippo_mpi_pos_0_choices=(run generate chat batch serve page benchmark plan models audit cluster completion dashboard)
 
@@ -182,13 +183,24 @@ _shtab_hippo_mpi_audit__h_nargs=0
 _shtab_hippo_mpi_audit___help_nargs=0
 _shtab_hippo_mpi_audit___version_nargs=0
 _shtab_hippo_mpi_audit___json_nargs=0
-_shtab_hippo_mpi_cluster_pos_1_nargs='*'
+_shtab_hippo_mpi_cluster_doctor_pos_0_nargs='*'
+_shtab_hippo_mpi_cluster_doctor__h_nargs=0
+_shtab_hippo_mpi_cluster_doctor___help_nargs=0
+_shtab_hippo_mpi_cluster_doctor___version_nargs=0
+_shtab_hippo_mpi_cluster_doctor___check_nargs=+
+_shtab_hippo_mpi_cluster_doctor___json_nargs=0
+_shtab_hippo_mpi_cluster_stop_pos_0_nargs='*'
+_shtab_hippo_mpi_cluster_stop__h_nargs=0
+_shtab_hippo_mpi_cluster_stop___help_nargs=0
+_shtab_hippo_mpi_cluster_stop___version_nargs=0
+_shtab_hippo_mpi_cluster_stop___yes_nargs=0
+_shtab_hippo_mpi_cluster_convert__h_nargs=0
+_shtab_hippo_mpi_cluster_convert___help_nargs=0
+_shtab_hippo_mpi_cluster_convert___version_nargs=0
+_shtab_hippo_mpi_cluster_pos_0_nargs=A...
 _shtab_hippo_mpi_cluster__h_nargs=0
 _shtab_hippo_mpi_cluster___help_nargs=0
 _shtab_hippo_mpi_cluster___version_nargs=0
-_shtab_hippo_mpi_cluster___check_nargs=+
-_shtab_hippo_mpi_cluster___json_nargs=0
-_shtab_hippo_mpi_cluster___yes_nargs=0
 _shtab_hippo_mpi_completion__h_nargs=0
 _shtab_hippo_mpi_completion___help_nargs=0
 _shtab_hippo_mpi_completion___version_nargs=0

@@ -50,7 +50,7 @@ function _shtab_hippo_mpi_using
   test "$_shtab_hippo_mpi_cmdpath" = "$argv"
 end
 
-set -g _shtab_hippo_mpi_commands run generate chat batch serve page benchmark plan models audit cluster completion dashboard
+set -g _shtab_hippo_mpi_commands run generate chat batch serve page benchmark plan models audit cluster 'cluster doctor' 'cluster stop' 'cluster convert' completion dashboard
 set -g _shtab_hippo_mpi_opts_with_value --adapter-path --address --admin-key-file --allow-host --allow-origin --api-key-file --audit-key --audit-log --backend --by --catalogue --chat-template-config --check --command --compare --concurrent --config --draft-model --extra-eos-token --from --generation-tokens --hostfile --journal --keep-answers --kv-bits --kv-group-size --last-hash --layer-split --lines --link --log-level --machine --max-batch-size --max-batch-tokens --max-body-bytes --max-choices --max-connections --max-context --max-kv-size --max-queue --max-repeats --max-restarts --max-schema-bytes --max-tokens --min-p --min-tokens-to-keep --model --model-name --modes --num-draft-tokens --num-ranks --output --plot --port --precision --prefill-chunk --prefill-response --prefill-step-size --prompt --prompt-cache-bytes --prompt-tokens --quantized-kv-start --ranks --reconnect --repetition-context-size --repetition-penalty --requests-per-key --requests-per-minute --revision --save --seed --since --ssl-certfile --ssl-keyfile --stage-times --start-timeout --starting-port --stop-words --system-prompt --temp --timeout --to --tokens-per-minute --top-k --top-p --trace --trials --trusted-proxy --url --xtc-probability --xtc-threshold -m -n -o
 
 complete -c hippo-mpi -e
@@ -389,16 +389,26 @@ complete -c hippo-mpi -n '_shtab_hippo_mpi_using audit; and test $_shtab_hippo_m
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using; and test $_shtab_hippo_mpi_npos -eq 0' -a cluster -d 'say what is wrong with the machines of a run, and what to do'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster' -s h -l help -d 'show this help message and exit'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster' -l version -d 'print the versions of this and of mlx-lm, and stop'
-complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster' -l to -xka "mlx openmpi mpich lines" -d 'format to convert to: openmpi, mpich, lines (a host a line, as of PBS), or mlx (default: mlx)'
-complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster' -l hostfile -xka "(__fish_complete_path (commandline -ct))" -d 'JSON list of hosts, as for mlx.launch'
-complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster' -l starting-port -x -d 'look whether this port and those of the other ranks are free'
-complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster' -l check -xka "ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ address-missing address-clash self-assigned vpn-path wrong-interface link-down mtu-differs port-taken names-same stale-ranks disk-full memory-taken open-files fast-synch clock" -d 'only these checks, by their names'
-complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster' -l timeout -x -d 'seconds for a host to answer (default: 10.0)'
-complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster' -l json -d 'print a JSON object'
-complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster' -l yes -d 'stop: end them without asking'
-complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster' -l save -xka "(__fish_complete_path (commandline -ct))" -d 'write what the hosts answered to this file, without what is private'
-complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster' -l from -xka "(__fish_complete_path (commandline -ct))" -d 'judge what --save has written, instead of asking'
-complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster; and test $_shtab_hippo_mpi_npos -eq 0' -ka "doctor stop convert" -d 'doctor: say what is wrong with hosts, and what to do; stop: end ranks whose starter is gone; convert: print a list of hosts in another format'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster; and test $_shtab_hippo_mpi_npos -eq 0' -a doctor -d 'say what is wrong with hosts, and what to do'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster doctor' -s h -l help -d 'show this help message and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster doctor' -l version -d 'print the versions of this and of mlx-lm, and stop'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster doctor' -l starting-port -x -d 'look whether this port and those of the other ranks are free'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster doctor' -l check -xka "ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ address-missing address-clash self-assigned vpn-path wrong-interface link-down mtu-differs port-taken names-same stale-ranks disk-full memory-taken open-files fast-synch clock" -d 'only these checks, by their names'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster doctor' -l json -d 'print a JSON object'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster doctor' -l save -x -d 'write what the hosts answered to this file, without what is private'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster doctor' -l from -x -d 'judge what --save has written, instead of asking'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster doctor' -l hostfile -x -d 'JSON list of hosts, as for mlx.launch'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster doctor' -l timeout -x -d 'seconds for a host to answer (default: 10.0)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster; and test $_shtab_hippo_mpi_npos -eq 0' -a stop -d 'end ranks whose starter is gone'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster stop' -s h -l help -d 'show this help message and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster stop' -l version -d 'print the versions of this and of mlx-lm, and stop'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster stop' -l yes -d 'end them without asking'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster stop' -l hostfile -x -d 'JSON list of hosts, as for mlx.launch'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster stop' -l timeout -x -d 'seconds for a host to answer (default: 10.0)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster; and test $_shtab_hippo_mpi_npos -eq 0' -a convert -d 'print a list of hosts in another format'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster convert' -s h -l help -d 'show this help message and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster convert' -l version -d 'print the versions of this and of mlx-lm, and stop'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster convert' -l to -xka "mlx openmpi mpich lines" -d 'format to convert to: openmpi, mpich, lines (a host a line, as of PBS), or mlx (default: mlx)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using; and test $_shtab_hippo_mpi_npos -eq 0' -a completion -d 'print what makes a shell complete all of these'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using completion' -s h -l help -d 'show this help message and exit'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using completion' -l version -d 'print the versions of this and of mlx-lm, and stop'

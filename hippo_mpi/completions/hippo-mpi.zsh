@@ -27,6 +27,15 @@ _shtab_hippo_mpi_commands() {
   _describe 'hippo-mpi commands' _commands
 }
 
+_shtab_hippo_mpi_cluster_commands() {
+  local _commands=(
+    convert:'print a list of hosts in another format'
+    doctor:'say what is wrong with hosts, and what to do'
+    stop:'end ranks whose starter is gone'
+  )
+  _describe 'hippo-mpi cluster commands' _commands
+}
+
 _shtab_hippo_mpi_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of this and of mlx-lm, and stop]"
@@ -179,21 +188,48 @@ _shtab_hippo_mpi_chat_defaults_added=0
 _shtab_hippo_mpi_cluster_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of this and of mlx-lm, and stop]"
-  "--to[format to convert to\: openmpi, mpich, lines (a host a line, as of PBS), or mlx (default\: mlx)]:to:(mlx openmpi mpich lines)"
-  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:_files"
-  "--starting-port[look whether this port and those of the other ranks are free]:starting_port:"
-  "--check[only these checks, by their names]:NAME:(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ address-missing address-clash self-assigned vpn-path wrong-interface link-down mtu-differs port-taken names-same stale-ranks disk-full memory-taken open-files fast-synch clock)"
-  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
-  "--json[print a JSON object]"
-  "--yes[stop\: end them without asking]"
-  "--save[write what the hosts answered to this file, without what is private]:FILE:_files"
-  "--from[judge what --save has written, instead of asking]:FILE:_files"
-  ":doctor\: say what is wrong with hosts, and what to do\; stop\: end ranks whose starter is gone\; convert\: print a list of hosts in another format:(doctor stop convert)"
-  "(*)::doctor, stop\: hosts beside this one, as ssh knows them, instead of a hostfile\; convert\: the file:"
 )
 
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_defaults_added=0
+
+_shtab_hippo_mpi_cluster_convert_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--to[format to convert to\: openmpi, mpich, lines (a host a line, as of PBS), or mlx (default\: mlx)]:to:(mlx openmpi mpich lines)"
+  ":list of hosts\: of mlx.launch, Open MPI, MPICH, Slurm, PBS, or a host a line:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_convert_defaults_added=0
+
+_shtab_hippo_mpi_cluster_doctor_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--starting-port[look whether this port and those of the other ranks are free]:starting_port:"
+  "--check[only these checks, by their names]:NAME:(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ address-missing address-clash self-assigned vpn-path wrong-interface link-down mtu-differs port-taken names-same stale-ranks disk-full memory-taken open-files fast-synch clock)"
+  "--json[print a JSON object]"
+  "--save[write what the hosts answered to this file, without what is private]:FILE:"
+  "--from[judge what --save has written, instead of asking]:FILE:"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_doctor_defaults_added=0
+
+_shtab_hippo_mpi_cluster_stop_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--yes[end them without asking]"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_stop_defaults_added=0
 
 _shtab_hippo_mpi_completion_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -472,7 +508,7 @@ _shtab_hippo_mpi() {
         batch) _arguments -C -s $_shtab_hippo_mpi_batch_options ;;
         benchmark) _arguments -C -s $_shtab_hippo_mpi_benchmark_options ;;
         chat) _arguments -C -s $_shtab_hippo_mpi_chat_options ;;
-        cluster) _arguments -C -s $_shtab_hippo_mpi_cluster_options ;;
+        cluster) _shtab_hippo_mpi_cluster ;;
         completion) _arguments -C -s $_shtab_hippo_mpi_completion_options ;;
         dashboard) _arguments -C -s $_shtab_hippo_mpi_dashboard_options ;;
         generate) _arguments -C -s $_shtab_hippo_mpi_generate_options ;;
@@ -481,6 +517,31 @@ _shtab_hippo_mpi() {
         plan) _arguments -C -s $_shtab_hippo_mpi_plan_options ;;
         run) _arguments -C -s $_shtab_hippo_mpi_run_options ;;
         serve) _arguments -C -s $_shtab_hippo_mpi_serve_options ;;
+      esac
+  esac
+}
+
+_shtab_hippo_mpi_cluster() {
+  local context state line curcontext="$curcontext" one_or_more='(*)' remainder='(-)*:' default='*::: :->cluster'
+
+  # Add default positional/remainder specs only if none exist, and only once per session
+  if (( ! _shtab_hippo_mpi_cluster_defaults_added )); then
+    if (( ${_shtab_hippo_mpi_cluster_options[(I)${(q)one_or_more}*]} +          ${_shtab_hippo_mpi_cluster_options[(I)${(q)remainder}*]} +          ${_shtab_hippo_mpi_cluster_options[(I)${(q)default}]} == 0 )); then
+      _shtab_hippo_mpi_cluster_options+=(': :_shtab_hippo_mpi_cluster_commands' '*::: :->cluster')
+    fi
+    _shtab_hippo_mpi_cluster_defaults_added=1
+  fi
+  _arguments -C -s $_shtab_hippo_mpi_cluster_options
+
+  case $state in
+    cluster)
+      words=($line[1] "${words[@]}")
+      (( CURRENT += 1 ))
+      curcontext="${curcontext%:*:*}:_shtab_hippo_mpi_cluster-$line[1]:"
+      case $line[1] in
+        convert) _arguments -C -s $_shtab_hippo_mpi_cluster_convert_options ;;
+        doctor) _arguments -C -s $_shtab_hippo_mpi_cluster_doctor_options ;;
+        stop) _arguments -C -s $_shtab_hippo_mpi_cluster_stop_options ;;
       esac
   esac
 }

@@ -53,14 +53,13 @@ def test_ranks_without_a_starter_are_ended_after_a_yes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "arguments are required"),
         (["mend"], "invalid choice"),
         (["doctor", "-oProxyCommand=x"], "unrecognized arguments"),
         (["doctor", "--", "-oProxyCommand=x"], "is not the name of a host"),
         (["doctor", "a", "--hostfile", "/x"], "not both"),
         (["doctor", "--hostfile", "/no/such"], "can't be read: No such file"),
         (["doctor", "--from", "/no/such"], "--from /no/such: No such file"),
-        (["convert"], "takes one file"),
+        (["convert"], "arguments are required: file"),
         (["convert", "/no/such"], "can't be read"),
     ],
 )  # fmt: skip

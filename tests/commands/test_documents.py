@@ -33,6 +33,7 @@ PARSERS = {
     m.__name__.split(".")[-1]: m.make_parser()
     for m in (audit, batch, benchmark, chat, generate, models, page, plan, serve)
 } | {"cluster": cluster.make_parser()}
+PARSERS |= {f"cluster {verb}": cluster.parser_of(verb) for verb in cluster.VERBS}
 # Options that mlx.launch takes out of its program's arguments, read off its parser.
 LAUNCH_OPTIONS = set(
     re.findall(
@@ -73,7 +74,7 @@ def test_every_module_is_in_the_tree() -> None:
         assert any(entry.split("/")[0] == name for entry in entries), name
 
 
-@pytest.mark.parametrize("command", sorted(PARSERS.keys() - {"cluster"}))  # which no launcher starts
+@pytest.mark.parametrize("command", [c for c in PARSERS if not c.startswith("cluster")])  # which no launcher starts
 def test_no_option_is_mistaken_for_one_of_mlx_launch(command: str) -> None:
     for action in PARSERS[command]._actions:
         for option in action.option_strings:
@@ -118,7 +119,7 @@ def test_the_error_tree_is_drawn_as_it_is() -> None:
 
 
 def test_help_names_every_default() -> None:
-    for parser in (parser for name, parser in PARSERS.items() if name != "audit"):  # which has no defaults
+    for parser in (parser for name, parser in PARSERS.items() if name not in ("audit", "cluster")):  # they have none
         assert "default:" in parser.format_help()
 
 
@@ -157,6 +158,8 @@ def test_the_examples_have_options_that_exist(line: str) -> None:
     if words[0] == "./launch/run" or words[:2] == ["hippo-mpi", "run"]:
         arguments, rest = run.make_parser().parse_known_args(words[1 + (words[0] == "hippo-mpi") :])
         words = [arguments.command, *rest]
+    if words[0] == "./launch/cluster":
+        words = [f"hippo_mpi.cluster {words[1]}", *words[2:]]
     found = [(n, word.removeprefix("hippo_mpi.")) for n, word in enumerate(words) if word.startswith("hippo_mpi.")]
     for n, command in found[:1]:
         PARSERS[command].parse_args(words[n + 1 :])

@@ -19,6 +19,7 @@ import pytest
 import shtab
 
 from hippo_mpi import cli
+from hippo_mpi.cluster import __main__ as cluster
 
 ROOT = Path(__file__).parents[2]
 HIPPO = Path(sys.executable).parent / "hippo-mpi"
@@ -33,6 +34,10 @@ def parser_of_everything() -> argparse.ArgumentParser:
         # What `run` doesn't take is for the command that it starts, which is generate if nothing is said.
         for source in (name, "generate") if name == "run" else (name,):
             verbs.choices[name]._add_container_actions(importlib.import_module(cli.module_of(source)).make_parser())
+        if name == "cluster":
+            (below,) = (a for a in verbs.choices[name]._actions if isinstance(a, argparse._SubParsersAction))
+            for verb, verb_parser in below.choices.items():
+                verb_parser._add_container_actions(cluster.parser_of(verb))
         for action in verbs.choices[name]._actions:
             if str(ROOT) in str(action.default):
                 action.default = None  # elsewhere it is another
@@ -65,6 +70,8 @@ COMPLETIONS = [
     ("hippo-mpi run --show", {"--show-plan"}),
     ("hippo-mpi serve --log-level w", {"warning"}),
     ("hippo-mpi audit v", {"verify"}),
+    ("hippo-mpi cluster doc", {"doctor"}),
+    ("hippo-mpi cluster doctor --sa", {"--save"}),
     ("hippo-mpi completion z", {"zsh"}),
     ("hippo-mpi generate --model here", {"here-is-one/"}),
     ("hippo-mpi batch prom", {"prompts.txt"}),
@@ -119,6 +126,7 @@ def test_no_mlx_is_loaded_to_tell_what_there_is(words: list[str]) -> None:
     code = f"""
 import atexit, sys
 from hippo_mpi import cli
+from hippo_mpi.cluster import __main__ as cluster
 atexit.register(lambda: print("mlx.core" in sys.modules or "mlx_lm" in sys.modules))
 sys.argv = ["hippo-mpi", *{words}]
 cli.main()
