@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,26 @@ _PYTHONS = ("python3", "python3.12", "python3.11", "/opt/homebrew/bin/python3", 
 NO_PYTHON = "no Python"
 
 
-def ask(hostfile: Hostfile, ports: Sequence[int], timeout_s: float) -> list[Probed]:
+def ask(hostfile: Hostfile, ports: Sequence[int], timeout_s: float, model: str | None = None) -> list[Probed]:
     """Return what every host of a hostfile says of itself, by rank.
 
     Args:
         hostfile: whose neighbors in the ring are called, and from everywhere rank 0.
         ports: that should be free.
         timeout_s: for all of a host's answer.
+        model: that the ranks are to run, if that is known.
     """
     with ThreadPoolExecutor(len(hostfile.hosts)) as pool:
-        return list(pool.map(lambda rank: _ask(hostfile, rank, ports, timeout_s), range(len(hostfile.hosts))))
+        asked = pool.map(lambda rank: _ask(hostfile, rank, ports, timeout_s, model), range(len(hostfile.hosts)))
+        return [replace(one, backend=hostfile.backend, envs=hostfile.envs, model=model) for one in asked]
 
 
-def _ask(hostfile: Hostfile, rank: int, ports: Sequence[int], timeout_s: float) -> Probed:
+def _ask(hostfile: Hostfile, rank: int, ports: Sequence[int], timeout_s: float, model: str | None) -> Probed:
     host, following = hostfile.hosts[rank], hostfile.hosts[(rank + 1) % len(hostfile.hosts)]
     others = list(following.ips) if len(hostfile.hosts) > 1 else []
     is_here = host.ssh == THIS_MACHINE
     python = sys.executable if is_here or not host.python else host.python
-    given = (python, list(host.ips), others, list(ports))
+    given = (python, list(host.ips), others, list(ports), model, hostfile.backend)
     program = f"{Path(probe.__file__).read_text()}\n\nmain(*{given!r})"
     asked_s = time.time()
     command = (
