@@ -101,19 +101,22 @@ def _bridge_loop(hosts: Sequence[Probed]) -> Iterator[Finding]:
     """Check for cycles of cables whose bridges pass frames on, for ever. Two cables between two Macs make none."""
     macs = macs_of(hosts)
     group = list(range(len(hosts)))
-    seen = set()
+    pairs, closing = set(), []
     for cable in cables_of(macs):
-        if cable.pair in seen or not all(_is_bridged(end, macs) for end in cable.ends):
+        if cable.pair in pairs or not all(_bridge_of(end, macs) for end in cable.ends):
             continue
-        seen.add(cable.pair)
+        pairs.add(cable.pair)
         one, other = (group[host] for host in cable.pair)
         if one == other:
-            end = cable.ends[0]
-            bridge = _bridge_of(end, macs)
-            found = f"cables make a ring of bridges, in which packets go round for ever, by {port_name(end, hosts)}"
-            fix = f"take that port out of the bridge there: sudo ifconfig {bridge} deletem {end.port.interface}"
-            yield Finding("bridge-loop", hosts[end.host].host.ssh, found, fix)
+            closing.append(cable.ends[0])
         group = [one if number == other else number for number in group]
+    if closing:
+        found = "cables and bridges make a ring, in which packets go round for ever, by "
+        found += ", ".join(port_name(end, hosts) for end in closing)
+        commands = [f"sudo ifconfig {_bridge_of(end, macs)} deletem {end.port.interface}" for end in closing]
+        where = [f"on {hosts[end.host].host.ssh}: {command}" for end, command in zip(closing, commands, strict=True)]
+        fix = "take these ports out of their bridges; " + ", ".join(where)
+        yield Finding("bridge-loop", hosts[closing[0].host].host.ssh, found, fix)
 
 
 def _bridge_of(end: End, macs: Sequence[MacFacts | None]) -> str | None:
@@ -122,25 +125,23 @@ def _bridge_of(end: End, macs: Sequence[MacFacts | None]) -> str | None:
     return bridge.name if bridge and bridge.is_up else None
 
 
-def _is_bridged(end: End, macs: Sequence[MacFacts | None]) -> bool:
-    return _bridge_of(end, macs) is not None
-
-
 def _self_assigned(hosts: Sequence[Probed]) -> Iterator[Finding]:
-    """Check the addresses of ports that have a cable, and of their bridge."""
+    """Check the addresses of ports that have a cable, and of their bridges: one fixed one is enough."""
     macs = macs_of(hosts)
-    ends = {(end.host, _bridge_of(end, macs) or end.port.interface) for one in cables_of(macs) for end in one.ends}
-    for host, interface in sorted((host, name) for host, name in ends if name):
-        facts = hosts[host].facts
-        addresses = [
-            a for one in (facts.interfaces if facts else None) or () if one.name == interface for a in one.addresses
+    seen = set()
+    for end in (end for cable in cables_of(macs) for end in cable.ends):
+        host, facts = hosts[end.host], hosts[end.host].facts
+        names = {end.port.interface, _bridge_of(end, macs)}
+        found = [
+            (one.name, a.ip) for one in (facts and facts.interfaces) or () if one.name in names for a in one.addresses
         ]
-        if addresses and all(one.ip.is_link_local for one in addresses):
-            if any(str(one.ip) in hosts[host].host.ips for one in addresses):
-                continue  # the addresses' own check says so
-            found = f"{addresses[0].ip} on {interface}, which has a cable, is one that it gave itself"
+        own = [(name, ip) for name, ip in found if ip.is_link_local]
+        if own and own == found and own[0] not in seen and str(own[0][1]) not in host.host.ips:  # which says it itself
+            seen.add(own[0])
+            name, ip = own[0]
             fix = "give it a fixed one: that changes with each plug, and packets to it leave by the LAN"
-            yield Finding("self-assigned", hosts[host].host.ssh, found, fix, WARNING)
+            what = f"{ip} on {name}, which has a cable, is one that it gave itself"
+            yield Finding("self-assigned", host.host.ssh, what, fix, WARNING)
 
 
 CHECKS: tuple[Check, ...] = (_bridge_loop, _cable_absent, _cable_slow, _self_assigned)

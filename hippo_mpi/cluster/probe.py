@@ -20,7 +20,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-COMMAND_S = 4.0
 CONNECT_S = 2.0
 VERSIONS = """
 import importlib.metadata as m, json, platform
@@ -86,10 +85,10 @@ COMMANDS = {
 }
 
 
-def run(words: list[str]) -> dict[str, Any]:
+def run(words: list[str], limit_s: float) -> dict[str, Any]:
     """Return what a command prints, by stream, and its status; None as status: there is no such command, or no end."""
     try:
-        found = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_S)
+        found = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s)
         return {
             "out": found.stdout.decode("utf-8", "replace"), "err": found.stderr.decode("utf-8", "replace"),
             "status": found.returncode,
@@ -109,7 +108,7 @@ def bind(address: str, port: int) -> str:
             return error.strerror or str(error)
 
 
-def reach(address: str) -> dict[str, Any]:
+def reach(address: str, limit_s: float) -> dict[str, Any]:
     """Return how another address is called, and "" if it is there: a refused connection shows that, too.
 
     On macOS also which interface leads there, and if Python isn't let, whether Apple's own nc is.
@@ -130,9 +129,9 @@ def reach(address: str) -> dict[str, Any]:
         found["why"], found["number"] = error.strerror or "timed out", error.errno
     found["seconds"] = time.monotonic() - began_s
     if platform.system() == "Darwin":
-        found["route"] = run(["/sbin/route", "-n", "get", address])
+        found["route"] = run(["/sbin/route", "-n", "get", address], limit_s)
         if found["number"] == errno.EHOSTUNREACH:
-            found["nc"] = run(["/usr/bin/nc", "-z", "-G", "2", address, "22"])
+            found["nc"] = run(["/usr/bin/nc", "-z", "-G", "2", address, "22"], limit_s)
     return found
 
 
@@ -166,6 +165,7 @@ def main(
     free: list[int],
     model: str | None = None,
     backend: str | None = None,
+    limit_s: float = 8.0,
 ) -> None:
     """Print everything.
 
@@ -176,6 +176,7 @@ def main(
         free: ports on which nobody should listen.
         model: that the ranks are to run; None: not known.
         backend: that they are to use; None: not known.
+        limit_s: for each command.
     """
     commands = dict(COMMANDS.get(platform.system(), {}))
     python = os.path.expanduser(python)
@@ -185,8 +186,8 @@ def main(
     if model and "/" in model and not os.path.exists(os.path.expanduser(model)):
         commands["hub"] = [sys.executable, "-c", HUB, model]
     with ThreadPoolExecutor(16) as pool:
-        outputs = {name: pool.submit(run, words) for name, words in commands.items()}
-        reached = {address: pool.submit(reach, address) for address in others}
+        outputs = {name: pool.submit(run, words, limit_s) for name, words in commands.items()}
+        reached = {address: pool.submit(reach, address, limit_s) for address in others}
         facts = {
             "system": platform.system(), "release": platform.release(), "name": socket.gethostname(),
             "python": sys.executable, "home": os.path.expanduser("~"), "ranks_python": python, "shell": os.environ.get("SHELL", ""),

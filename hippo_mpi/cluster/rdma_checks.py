@@ -31,6 +31,7 @@ def _possible(hosts: Sequence[Probed]) -> Iterator[Finding]:
     """Check each Mac that has a cable, or that a hostfile wants to use RDMA."""
     macs = macs_of(hosts)
     cabled = {end.host for cable in cables_of(macs) for end in cable.ends}
+    is_wanted = any(any(host.host.rdma) for host in hosts) or any(mac.rdma for mac in macs if mac)
     for rank, (host, mac) in enumerate(zip(hosts, macs, strict=True)):
         no = why_no_rdma(mac) if mac and (rank in cabled or any(host.host.rdma)) else None
         if not no or not mac:
@@ -43,7 +44,7 @@ def _possible(hosts: Sequence[Probed]) -> Iterator[Finding]:
             fix = "start it in Recovery (hold the power button), Utilities > Terminal: rdma_ctl enable; then restart"
             if mac.rdma_at_boot:
                 fix = "restart it: RDMA is enabled from the next start on"
-            yield Finding("rdma-off", host.host.ssh, no.why, fix, weight or WARNING)
+            yield Finding("rdma-off", host.host.ssh, no.why, fix, weight or (WARNING if is_wanted else INFO))
         elif no.is_too_old:
             yield Finding("rdma-impossible", host.host.ssh, no.why, "update macOS, or use the ring", weight or INFO)
 

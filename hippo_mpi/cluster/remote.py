@@ -23,6 +23,7 @@ from hippo_mpi.transport.run_key import SSH
 _MARK = "hippo-probe-begins"  # what comes before it is no answer, but what a shell prints at each login
 _PYTHONS = ("python3", "python3.12", "python3.11", "/opt/homebrew/bin/python3", "/usr/local/bin/python3")
 NO_PYTHON = "no Python"
+_SHARE = 0.7  # of the time for all of an answer, that one command may take
 
 
 def ask(hostfile: Hostfile, ports: Sequence[int], timeout_s: float, model: str | None = None) -> list[Probed]:
@@ -44,7 +45,7 @@ def _ask(hostfile: Hostfile, rank: int, ports: Sequence[int], timeout_s: float, 
     others = list(following.ips) if len(hostfile.hosts) > 1 else []
     is_here = host.ssh == THIS_MACHINE
     python = sys.executable if is_here or not host.python else host.python
-    given = (python, list(host.ips), others, list(ports), model, hostfile.backend)
+    given = (python, list(host.ips), others, list(ports), model, hostfile.backend, _SHARE * timeout_s)
     program = f"{Path(probe.__file__).read_text()}\n\nmain(*{given!r})"
     asked_s = time.time()
     command = (

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from ipaddress import IPv4Interface
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,9 @@ def raw(cluster: FakeCluster, mac: int, hosts: Sequence[Host]) -> dict[str, Any]
     outputs: dict[str, dict[str, Any]] = {}
     for name, words in probe.COMMANDS["Darwin"].items():
         if name == "service settings":
-            infos = [(one.name, cluster.answer(mac, ["networksetup", "-getinfo", one.name]).out) for one in own.services]
+            infos = [
+                (one.name, cluster.answer(mac, ["networksetup", "-getinfo", one.name]).out) for one in own.services
+            ]
             outputs[name] = output("".join(f"== {service}\n{info}" for service, info in infos))
         elif name == "processes":
             outputs[name] = output("    1     0 root 1-00:00:00 /sbin/launchd\n")
@@ -82,8 +86,10 @@ def raw(cluster: FakeCluster, mac: int, hosts: Sequence[Host]) -> dict[str, Any]
             answer = cluster.answer(mac, list(words))
             outputs[name] = {"out": answer.out, "err": answer.err, "status": answer.status}
     outputs["versions"] = output(json.dumps(VERSIONS))
+    if own.python.startswith("/Users/anna/Documents/"):
+        outputs["versions"] = {"out": "", "err": f"{own.python}: Operation not permitted", "status": 126}
     following = hosts[(mac + 1) % len(hosts)].ips if len(hosts) > 1 else ()
-    mine = {str(one.ip) for _, name in own.hardware_ports for one in cluster.addresses(mac, name)}
+    mine = {str(one.ip) for one in all_addresses(cluster, mac)}
     return {
         "system": "Darwin", "release": "25.4.0", "name": own.name, "python": own.python, "home": "/Users/anna",
         "ranks_python": own.python, "shell": "/bin/zsh", "clock": NOW_S, "open_files": 1 << 20, "cache": "/Users/anna/.cache",
@@ -102,9 +108,17 @@ def reach(cluster: FakeCluster, mac: int, address: str) -> dict[str, Any]:
     route = cluster.answer(mac, ["route", "-n", "get", address]).out
     interface = route.split("interface: ")[1].split()[0]
     source = next((str(one.ip) for one in cluster.addresses(mac, interface)), None)
-    names = [(number, name) for number, one in enumerate(cluster.macs) for _, name in one.hardware_ports]
-    is_there = any(str(one.ip) == address for number, name in names for one in cluster.addresses(number, name))
-    return {"source": source, "why": "" if is_there else "timed out", "number": 0, "seconds": 0.01, "route": output(route)}
+    here = {str(one.ip): other for number, other in enumerate(cluster.macs) for one in all_addresses(cluster, number)}
+    found = {"source": source, "why": "", "number": 0, "seconds": 0.01, "route": output(route)}
+    if address not in here or here[address].drops_packets:
+        return found | {"why": "timed out", "seconds": 2.0}
+    if cluster.macs[mac].is_python_denied:
+        return found | {"why": "No route to host", "number": errno.EHOSTUNREACH, "nc": output("")}
+    return found
+
+
+def all_addresses(cluster: FakeCluster, mac: int) -> list[IPv4Interface]:
+    return [one for _, name in cluster.macs[mac].hardware_ports for one in cluster.addresses(mac, name)]
 
 
 def ask(cluster: FakeCluster, hostfile: Hostfile | None = None) -> list[Probed]:
@@ -147,9 +161,15 @@ def healthy(seed: int) -> tuple[FakeCluster, Hostfile]:
     draw = random.Random(seed)
     count = draw.randrange(1, 6)
     thunderbolt = draw.choice([4, 5])
-    chip, title = draw.choice([("Apple M4 Max", "Mac Studio"), ("Apple M4 Pro", "Mac mini")] if thunderbolt == 5 else [("Apple M2 Ultra", "Mac Studio"), ("Apple M4", "Mac mini")])
+    chip, title = draw.choice(
+        [("Apple M4 Max", "Mac Studio"), ("Apple M4 Pro", "Mac mini")]
+        if thunderbolt == 5
+        else [("Apple M2 Ultra", "Mac Studio"), ("Apple M4", "Mac mini")]
+    )
     cluster = FakeCluster(
-        some_macs(draw, count, thunderbolt=thunderbolt, chip=chip, title=title, rdma=thunderbolt == 5 and draw.random() < 0.5)
+        some_macs(
+            draw, count, thunderbolt=thunderbolt, chip=chip, title=title, rdma=thunderbolt == 5 and draw.random() < 0.5
+        )
     )
     shape = draw.choice(["ring", "mesh", "LAN"])
     near = {(number, (number + 1) % count) for number in range(count if count > 2 else count - 1)}

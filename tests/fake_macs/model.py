@@ -58,6 +58,9 @@ class FakeMac:
         thunderbolt: 4 or 5.
         rdma: whether it is on; None: macOS has no such command.
         lan: its address on Ethernet, with the length of its network.
+        routes: interfaces by which some addresses are called, whatever networks say.
+        drops_packets: whether its firewall does.
+        is_python_denied: whether Python may not use the local network.
     """
 
     name: str
@@ -88,6 +91,8 @@ class FakeMac:
     mtus: dict[str, int] = field(default_factory=dict)
     routes: dict[str, str] = field(default_factory=dict)
     is_bridge_up: bool = True
+    drops_packets: bool = False
+    is_python_denied: bool = False
     ports: list[FakePort] = field(init=False)
     services: list[FakeService] = field(init=False)
     members: list[str] = field(init=False)
@@ -166,10 +171,10 @@ class FakeCluster:
         if interface == "en1" or not self.is_cabled(mac, interface):
             return []
         service = own.service_on(interface)
+        if service and service.method == "manual":
+            return [IPv4Interface("/".join(service.words[:2]))]
         if service is None or service.method == "off" or interface in own.members:
             return []
-        if service.method == "manual":
-            return [IPv4Interface("/".join(service.words[:2]))]
         digest = hashlib.sha256(f"{own.name} {interface}".encode()).digest()
         return [IPv4Interface(f"169.254.{digest[0]}.{digest[1] % 254 + 1}/16")]
 
@@ -188,11 +193,15 @@ class FakeCluster:
         if name in ("rdma_ctl", "ibv_devices", "ibv_devinfo") and own.rdma is None:
             return Answer("", f"{name}: command not found\n", 127)
         known: dict[str, Any] = {
-            "sw_vers": lambda: f"ProductName:\t\tmacOS\nProductVersion:\t\t{own.version}\nBuildVersion:\t\t{own.build}\n",
-            "system_profiler": lambda: json.dumps({"SPThunderboltDataType": self._buses(mac)}, indent=2),
+            "sw_vers": lambda: (
+                f"ProductName:\t\tmacOS\nProductVersion:\t\t{own.version}\nBuildVersion:\t\t{own.build}\n"
+            ),
+            "system_profiler": lambda: json.dumps({"SPThunderboltDataType": self._buses(mac)}),
             "sysctl": lambda: _sysctl(own),
             "vm_stat": lambda: _vm_stat(own),
-            "top": lambda: f"Processes: 2 total\n\nMEM   PID  COMMAND\n{own.held // 2 >> 20}M+  812  python3.12\n{own.held // 2 >> 20}M  1    launchd\n",
+            "top": lambda: (
+                f"Processes: 2 total\n\nMEM   PID  COMMAND\n{own.held // 2 >> 20}M+  812  python3.12\n{own.held // 2 >> 20}M  1    launchd\n"
+            ),
             "netstat": lambda: self._netstat(mac),
             "rdma_ctl": lambda: "enabled\n" if own.rdma else "disabled\n",
             "ibv_devices": lambda: self._ibv_devices(own),
@@ -202,12 +211,18 @@ class FakeCluster:
             "socketfilterfw": lambda: (
                 "Firewall is enabled. (State = 1)\n" if own.has_firewall else "Firewall is disabled. (State = 0)\n"
             ),
+            "nc": lambda: "",
+            "uname": lambda: "Darwin\n",
             "ipconfig": lambda: own.lan.partition("/")[0] + "\n",
         }
         if name == "nvram":
             return Answer("rdma-enable\t1\n") if own.rdma else Answer("", "nvram: Error getting variable\n", 1)
         if name == "launchctl":
-            return Answer("system/io.exo.networksetup = {\n}\n") if own.has_exo else Answer("", "Could not find service\n", 113)
+            return (
+                Answer("system/io.exo.networksetup = {\n}\n")
+                if own.has_exo
+                else Answer("", "Could not find service\n", 113)
+            )
         return Answer(known[name]()) if name in known else Answer("", f"{name}: command not found\n", 127)
 
     def _buses(self, mac: int) -> list[dict[str, Any]]:
@@ -286,7 +301,10 @@ class FakeCluster:
     def _networksetup(self, own: FakeMac, rest: list[str]) -> Answer:
         match rest:
             case ["-listallhardwareports"]:
-                blocks = [f"\nHardware Port: {name}\nDevice: {device}\nEthernet Address: N/A\n" for name, device in own.hardware_ports]
+                blocks = [
+                    f"\nHardware Port: {name}\nDevice: {device}\nEthernet Address: N/A\n"
+                    for name, device in own.hardware_ports
+                ]
                 return Answer("".join(blocks) + "\nVLAN Configurations\n===================\n")
             case ["-listallnetworkservices"]:
                 names = [f"{'' if one.is_on else '*'}{one.name}\n" for one in own.services]
@@ -313,18 +331,27 @@ class FakeCluster:
     def _netstat(self, mac: int) -> str:
         head = "Routing tables\n\nInternet:\nDestination        Gateway            Flags               Netif Expire\n"
         lines = ["default            192.168.1.1        UGScg                 en0"]
-        lines += [f"{_shortened(network):18} link#12            UCS                {name:>8}" for network, name in self._networks(mac)]
-        lines += [f"{to:18} link#12            UCS                {name:>8}" for to, name in self.macs[mac].routes.items()]
+        lines += [
+            f"{_shortened(network):18} link#12            UCS                {name:>8}"
+            for network, name in self._networks(mac)
+        ]
+        lines += [
+            f"{to:18} link#12            UCS                {name:>8}" for to, name in self.macs[mac].routes.items()
+        ]
         return head + "\n".join(lines) + "\n"
 
     def _route(self, mac: int, address: str) -> str:
-        near = [(network.prefixlen, name) for network, name in self._networks(mac) if IPv4Interface(address).ip in network]
+        near = [
+            (network.prefixlen, name) for network, name in self._networks(mac) if IPv4Interface(address).ip in network
+        ]
         name = self.macs[mac].routes.get(address) or max(near, default=(0, "en0"))[1]
         return f"   route to: {address}\ndestination: {address}\n  interface: {name}\n      flags: <UP,HOST,DONE>\n"
 
     def _ibv_devices(self, own: FakeMac) -> str:
         devices = [f"    rdma_{port.interface:12}\t{port.domain.replace('-', '')[:16].lower()}\n" for port in own.ports]
-        return "    device          \t   node GUID\n    ------          \t----------------\n" + "".join(devices if own.rdma else [])
+        return "    device          \t   node GUID\n    ------          \t----------------\n" + "".join(
+            devices if own.rdma else []
+        )
 
     def _ibv_devinfo(self, mac: int) -> str:
         text = ""
@@ -338,7 +365,12 @@ class FakeCluster:
 
 
 def _device(name: str, below: list[dict[str, Any]]) -> dict[str, Any]:
-    device: dict[str, Any] = {"_name": name, "device_name_key": name, "mode_key": "usb_four_v2", "vendor_name_key": "Made Up"}
+    device: dict[str, Any] = {
+        "_name": name,
+        "device_name_key": name,
+        "mode_key": "usb_four_v2",
+        "vendor_name_key": "Made Up",
+    }
     return device | ({"_items": below} if below else {})
 
 
@@ -352,7 +384,13 @@ def _sysctl(own: FakeMac) -> str:
 
 def _vm_stat(own: FakeMac) -> str:
     free = max(0, own.memory - max(own.wired, own.held))
-    values = {"Pages free": free // 2, "Pages active": own.held, "Pages inactive": free // 2, "Pages speculative": 0, "Pages wired down": own.wired}
+    values = {
+        "Pages free": free // 2,
+        "Pages active": own.held,
+        "Pages inactive": free // 2,
+        "Pages speculative": 0,
+        "Pages wired down": own.wired,
+    }
     lines = [f"{name + ':':25}{value // PAGE:>20}.\n" for name, value in values.items()]
     return f"Mach Virtual Memory Statistics: (page size of {PAGE} bytes)\n" + "".join(lines)
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import random
 from ipaddress import IPv4Address, IPv4Network
 from itertools import combinations, permutations
 from pathlib import Path
 
 import pytest
 
-from hippo_mpi.cluster.address_plan import networks
-from hippo_mpi.cluster.cables import cables_of, longest_ring
 from hippo_mpi.cluster.topology import Topology, topology_of
 from tests.fake_macs.draw import apply, ask, ask_mlx, names_of, random_graph
-from tests.fake_macs.model import FakeCluster, FakeMac
+from tests.fake_macs.model import FakeCluster
 
 Pair = tuple[int, int]
 
@@ -110,6 +107,7 @@ def compare_with_mlx(cluster: FakeCluster, topology: Topology, theirs: dict[str,
     """The same, but for reasons against JACCL that mlx doesn't look at, docks, and bridges of two."""
     ours = topology.hostfile
     if any(cable.dock for cable in cluster.cables):
+        assert len(topology.ring) == len(cluster.macs)
         return
     assert isinstance(theirs["hosts"], list)
     if cluster.macs[0].thunderbolt == 5:
