@@ -6,10 +6,10 @@ import copy
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ import pytest
 from hippo_mpi.cluster.hostfile import Hostfile, hostfile_of
 from hippo_mpi.cluster.topology import topology_of
 from tests.cabled_hosts import CAN_MAKE, SSHD, WHY_NOT
+from tests.fake_macs.draw import apply
 from tests.fake_macs.hosts import MacHosts, mac_hosts
 from tests.fake_macs.model import GIB, FakeCluster
 
@@ -74,7 +75,10 @@ def test_nothing_is_wrong_with_macs_that_are_well(three: MacHosts) -> None:
         assert failed == {"rdma at boot", "exo"}, {name: host["raw"]["outputs"][name] for name in failed}
     text = (three.folder / "report.json").read_text()
     assert not [port for mac in three.macs.load().macs for port in mac.ports if port.domain in text]
-    again = run(three, [sys.executable, "-m", "hippo_mpi.cluster", "doctor", "--json", "--from", str(three.folder / "report.json")])
+    again = run(
+        three,
+        [sys.executable, "-m", "hippo_mpi.cluster", "doctor", "--json", "--from", str(three.folder / "report.json")],
+    )
     assert [one for one in json.loads(again.stdout)["findings"] if one["check"] != "stale-ranks"] == said["findings"]
 
 
@@ -122,19 +126,18 @@ def test_a_plan_s_commands_change_what_is_found_next(three: MacHosts) -> None:
     hostfile = hostfile_of([{"ssh": name} for name in ("127.0.0.1", "mini1", "mini2")], "test")
     topology = topology_of(ask(three, hostfile))
     assert topology.plan.commands.keys() == {"127.0.0.1", "mini1", "mini2"}
-    run_commands(three, [(name, command.do) for name, among in topology.plan.commands.items() for command in among])
+    for name, commands in topology.plan.commands.items():
+        script = " && ".join(shlex.join(command.do) for command in commands)
+        done = run(three, ["sh", "-c", script] if name == "127.0.0.1" else ["ssh", name, script])
+        assert done.returncode == 0, done
     again = topology_of(ask(three, hostfile))
     assert not again.plan.commands and again.hostfile == topology.hostfile
-    assert topology.hostfile.backend == "ring" and all(host.ips[0].startswith("10.205.0.") for host in topology.hostfile.hosts)
-    undo = [(name, command.undo) for name, among in topology.plan.commands.items() for command in reversed(among)]
-    run_commands(three, undo)
+    assert topology.hostfile.backend == "ring" and all(
+        host.ips[0].startswith("10.205.0.") for host in topology.hostfile.hosts
+    )
+    with three.macs.changed() as cluster:
+        apply(cluster, topology, undo=True)
     assert three.macs.load() == before
-
-
-def run_commands(three: MacHosts, commands: list[tuple[str, tuple[str, ...]]]) -> None:
-    for name, words in commands:
-        host = three.hosts[0 if name == "127.0.0.1" else int(name[-1])]
-        subprocess.run(host.command(words), check=True, capture_output=True, timeout=60, env={**os.environ, **three.env})
 
 
 def ask(three: MacHosts, hostfile: Hostfile) -> Any:
