@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from hippo_mpi.cluster import remote
 from hippo_mpi.cluster.hostfile import Hostfile, hostfile_of
 from hippo_mpi.cluster.topology import topology_of
 from tests.cabled_hosts import CAN_MAKE, SSHD, WHY_NOT
@@ -153,3 +154,15 @@ def ask(three: MacHosts, hostfile: Hostfile) -> Any:
     found = run(three, [sys.executable, "-c", script])
     assert found.returncode == 0, found.stderr
     return pickle.loads(saved.read_bytes())
+
+
+@pytest.mark.skipif(not os.path.exists("/usr/bin/python3"), reason="needs a python3 in /usr/bin")
+def test_a_python_that_only_opens_a_window_is_not_started(three: MacHosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS's own python3, without the command line tools: there is no xcode-select here."""
+    monkeypatch.setattr(remote, "_PYTHONS", ("python3",))
+    script = remote._script("/no/such/python", "print('asked')")
+    path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
+    found = subprocess.run(three.hosts[0].command(["env", path, "sh", "-c", script]), capture_output=True, text=True)
+    assert found.stdout.splitlines()[-1] == remote.NO_PYTHON, found
+    plain = subprocess.run(["env", path, "sh", "-c", script], capture_output=True, text=True)
+    assert plain.stdout.splitlines()[-1] == "asked", plain
