@@ -115,6 +115,10 @@ class MacFacts:
         """Return the Thunderbolt port of an interface."""
         return next((port for port in self.ports or () if port.interface == interface), None)
 
+    def is_cable(self, interface: str) -> bool:
+        """Return True if an interface is a Thunderbolt port's, or a bridge."""
+        return self.port_of(interface) is not None or any(bridge.name == interface for bridge in self.bridges or ())
+
     def bridge_of(self, interface: str) -> Bridge | None:
         """Return the bridge that has an interface as a member."""
         return next((bridge for bridge in self.bridges or () if interface in bridge.members), None)

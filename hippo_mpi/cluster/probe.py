@@ -56,7 +56,7 @@ COMMANDS = {
         "footprints": ["ps", "-A", "-o", "rss=,pid=,comm="],
         "processes": ["ps", "-A", "-ww", "-o", "pid=,ppid=,user=,etime=,args="],
         "machine": ["cat", "/etc/machine-id"],
-        "firewall": ["nft", "list", "ruleset"],
+        "firewall": ["sh", "-c", "PATH=$PATH:/usr/sbin:/sbin nft list ruleset"],
         "governor": ["cat", GOVERNOR + "scaling_driver", GOVERNOR + "scaling_governor"],
     },
     "Darwin": {
