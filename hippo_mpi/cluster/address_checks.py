@@ -63,10 +63,11 @@ def _address_clash(hosts: Sequence[Probed]) -> Iterator[Finding]:
 
 
 def _are_one_lan(facts: Facts, one: tuple[str, IPv4Interface], other: tuple[str, IPv4Interface]) -> bool:
-    """Return True if a host is in one LAN by cable and by Wi-Fi, as many are: it knows which of them to use."""
-    mac = facts.mac
-    if one[1].network != other[1].network or (mac and any(mac.is_cable(name) for name, _ in (one, other))):
+    """Return True if a host is in one LAN twice, as many are by cable and by Wi-Fi: it knows which of them to use."""
+    if one[1].network != other[1].network:
         return False
+    if facts.mac:
+        return not any(facts.mac.is_cable(name) for name, _ in (one, other))
     return any(_kind(facts, name) == "Wi-Fi" for name, _ in (one, other))
 
 

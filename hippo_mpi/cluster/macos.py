@@ -82,7 +82,7 @@ class MacFacts:
         speed_limit: of the CPU, in percent, as heat leaves it; None: unknown.
         is_encrypted: whether FileVault is on.
         has_firewall: whether the application firewall is on.
-        has_exo: whether exo's daemon is loaded.
+        has_exo: whether exo's daemon was seen.
     """
 
     model: str | None = None
@@ -104,7 +104,7 @@ class MacFacts:
     speed_limit: int | None = None
     is_encrypted: bool | None = None
     has_firewall: bool | None = None
-    has_exo: bool | None = None
+    has_exo: bool = False
 
     @property
     def domain(self) -> str | None:
@@ -262,7 +262,7 @@ def read_mac(outputs: Mapping[str, str]) -> MacFacts:
         int(limit[1]) if limit else None,
         _one_of(of("encryption"), {"FileVault is On.": True, "FileVault is Off.": False}),
         _firewall(of("firewall")),
-        "io.exo.networksetup = {" in of("exo") if of("exo") else None,
+        "io.exo.networksetup = {" in of("exo"),
     )
 
 
