@@ -116,8 +116,6 @@ def longest_ring(count: int, pairs: Collection[Pair]) -> tuple[int, ...]:
         elif following not in path:
             path.append(following)
             left.append(iter(near[following]))
-            if len(path) == count and 0 in near[following]:
-                best = tuple(path)
     return best
 
 

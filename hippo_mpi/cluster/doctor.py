@@ -11,7 +11,7 @@ from typing import Any
 
 from hippo_mpi.cluster.checks import diagnose
 from hippo_mpi.cluster.facts import Facts, Probed, read_facts
-from hippo_mpi.cluster.findings import ERROR, Finding
+from hippo_mpi.cluster.findings import ERROR, INFO, Finding
 from hippo_mpi.cluster.hostfile import Host, Hostfile
 from hippo_mpi.cluster.remote import ask
 from hippo_mpi.errors import RankError, UserError
@@ -44,7 +44,7 @@ def lines_of(hosts: Sequence[Probed], findings: Sequence[Finding]) -> Iterator[s
     for one in findings:
         yield _printable(f"{one.weight}: {one.check} on {one.host}: {one.found}")
         yield _printable(f"  {one.fix}")
-    if not findings:
+    if all(one.weight == INFO for one in findings):
         yield "nothing is wrong"
 
 

@@ -45,7 +45,7 @@ def topology_of(hosts: Sequence[Probed]) -> Topology:
     """Return how hosts are best joined: by their cables if these make a ring or a mesh of all, else by the LAN.
 
     Args:
-        hosts: as asked, this machine first; those that have not answered are left out.
+        hosts: as asked, this machine first, which has answered; those that have not are left out.
 
     Raises:
         UserError: no network is free for the cables.
@@ -91,19 +91,18 @@ def choose_backend(
     no_cable = f"no cable joins {names[gap[0]]} and {names[gap[1]]}" if gap else None
     if len(macs) < 2:
         return "ring", "there is one host"
+    if None in macs:
+        return "ring", f"{names[list(macs).index(None)]} is no Mac"
+    hops = {_pair(one, ring[place - 1]) for place, one in enumerate(ring)}
+    if no_cable and not (len(ring) == len(macs) and hops <= direct):
+        return "ring", no_cable
     for name, mac in zip(names, macs, strict=True):
-        if mac is None:
-            return "ring", f"{name} is no Mac"
-        if no := why_no_rdma(mac):
+        if mac and (no := why_no_rdma(mac)):
             return "ring", f"{name}: {no.why}"
-    builds = {mac.build for mac in macs if mac}
-    if len(builds) > 1:
+    if len({mac.build for mac in macs if mac}) > 1:
         found = ", ".join(f"{name} {mac.version} ({mac.build})" for name, mac in zip(names, macs, strict=True) if mac)
         return "ring", f"the hosts have different versions of macOS: {found}"
-    if no_cable is None:
-        return "jaccl", None
-    hops = [_pair(one, ring[place - 1]) for place, one in enumerate(ring)]
-    return ("jaccl-ring" if len(ring) == len(macs) and set(hops) <= direct else "ring"), no_cable
+    return ("jaccl-ring" if no_cable else "jaccl"), no_cable
 
 
 def lan_addresses(facts: Sequence[Facts]) -> list[str | None]:

@@ -124,6 +124,14 @@ def test_networks_that_overlap_others_are_left_out() -> None:
     assert str(next(networks([IPv4Network("10.0.0.0/8")]))) == "172.16.0.0/30"
 
 
+def test_cables_get_networks_that_no_host_has() -> None:
+    """A route of one host, and an address of another."""
+    cluster = triangle()
+    cluster.macs[2].routes["10.205.0/28"] = "utun4"
+    cluster.macs[1].wifi = "10.205.0.17/29"
+    assert ips_of(topology_of(ask(cluster))) == [("10.205.0.29",), ("10.205.0.26",), ("10.205.0.34",)]
+
+
 def test_a_vpn_to_all_private_networks_leaves_what_nobody_has() -> None:
     cluster = triangle()
     for route in ("10", "172.16/12", "192.168.0/16"):
