@@ -18,7 +18,7 @@ from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.units import show_bytes
 
-_SAVED = ("error", "noise", "asked_s", "raw", "backend", "envs", "model")
+_SAVED = ("error", "noise", "asked_s", "took_s", "raw", "backend", "envs", "model")
 _TIMEOUT_S = 5.0  # for hosts to answer after a run that has failed
 # What tells one machine or person from another; each becomes a number, the same everywhere.
 _PRIVATE = re.compile(
@@ -123,4 +123,9 @@ def _probed(one: dict[str, Any]) -> Probed:
     host = Host(one["host"]["ssh"], tuple(one["host"]["ips"]), tuple(one["host"]["rdma"]), one["host"]["python"])
     facts = read_facts(one["raw"]) if one["raw"] else None
     saved = Probed(host, facts, one["error"], one["noise"], one["asked_s"], one["raw"])
-    return replace(saved, backend=one.get("backend"), envs=tuple(one.get("envs", ())), model=one.get("model"))
+    given: dict[str, Any] = {
+        "backend": one.get("backend"),
+        "envs": tuple(one.get("envs", ())),
+        "model": one.get("model"),
+    }
+    return replace(saved, took_s=one.get("took_s", 0.0), **given)

@@ -140,6 +140,7 @@ class Probed:
         error: what ssh said then, or what is wrong with the answer.
         noise: what its shell prints at each login.
         asked_s: when it was asked, by our clock.
+        took_s: how long the answer took.
         backend: that the hostfile asks for.
         envs: that it gives to every rank.
         model: that the ranks are to run.
@@ -151,6 +152,7 @@ class Probed:
     noise: str = ""
     asked_s: float = 0.0
     raw: dict[str, Any] = field(default_factory=dict)
+    took_s: float = 0.0
     backend: str | None = None
     envs: tuple[str, ...] = ()
     model: str | None = None

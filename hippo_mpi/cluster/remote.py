@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -41,8 +41,14 @@ def ask(hostfile: Hostfile, ports: Sequence[int], timeout_s: float, model: str |
         model: that the ranks are to run, if that is known.
     """
     with ThreadPoolExecutor(len(hostfile.hosts)) as pool:
-        asked = pool.map(lambda rank: _ask(hostfile, rank, ports, timeout_s, model), range(len(hostfile.hosts)))
+        ranks = range(len(hostfile.hosts))
+        asked = pool.map(lambda rank: _timed(lambda: _ask(hostfile, rank, ports, timeout_s, model)), ranks)
         return [replace(one, backend=hostfile.backend, envs=hostfile.envs, model=model) for one in asked]
+
+
+def _timed(asking: Callable[[], Probed]) -> Probed:
+    began_s = time.monotonic()
+    return replace(asking(), took_s=time.monotonic() - began_s)
 
 
 def _ask(hostfile: Hostfile, rank: int, ports: Sequence[int], timeout_s: float, model: str | None) -> Probed:

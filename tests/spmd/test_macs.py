@@ -24,7 +24,7 @@ from tests.fake_macs.model import GIB, FakeCluster
 
 pytestmark = [
     pytest.mark.skipif(not CAN_MAKE or not SSHD, reason=f"{WHY_NOT}; and sshd (openssh-server)"),
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(600),
 ]
 TRIANGLE = [(0, 1), (1, 2), (2, 0)]
 
@@ -50,7 +50,7 @@ def three(made: tuple[MacHosts, FakeCluster]) -> Iterator[MacHosts]:
 
 def doctor(three: MacHosts, *options: str) -> tuple[int, dict[str, Any]]:
     """Exit status and what is said; of processes nothing, since all of the machine's are on each host here."""
-    command = [sys.executable, "-m", "hippo_mpi.cluster", "doctor", "--json", "--timeout", "50", *options]
+    command = [sys.executable, "-m", "hippo_mpi.cluster", "doctor", "--json", "--timeout", "200", *options]
     given = [*command, "--hostfile", str(three.folder / "hosts.json")]
     found = run(three, given)
     assert found.returncode in (0, 2, 3), found.stderr
@@ -61,7 +61,7 @@ def doctor(three: MacHosts, *options: str) -> tuple[int, dict[str, Any]]:
 
 def run(three: MacHosts, words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        three.hosts[0].command(words), capture_output=True, text=True, timeout=60, env={**os.environ, **three.env}
+        three.hosts[0].command(words), capture_output=True, text=True, timeout=300, env={**os.environ, **three.env}
     )
 
 
@@ -149,7 +149,7 @@ def ask(three: MacHosts, hostfile: Hostfile) -> Any:
     script = (
         "import pickle, sys; from pathlib import Path; from hippo_mpi.cluster.hostfile import read_hostfile;"
         "from hippo_mpi.cluster.remote import ask;"
-        f"Path({str(saved)!r}).write_bytes(pickle.dumps(ask(read_hostfile(Path({str(path)!r})), (), 50)))"
+        f"Path({str(saved)!r}).write_bytes(pickle.dumps(ask(read_hostfile(Path({str(path)!r})), (), 200)))"
     )
     found = run(three, [sys.executable, "-c", script])
     assert found.returncode == 0, found.stderr

@@ -91,6 +91,14 @@ def test_a_container_s_own_ranks_are_watched(first: str) -> None:
     assert diagnose(change(healthy(3), 1, first_process=first, **FIELDS["stale-ranks"])) == []
 
 
+def test_a_slow_answer_is_no_clock_that_is_off() -> None:
+    hosts = change(healthy(3), 1, clock=1040.0)
+    assert [one.check for one in diagnose(hosts)] == ["clock"]
+    hosts[1] = replace(hosts[1], took_s=41.0)
+    assert diagnose(hosts) == []
+    assert [one.found for one in diagnose(change(hosts, 1, clock=940.0))] == ["its clock is -60 s off"]
+
+
 def test_one_machine_under_two_names() -> None:
     hosts = next(hosts for hosts in map(healthy, range(100)) if len(hosts) > 2)
     facts = hosts[1].facts
