@@ -34,7 +34,7 @@ from hippo_mpi.runtime.session import Session
 from hippo_mpi.serving.addresses import is_loopback
 from hippo_mpi.serving.api.audit_log import AuditLog
 from hippo_mpi.serving.key_files import keys_of_environment, read_key_file
-from hippo_mpi.serving.logs import set_up_logging
+from hippo_mpi.serving.logs import log_to, set_up_logging
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
 from hippo_mpi.serving.supervision.messages import FRONT, MAX_LINE_BYTES, RankPart, Ready
 from hippo_mpi.serving.supervision.rank_service import BEAT_S, RankService
@@ -94,6 +94,8 @@ def _start_own_front(session: Session[ServeOptions]) -> socket.socket:
         raise UserError("a launcher starts the ranks of one model: for a catalogue, start hippo_mpi.serve without one")
     set_up_logging(options.log_level)
     catalogue = Catalogue([ServedModel(options.model_name or Path(options.model).name, options)])
+    if options.log_file:
+        log_to(options.log_file)
     broker, api, http = _make_api(options, catalogue)
     connection, ours = socket.socketpair()
 
@@ -132,6 +134,8 @@ def serve(argv: list[str]) -> int:
     _check(options, catalogue)
     if options.check:
         return 0
+    if options.log_file:  # what is wrong with the command line was told where it was typed
+        log_to(options.log_file)
     if hostfile is not None:
         if _is_here(options, hostfile):
             hostfile = None

@@ -63,7 +63,12 @@ class ServerOptions:
     check: bool = option(False, "only say what is wrong with these options, if anything is")
     audit_key: Path | None = option(None, "file with that log's key, made if missing; by default FILE.key", check=Path)
     audit_required: bool = option(False, "refuse requests (503) while they can't be logged")
-    log_level: str = option("info", "lowest level of the lines on stderr", choices=LOG_LEVELS)
+    log_level: str = option("info", "lowest level of the log's lines", choices=LOG_LEVELS)
+    log_file: Path | None = option(
+        None,
+        "append the log to this file instead of stderr; beyond 10 MiB it goes on in a new one, and four of before are kept",
+        check=Path,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -164,6 +165,39 @@ def test_a_level() -> None:
     with ranks.single([SERVE, "--log-level", "loud"]) as refused:
         assert refused.wait() == 2
         assert "argument --log-level: invalid choice: 'loud'" in refused.err
+
+
+def test_the_log_goes_into_files_of_a_size(tmp_path: Path) -> None:
+    """All lines are there once, in order, those of child processes, too; the oldest file is dropped."""
+    log = tmp_path / "log"
+    log.write_text("of before\n")
+    code = f"""
+import logging, os, subprocess, sys, time
+from pathlib import Path
+from hippo_mpi.serving import logs
+logs._MAX_FILE_BYTES = 20_000
+logs.set_up_logging("info")
+logs.log_to(Path({str(log)!r}))
+child = subprocess.Popen(["sh", "-c", "read x; echo from a child >&2"], stdin=subprocess.PIPE)
+for number in range(1_200):
+    logging.getLogger("hippo_mpi.x").info("%d %s", number, "x" * 60)
+logging.shutdown()
+time.sleep(1)
+child.communicate(b"x")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    files = [log, *(log.with_name(f"log.{number}") for number in range(1, 5))]
+    assert {*tmp_path.iterdir()} == {*files}
+    text = "".join(file.read_text() for file in reversed(files))
+    numbers = [int(found) for found in re.findall(r" INFO (\d+) x", text)]
+    assert numbers == [*range(numbers[0], 1_200)] and "of before" not in text
+    assert text.endswith("from a child\n")
+
+
+def test_a_log_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with ranks.single([SERVE, "--ranks", "1", "--log-file", str(tmp_path)]) as refused:
+        assert refused.wait() == 2
+        assert refused.err == f"error: --log-file {tmp_path}: Is a directory\n"
 
 
 def test_nobody_reads_the_log() -> None:

@@ -442,7 +442,7 @@ def test_launch_serve() -> None:
         assert url in run("status", env=keys).stdout
         ps = ["ps", "-ww", "-o", "args=", "-p", (root / ".serve" / "front").read_text().strip()]
         words = subprocess.run(ps, capture_output=True, text=True).stdout.split()
-        assert words.count("--port") == 1 and words[-1] == url.rpartition(":")[2]
+        assert words.count("--port") == 1 and words[words.index("--port") + 1] == url.rpartition(":")[2]
 
         told = run("restart", "--help")
         assert told.returncode == 0 and "exits with 3 if no server runs" in told.stdout and not told.stderr

@@ -24,7 +24,7 @@ from hippo_mpi.cluster.host_checks import linked, reachable
 from hippo_mpi.cluster.hostfile import Host, Hostfile
 from hippo_mpi.cluster.hosts import installed
 from hippo_mpi.cluster.start_plan import START, start_plan
-from hippo_mpi.environment import STATUS_FILE, TERMINAL
+from hippo_mpi.environment import LOG_LINES, STATUS_FILE, TERMINAL
 from hippo_mpi.errors import ForeignError, HippoError, UserError
 from hippo_mpi.serving.supervision.messages import FRONT, MAX_LINE_BYTES
 from hippo_mpi.serving.supervision.request_broker import RequestBroker
@@ -119,11 +119,12 @@ class RankGroup:
             STATUS_FILE: str(self._status_file),
             **key.environment,
             TERMINAL: str(int(sys.stderr.isatty())),
+            LOG_LINES: "1",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             _TUNABLES: os.environ.get(_TUNABLES, _KEEP_MEMORY),
         }
         if plan.hostfile:
-            given = {name: env[name] for name in (FRONT, STATUS_FILE, _TUNABLES)}
+            given = {name: env[name] for name in (FRONT, STATUS_FILE, LOG_LINES, _TUNABLES)}
             self._ports = HeldPorts(sum(max(1, len(host.ips)) for host in plan.hostfile.hosts))
             if plan.backend == "mpi":
                 self._start_mpi(plan, env, given | key.passed_on)
