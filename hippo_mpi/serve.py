@@ -3,6 +3,7 @@
     hippo_mpi.serve --model M                                  # two ranks on this machine
     hippo_mpi.serve --hostfile hostfile --model M              # on the hosts of a hostfile; this one is the first
     hippo_mpi.serve --config hippo.yaml                        # options, hosts and models in one file
+    hippo_mpi.serve install --config hippo.yaml                # as a service that starts at boot; `uninstall` ends it
     mlx.launch --hostfile hostfile -n 2 hippo_mpi.serve --model M     # from rank 0, without a supervisor
 
 Clients see a pause, not an error, when a rank fails: every answer goes on from its last token.
@@ -35,6 +36,7 @@ from hippo_mpi.serving.addresses import is_loopback
 from hippo_mpi.serving.api.audit_log import AuditLog
 from hippo_mpi.serving.key_files import keys_of_environment, read_key_file
 from hippo_mpi.serving.logs import log_to, set_up_logging
+from hippo_mpi.serving.service import install, service_of, uninstall
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
 from hippo_mpi.serving.supervision.messages import FRONT, MAX_LINE_BYTES, RankPart, Ready
 from hippo_mpi.serving.supervision.rank_service import BEAT_S, RankService
@@ -252,7 +254,8 @@ def read_command_line(argv: list[str]) -> tuple[ConfigFile, list[str]]:
 def make_parser() -> OptionsParser[ServeOptions]:
     """Return the parser of the command line."""
     description = "An OpenAI API over ranks that are started again when they fail."
-    return OptionsParser(ServeOptions, prog="hippo_mpi.serve", description=description)
+    epilog = "hippo_mpi.serve install OPTIONS makes a service of it, which starts at boot; hippo_mpi.serve uninstall ends that."
+    return OptionsParser(ServeOptions, prog="hippo_mpi.serve", description=description, epilog=epilog)
 
 
 def _read_models(options: ServeOptions, argv: list[str], file: ConfigFile) -> Catalogue:
@@ -344,10 +347,22 @@ def _allowed_hosts(options: ServeOptions) -> tuple[str, ...]:
     return (*_LOOPBACK, options.address, *options.allow_host)
 
 
+def _install(argv: list[str]) -> int:
+    """Make a service of a server with this command line, if it is one that could start; return the exit status."""
+    code = serve([*argv, "--check"])
+    if API_KEYS in os.environ:
+        raise UserError(f"a service doesn't see {API_KEYS}: write the keys into a file, and give --api-key-file")
+    return code or install(service_of(argv))
+
+
 def main() -> NoReturn:
     """Run the command on this process's command line; ends the process."""
     argv = sys.argv[1:]
     try:
+        if argv[:1] == ["install"]:
+            sys.exit(_install(argv[1:]))
+        if argv == ["uninstall"]:
+            sys.exit(uninstall(service_of([])))
         if FRONT in os.environ or detect_launch().backend:
             file, argv = read_command_line(argv)
             if file.cards or file.hosts:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import configparser
 import json
 import os
-import plistlib
 import re
 import signal
 import socket
@@ -23,7 +21,6 @@ import openai
 import pytest
 
 from hippo_mpi.config.bundled import BUNDLED_MODEL, DEFAULT_PROMPT
-from hippo_mpi.serve import make_parser
 from tests import ranks
 from tests.servers import GOES_ON, JSON, MODEL, SERVE, Server, server
 from tests.small_disk import fill, small_disk
@@ -461,16 +458,3 @@ def test_launch_serve() -> None:
     assert ended.stdout == "stopped\n"
     time.sleep(0.1)
     assert run("status").returncode == 3
-
-
-def test_units_start_what_there_is() -> None:
-    """systemd's and launchd's: their options are ours, and they are well-formed."""
-    launch = Path(__file__).parents[2] / "launch"
-    unit = configparser.ConfigParser(interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment]
-    unit.read_string((launch / "hippo-serve.service").read_text())
-    agent = plistlib.loads((launch / "hippo-serve.plist").read_bytes())
-    assert unit["Service"]["Restart"] == "always" and agent["KeepAlive"] is True
-    for program, *options in (unit["Service"]["ExecStart"].split(), agent["ProgramArguments"]):
-        assert program.endswith("/hippo-mpi/.venv/bin/hippo_mpi.serve")
-        assert make_parser().read(options).journal
