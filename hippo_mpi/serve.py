@@ -16,10 +16,10 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hippo_mpi.cluster.hostfile import Hostfile, hostfile_of, read_hostfile
 from hippo_mpi.cluster.hosts import check_hosts, knock
@@ -40,6 +40,7 @@ from hippo_mpi.serving.service import install, service_of, uninstall
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
 from hippo_mpi.serving.supervision.messages import FRONT, MAX_LINE_BYTES, RankPart, Ready
 from hippo_mpi.serving.supervision.rank_service import BEAT_S, RankService
+from hippo_mpi.serving.supervision.rebalancing import watch_balance
 from hippo_mpi.serving.supervision.request_broker import RequestBroker
 from hippo_mpi.serving.supervision.supervisor import LaunchPlan, Supervisor
 from hippo_mpi.transport.world import detect_launch
@@ -150,13 +151,21 @@ def serve(argv: list[str]) -> int:
         model = catalogue.find(name)
         assert model is not None
         if living is not None and len(broker.machines) == len(hosts):
-            await catalogue.plan(model, [broker.machines[index] for index in living])
-        return launch_plan([*argv, *model.card], options, hostfile, living)
+            machines = [broker.machines[index] for index in living]
+            await catalogue.beside(lambda: model.plan(machines))
+        return launch_plan([*argv, *model.card, *_split_words(broker, name)], options, hostfile, living)
 
     start_s = _PYTHON_START_S + options.start_timeout  # so that ranks which wait in vain say so themselves
     supervisor = Supervisor(broker, make_plan, hosts, start_s, _silence_s(options), options.max_restarts)
-    asyncio.run(_serve_supervised(broker, api, http, supervisor))
+    balance = watch_balance(broker, catalogue, is_taken=options.rebalance)
+    asyncio.run(_serve_supervised(broker, api, http, supervisor, balance))
     return 0
+
+
+def _split_words(broker: RequestBroker, model: str) -> list[str]:
+    """Return the option for the layer split that work has shown to be better."""
+    split = broker.layer_splits.get(model)
+    return ["--layer-split", ",".join(map(str, split))] if split else []
 
 
 def _check(options: ServeOptions, catalogue: Catalogue) -> None:
@@ -182,15 +191,16 @@ async def _serve_api(broker: RequestBroker, api: Api, settings: HttpSettings) ->
         api.exchanges.close()
 
 
-async def _serve_supervised(broker: RequestBroker, api: Api, settings: HttpSettings, supervisor: Supervisor) -> None:
-    ranks = asyncio.ensure_future(supervisor.run())
-    http = asyncio.ensure_future(_serve_api(broker, api, settings))
+async def _serve_supervised(
+    broker: RequestBroker, api: Api, settings: HttpSettings, supervisor: Supervisor, balance: Coroutine[Any, Any, None]
+) -> None:
+    tasks = [asyncio.ensure_future(one) for one in (supervisor.run(), _serve_api(broker, api, settings), balance)]
     try:
-        await asyncio.wait({ranks, http}, return_when="FIRST_COMPLETED")
+        await asyncio.wait(tasks, return_when="FIRST_COMPLETED")
     finally:
-        for task in (ranks, http):
+        for task in tasks:
             task.cancel()
-        done, _ = await asyncio.wait({ranks, http})
+        done, _ = await asyncio.wait(tasks)
     for task in done:
         if not task.cancelled():
             task.result()
@@ -233,6 +243,8 @@ def _open_audit_log(options: ServeOptions) -> AuditLog | None:
 
 def _check_combinations(options: ServeOptions) -> None:
     """Raise a UserError for options of an audit log or a journal without one."""
+    if options.rebalance and options.layer_split:
+        raise UserError("--rebalance finds the layer split: leave out --layer-split, or --rebalance")
     if options.reconnect and not options.journal:
         raise UserError("--reconnect needs --journal FILE")
     if options.audit_log:

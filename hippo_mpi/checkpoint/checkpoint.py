@@ -84,6 +84,7 @@ class Checkpoint:
     config: dict[str, Any]
     flow: Dataflow
     weight_bytes: dict[str, int]
+    matrix_sizes: dict[str, int]  # elements of the weights that are multiplied with: also of quantised ones
     expert_share: dict[str, float]  # of weights stacked over experts: the share that one token reads
     assumptions: tuple[str, ...] = ()  # sentences that say what had to be assumed of a model without weights
 
@@ -116,11 +117,12 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     model, config = open_lazily(source)
     weights = tree_flatten(model.parameters())
     sizes = {name: array.nbytes for name, array in weights}
+    matrices = _matrix_sizes(model)
     shares = _expert_shares(config, {name: array.shape for name, array in weights})
     with running_errors(source.path):
         flow = trace(model)
     assumed = () if has_weights(source.path) else assumptions(source.path, config, source.precision)
-    return Checkpoint(source, config, flow, sizes, shares, assumed)
+    return Checkpoint(source, config, flow, sizes, matrices, shares, assumed)
 
 
 def _sample_of_files(folder: Path) -> str:
@@ -309,6 +311,17 @@ _TOP_K_KEYS = (
     "top_k_experts",
     "experts_per_token",
 )
+
+
+def _matrix_sizes(model: nn.Module) -> dict[str, int]:
+    """Return the elements of each matrix; a quantised one has several in each 32 bits, and its scales are none."""
+    found = {}
+    for path, module in model.named_modules():
+        bits = getattr(module, "bits", None) if "scales" in module else None
+        for name, array in module.items():
+            if isinstance(array, mx.array) and array.ndim > 1 and not (bits and name in ("scales", "biases")):
+                found[f"{path}.{name}" if path else name] = array.size * 32 // bits if bits else array.size
+    return found
 
 
 def _expert_shares(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -98,15 +99,13 @@ def _own_name() -> str:
 
 
 def _with_addresses(hostfile: Hostfile) -> Hostfile:
-    entries = []
+    hosts = []
     for host in hostfile.hosts:
-        ips = list(host.ips)
+        ips = host.ips
         if not ips:
             try:
-                ips = [str(socket.getaddrinfo(host.ssh.rpartition("@")[2], 22, socket.AF_INET)[0][4][0])]
+                ips = (str(socket.getaddrinfo(host.ssh.rpartition("@")[2], 22, socket.AF_INET)[0][4][0]),)
             except OSError:
                 raise LaunchError(f"{hostfile.where}: the address of {host.ssh} can't be found: name its ips") from None
-        entry = {"ssh": host.ssh, "ips": ips, "rdma": list(host.rdma)}
-        entries.append(entry | ({"python": host.python} if host.python else {}))
-    known = hostfile_of(entries, hostfile.where)
-    return Hostfile(known.hosts, hostfile.where, hostfile.backend, hostfile.envs)
+        hosts.append(replace(host, ips=ips))
+    return replace(hostfile, hosts=tuple(hosts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,12 +28,14 @@ class Host:
         ips: its addresses for data; of rank 0, the first is also where the ranks of JACCL meet.
         rdma: JACCL's device, or devices, on the cable to each rank; None where there is no cable.
         python: path of the Python there that has hippo_mpi, such as ~/hippo/.venv/bin/python; None: the same as here.
+        speed: how fast it is, relative to the others; None: that is measured.
     """
 
     ssh: str
     ips: tuple[str, ...] = ()
     rdma: tuple[str | list[str] | None, ...] = ()
     python: str | None = None
+    speed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Hostfile:
     def to_json(self) -> str:
         """Return what mlx.launch reads, too."""
         hosts = [
-            {"ssh": host.ssh, "ips": host.ips, "rdma": host.rdma} | ({"python": host.python} if host.python else {})
+            {"ssh": host.ssh, "ips": host.ips, "rdma": host.rdma}
+            | {key: value for key in ("python", "speed") if (value := getattr(host, key)) is not None}
             for host in self.hosts
         ]
         return json.dumps({"backend": self.backend or "", "envs": self.envs, "hosts": hosts})
@@ -85,10 +89,9 @@ class Hostfile:
                     )
         elif backend == "mpi":
             for rank, host in enumerate(self.hosts):
-                if host.python:
+                if key := next((key for key in ("python", "speed") if getattr(host, key) is not None), None):
                     raise LaunchError(
-                        f'{self.where}: "python" of rank {rank} ({host.ssh}) is not for mpi, which starts the same path'
-                        " on every host"
+                        f'{self.where}: "{key}" of rank {rank} ({host.ssh}) is not for mpi, which starts the same on every host'
                     )
         else:
             self._check_rdma(backend)
@@ -170,4 +173,9 @@ def _host(entry: Any, rank: int, where: str) -> Host:
     python = entry.get("python")
     if python is not None and (not isinstance(python, str) or not python.startswith(("/", "~/"))):
         raise LaunchError(f'{where}: "python" of rank {rank} ({name}) must be a path that begins with / or ~/')
-    return Host(name, tuple(ips), tuple(rdma), python)
+    speed = entry.get("speed")
+    if speed is not None and (
+        not isinstance(speed, int | float) or isinstance(speed, bool) or not 0 < speed < math.inf
+    ):
+        raise LaunchError(f'{where}: "speed" of rank {rank} ({name}) must be a number above 0')
+    return Host(name, tuple(ips), tuple(rdma), python, speed)

@@ -274,6 +274,7 @@ complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l address -x -d 'addres
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l port -x -d 'port to listen on; 0: any free one (default: 8080)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l model-name -x -d 'name of the model in the API; the last part of --model if not given'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l catalogue -xka "(__fish_complete_directories)" -d 'folder of cards (NAME.yaml: the model'"'"'s options); any may be asked for; --model NAME says which comes first'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l rebalance -d 'start the ranks anew, between requests, if another layer split would be at least a tenth faster by what each worked'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l max-queue -x -d 'requests that may wait; more get status 429 (default: 256)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l max-body-bytes -x -d 'most bytes of a request, such as 4M (default: 4194304)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l max-choices -x -d 'most answers that one request may ask for (default: 128)'

@@ -450,6 +450,7 @@ _shtab_hippo_mpi_serve_options=(
   "--port[port to listen on\; 0\: any free one (default\: 8080)]:port:"
   "--model-name[name of the model in the API\; the last part of --model if not given]:model_name:"
   "--catalogue[folder of cards (NAME.yaml\: the model\'s options)\; any may be asked for\; --model NAME says which comes first]:catalogue:_files -/"
+  "--rebalance[start the ranks anew, between requests, if another layer split would be at least a tenth faster by what each worked]"
   "--max-queue[requests that may wait\; more get status 429 (default\: 256)]:max_queue:"
   "--max-body-bytes[most bytes of a request, such as 4M (default\: 4194304)]:max_body_bytes:"
   "--max-choices[most answers that one request may ask for (default\: 128)]:max_choices:"

@@ -41,6 +41,10 @@ class ServerOptions:
         "folder of cards (NAME.yaml: the model's options); any may be asked for; --model NAME says which comes first",
         check=Path,
     )
+    rebalance: bool = option(
+        False,
+        "start the ranks anew, between requests, if another layer split would be at least a tenth faster by what each worked",
+    )
     max_queue: int = option(256, "requests that may wait; more get status 429", check=checks.whole)
     max_body_bytes: int = option(4 << 20, "most bytes of a request, such as 4M", check=checks.some_bytes)
     max_choices: int = option(128, "most answers that one request may ask for", check=checks.positive)

@@ -33,7 +33,7 @@ from hippo_mpi.errors import UserError
 
 _NEVER = ("config", "help", "version")
 _START = ("hosts", "hostfile", "ranks", "backend")
-_HOST_KEYS = ("ssh", "ips", "rdma", "python")
+_HOST_KEYS = ("ssh", "ips", "rdma", "python", "speed")
 _HOST_LISTS = ("ips", "rdma")
 _YAML = "tag:yaml.org,2002:"  # of what is no type of somebody's own
 
@@ -327,7 +327,15 @@ def _host(root: yaml.Node, path: Path) -> Iterator[tuple[str, Any]]:
             raise _unknown(key, where, _HOST_KEYS)
         if isinstance(value, yaml.SequenceNode) != (key in _HOST_LISTS):
             raise UserError(f"{where}: {key} must be {'a list' if key in _HOST_LISTS else 'a single name'}")
-        yield key, _plain(value, where)
+        plain = _plain(value, where)
+        yield key, _speed(plain, where) if key == "speed" else plain
+
+
+def _speed(text: Any, where: str) -> float:
+    try:
+        return float(checks.above_0(str(text)))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{where}: speed: {error}") from None
 
 
 def _plain(value: yaml.Node, where: str, depth: int = 2) -> Any:

@@ -210,8 +210,9 @@ def split_evenly(
         layers[call.layer] |= call.weights
     sizes = [sum(weight_bytes[name] for name in names) for names in layers]
     head = sum(weight_bytes[name] for name in flow.output_weights)  # every rank has it, so it doesn't affect the split
+    work = [float(size) for size in sizes]
     info = ModelInfo(
-        flow.num_layers, sizes, [float(size) for size in sizes], head, 0.0, [CacheCost()] * flow.num_layers,
+        flow.num_layers, sizes, work, work, head, 0.0, [CacheCost()] * flow.num_layers,
         flow.forbidden_cuts(), None, True, 0, shared_bytes=head,
     )  # fmt: skip
     without_limit = [Machine(f"rank {rank}", 1 << 62) for rank in range(num_ranks)]  # the model may be loaded already

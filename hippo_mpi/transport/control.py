@@ -69,6 +69,8 @@ class Control:
 
     def __init__(self, world: World, start_timeout_s: float, timeout_s: float) -> None:
         self.world, self.timeout_s = world, timeout_s
+        self.hosts = [world.host]
+        """Names of the ranks' hosts."""
         self._reports: queue.Queue[tuple[int, msgspec.Raw]] = queue.Queue()
         self._star: dict[int, socket.socket] = {}
         self._readers: dict[int, FrameReader] = {}
@@ -226,7 +228,8 @@ class Control:
             complaint = f"{world.name} waited {timeout_s:.0f} s for the addresses of the other ranks"
             with deadline(timeout_s, complaint):
                 key, contacts = introduce(world, places_of(world, listeners))
-            self._names = [f"rank {rank} ({who.host})" for rank, who in enumerate(contacts)]
+            self.hosts = [who.host for who in contacts]
+            self._names = [f"rank {rank} ({host})" for rank, host in enumerate(self.hosts)]
             successor, predecessor = (world.rank + 1) % world.size, (world.rank - 1) % world.size
             calls = {"ring": (successor, contacts[successor].places_from(world)[:1])}
             if world.rank > 0:

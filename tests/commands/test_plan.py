@@ -66,8 +66,8 @@ def test_plan_as_json() -> None:
     assert (found["plan"]["max_context"], found["plan"]["assumptions"]) == (1024, [])
     stages = found["plan"]["ranks"]
     assert [stage["machine"] for stage in stages] == [
-        {"name": "a", "memory_bytes": 8 << 30, "speed": 1.0},
-        {"name": "b", "memory_bytes": 16 << 30, "speed": 2.0},
+        {"name": "a", "memory_bytes": 8 << 30, "speed": 1.0, "flops_per_byte": 30.0},
+        {"name": "b", "memory_bytes": 16 << 30, "speed": 2.0, "flops_per_byte": 30.0},
     ]
     parts = ("layer_bytes", "head_bytes", "cache_bytes", "working_bytes", "margin_bytes")
     assert [sum(stage[part] for part in parts) for stage in stages] == [8 << 30, 16 << 30]

@@ -22,7 +22,9 @@ GIB = 1 << 30
 
 def info(work: list[float], head: float = 0.0, forbidden: dict[int, str] | None = None, size: int = 1000) -> ModelInfo:
     num = len(work)
-    return ModelInfo(num, [size] * num, work, size, head, [CacheCost(0, 10)] * num, forbidden or {}, 4096, True, 100)
+    return ModelInfo(
+        num, [size] * num, work, [0.0] * num, size, head, [CacheCost(0, 10)] * num, forbidden or {}, 4096, True, 100
+    )
 
 
 @settings(max_examples=60, deadline=None)

@@ -102,6 +102,7 @@ def test_keys_of_a_command_of_its_own(config: Path) -> None:
         ("port: 1\nhosts: []\n", "line 2: hosts must be a list"),
         ("hosts:\n  - {ssh: a,\n     ips: 127.0.0.1}\n", "line 3: ips must be a list"),
         ("hosts:\n  - {ssh: [a]}\n", "line 2: ssh must be a single name"),
+        ("hosts:\n  - {ssh: a, speed: fast}\n", "line 2: speed: 'fast' is not a number"),
         ("hosts: [{ssh: !foo bar, ips: [127.0.0.1]}]\n", "line 1: '!foo' means nothing here"),
         ("temp: !foo 1\n", "line 1: '!foo' means nothing here"),
         ("hosts: [{ssh: {[1]: 2}}]\n", "line 1: names, or lists of names, must stand here"),

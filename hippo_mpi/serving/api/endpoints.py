@@ -203,7 +203,7 @@ class Api:
     async def _check_fits(self, model: ServedModel) -> None:
         """Raise a UserError for a model that doesn't fit these machines, while the present one still runs."""
         if self._broker.machines:
-            await self._catalogue.plan(model, self._broker.machines)
+            await self._catalogue.beside(partial(model.plan, self._broker.machines))
 
     async def _prepare(
         self, request: Request, asked: GenerationRequest, model: ServedModel

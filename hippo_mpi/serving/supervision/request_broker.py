@@ -40,7 +40,7 @@ from hippo_mpi.serving.supervision.messages import (
 )
 from hippo_mpi.serving.supervision.suspects import is_suspect, may_begin
 from hippo_mpi.serving.supervision.wanted_models import WantedModels
-from hippo_mpi.units import count_of, show_layers, waiting_requests
+from hippo_mpi.units import count_of, waiting_requests
 
 _log = logging.getLogger(__name__)
 _ANY = 1 << 31  # tokens of a context or a vocabulary: more than any model has
@@ -71,6 +71,9 @@ class RequestBroker:
         self._wanted = WantedModels()
         self.turn_is_over = asyncio.Event()
         self._abouts: dict[str, Ready] = {}
+        self.layer_splits: dict[str, list[int]] = {}
+        """Layers per rank with which a model is to be started, where work has shown that they are better."""
+        self._new_split: list[int] | None = None  # for the present model, once its running answers have ended
         self.machines: list[Machine] = []  # memory budgets of the ranks that were ready last
         self._set_state(f"{model} is being loaded")
         self.num_starts = 0
@@ -204,6 +207,11 @@ class RequestBroker:
         self._advance()
         await loaded
 
+    def take_split(self, counts: list[int]) -> None:
+        """Start the ranks anew with other layers, as soon as the running answers have ended."""
+        self._new_split = counts
+        self._advance()
+
     # ---- whose turn it is
 
     def _advance(self) -> None:
@@ -211,7 +219,7 @@ class RequestBroker:
         if self._writer is None:
             return
         self._wanted.answer(self.model)
-        if self._next_model() is None:
+        if self._next_model() is None and self._new_split is None:
             self._begin_all()
         elif not self._begun:
             self.turn_is_over.set()
@@ -240,17 +248,23 @@ class RequestBroker:
         self._advance()
 
     def take_turn(self) -> bool:
-        """Switch to the next model if it is its turn; return whether it is."""
+        """Switch to the next model, or to another split of this one, if it is its turn; return whether it is."""
         is_due = self.turn_is_over.is_set() or not any(a.model == self.model for a in self._answers.values())
         self.turn_is_over.clear()
-        other = self._next_model()
-        if other is None or not is_due:
+        other, split = self._next_model(), self._new_split
+        if (other is None and split is None) or not is_due:
             self._advance()
             return False
-        self._model_before, self.model = self.model, other
-        self._was_loaded, self._num_failed_starts = False, 0
-        waiting = sum(answer.model == other for answer in self._answers.values())
-        _log.info("changing from %s to %s; %s for it", self._model_before, other, waiting_requests(waiting))
+        if split is not None:
+            self.layer_splits[self.model], self._new_split = split, None
+        if other is None:
+            other = self.model
+            _log.info("changing %s to the layer split %s", other, ",".join(map(str, split or ())))
+        else:
+            self._model_before, self.model = self.model, other
+            self._was_loaded, self._num_failed_starts = False, 0
+            waiting = sum(answer.model == other for answer in self._answers.values())
+            _log.info("changing from %s to %s; %s for it", self._model_before, other, waiting_requests(waiting))
         self._set_state(f"{other} is being loaded")
         if self._writer is not None:
             self._writer.close()  # the ranks end
@@ -283,6 +297,8 @@ class RequestBroker:
         """
         self._set_state(f"the ranks are being started again: {why}")
         self._num_failed_starts += not self.was_ready
+        if not self.was_ready:
+            self.layer_splits.pop(self.model, None)
         if self._num_failed_starts > most_failures:
             in_vain = f"its ranks have ended {self._num_failed_starts} times while they loaded it, last: {why}"
             self._wanted.answer(self.model, UserError(f"the model {self.model!r} can't be loaded: {in_vain}"))
@@ -367,15 +383,11 @@ class RequestBroker:
         for answer in self._answers.values():
             answer.num_failed_starts = 0
         self.num_starts += 1
-        self._log_start(about)
+        took_s = time.monotonic() - self._state_since_s
+        waiting = sum(answer.model == self.model for answer in self._answers.values())
+        _log.info("%s is loaded after %.1f s: %s; %s", self.model, took_s, about.where, waiting_requests(waiting))
         self._begin_all()
         self._advance()
-
-    def _log_start(self, about: Ready) -> None:
-        took_s = time.monotonic() - self._state_since_s
-        ranks = ", ".join(f"{rank.host} {show_layers(*rank.layers)}" for rank in about.ranks)
-        waiting = sum(answer.model == self.model for answer in self._answers.values())
-        _log.info("%s is loaded after %.1f s: %s; %s", self.model, took_s, ranks, waiting_requests(waiting))
 
     def _note(self, told: OutputMessage) -> None:
         self.has_progressed, self.heard_s = True, time.monotonic()
