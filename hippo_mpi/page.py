@@ -67,7 +67,7 @@ def show(argv: list[str]) -> int:
         models = [model.id for model in client.with_options(timeout=_REQUEST_TIMEOUT_S, max_retries=0).models.list()]
     except openai.OpenAIError as error:
         advice = TRUST_HINT if is_untrusted(error) else "start hippo_mpi.serve, or give --url"
-        raise UserError(f"no server answers at {url}: {error} ({advice})") from None
+        raise UserError(f"can't use the server at {url}: {error} ({advice})") from None
     page = make_page(client, models, ClusterView(lambda: fetch_status(url)))
     try:
         page.launch(

@@ -150,9 +150,7 @@ def _check(session: Session[PlanOptions]) -> None:
             " -n 2 --command plan"
         )
     if options.simulate and not options.stage_times and not has_weights(folder):
-        raise UserError(
-            f"--simulate times the stages, and {folder} has no weights: give --stage-times, or download them"
-        )
+        raise UserError(f"--simulate needs weights, and {folder} has none: give --stage-times, or download them")
 
 
 def _simulate(session: Session[PlanOptions]) -> tuple[list[MeasuredStage], list[Link], Workload]:

@@ -57,9 +57,7 @@ def _ring_table(ring: list[dict[str, Any]]) -> str:
 
 def _rate_table(benchmark: dict[str, Any]) -> str:
     decode, prompt, first = (medians(benchmark, name) for name in ("decode_tps", "prompt_tps", "first_token_s"))
-    head = (
-        f"{'at once':>7}  {'mode':<15} {'generation':>22} {'prompt':>14} {'first token':>12}  {'of the best other':>17}"
-    )
+    head = f"{'at once':>7}  {'mode':<15} {'generation':>22} {'prompt':>14} {'first token':>12}  {'vs. best other':>17}"
     lines = [*headline(benchmark), head]
     for count in next(iter(decode.values())):
         others = [decode[mode][count][0] for mode in decode if mode in ("standalone", "replicas")]

@@ -228,7 +228,7 @@ class AnswerFile(Answers):
             with contextlib.suppress(OSError):
                 self._stream.truncate(end)
             raise UserError(
-                f"{self} can't be written: {problem.strerror}; its {count_of(len(self.done), 'answer')} are kept, and"
+                f"{self} can't be written: {problem.strerror}; {count_of(len(self.done), 'answer')} kept, and"
                 " the same command continues from there"
             ) from None
 
@@ -251,8 +251,8 @@ class AnswerFile(Answers):
                         new.write(old.read(length))
         except OSError as error:
             raise UserError(
-                f"{self} can't be sorted into the order of the prompts: {error.strerror}; its"
-                f" {count_of(len(self.done), 'answer')} are kept, and the same command sorts them once there is space"
+                f"{self} can't be sorted into the order of the prompts: {error.strerror};"
+                f" {count_of(len(self.done), 'answer')} kept, and the same command sorts them once there is space"
             ) from None
 
     def _keep_options(self, options: dict[str, Any]) -> None:

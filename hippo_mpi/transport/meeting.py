@@ -142,12 +142,12 @@ class Meeting:
             await loop.sock_sendall(connection, framed(msgspec.json.encode(call)))
             answer = msgspec.json.decode(await _read(connection), type=_Answer)
             if not hmac.compare_digest(answer.proof.encode(), self._proof("answer", call, answer.nonce)):
-                raise ConnectionRefusedError("what answers there is not a rank of this run")
+                raise ConnectionRefusedError("the process there is not a rank of this run")
             return connection, self._proof("call", call, answer.nonce)
         except BaseException as error:
             connection.close()
             if isinstance(error, msgspec.MsgspecError):
-                raise ConnectionRefusedError("what answers there is not a rank") from None
+                raise ConnectionRefusedError("the process there is not a rank") from None
             raise
 
     # ---- being called
@@ -223,7 +223,7 @@ async def _read(connection: socket.socket) -> bytes:
     """
     (length,) = LENGTH.unpack(await _read_exactly(connection, LENGTH.size))
     if length > _MAX_HELLO_BYTES:
-        raise ConnectionRefusedError(f"what answers there is not a rank (it announced {length:,} bytes)")
+        raise ConnectionRefusedError(f"the process there is not a rank (it announced {length:,} bytes)")
     return await _read_exactly(connection, length)
 
 

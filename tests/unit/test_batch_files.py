@@ -296,7 +296,7 @@ def test_a_disk_too_full_for_sorting(small_disk: Path) -> None:
     with pytest.raises(UserError) as found:
         answers.sort(tasks)
     assert str(found.value) == (
-        f"{output} can't be sorted into the order of the prompts: No space left on device; its 3 answers are kept,"
+        f"{output} can't be sorted into the order of the prompts: No space left on device; 3 answers kept,"
         " and the same command sorts them once there is space"
     )
     answers.close()
@@ -316,7 +316,7 @@ def test_a_full_disk_takes_no_line_in_part(small_disk: Path) -> None:
     tasks = tasks_of(source)
     answers = AnswerFile(output, {})
     answers.write(tasks[0], {**BODY, "text": "x" * 30_000})
-    with pytest.raises(UserError, match="No space left on device; its 1 answer are kept"):
+    with pytest.raises(UserError, match="No space left on device; 1 answer kept"):
         answers.write(tasks[1], {**BODY, "text": "x" * 60_000})
     answers.close()
     answer_some(output, tasks)  # there is room again for short ones
