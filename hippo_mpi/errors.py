@@ -56,7 +56,7 @@ class ForeignError(HippoError):
         """Say `what` failed and how, and ask for a report; HIPPO_TRACEBACK=1 prints the traceback."""
         print_traceback(error)
         text = ": ".join(part for part in (what, type(error).__name__, " ".join(str(error).split())) if part)
-        return cls(f"{text}; please report this, with what HIPPO_TRACEBACK=1 prints")
+        return cls(f"{text}; please report this with the traceback that HIPPO_TRACEBACK=1 prints")
 
 
 class UserError(HippoError):
@@ -116,14 +116,14 @@ def error_with_status(exit_code: int, line: str) -> HippoError:
 
 def interrupted() -> HippoError:
     """Return the error of a run that was ended by Ctrl-C."""
-    error = HippoError("left by Ctrl-C")
+    error = HippoError("interrupted by Ctrl-C")
     error.exit_code = INTERRUPTED
     return error
 
 
 def unread() -> HippoError:
     """Return the error of a run whose output pipe was closed by its reader (`| head`)."""
-    error = HippoError("nobody reads the answer any more")
+    error = HippoError("broken pipe: the reader closed the output")
     error.exit_code = UNREAD
     return error
 

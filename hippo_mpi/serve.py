@@ -1,4 +1,4 @@
-"""hippo_mpi.serve: an OpenAI API over ranks that are started again when they fail.
+"""hippo_mpi.serve: serve an OpenAI and Anthropic API from ranks that are restarted when they fail.
 
     hippo_mpi.serve --model M                                  # two ranks on this machine
     hippo_mpi.serve --hostfile hostfile --model M              # on the hosts of a hostfile; this one is the first
@@ -74,7 +74,7 @@ def serve_rank(session: Session[ServeOptions]) -> int:
         try:
             connection.connect(path)
         except OSError as error:
-            raise RankError(f"the front is gone: {error}") from None
+            raise RankError(f"can't connect to the front: {error}") from None
     else:
         connection = _start_own_front(session)
     service = RankService(connection, session.control)  # beats from here on: what follows may have to be downloaded
@@ -94,7 +94,9 @@ def _start_own_front(session: Session[ServeOptions]) -> socket.socket:
     """Serve from a thread of rank 0, which ends with the rank; returns rank 0's connection to it."""
     options = session.options
     if options.catalogue:
-        raise UserError("a launcher starts the ranks of one model: for a catalogue, start hippo_mpi.serve without one")
+        raise UserError(
+            "--catalogue doesn't work under a launcher, which starts one model: start hippo_mpi.serve directly"
+        )
     set_up_logging(options.log_level)
     catalogue = Catalogue([ServedModel(options.model_name or Path(options.model).name, options)])
     if options.log_file:
@@ -265,8 +267,8 @@ def read_command_line(argv: list[str]) -> tuple[ConfigFile, list[str]]:
 
 def make_parser() -> OptionsParser[ServeOptions]:
     """Return the parser of the command line."""
-    description = "An OpenAI API over ranks that are started again when they fail."
-    epilog = "hippo_mpi.serve install OPTIONS makes a service of it, which starts at boot; hippo_mpi.serve uninstall ends that."
+    description = "Serve an OpenAI and Anthropic API from ranks that are restarted when they fail."
+    epilog = "hippo_mpi.serve install OPTIONS runs it as a service that starts at boot; hippo_mpi.serve uninstall removes it."
     return OptionsParser(ServeOptions, prog="hippo_mpi.serve", description=description, epilog=epilog)
 
 
@@ -276,7 +278,7 @@ def _read_models(options: ServeOptions, argv: list[str], file: ConfigFile) -> Ca
     if not cards:
         return Catalogue([ServedModel(options.model_name or Path(options.model).name, options)])
     if options.model_name:
-        raise UserError("--model-name is for one model; those of a catalogue have names")
+        raise UserError("--model-name is for a single model; those of a catalogue have their own names")
     models = [
         ServedModel(name, make_parser().read([*argv, *words]), words)
         for name, words in ((name, words_of(card, CardOptions)) for name, card in cards.items())
@@ -378,7 +380,9 @@ def main() -> NoReturn:
         if FRONT in os.environ or detect_launch().backend:
             file, argv = read_command_line(argv)
             if file.cards or file.hosts:
-                raise UserError("a launcher has chosen the hosts and starts one model: leave hosts and models out")
+                raise UserError(
+                    "under a launcher, which chooses the hosts and starts one model, --config can't have hosts or models"
+                )
             run(make_parser(), serve_rank, argv)
         sys.exit(serve(argv))
     except HippoError as error:

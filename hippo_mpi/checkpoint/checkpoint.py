@@ -167,7 +167,7 @@ def load_stage_weights(
     """
     folder = checkpoint.source.path
     if not has_weights(folder):
-        raise ModelError(f"{folder} has no model*.safetensors: only a plan can be made of it")
+        raise ModelError(f"{folder} has no model*.safetensors: it can be planned, but not run")
     if is_view(folder):
         fetch(folder, checkpoint.stage_arrays(start, stop, shares_head), lambda: on_progress(0))
     model, _ = open_lazily(checkpoint.source)
@@ -262,13 +262,13 @@ def _check_files(path: Path, needs_weights: bool = True) -> None:
     if not path.is_dir():
         raise ModelError(f"{path} is not a directory")
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json: is it a model's folder?")
+        raise ModelError(f"{path} has no config.json: is it a model folder?")
     try:
         config = load_config(path)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path / 'config.json'} is not JSON: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:
-        raise ModelError(f"{path / 'config.json'} names no model_type")
+        raise ModelError(f"{path / 'config.json'} has no model_type")
     files = sorted(path.glob("model*.safetensors"))
     if not files and needs_weights:
         raise ModelError(f"{path} has no model*.safetensors")
@@ -277,7 +277,7 @@ def _check_files(path: Path, needs_weights: bool = True) -> None:
         named = set(json.loads(index.read_text()).get("weight_map", {}).values())
         missing = sorted(named - {file.name for file in files})
         if missing:
-            raise ModelError(f"{path} lacks {len(missing)} of {len(named)} weight files: {', '.join(missing[:3])}")
+            raise ModelError(f"{path} is missing {len(missing)} of {len(named)} weight files: {', '.join(missing[:3])}")
     for file in files:
         _check_safetensors(file)
 

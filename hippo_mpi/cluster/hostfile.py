@@ -79,19 +79,19 @@ class Hostfile:
             LaunchError: they don't.
         """
         if backend not in BACKENDS:
-            raise LaunchError(f"{self.where}: no backend is called {backend[:100]!a}; there are {', '.join(BACKENDS)}")
+            raise LaunchError(f"{self.where}: unknown backend {backend[:100]!a}; choose from {', '.join(BACKENDS)}")
         if backend == "ring":
             for rank, host in enumerate(self.hosts):
                 if not host.ips:
                     raise LaunchError(
-                        f'{self.where}: rank {rank} ({host.ssh}) has no "ips", where the ring listens; such as'
+                        f'{self.where}: rank {rank} ({host.ssh}) has no "ips", which the ring listens on; expected, for example,'
                         f' {{"ssh": "{host.ssh}", "ips": ["192.168.5.{rank + 1}"]}}'
                     )
         elif backend == "mpi":
             for rank, host in enumerate(self.hosts):
                 if key := next((key for key in ("python", "speed") if getattr(host, key) is not None), None):
                     raise LaunchError(
-                        f'{self.where}: "{key}" of rank {rank} ({host.ssh}) is not for mpi, which starts the same on every host'
+                        f'{self.where}: "{key}" of rank {rank} ({host.ssh}) is not supported with mpi, which starts the same on every host'
                     )
         else:
             self._check_rdma(backend)
@@ -100,7 +100,7 @@ class Hostfile:
         size, instead = len(self.hosts), "; hippo_mpi also runs with --backend ring"
         if not self.hosts[0].ips:
             raise LaunchError(
-                f'{self.where}: rank 0 ({self.hosts[0].ssh}) has no "ips", where ranks meet for {backend}'
+                f'{self.where}: rank 0 ({self.hosts[0].ssh}) has no "ips", where ranks connect for {backend}'
             )
         for rank, host in enumerate(self.hosts):
             if len(host.rdma) != size:
@@ -138,7 +138,7 @@ def read_hostfile(path: Path) -> Hostfile:
         return hostfile_of(content, where)
     backend, envs = content.get("backend") or None, content.get("envs") or []
     if backend is not None and not isinstance(backend, str):
-        raise LaunchError(f'{where}: "backend" is {json.dumps(backend)}, and must be a name, such as "ring"')
+        raise LaunchError(f'{where}: "backend" must be a name such as "ring", not {json.dumps(backend)}')
     if not isinstance(envs, list) or not all(isinstance(one, str) and _VARIABLE.fullmatch(one) for one in envs):
         raise LaunchError(f'{where}: "envs" must be a list of "NAME=value"')
     return replace(hostfile_of(content.get("hosts"), where), backend=backend, envs=tuple(envs))
@@ -151,7 +151,7 @@ def hostfile_of(entries: Any, where: str) -> Hostfile:
         LaunchError: it is none; the message begins with `where`.
     """
     if not isinstance(entries, list) or not entries:
-        raise LaunchError(f'{where} lists no host; it needs one {{"ssh": ..., "ips": [...]}} per rank')
+        raise LaunchError(f'{where} lists no hosts; it needs one {{"ssh": ..., "ips": [...]}} per rank')
     return Hostfile(tuple(_host(entry, rank, where) for rank, entry in enumerate(entries)), where)
 
 

@@ -58,10 +58,10 @@ def pipeline(
     ring = join(group, start_timeout, timeout)
     if ring.world.size == 1:
         return
-    ring.control.progress("computing which layer needs what", Activity.COMPUTING)
+    ring.control.progress("tracing the model", Activity.COMPUTING)
     try:
         if getattr(model, "is_pipelined", False):
-            raise UserError("this model is pipelined already")
+            raise UserError("this model is already pipelined")
         adapt(model, str(getattr(model, "model_type", "")))
         flow = find_dataflow(model)
         counts = _agree(ring, model, flow, layer_split)

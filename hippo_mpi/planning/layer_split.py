@@ -285,7 +285,7 @@ def check_layer_split(info: ModelInfo, num_ranks: int, counts: Sequence[int]) ->
             allowed = [c for c in range(1, info.num_layers) if c not in info.forbidden_cuts]
             raise PlanError(
                 f"layer split {text} cuts before layer {cut}, where this model can't be cut ({info.forbidden_cuts[cut]});"
-                f" it can before {', '.join(map(str, allowed)) or 'none'}"
+                f" it can be cut before {', '.join(map(str, allowed)) or 'none'}"
             )
 
 
@@ -303,6 +303,6 @@ def _too_many_ranks(info: ModelInfo, num_ranks: int) -> str:
 def _does_not_fit(split: LayerSplit) -> str:
     missing = sum(max(0, -stage.margin_bytes) for stage in split.stages)
     return (
-        f"the model doesn't fit: {show_bytes(missing)} are missing; more ranks, a quantised model or a shorter"
+        f"the model doesn't fit: {show_bytes(missing)} more memory needed; more ranks, a quantised model or a shorter"
         f" --max-context (now {split.max_context:,} tokens) would help\n{split.table()}"
     )

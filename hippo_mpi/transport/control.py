@@ -331,13 +331,13 @@ class Control:
             silent_s = now - peer.beat_at
             if silent_s > self.timeout_s and not peer.said_bye:
                 self._on_failure(
-                    f"{peer.name} answered last {silent_s:.1f} s ago; it was {peer.doing}, and"
+                    f"{peer.name} sent no heartbeat for {silent_s:.1f} s; it was {peer.doing}, and"
                     f" {self._rank_line} was {self._pulse.doing}"
                 )
         if self.world.rank == 0 and not self._pulse.is_idle and now - self._moved_at > self._patience_s():
             ranks = [f"{self._rank_line} is {self._pulse.doing}"]
             ranks += [f"{peer.name} is {peer.doing}" for peer in self._peers.values()]
-            self._on_failure(f"no rank got on for {now - self._moved_at:.0f} s: {'; '.join(ranks)}")
+            self._on_failure(f"no rank made progress for {now - self._moved_at:.0f} s: {'; '.join(ranks)}")
 
     def _patience_s(self) -> float:
         """Return how long all ranks may get nothing done: a step like the longest so far must not be cut short."""

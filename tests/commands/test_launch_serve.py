@@ -66,7 +66,7 @@ def test_every_start_again_is_on_the_same_port(tmp_path: Path, given: list[str])
     assert {tuple(line.split()) for line in told[1:]} == {
         ("told:", "--journal", "x", *kept, "--port", "18080", *logged)
     }
-    assert "WARNING the server has ended with status 1; it is started again in 1 s" in log.read_text()
+    assert "WARNING the server exited with status 1; restarting it in 1 s" in log.read_text()
 
 
 @pytest.mark.slow

@@ -125,19 +125,19 @@ def test_who_waits_for_another_model_hears_why(running: Server) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(wait, 0)]
-        why = f"{OTHER} comes after 1 answer of {FIRST}"
+        why = f"{OTHER} is next, after 1 answer of {FIRST}"
         running.await_status(lambda status: status["state"] == f"ready; {why}")
         assert list(first)[-1].choices[0].finish_reason == "length"
-        running.await_status(lambda status: str(status["state"]).startswith(f"{OTHER} is being loaded ("))
+        running.await_status(lambda status: str(status["state"]).startswith(f"loading {OTHER} ("))
         waiting.append(pool.submit(wait, 1))
         texts = [one.result(60) for one in waiting]
-    for text, comment in zip(texts, (why, rf"{OTHER} is being loaded \(\d+ s\)"), strict=True):
+    for text, comment in zip(texts, (why, rf"loading {OTHER} \(\d+ s\)"), strict=True):
         assert re.match(rf": {comment}\n\n", text), text
         assert text.endswith("data: [DONE]\n\n")
     lines = [
-        await_line(running, rf"INFO {why.replace(' comes', ' is asked for: ' + OTHER + ' comes')}"),
-        await_line(running, rf"INFO changing from {FIRST} to {OTHER}; 1 request waits for it"),
-        await_line(running, rf"INFO {OTHER} is loaded after \d+\.\d s: \S+ layer 0, \S+ layer 1; 2 requests wait"),
+        await_line(running, rf"INFO {OTHER} requested: {why}"),
+        await_line(running, rf"INFO switching from {FIRST} to {OTHER}; 1 request waits for it"),
+        await_line(running, rf"INFO loaded {OTHER} in \d+\.\d s: \S+ layer 0, \S+ layer 1; 2 requests wait"),
     ]
     places = [running.running.err.index(line) for line in lines]
     assert places == sorted(places)
@@ -146,9 +146,9 @@ def test_who_waits_for_another_model_hears_why(running: Server) -> None:
 @pytest.mark.slow
 def test_a_restart_is_logged(running: Server) -> None:
     os.kill(running.rank_pids()[1], signal.SIGKILL)
-    await_line(running, r"WARNING the ranks are gone \(rank 1 \(\S+\) died.*\); starting them again")
+    await_line(running, r"WARNING the ranks failed \(rank 1 \(\S+\) died.*\); restarting them")
     running.await_status(lambda status: status["ready"] and status["restarts"] == 1)
-    await_line(running, r"INFO \S+ is loaded after \d+\.\d s: \S+ layers? .*; no request waits")
+    await_line(running, r"INFO loaded \S+ in \d+\.\d s: \S+ layers? .*; no request waits")
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ class ServedModel:
         info = model_info(open_checkpoint(self.source), KVSettings.from_options(self.options))
         if draft := ModelSource.of_draft(self.options):
             info = info.with_draft(model_info(open_checkpoint(draft), KVSettings()), self.options.num_draft_tokens)
-        _log.info("%s was read for planning, in %.1f s", self.name, time.monotonic() - began_s)
+        _log.info("read %s for planning in %.1f s", self.name, time.monotonic() - began_s)
         return info
 
     @property
@@ -101,7 +101,7 @@ class ServedModel:
         }
         found = ["completion", *(mode for mode, is_there in has.items() if is_there)]
         if missing := [mode for mode in self.options.modes if mode not in found]:
-            raise UserError(f"the modes of {self.name}: its chat template has no {' and no '.join(missing)}")
+            raise UserError(f"modes of {self.name}: its chat template doesn't support {' or '.join(missing)}")
         return [mode for mode in found if mode in allowed]
 
     @property
