@@ -19,6 +19,7 @@ from hippo_mpi.errors import HippoError, print_error
 
 VERBS = {
     "doctor": "say what is wrong with hosts, and what to do",
+    "link": "measure the links between hosts",
     "stop": "end ranks whose starter is gone",
     "convert": "print a list of hosts in another format",
 }
