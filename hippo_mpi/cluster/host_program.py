@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -123,20 +125,30 @@ class HostProgram:
         return self._why_lost
 
     async def close(self) -> None:
-        """End the program."""
-        for task in self._tasks:
+        """End the program, and what else ssh has started for it."""
+        for task in self._tasks[1:]:
             task.cancel()
+        await asyncio.gather(*self._tasks[1:], return_exceptions=True)
         if self._process is None:
             return
         assert self._process.stdin is not None
         self._process.stdin.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_END_S):
-                await self._process.wait()
-        if self._process.returncode is None:
+        ended = asyncio.create_task(self._await_end(self._process))
+        for signal_number in (signal.SIGTERM, signal.SIGKILL):
+            if (await asyncio.wait([ended], timeout=_END_S))[0]:
+                break
             with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
+                os.killpg(self._process.pid, signal_number)
+        await asyncio.wait([ended], timeout=_END_S)
+        for task in (ended, *self._tasks):
+            task.cancel()
+
+    async def _await_end(self, process: asyncio.subprocess.Process) -> None:
+        """Wait until a process is gone; asyncio sees that only once all it has printed was read."""
+        assert process.stdout is not None
+        while await process.stdout.read(_MAX_LINE_BYTES):
+            pass
+        await process.wait()
 
     def _write(self, message: Any) -> None:
         assert self._process is not None and self._process.stdin is not None

@@ -15,12 +15,11 @@ from hippo_mpi.cluster.link_cost import Cost
 from hippo_mpi.cluster.link_measure import SIZES, Measured, Rate
 
 _COLUMNS = (
-    "link", "by", "kind", "ms", "p95", "p99", "8 KiB", "Gbit/s to", "4 at once", "back", "4 at once", "in the ring", "ms",
-    "usual", "verdict",
+    "link", "by", "kind", "ms", "p95", "p99", "8 KiB", "Gbit/s", "by 4", "back", "by 4", "in ring", "ms", "usual", "verdict",
 )  # fmt: skip
 _EXPLANATION = (
-    "ms: there and back, of 64 bytes; Gbit/s: of one connection, and of four; in the ring: while all neighbors send;"
-    " usual: what such links give"
+    "ms: there and back, of 64 bytes; Gbit/s: of one connection, and of four; in ring: while all neighbors send;"
+    " usual: what such a link gives"
 )
 
 
