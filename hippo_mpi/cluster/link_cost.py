@@ -15,6 +15,7 @@ from hippo_mpi.cluster.link_measure import SIZES
 from hippo_mpi.errors import UserError
 
 _TIMEOUT_S = 3600.0  # it loads each rank's layers in turn
+_PROMPT_TOKENS = 512
 _UNKNOWN_GIBIBYTES = 1024
 _NO_LOSS = 0.01  # which no prediction tells from none
 
@@ -82,6 +83,7 @@ def cost_of(model: str, links: Links, hosts: Sequence[Probed]) -> Cost | None:
 def _predict(model: str, ways: Sequence[Way], hosts: Sequence[Probed]) -> list[Way]:
     """Run the prediction in a process of its own: it needs MLX, the model, and this machine's time."""
     command = [sys.executable, "-m", "hippo_mpi.plan", "--model", model, "--simulate", "--json", "--concurrent", "1"]
+    command += ["--prompt-tokens", str(_PROMPT_TOKENS)]
     for rank, host in enumerate(hosts):
         memory = host.facts.memory if host.facts else None
         command += ["--machine", f"rank{rank}:{memory[0] / 2**30 if memory else _UNKNOWN_GIBIBYTES:.2f}"]

@@ -31,6 +31,7 @@ _shtab_hippo_mpi_cluster_commands() {
   local _commands=(
     convert:'print a list of hosts in another format'
     doctor:'say what is wrong with hosts, and what to do'
+    link:'measure the links between hosts'
     stop:'end ranks whose starter is gone'
   )
   _describe 'hippo-mpi cluster commands' _commands
@@ -218,6 +219,21 @@ _shtab_hippo_mpi_cluster_doctor_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_doctor_defaults_added=0
+
+_shtab_hippo_mpi_cluster_link_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--all[every pair of hosts, not only neighbors in the ring]"
+  "--seconds[how long each rate is measured (default\: 1.5)]:seconds:"
+  "--model[say what the links cost when this model runs over them, as predicted]:model:"
+  "--json[print a JSON object\; times in seconds, rates in bytes per second]"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_link_defaults_added=0
 
 _shtab_hippo_mpi_cluster_stop_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -541,6 +557,7 @@ _shtab_hippo_mpi_cluster() {
       case $line[1] in
         convert) _arguments -C -s $_shtab_hippo_mpi_cluster_convert_options ;;
         doctor) _arguments -C -s $_shtab_hippo_mpi_cluster_doctor_options ;;
+        link) _arguments -C -s $_shtab_hippo_mpi_cluster_link_options ;;
         stop) _arguments -C -s $_shtab_hippo_mpi_cluster_stop_options ;;
       esac
   esac

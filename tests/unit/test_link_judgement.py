@@ -15,10 +15,12 @@ from hippo_mpi.cluster.host_program import visible
 from hippo_mpi.cluster.hostfile import Host
 from hippo_mpi.cluster.link import Links, addresses_of, pairs_of
 from hippo_mpi.cluster.link_checks import findings_of
-from hippo_mpi.cluster.link_cost import Cost, Way
+from hippo_mpi.cluster.link_cost import Cost, Way, cost_of
 from hippo_mpi.cluster.link_kinds import WIFI, LinkKind, ethernet, kinds_of, macos_kinds, thunderbolt
 from hippo_mpi.cluster.link_measure import Measured, Pair, Rate, RoundTrips, Traffic
 from hippo_mpi.cluster.link_report import lines_of, to_json
+from hippo_mpi.config.bundled import BUNDLED_MODEL
+from hippo_mpi.errors import UserError
 
 PORTS = """
 Hardware Port: Ethernet
@@ -186,7 +188,10 @@ def test_hosts_without_addresses_are_called_where_ssh_reaches_them() -> None:
 
 
 def test_the_table_and_the_object_say_the_same() -> None:
-    links, hosts = Links([measured(0.94, 0.3), Measured(Pair(1, 0, "10.205.0.1"), "timed out")], [{}, {}], {}), two_hosts()
+    links, hosts = (
+        Links([measured(0.94, 0.3), Measured(Pair(1, 0, "10.205.0.1"), "timed out")], [{}, {}], {}),
+        two_hosts(),
+    )
     findings = findings_of(links, hosts)
     cost = Cost("M", Way(1e-3, 1e8, 100.0, 10.0), Way(1e-4, 1e9, 200.0, 10.05))
     table = "\n".join(lines_of(links, hosts, findings, cost))
@@ -198,6 +203,18 @@ def test_the_table_and_the_object_say_the_same() -> None:
     assert said["cost"]["usual"]["decode_tps"] == 10.05 and len(said["findings"]) == 2
     well = Links([measured(0.94, 0.94)], [{}, {}], {})
     assert "nothing is wrong" in "\n".join(lines_of(well, hosts, [], None))
+
+
+def test_the_cost_is_predicted_for_the_slowest_link() -> None:
+    slow, fast = measured(0.01, 0.5, 20e-3), measured(0.94, 0.94)
+    links = Links([slow, fast], [{"tb0": ethernet(1e9)}] * 2, {})
+    cost = cost_of(str(BUNDLED_MODEL), links, two_hosts())
+    assert cost and cost.usual and cost.measured.hop_s == 10e-3 and cost.usual.hop_s < 1e-3
+    assert cost.measured.bytes_per_s == 0.01e9 / 8 and "% slower, prompt" in cost.line
+    assert 0 < cost.measured.decode_tps < cost.usual.decode_tps and cost.measured.prompt_tps < cost.usual.prompt_tps
+    assert cost_of("any", Links([], [{}, {}], {}), two_hosts()) is None
+    with pytest.raises(UserError, match="--model /no/such/model: no prediction: "):
+        cost_of("/no/such/model", links, two_hosts())
 
 
 def test_what_comes_from_elsewhere_is_shown_without_control_characters() -> None:
