@@ -124,8 +124,12 @@ class HostProgram:
         """Why it has ended; empty while it runs."""
         return self._why_lost
 
-    async def close(self) -> None:
-        """End the program, and what else ssh has started for it."""
+    async def await_loss(self, timeout_s: float) -> bool:
+        """Wait so long for the end of the program, which was started; return whether it has ended."""
+        return bool((await asyncio.wait([self._tasks[1]], timeout=timeout_s))[0])
+
+    async def close(self, patience_s: float = _END_S) -> None:
+        """End the program, and what else ssh has started for it; `patience_s` before each harder way."""
         for task in self._tasks[1:]:
             task.cancel()
         await asyncio.gather(*self._tasks[1:], return_exceptions=True)
@@ -135,11 +139,11 @@ class HostProgram:
         self._process.stdin.close()
         ended = asyncio.create_task(self._await_end(self._process))
         for signal_number in (signal.SIGTERM, signal.SIGKILL):
-            if (await asyncio.wait([ended], timeout=_END_S))[0]:
+            if (await asyncio.wait([ended], timeout=patience_s))[0]:
                 break
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal_number)
-        await asyncio.wait([ended], timeout=_END_S)
+        await asyncio.wait([ended], timeout=patience_s)
         for task in (ended, *self._tasks):
             task.cancel()
 

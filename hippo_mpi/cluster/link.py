@@ -133,9 +133,10 @@ async def _start(host: Probed, program: HostProgram, timeout_s: float) -> str | 
 
 async def _interfaces(program: HostProgram, timeout_s: float) -> dict[str, object]:
     try:
-        return await program.ask(timeout_s, do="interfaces")
+        found = await program.ask(timeout_s, do="interfaces")
     except (HostLost, OSError):
         return {}
+    return {visible(name): about for name, about in found.items()}
 
 
 def name_of(hosts: Sequence[Probed], rank: int) -> str:

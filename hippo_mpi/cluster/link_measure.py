@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hippo_mpi.cluster.host_program import HostLost, HostProgram
+from hippo_mpi.cluster.host_program import HostLost, HostProgram, visible
 from hippo_mpi.cluster.link_end import CONNECT_S, WAIT_S
 
 SIZES = (64, 8 << 10)
 STREAMS = (1, 4)
 _ROUND_TRIPS = 400
 _MAX_PING_S = 10.0  # on slow links there are fewer
+_MAX_NAME, _MAX_NUMBER = 40, 1e18  # of what hosts say
 _SPARE_S = CONNECT_S + WAIT_S + 10.0  # beyond what an end was told to take
 
 
@@ -184,12 +185,12 @@ def _moved(before: Mapping[str, Any], after: Mapping[str, Any], column: int) -> 
     for name in before.keys() & after.keys():
         grown = int([*_numbers(after[name]), 0, 0][column] - [*_numbers(before[name]), 0, 0][column])
         if grown > 0:
-            found[name] = grown
+            found[visible(name, _MAX_NAME)] = grown
     return found
 
 
 def _numbers(value: Any) -> list[float]:
-    if not isinstance(value, list) or not all(isinstance(one, int | float) for one in value):
+    if not isinstance(value, list) or not all(isinstance(one, int | float) and 0 <= one < _MAX_NUMBER for one in value):
         raise OSError("its answer can't be read")
     return value
 

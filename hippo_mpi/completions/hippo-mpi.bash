@@ -5,21 +5,20 @@
 #    source ~/.local/share/bash_completion/hippo-mpi
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_hippo_mpi_cluster_subparsers=(doctor link stop convert)
+_shtab_hippo_mpi_cluster_subparsers=(doctor stop convert)
 _shtab_hippo_mpi_subparsers=(run generate chat batch serve page benchmark plan models audit cluster completion dashboard)
 
 _shtab_hippo_mpi_run_option_strings=(--num-ranks -n --hostfile --backend --starting-port --command -h --help --version --prompt --json --show-plan --model --revision --precision --adapter-path --trust-remote-code --config --max-kv-size --kv-bits --kv-group-size --quantized-kv-start --layer-split --max-context --prefill-step-size --prefill-chunk --timeout --start-timeout --draft-model --num-draft-tokens --system-prompt --prefill-response --ignore-chat-template --chat-template-config --extra-eos-token --max-tokens -m --temp --top-p --min-p --top-k --min-tokens-to-keep --xtc-probability --xtc-threshold --repetition-penalty --repetition-context-size --max-repeats --seed --stop-words)
 _shtab_hippo_mpi_generate_option_strings=(-h --help --version --prompt --json --show-plan --model --revision --precision --adapter-path --trust-remote-code --config --max-kv-size --kv-bits --kv-group-size --quantized-kv-start --layer-split --max-context --prefill-step-size --prefill-chunk --timeout --start-timeout --draft-model --num-draft-tokens --system-prompt --prefill-response --ignore-chat-template --chat-template-config --extra-eos-token --max-tokens -m --temp --top-p --min-p --top-k --min-tokens-to-keep --xtc-probability --xtc-threshold --repetition-penalty --repetition-context-size --max-repeats --seed --stop-words)
 _shtab_hippo_mpi_chat_option_strings=(-h --help --version --model --revision --precision --adapter-path --trust-remote-code --config --max-kv-size --kv-bits --kv-group-size --quantized-kv-start --layer-split --max-context --prefill-step-size --prefill-chunk --timeout --start-timeout --draft-model --num-draft-tokens --system-prompt --prefill-response --ignore-chat-template --chat-template-config --extra-eos-token --max-tokens -m --temp --top-p --min-p --top-k --min-tokens-to-keep --xtc-probability --xtc-threshold --repetition-penalty --repetition-context-size --max-repeats --seed --stop-words)
 _shtab_hippo_mpi_batch_option_strings=(-h --help --version --output -o --restart --keep-order --model --revision --precision --adapter-path --trust-remote-code --config --max-kv-size --kv-bits --kv-group-size --quantized-kv-start --layer-split --max-context --prefill-step-size --prefill-chunk --timeout --start-timeout --draft-model --num-draft-tokens --system-prompt --prefill-response --ignore-chat-template --chat-template-config --extra-eos-token --max-tokens -m --temp --top-p --min-p --top-k --min-tokens-to-keep --xtc-probability --xtc-threshold --repetition-penalty --repetition-context-size --max-repeats --seed --stop-words --max-batch-size --max-batch-tokens --prompt-cache-bytes)
-_shtab_hippo_mpi_serve_option_strings=(-h --help --version --modes --model --revision --precision --adapter-path --trust-remote-code --config --max-kv-size --kv-bits --kv-group-size --quantized-kv-start --layer-split --max-context --prefill-step-size --prefill-chunk --timeout --start-timeout --draft-model --num-draft-tokens --system-prompt --prefill-response --ignore-chat-template --chat-template-config --extra-eos-token --max-tokens -m --temp --top-p --min-p --top-k --min-tokens-to-keep --xtc-probability --xtc-threshold --repetition-penalty --repetition-context-size --max-repeats --seed --stop-words --max-batch-size --max-batch-tokens --prompt-cache-bytes --address --port --model-name --catalogue --max-queue --max-body-bytes --max-choices --max-schema-bytes --audit-log --audit-text --journal --keep-answers --reconnect --check --audit-key --audit-required --log-level --hostfile --ranks --backend --max-restarts --api-key-file --admin-key-file --insecure --ssl-certfile --ssl-keyfile --allow-origin --allow-host --trusted-proxy --requests-per-minute --tokens-per-minute --requests-per-key --max-connections --share-prefixes)
+_shtab_hippo_mpi_serve_option_strings=(-h --help --version --modes --model --revision --precision --adapter-path --trust-remote-code --config --max-kv-size --kv-bits --kv-group-size --quantized-kv-start --layer-split --max-context --prefill-step-size --prefill-chunk --timeout --start-timeout --draft-model --num-draft-tokens --system-prompt --prefill-response --ignore-chat-template --chat-template-config --extra-eos-token --max-tokens -m --temp --top-p --min-p --top-k --min-tokens-to-keep --xtc-probability --xtc-threshold --repetition-penalty --repetition-context-size --max-repeats --seed --stop-words --max-batch-size --max-batch-tokens --prompt-cache-bytes --address --port --model-name --catalogue --rebalance --max-queue --max-body-bytes --max-choices --max-schema-bytes --audit-log --audit-text --journal --keep-answers --reconnect --check --audit-key --audit-required --log-level --log-file --hostfile --ranks --backend --max-restarts --api-key-file --admin-key-file --insecure --ssl-certfile --ssl-keyfile --allow-origin --allow-host --trusted-proxy --requests-per-minute --tokens-per-minute --requests-per-key --max-connections --share-prefixes)
 _shtab_hippo_mpi_page_option_strings=(-h --help --version --url --config --address --port --insecure)
 _shtab_hippo_mpi_benchmark_option_strings=(-h --help --version --model --revision --precision --adapter-path --trust-remote-code --config --max-kv-size --kv-bits --kv-group-size --quantized-kv-start --layer-split --max-context --prefill-step-size --prefill-chunk --timeout --start-timeout --prompt-tokens --generation-tokens --concurrent --trials --pipeline-only --compare --json --plot --trace)
 _shtab_hippo_mpi_plan_option_strings=(-h --help --version --machine --json --model --revision --precision --adapter-path --trust-remote-code --config --max-kv-size --kv-bits --kv-group-size --quantized-kv-start --layer-split --max-context --prefill-step-size --prefill-chunk --timeout --start-timeout --draft-model --num-draft-tokens --simulate --link --prompt-tokens --concurrent --stage-times)
 _shtab_hippo_mpi_models_option_strings=(-h --help --version --catalogue --config --machine --paths --timeout --start-timeout)
 _shtab_hippo_mpi_audit_option_strings=(-h --help --version --audit-key --last-hash --lines --by --since --json)
 _shtab_hippo_mpi_cluster_doctor_option_strings=(-h --help --version --starting-port --check --json --save --from --hostfile --timeout)
-_shtab_hippo_mpi_cluster_link_option_strings=(-h --help --version --all --seconds --model --json --hostfile --timeout)
 _shtab_hippo_mpi_cluster_stop_option_strings=(-h --help --version --yes --hostfile --timeout)
 _shtab_hippo_mpi_cluster_convert_option_strings=(-h --help --version --to)
 _shtab_hippo_mpi_cluster_option_strings=(-h --help --version)
@@ -55,6 +54,7 @@ _shtab_hippo_mpi_serve___catalogue_COMPGEN=_shtab_compgen_dirs
 _shtab_hippo_mpi_serve___audit_log_COMPGEN=_shtab_compgen_files
 _shtab_hippo_mpi_serve___journal_COMPGEN=_shtab_compgen_files
 _shtab_hippo_mpi_serve___audit_key_COMPGEN=_shtab_compgen_files
+_shtab_hippo_mpi_serve___log_file_COMPGEN=_shtab_compgen_files
 _shtab_hippo_mpi_serve___hostfile_COMPGEN=_shtab_compgen_files
 _shtab_hippo_mpi_serve___api_key_file_COMPGEN=_shtab_compgen_files
 _shtab_hippo_mpi_serve___admin_key_file_COMPGEN=_shtab_compgen_files
@@ -106,7 +106,7 @@ _shtab_hippo_mpi_plan___kv_group_size_choices=(32 64 128)
 _shtab_hippo_mpi_audit_pos_0_choices=(verify report digest)
 _shtab_hippo_mpi_cluster_doctor___check_choices=(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ address-missing address-clash self-assigned vpn-path wrong-interface link-down mtu-differs port-taken names-same stale-ranks disk-full memory-taken open-files fast-synch clock)
 _shtab_hippo_mpi_cluster_convert___to_choices=(mlx openmpi mpich lines)
-_shtab_hippo_mpi_cluster_pos_0_choices=(doctor link stop convert)
+_shtab_hippo_mpi_cluster_pos_0_choices=(doctor stop convert)
 _shtab_hippo_mpi_completion_pos_0_choices=(bash zsh fish)
 _shtab_hippo_mpi_pos_0_choices=(run generate chat batch serve page benchmark plan models audit cluster completion dashboard)
 
@@ -152,6 +152,7 @@ _shtab_hippo_mpi_serve___trust_remote_code_nargs=0
 _shtab_hippo_mpi_serve___ignore_chat_template_nargs=0
 _shtab_hippo_mpi_serve___extra_eos_token_nargs=+
 _shtab_hippo_mpi_serve___stop_words_nargs=+
+_shtab_hippo_mpi_serve___rebalance_nargs=0
 _shtab_hippo_mpi_serve___audit_text_nargs=0
 _shtab_hippo_mpi_serve___check_nargs=0
 _shtab_hippo_mpi_serve___audit_required_nargs=0
@@ -190,12 +191,6 @@ _shtab_hippo_mpi_cluster_doctor___help_nargs=0
 _shtab_hippo_mpi_cluster_doctor___version_nargs=0
 _shtab_hippo_mpi_cluster_doctor___check_nargs=+
 _shtab_hippo_mpi_cluster_doctor___json_nargs=0
-_shtab_hippo_mpi_cluster_link_pos_0_nargs='*'
-_shtab_hippo_mpi_cluster_link__h_nargs=0
-_shtab_hippo_mpi_cluster_link___help_nargs=0
-_shtab_hippo_mpi_cluster_link___version_nargs=0
-_shtab_hippo_mpi_cluster_link___all_nargs=0
-_shtab_hippo_mpi_cluster_link___json_nargs=0
 _shtab_hippo_mpi_cluster_stop_pos_0_nargs='*'
 _shtab_hippo_mpi_cluster_stop__h_nargs=0
 _shtab_hippo_mpi_cluster_stop___help_nargs=0

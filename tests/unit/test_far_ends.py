@@ -23,7 +23,7 @@ HERE = Host("127.0.0.1")
 START_S = ranks.LIMIT_S
 
 
-@pytest.mark.parametrize("name", ["far_end", "link_end"])
+@pytest.mark.parametrize("name", ["far_end", "link_end", "top_end"])
 def test_they_are_python_3_8_and_import_nothing_of_ours_but_each_other(name: str) -> None:
     tree = ast.parse((Path(far_end.__file__).parent / f"{name}.py").read_text(), feature_version=(3, 8))
     ours = {
