@@ -31,7 +31,9 @@ _shtab_hippo_mpi_cluster_commands() {
   local _commands=(
     convert:'print a list of hosts in another format'
     doctor:'say what is wrong with hosts, and what to do'
+    link:'measure the links between hosts'
     stop:'end ranks whose starter is gone'
+    top:'show what hosts do, live in the terminal'
   )
   _describe 'hippo-mpi cluster commands' _commands
 }
@@ -66,7 +68,7 @@ _shtab_hippo_mpi_batch_options=(
   {--output,-o}"[file for the answers, or - for standard output\; default\: PROMPTS.answers.jsonl, and - for pipes]:output:_files"
   "--restart[forget the answers that are in the output already]"
   "--keep-order[put the answers into the order of the prompts]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config (default\: \/work\/main\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -113,7 +115,7 @@ _shtab_hippo_mpi_batch_defaults_added=0
 _shtab_hippo_mpi_benchmark_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of this and of mlx-lm, and stop]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config (default\: \/work\/main\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -145,7 +147,7 @@ _shtab_hippo_mpi_benchmark_defaults_added=0
 _shtab_hippo_mpi_chat_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of this and of mlx-lm, and stop]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config (default\: \/work\/main\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -219,6 +221,21 @@ _shtab_hippo_mpi_cluster_doctor_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_doctor_defaults_added=0
 
+_shtab_hippo_mpi_cluster_link_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--all[every pair of hosts, not only neighbors in the ring]"
+  "--seconds[how long each rate is measured (default\: 1.5)]:seconds:"
+  "--model[say what the links cost when this model runs over them, as predicted]:model:"
+  "--json[print a JSON object\; times in seconds, rates in bytes per second]"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_link_defaults_added=0
+
 _shtab_hippo_mpi_cluster_stop_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of this and of mlx-lm, and stop]"
@@ -230,6 +247,20 @@ _shtab_hippo_mpi_cluster_stop_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_stop_defaults_added=0
+
+_shtab_hippo_mpi_cluster_top_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--server[URL of a server, to show its ranks, too\; its key from HIPPO_API_KEYS]:URL:"
+  "--once[print it once, and stop]"
+  "--json[print a JSON object a second\; with --once, one]"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_top_defaults_added=0
 
 _shtab_hippo_mpi_completion_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -254,7 +285,7 @@ _shtab_hippo_mpi_generate_options=(
   "--prompt[what to answer\; - reads standard input (default\: Tell me a story about a fox.)]:prompt:"
   "--json[print one JSON object instead of text]"
   "--show-plan[print what each rank would hold, and stop]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config (default\: \/work\/main\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -326,7 +357,7 @@ _shtab_hippo_mpi_plan_options=(
   "--version[print the versions of this and of mlx-lm, and stop]"
   "*--machine[plan for machines that aren\'t here\: NAME\:GIBIBYTES\[\:SPEED\], once per rank\; speed is relative]:MACHINE:"
   "--json[print the plan, and what --simulate finds, as one JSON object]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config (default\: \/work\/main\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -364,7 +395,7 @@ _shtab_hippo_mpi_run_options=(
   "--prompt[what to answer\; - reads standard input (default\: Tell me a story about a fox.)]:prompt:"
   "--json[print one JSON object instead of text]"
   "--show-plan[print what each rank would hold, and stop]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config (default\: \/work\/main\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -408,7 +439,7 @@ _shtab_hippo_mpi_serve_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of this and of mlx-lm, and stop]"
   "--modes[what the model may be asked for\; by default all it can]:modes:(completion chat tools thinking)"
-  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config (default\: \/work\/main\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -450,7 +481,6 @@ _shtab_hippo_mpi_serve_options=(
   "--port[port to listen on\; 0\: any free one (default\: 8080)]:port:"
   "--model-name[name of the model in the API\; the last part of --model if not given]:model_name:"
   "--catalogue[folder of cards (NAME.yaml\: the model\'s options)\; any may be asked for\; --model NAME says which comes first]:catalogue:_files -/"
-  "--rebalance[start the ranks anew, between requests, if another layer split would be at least a tenth faster by what each worked]"
   "--max-queue[requests that may wait\; more get status 429 (default\: 256)]:max_queue:"
   "--max-body-bytes[most bytes of a request, such as 4M (default\: 4194304)]:max_body_bytes:"
   "--max-choices[most answers that one request may ask for (default\: 128)]:max_choices:"
@@ -463,8 +493,7 @@ _shtab_hippo_mpi_serve_options=(
   "--check[only say what is wrong with these options, if anything is]"
   "--audit-key[file with that log\'s key, made if missing\; by default FILE.key]:audit_key:_files"
   "--audit-required[refuse requests (503) while they can\'t be logged]"
-  "--log-level[lowest level of the log\'s lines (default\: info)]:log_level:(debug info warning error)"
-  "--log-file[append the log to this file instead of stderr\; beyond 10 MiB it goes on in a new one, and four of before are kept]:log_file:_files"
+  "--log-level[lowest level of the lines on stderr (default\: info)]:log_level:(debug info warning error)"
   "--hostfile[JSON list of hosts, as for mlx.launch]:hostfile:_files"
   "--ranks[ranks on this machine, without a hostfile (default\: 2)]:ranks:"
   "--backend[with a hostfile\; if not given, the one that it names, or ring]:backend:(ring mpi jaccl jaccl-ring)"
@@ -543,7 +572,9 @@ _shtab_hippo_mpi_cluster() {
       case $line[1] in
         convert) _arguments -C -s $_shtab_hippo_mpi_cluster_convert_options ;;
         doctor) _arguments -C -s $_shtab_hippo_mpi_cluster_doctor_options ;;
+        link) _arguments -C -s $_shtab_hippo_mpi_cluster_link_options ;;
         stop) _arguments -C -s $_shtab_hippo_mpi_cluster_stop_options ;;
+        top) _arguments -C -s $_shtab_hippo_mpi_cluster_top_options ;;
       esac
   esac
 }

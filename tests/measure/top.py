@@ -41,22 +41,25 @@ def measure_silence(count: int, seed: int) -> None:
     """From the moment at which a host's LAN goes, or its program stops, to that at which a line says so."""
     draw, took = random.Random(seed), []
     for number in range(count):
-        with tempfile.TemporaryDirectory() as folder, cluster(Path(folder)) as three:
-            with ranks.single(command(three, "--json"), env=three.env) as running:
-                await_troubles(running, ["", "", ""])
-                time.sleep(draw.uniform(0, 1))
-                host = three.hosts[2]
-                if number % 2:
-                    (pid,) = programs_on(host)
-                    os.kill(pid, signal.SIGSTOP)
-                else:
-                    ip(host, "link", "set", device(host, host.lan), "down")
-                began_s = time.monotonic()
-                while not last_line(running)["hosts"][2]["trouble"]:
-                    time.sleep(0.01)
-                took.append(time.monotonic() - began_s)
-                if number % 2:
-                    os.kill(pid, signal.SIGKILL)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            cluster(Path(folder)) as three,
+            ranks.single(command(three, "--json"), env=three.env) as running,
+        ):
+            await_troubles(running, ["", "", ""])
+            time.sleep(draw.uniform(0, 1))
+            host = three.hosts[2]
+            stopped = programs_on(host) if number % 2 else []
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            if not stopped:
+                ip(host, "link", "set", device(host, host.lan), "down")
+            began_s = time.monotonic()
+            while not last_line(running)["hosts"][2]["trouble"]:
+                time.sleep(0.01)
+            took.append(time.monotonic() - began_s)
+            for pid in stopped:
+                os.kill(pid, signal.SIGKILL)
     print(f"  a host that is gone: seen after {min(took):.1f} to {max(took):.1f} s, {count} of {count}", flush=True)
 
 
