@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import json
 import os
 import socket
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from hippo_mpi.cluster import far_end
 from hippo_mpi.cluster.far_end import read_netstat, read_proc_net_dev
-from hippo_mpi.cluster.host_program import HostLost, HostProgram
+from hippo_mpi.cluster.host_program import HostLost, HostProgram, _command, _modules
 from hippo_mpi.cluster.hostfile import Host
 from tests import ranks
 
@@ -111,6 +113,27 @@ def test_a_program_ends_with_its_input_and_one_that_is_killed_is_lost() -> None:
     asyncio.run(run())
 
 
+def test_a_lifeline_ends_a_program_and_so_does_silence() -> None:
+    """Whatever its starter does; here with little patience."""
+    sources = [(name, text.replace("SILENCE_S = 10.0", "SILENCE_S = 3.0")) for name, text in _modules("link_end")]
+    started = [
+        subprocess.Popen(_command(HERE, START_S), stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)
+    ]
+    for one in started:
+        assert one.stdin is not None and one.stdout is not None
+        one.stdin.write(json.dumps(sources).encode() + b"\n" + b'{"id": 7, "do": "counters"}\n')
+        one.stdin.flush()
+        assert one.stdout.readline() == b"hippo-program-begins\n"
+        assert json.loads(one.stdout.readline())["id"] == 7
+    lifeline, silent = started
+    assert lifeline.stdin is not None
+    lifeline.stdin.close()
+    assert lifeline.wait(ranks.LIMIT_S) == 0 and silent.wait(ranks.LIMIT_S) == 1
+    for one in started:
+        with one:  # closes its streams
+            pass
+
+
 def test_a_host_that_never_speaks_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By way of an ssh that prints a greeting, and then nothing; or too much; or has no Python."""
     ssh = tmp_path / "ssh"
@@ -131,7 +154,8 @@ def test_a_host_that_never_speaks_is_given_up(tmp_path: Path, monkeypatch: pytes
 
     async def run() -> None:
         assert await start("echo Welcome; exec sleep 60", 1.0) == "mini9: no answer within 1 s"
-        assert await start("yes", START_S) == "mini9 prints too much at each login"
+        assert await start(f"yes & echo $! >{tmp_path}/pid; wait", START_S) == "mini9 prints too much at each login"
+        assert not ranks.await_end([int((tmp_path / "pid").read_text())])
         assert await start("echo hippo-no-python", START_S) == "mini9 has no Python of 3.8 or later"
         refused = "printf 'kex: \\033[31mConnection refused\\n' >&2; exit 255"
         assert await start(refused, START_S) == "mini9 lets nobody in: kex: ?[31mConnection refused"
