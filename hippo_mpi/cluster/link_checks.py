@@ -8,12 +8,12 @@ from hippo_mpi.cluster.checks import ERROR, WARNING, Finding
 from hippo_mpi.cluster.facts import Interface, Probed
 from hippo_mpi.cluster.link import Links, name_of
 from hippo_mpi.cluster.link_kinds import LinkKind, slower_of
-from hippo_mpi.cluster.link_measure import SIZES, Measured
+from hippo_mpi.cluster.link_measure import SIZES, Measured, Traffic
 from hippo_mpi.units import show_bytes
 
 _MOST_LOPSIDED = 1.5
 _MOST_JITTER, _LEAST_JITTER_S = 5.0, 1e-3  # p99 by the median; below a millisecond nobody minds
-_OWN_SHARE = 0.5  # of the bytes, for the expected interface: a bridge and its ports count the same ones
+_OWN_SHARE = 0.5  # of our bytes, which an interface must have counted
 
 
 def interfaces_of(link: Measured, hosts: Sequence[Probed]) -> tuple[Interface | None, Interface | None]:
@@ -25,10 +25,14 @@ def interfaces_of(link: Measured, hosts: Sequence[Probed]) -> tuple[Interface | 
     )
 
 
-def used(moved: Mapping[str, int], expected: Interface | None) -> str:
-    """Return the interface by which most bytes went: the expected one, if it had its share; "" if none did."""
-    total = max(moved.values(), default=0)
-    if expected and moved.get(expected.name, 0) >= _OWN_SHARE * total > 0:
+def used(traffic: Traffic, end: str, expected: Interface | None) -> str:
+    """Return the interface by which our bytes went at an end, "sent" or "received"; "" if none has counted any.
+
+    The expected one, if it has counted them: a bridge and its port count the same ones, and another interface may be
+    busier with something else.
+    """
+    moved: Mapping[str, int] = getattr(traffic, end)
+    if expected and moved.get(expected.name, 0) > _OWN_SHARE * traffic.num_bytes:
         return expected.name
     return max(moved, key=lambda name: moved[name], default="")
 
@@ -36,7 +40,7 @@ def used(moved: Mapping[str, int], expected: Interface | None) -> str:
 def kind_of(link: Measured, links: Links, hosts: Sequence[Probed]) -> LinkKind | None:
     """Return what kind of link this should be, by both ends; None: unknown."""
     near, far = interfaces_of(link, hosts)
-    names = near.name if near else used(link.traffic_there.sent, None), far.name if far else ""
+    names = near.name if near else used(link.traffic_there, "sent", None), far.name if far else ""
     ends = zip((link.pair.rank, link.pair.other), names, strict=True)
     return slower_of(*(links.kinds[rank].get(name) for rank, name in ends))
 
@@ -80,13 +84,13 @@ def _findings(link: Measured, kind: LinkKind | None, links: Links, hosts: Sequen
 def _wrong_interface(link: Measured, links: Links, hosts: Sequence[Probed]) -> Iterator[Finding]:
     near, far = interfaces_of(link, hosts)
     rank, other = link.pair.rank, link.pair.other
-    ways = ((rank, other, near, link.traffic_there.sent), (other, rank, far, link.traffic_back.sent))
-    for sender, receiver, expected, moved in ways:
-        name = used(moved, expected)
+    ways = ((rank, other, near, link.traffic_there), (other, rank, far, link.traffic_back))
+    for sender, receiver, expected, traffic in ways:
+        name = used(traffic, "sent", expected)
         if expected and name not in ("", expected.name):
             kinds = links.kinds[sender]
             found = (
-                f"{show_bytes(moved[name])} to rank {receiver} ({name_of(hosts, receiver)}) left by"
+                f"{show_bytes(traffic.num_bytes)} to rank {receiver} ({name_of(hosts, receiver)}) left by"
                 f" {_with_kind(name, kinds)}, not by {_with_kind(expected.name, kinds)}, on whose network the link is"
             )
             fix = f"route them by {expected.name}: see there `ip route get` (macOS: route -n get), with the other's address"

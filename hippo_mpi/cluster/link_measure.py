@@ -54,8 +54,9 @@ class RoundTrips:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes in one direction, by the interface that sent them, and by that which received them."""
+    """Bytes in one direction: those that we sent, and what the interfaces of both ends have counted meanwhile."""
 
+    num_bytes: int = 0
     sent: Mapping[str, int] = field(default_factory=dict)
     received: Mapping[str, int] = field(default_factory=dict)
 
@@ -120,8 +121,9 @@ async def measure_alone(ends: Ends, pair: Pair, seconds: float) -> Measured:
     except OSError as error:
         return Measured(pair, str(error))
     before, between, after = snapshots
-    there = Traffic(_moved(before[0], between[0], 1), _moved(before[1], between[1], 0))
-    back = Traffic(_moved(between[1], after[1], 1), _moved(between[0], after[0], 0))
+    num_there, num_back = (int(sum(both) * seconds) for both in (rates[:2], rates[2:]))
+    there = Traffic(num_there, _moved(before[0], between[0], 1), _moved(before[1], between[1], 0))
+    back = Traffic(num_back, _moved(between[1], after[1], 1), _moved(between[0], after[0], 0))
     return Measured(pair, "", round_trips, Rate(*rates[:2]), Rate(*rates[2:]), there, back)
 
 

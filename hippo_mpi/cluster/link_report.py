@@ -51,7 +51,7 @@ def _row(link: Measured, links: Links, hosts: Sequence[Probed]) -> tuple[str, ..
     loaded = ms_of(link.loaded.median_s) if link.loaded else ""
     usual = rate_of(kind.usual_bits_per_s) if kind else "?"
     near, far = interfaces_of(link, hosts)
-    by = f"{used(link.traffic_there.sent, near)} {used(link.traffic_there.received, far)}"
+    by = f"{used(link.traffic_there, 'sent', near)} {used(link.traffic_there, 'received', far)}"
     verdict = _verdict(link, links, hosts)
     return ends, by, kind.name if kind else "?", *times, *rates, at_once, loaded, usual, verdict
 
@@ -84,8 +84,8 @@ def _object(link: Measured, links: Links, hosts: Sequence[Probed]) -> dict[str, 
         "address": link.pair.address,
         "error": link.error or None,
         "round_trips": {size: asdict(times) for size, times in link.round_trips.items()},
-        "there": way(link.there, used(there.sent, near), used(there.received, far)),
-        "back": way(link.back, used(back.sent, far), used(back.received, near)),
+        "there": way(link.there, used(there, "sent", near), used(there, "received", far)),
+        "back": way(link.back, used(back, "sent", far), used(back, "received", near)),
         "loaded": asdict(link.loaded) if link.loaded else None,
         "kind": asdict(kind) if kind else None,
         "verdict": _verdict(link, links, hosts),
