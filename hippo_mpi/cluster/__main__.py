@@ -3,6 +3,8 @@
 hippo_mpi.cluster doctor --hostfile hosts.json                # what is wrong with them, and what to do
 hippo_mpi.cluster doctor mini2.local anna@mini3.local         # of hosts that are in no hostfile yet
 hippo_mpi.cluster doctor --save report.json                   # for a bug report; --from judges it again
+hippo_mpi.cluster link --hostfile hosts.json                  # what their links give, and what they should
+hippo_mpi.cluster top --hostfile hosts.json                   # what they do, live
 hippo_mpi.cluster stop --hostfile hosts.json                  # ranks whose starter is gone
 hippo_mpi.cluster convert $PBS_NODEFILE --to mlx              # lists of hosts of other launchers
 """
@@ -19,6 +21,8 @@ from hippo_mpi.errors import HippoError, print_error
 
 VERBS = {
     "doctor": "say what is wrong with hosts, and what to do",
+    "link": "measure the links between hosts",
+    "top": "show what hosts do, live in the terminal",
     "stop": "end ranks whose starter is gone",
     "convert": "print a list of hosts in another format",
 }

@@ -50,8 +50,8 @@ function _shtab_hippo_mpi_using
   test "$_shtab_hippo_mpi_cmdpath" = "$argv"
 end
 
-set -g _shtab_hippo_mpi_commands run generate chat batch serve page benchmark plan models audit cluster 'cluster doctor' 'cluster stop' 'cluster convert' completion dashboard
-set -g _shtab_hippo_mpi_opts_with_value --adapter-path --address --admin-key-file --allow-host --allow-origin --api-key-file --audit-key --audit-log --backend --by --catalogue --chat-template-config --check --command --compare --concurrent --config --draft-model --extra-eos-token --from --generation-tokens --hostfile --journal --keep-answers --kv-bits --kv-group-size --last-hash --layer-split --lines --link --log-file --log-level --machine --max-batch-size --max-batch-tokens --max-body-bytes --max-choices --max-connections --max-context --max-kv-size --max-queue --max-repeats --max-restarts --max-schema-bytes --max-tokens --min-p --min-tokens-to-keep --model --model-name --modes --num-draft-tokens --num-ranks --output --plot --port --precision --prefill-chunk --prefill-response --prefill-step-size --prompt --prompt-cache-bytes --prompt-tokens --quantized-kv-start --ranks --reconnect --repetition-context-size --repetition-penalty --requests-per-key --requests-per-minute --revision --save --seed --since --ssl-certfile --ssl-keyfile --stage-times --start-timeout --starting-port --stop-words --system-prompt --temp --timeout --to --tokens-per-minute --top-k --top-p --trace --trials --trusted-proxy --url --xtc-probability --xtc-threshold -m -n -o
+set -g _shtab_hippo_mpi_commands run generate chat batch serve page benchmark plan models audit cluster 'cluster doctor' 'cluster link' 'cluster top' 'cluster stop' 'cluster convert' completion dashboard
+set -g _shtab_hippo_mpi_opts_with_value --adapter-path --address --admin-key-file --allow-host --allow-origin --api-key-file --audit-key --audit-log --backend --by --catalogue --chat-template-config --check --command --compare --concurrent --config --draft-model --extra-eos-token --from --generation-tokens --hostfile --journal --keep-answers --kv-bits --kv-group-size --last-hash --layer-split --lines --link --log-file --log-level --machine --max-batch-size --max-batch-tokens --max-body-bytes --max-choices --max-connections --max-context --max-kv-size --max-queue --max-repeats --max-restarts --max-schema-bytes --max-tokens --min-p --min-tokens-to-keep --model --model-name --modes --num-draft-tokens --num-ranks --output --plot --port --precision --prefill-chunk --prefill-response --prefill-step-size --prompt --prompt-cache-bytes --prompt-tokens --quantized-kv-start --ranks --reconnect --repetition-context-size --repetition-penalty --requests-per-key --requests-per-minute --revision --save --seconds --seed --server --since --ssl-certfile --ssl-keyfile --stage-times --start-timeout --starting-port --stop-words --system-prompt --temp --timeout --to --tokens-per-minute --top-k --top-p --trace --trials --trusted-proxy --url --xtc-probability --xtc-threshold -m -n -o
 
 complete -c hippo-mpi -e
 complete -c hippo-mpi -f
@@ -401,6 +401,23 @@ complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster doctor' -l save -x -d '
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster doctor' -l from -x -d 'judge what --save has written, instead of asking'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster doctor' -l hostfile -x -d 'JSON list of hosts, as for mlx.launch'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster doctor' -l timeout -x -d 'seconds for a host to answer (default: 10.0)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster; and test $_shtab_hippo_mpi_npos -eq 0' -a link -d 'measure the links between hosts'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster link' -s h -l help -d 'show this help message and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster link' -l version -d 'print the versions of hippo-mpi and mlx-lm, and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster link' -l all -d 'every pair of hosts, not only neighbors in the ring'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster link' -l seconds -x -d 'how long each rate is measured (default: 1.5)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster link' -l model -x -d 'say what the links cost when this model runs over them, as predicted'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster link' -l json -d 'print a JSON object; times in seconds, rates in bytes per second'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster link' -l hostfile -x -d 'JSON list of hosts, as for mlx.launch'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster link' -l timeout -x -d 'seconds for a host to answer (default: 10.0)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster; and test $_shtab_hippo_mpi_npos -eq 0' -a top -d 'show what hosts do, live in the terminal'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster top' -s h -l help -d 'show this help message and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster top' -l version -d 'print the versions of hippo-mpi and mlx-lm, and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster top' -l server -x -d 'URL of a server, to show its ranks, too; its key from HIPPO_API_KEYS'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster top' -l once -d 'print it once, and stop'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster top' -l json -d 'print a JSON object a second; with --once, one'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster top' -l hostfile -x -d 'JSON list of hosts, as for mlx.launch'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster top' -l timeout -x -d 'seconds for a host to answer (default: 10.0)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster; and test $_shtab_hippo_mpi_npos -eq 0' -a stop -d 'end ranks whose starter is gone'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster stop' -s h -l help -d 'show this help message and exit'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster stop' -l version -d 'print the versions of hippo-mpi and mlx-lm, and exit'

@@ -31,7 +31,9 @@ _shtab_hippo_mpi_cluster_commands() {
   local _commands=(
     convert:'print a list of hosts in another format'
     doctor:'say what is wrong with hosts, and what to do'
+    link:'measure the links between hosts'
     stop:'end ranks whose starter is gone'
+    top:'show what hosts do, live in the terminal'
   )
   _describe 'hippo-mpi cluster commands' _commands
 }
@@ -219,6 +221,21 @@ _shtab_hippo_mpi_cluster_doctor_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_doctor_defaults_added=0
 
+_shtab_hippo_mpi_cluster_link_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--all[every pair of hosts, not only neighbors in the ring]"
+  "--seconds[how long each rate is measured (default\: 1.5)]:seconds:"
+  "--model[say what the links cost when this model runs over them, as predicted]:model:"
+  "--json[print a JSON object\; times in seconds, rates in bytes per second]"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_link_defaults_added=0
+
 _shtab_hippo_mpi_cluster_stop_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
@@ -230,6 +247,20 @@ _shtab_hippo_mpi_cluster_stop_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_stop_defaults_added=0
+
+_shtab_hippo_mpi_cluster_top_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--server[URL of a server, to show its ranks, too\; its key from HIPPO_API_KEYS]:URL:"
+  "--once[print it once, and stop]"
+  "--json[print a JSON object a second\; with --once, one]"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_top_defaults_added=0
 
 _shtab_hippo_mpi_completion_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -543,7 +574,9 @@ _shtab_hippo_mpi_cluster() {
       case $line[1] in
         convert) _arguments -C -s $_shtab_hippo_mpi_cluster_convert_options ;;
         doctor) _arguments -C -s $_shtab_hippo_mpi_cluster_doctor_options ;;
+        link) _arguments -C -s $_shtab_hippo_mpi_cluster_link_options ;;
         stop) _arguments -C -s $_shtab_hippo_mpi_cluster_stop_options ;;
+        top) _arguments -C -s $_shtab_hippo_mpi_cluster_top_options ;;
       esac
   esac
 }

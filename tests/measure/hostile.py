@@ -92,7 +92,9 @@ def measure_hostile(count: int, seed: int = 1) -> bool:
                 time.sleep(_QUIET_S)
                 quiet_s = normal.clear()
                 began = time.monotonic()
-                with ranks.single(["nice", "-n", "19", sys.executable, __file__, file.name, found.running.url]) as sender:
+                with ranks.single(
+                    ["nice", "-n", "19", sys.executable, __file__, file.name, found.running.url]
+                ) as sender:
                     code = sender.wait(max(600.0, 2.0 * count))
                 took_s, hostile_s = time.monotonic() - began, normal.clear()
             finally:
