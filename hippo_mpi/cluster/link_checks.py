@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from hippo_mpi.cluster.checks import ERROR, WARNING, Finding
 from hippo_mpi.cluster.facts import Interface, Probed
+from hippo_mpi.cluster.findings import ERROR, WARNING, Finding
 from hippo_mpi.cluster.link import Links, name_of
 from hippo_mpi.cluster.link_kinds import LinkKind, slower_of
 from hippo_mpi.cluster.link_measure import SIZES, Measured, Traffic

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from hippo_mpi.cluster.checks import Finding
 from hippo_mpi.cluster.facts import Probed
+from hippo_mpi.cluster.findings import Finding
 from hippo_mpi.cluster.link import Links, name_of
 from hippo_mpi.cluster.link_checks import findings_of, interfaces_of, kind_of, ms_of, rate_of, used
 from hippo_mpi.cluster.link_cost import Cost

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hippo_mpi.cluster.checks import Finding
 from hippo_mpi.cluster.facts import Facts, Interface, Probed
+from hippo_mpi.cluster.findings import Finding
 from hippo_mpi.cluster.host_program import visible
 from hippo_mpi.cluster.hostfile import Host
 from hippo_mpi.cluster.link import Links, addresses_of, pairs_of

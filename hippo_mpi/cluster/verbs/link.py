@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hippo_mpi.cluster import doctor, link, link_report
-from hippo_mpi.cluster.checks import Finding, diagnose
+from hippo_mpi.cluster.checks import diagnose
 from hippo_mpi.cluster.facts import Probed
+from hippo_mpi.cluster.findings import Finding
 from hippo_mpi.cluster.link_checks import findings_of
 from hippo_mpi.cluster.link_cost import cost_of
 from hippo_mpi.cluster.remote import ask
