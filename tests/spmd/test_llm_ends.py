@@ -146,7 +146,11 @@ def test_a_model_may_be_called_after_a_loop_was_left() -> None:
 def test_ranks_that_make_different_calls_end_with_a_line() -> None:
     before = "other = LLM('story-draft', timeout=10).__enter__()"
     ended = run(looping("break\n    list((llm if rank == 0 else other).generate('The owl'))", before), 2)
-    check_end(ended, 3, r"rank 1 .*: this rank is at generate.. call 1 on model 1 .*, but rank 0 at generate.. call 2 on model 2")
+    check_end(
+        ended,
+        3,
+        r"rank 1 .*: this rank is at generate.. call 1 on model 1 .*, but rank 0 at generate.. call 2 on model 2",
+    )
     model = "model, _ = hippo_mpi.load('story-draft')"
     ended = run(looping("break\n    model(mx.array([[1]])) if rank else list(llm.generate('The owl'))", model), 2)
     check_end(ended, 3, "rank 1 .*: this rank is at call 0 of model .*, but the previous rank at a step of an LLM")
