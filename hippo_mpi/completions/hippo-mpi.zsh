@@ -31,9 +31,7 @@ _shtab_hippo_mpi_cluster_commands() {
   local _commands=(
     convert:'print a list of hosts in another format'
     doctor:'say what is wrong with hosts, and what to do'
-    link:'measure the links between hosts'
     stop:'end ranks whose starter is gone'
-    top:'show what hosts do, live in the terminal'
   )
   _describe 'hippo-mpi cluster commands' _commands
 }
@@ -68,7 +66,7 @@ _shtab_hippo_mpi_batch_options=(
   {--output,-o}"[file for the answers, or - for standard output\; default\: PROMPTS.answers.jsonl, or - for pipes]:output:_files"
   "--restart[discard the answers that are already in the output]"
   "--keep-order[sort the answers into the order of the prompts]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config (default\: \/work\/main\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -115,7 +113,7 @@ _shtab_hippo_mpi_batch_defaults_added=0
 _shtab_hippo_mpi_benchmark_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config (default\: \/work\/main\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -147,7 +145,7 @@ _shtab_hippo_mpi_benchmark_defaults_added=0
 _shtab_hippo_mpi_chat_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config (default\: \/work\/main\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -209,8 +207,7 @@ _shtab_hippo_mpi_cluster_doctor_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "--starting-port[look whether this port and those of the other ranks are free]:starting_port:"
-  "--check[only these checks, by their names]:NAME:(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ names-same stale-ranks disk-full memory-taken open-files fast-synch clock address-missing address-clash vpn-path wrong-interface link-down mtu-differs port-taken bridge-loop cable-absent cable-slow self-assigned rdma-impossible rdma-off jaccl-matrix rdma-no-ipv4 rdma-port-down memory-short mpi-mixed model-missing hub-token no-internet path-private local-network-privacy firewall wired-stranded wired-limit other-daemon sleeps low-power hot filevault-reboot)"
-  "--model[look whether this model, a path or a repo on the hub, is there, fits, and can be downloaded]:model:"
+  "--check[only these checks, by their names]:NAME:(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ address-missing address-clash self-assigned vpn-path wrong-interface link-down mtu-differs port-taken names-same stale-ranks disk-full memory-taken open-files fast-synch clock)"
   "--json[print a JSON object]"
   "--save[write what the hosts answered to this file, without what is private]:FILE:"
   "--from[judge what --save has written, instead of asking]:FILE:"
@@ -221,21 +218,6 @@ _shtab_hippo_mpi_cluster_doctor_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_doctor_defaults_added=0
-
-_shtab_hippo_mpi_cluster_link_options=(
-  "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
-  "--all[every pair of hosts, not only neighbors in the ring]"
-  "--seconds[how long each rate is measured (default\: 1.5)]:seconds:"
-  "--model[say what the links cost when this model runs over them, as predicted]:model:"
-  "--json[print a JSON object\; times in seconds, rates in bytes per second]"
-  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
-  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
-  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
-)
-
-# guard to ensure default positional specs are added only once per session
-_shtab_hippo_mpi_cluster_link_defaults_added=0
 
 _shtab_hippo_mpi_cluster_stop_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -248,20 +230,6 @@ _shtab_hippo_mpi_cluster_stop_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_stop_defaults_added=0
-
-_shtab_hippo_mpi_cluster_top_options=(
-  "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
-  "--server[URL of a server, to show its ranks, too\; its key from HIPPO_API_KEYS]:URL:"
-  "--once[print it once, and stop]"
-  "--json[print a JSON object a second\; with --once, one]"
-  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
-  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
-  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
-)
-
-# guard to ensure default positional specs are added only once per session
-_shtab_hippo_mpi_cluster_top_defaults_added=0
 
 _shtab_hippo_mpi_completion_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -286,7 +254,7 @@ _shtab_hippo_mpi_generate_options=(
   "--prompt[the prompt\; - reads standard input (default\: Tell me a story about a fox.)]:prompt:"
   "--json[print one JSON object instead of text]"
   "--show-plan[print what each rank would hold, and exit]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config (default\: \/work\/main\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -358,7 +326,7 @@ _shtab_hippo_mpi_plan_options=(
   "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "*--machine[plan for machines that aren\'t here\: NAME\:GIBIBYTES\[\:SPEED\], once per rank\; speed is relative]:MACHINE:"
   "--json[print the plan, and the results of --simulate, as one JSON object]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config (default\: \/work\/main\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -396,7 +364,7 @@ _shtab_hippo_mpi_run_options=(
   "--prompt[the prompt\; - reads standard input (default\: Tell me a story about a fox.)]:prompt:"
   "--json[print one JSON object instead of text]"
   "--show-plan[print what each rank would hold, and exit]"
-  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config (default\: \/work\/main\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -440,7 +408,7 @@ _shtab_hippo_mpi_serve_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "--modes[what clients may use the model for\; default\: all that it supports]:modes:(completion chat tools thinking)"
-  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config (default\: \/work\/main\/models\/story-3m)]:model:_files -/"
+  "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
@@ -482,7 +450,6 @@ _shtab_hippo_mpi_serve_options=(
   "--port[port to listen on\; 0\: any free one (default\: 8080)]:port:"
   "--model-name[name of the model in the API\; default\: the last part of --model]:model_name:"
   "--catalogue[folder of cards (NAME.yaml\: a model\'s options)\; clients may ask for any\; --model NAME loads first]:catalogue:_files -/"
-  "--rebalance[restart the ranks, between requests, with a layer split that would be at least a tenth faster]"
   "--max-queue[maximum number of waiting requests\; further ones get status 429 (default\: 256)]:max_queue:"
   "--max-body-bytes[maximum size of a request body, such as 4M (default\: 4194304)]:max_body_bytes:"
   "--max-choices[maximum number of answers per request (default\: 128)]:max_choices:"
@@ -496,7 +463,6 @@ _shtab_hippo_mpi_serve_options=(
   "--audit-key[file with the audit log\'s key, created if missing\; default\: FILE.key]:audit_key:_files"
   "--audit-required[refuse requests (503) while they can\'t be logged]"
   "--log-level[lowest level that is logged to stderr (default\: info)]:log_level:(debug info warning error)"
-  "--log-file[append the log to this file instead of stderr\; rotated at 10 MiB, with four old files kept]:log_file:_files"
   "--hostfile[JSON list of hosts, as for mlx.launch]:hostfile:_files"
   "--ranks[ranks on this machine, without a hostfile (default\: 2)]:ranks:"
   "--backend[MLX backend for a hostfile\; default\: the one that it names, or ring]:backend:(ring mpi jaccl jaccl-ring)"
@@ -575,9 +541,7 @@ _shtab_hippo_mpi_cluster() {
       case $line[1] in
         convert) _arguments -C -s $_shtab_hippo_mpi_cluster_convert_options ;;
         doctor) _arguments -C -s $_shtab_hippo_mpi_cluster_doctor_options ;;
-        link) _arguments -C -s $_shtab_hippo_mpi_cluster_link_options ;;
         stop) _arguments -C -s $_shtab_hippo_mpi_cluster_stop_options ;;
-        top) _arguments -C -s $_shtab_hippo_mpi_cluster_top_options ;;
       esac
   esac
 }
