@@ -1,0 +1,287 @@
+"""Sets a host up: this runs there, started by `session` through ssh, and ends with its standard input.
+
+A line of JSON asks for one of CALLS, a line of JSON answers. Python 3.8 and its library only; nothing is judged here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import threading
+import time
+from typing import Any, BinaryIO
+
+from hippo_mpi.cluster.changes import FOLDER, NAME, Record, add_line, remove, run
+
+_IMPORT_S = 120.0
+_PIP_S = 1800.0
+_ECHO_S = 20.0
+_MESSAGE = b"x" * 64
+
+
+def _record(makes: bool = False) -> contextlib.closing[Record]:
+    return contextlib.closing(Record(makes))
+
+
+def hello() -> dict[str, Any]:
+    """Return what this host and its Python are, and what is here of ours."""
+    home, folder = os.path.expanduser("~"), os.path.expanduser(FOLDER)
+    links = {name: os.readlink(os.path.join(folder, name)) for name in ("project", "venv") if _is_whole(folder, name)}
+    return {
+        "system": platform.system(), "machine": platform.machine(), "release": platform.release(), "home": home,
+        "python": list(sys.version_info[:3]), "abi": sysconfig.get_config_var("SOABI") or "", "executable": sys.executable,
+        "glibc": platform.libc_ver()[1] if platform.libc_ver()[0] == "glibc" else "", "macos": platform.mac_ver()[0],
+        "free_bytes": shutil.disk_usage(home).free, "is_root": os.geteuid() == 0, "links": links,
+        "has_record": os.path.exists(os.path.join(folder, NAME)),
+    }  # fmt: skip
+
+
+def _is_whole(folder: str, name: str) -> bool:
+    path = os.path.join(folder, name)
+    return os.path.islink(path) and os.path.isdir(path)
+
+
+def add_key(line: str) -> bool:
+    """Let a public key in; return False if it was let in before."""
+    with _record(makes=True) as record:
+        return add_line(record, os.path.expanduser("~/.ssh/authorized_keys"), line)
+
+
+class _Chunks:
+    """What the other side sends, in chunks with their lengths before them; an empty one ends it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._left, self._is_over = stream, 0, False
+
+    def read(self, size: int) -> bytes:
+        parts = []
+        while size and not self._is_over:
+            if not self._left:
+                self._left = int(self._stream.readline() or b"0")
+                self._is_over = not self._left
+            part = self._stream.read(min(size, self._left))
+            if len(part) < min(size, self._left):
+                raise EOFError("the connection was cut")
+            self._left -= len(part)
+            size -= len(part)
+            parts.append(part)
+        return b"".join(parts)
+
+    def skip(self) -> None:
+        while self.read(1 << 20):
+            pass
+
+
+def receive(name: str, link: str, is_environment: bool) -> dict[str, Any]:
+    """Unpack a tar archive that follows into a new folder of ours, and let a link lead there once it is whole."""
+    chunks = _Chunks(sys.stdin.buffer)
+    try:
+        with _record(makes=True) as record:
+            _put(record, name, link, is_environment, lambda place: _unpack(chunks, place))
+        return {}
+    finally:
+        chunks.skip()
+
+
+def _unpack(chunks: _Chunks, place: str) -> None:
+    with tarfile.open(fileobj=chunks, mode="r|", bufsize=1 << 20) as archive:  # type: ignore[call-overload]
+        for member in archive:
+            if not (member.isfile() or member.isdir()) or member.name.startswith("/") or ".." in member.name.split("/"):
+                raise ValueError(f"{member.name!r} has no place here")
+            archive.extract(member, place, set_attrs=member.isfile())
+
+
+def install(name: str, link: str, requirements: list[str]) -> dict[str, Any]:
+    """Make the environment by pip, with these versions."""
+
+    def fill(place: str) -> None:
+        words = [sys.executable, "-m", "pip", "--python", _python_of(place), "install", "--quiet", "--no-input"]
+        if why := run([*words, "--disable-pip-version-check", *requirements], False, _PIP_S):
+            raise RuntimeError(f"pip: {why}")
+
+    with _record(makes=True) as record:
+        _put(record, name, link, True, fill)
+    return {}
+
+
+def _put(record: Record, name: str, link: str, is_environment: bool, fill: Any) -> None:
+    """Make a folder beside its final place, and change places when it is whole; what was there before goes."""
+    path, new = os.path.join(record.folder, name), os.path.join(record.folder, f"{name}.new")
+    entries = [{"kind": "made", "of": "setup", "path": one} for one in (path, os.path.join(record.folder, link))]
+    for entry in entries:
+        record.begin(entry)
+    try:
+        remove(new)
+        if is_environment:
+            _make_environment(new)
+            fill(new)
+            _try_out(new)
+        else:
+            os.mkdir(new)
+            fill(new)
+        remove(path)
+        os.rename(new, path)
+    except BaseException:
+        remove(new)
+        raise
+    temporary = os.path.join(record.folder, f"{link}.new")
+    remove(temporary)
+    os.symlink(name, temporary)
+    os.replace(temporary, os.path.join(record.folder, link))
+    for entry in entries:
+        record.done(entry)
+    for entry in list(record.entries):
+        before = os.path.basename(entry.get("path", ""))
+        if entry["kind"] == "made" and before.startswith(f"{link}-") and before != name:
+            record.undo(entry)
+
+
+def _python_of(environment: str) -> str:
+    return os.path.join(environment, "bin", "python")
+
+
+def _make_environment(place: str) -> None:
+    import venv
+
+    class Bare(venv.EnvBuilder):
+        def setup_scripts(self, context: Any) -> None:
+            """Leave the scripts out: they would name a path that changes."""
+
+    Bare(symlinks=True).create(place)
+    packages = sysconfig.get_path("purelib", vars={"base": place, "platbase": place})
+    with open(os.path.join(packages, "hippo-mpi.pth"), "w") as file:
+        file.write(os.path.join(os.path.expanduser(FOLDER), "project") + "\n")
+
+
+def _try_out(environment: str) -> None:
+    if why := run([_python_of(environment), "-c", "import mlx.core, hippo_mpi, numpy"], False, _IMPORT_S):
+        raise RuntimeError(f"what was installed can't be imported: {why}")
+
+
+# ---- settings
+
+
+def apply(commands: list[dict[str, Any]], of: str) -> list[str]:
+    """Run commands, each written down before; return what failed, at the first one.
+
+    Args:
+        commands: each with `do`, `undo`, `needs_root` and what it is `about`.
+        of: the verb whose changes they are.
+    """
+    with _record(makes=True) as record:
+        for command in commands:
+            entry = {"kind": "command", "of": of, "root": command["needs_root"], **command}
+            record.begin(entry)
+            if why := run(command["do"], command["needs_root"]):
+                return [f"{' '.join(command['do'])}: {why}"]
+            record.done(entry)
+    return []
+
+
+def changes() -> list[dict[str, Any]]:
+    """Return the record."""
+    try:
+        with _record() as record:
+            return record.entries
+    except FileNotFoundError:
+        return []
+
+
+def undo(of: list[str]) -> dict[str, list[str]]:
+    """Put back what these verbs changed, the last change first; return what can't be, and what else is in our folder."""
+    failed = []
+    try:
+        with _record() as record:
+            for entry in reversed(list(record.entries)):
+                if entry["of"] in of:
+                    try:
+                        record.undo(entry)
+                    except (OSError, RuntimeError) as error:
+                        failed.append(str(error))
+            return {"failed": failed, "left": record.end()}
+    except FileNotFoundError:
+        return {"failed": [], "left": []}
+
+
+def outputs(commands: dict[str, list[str]]) -> dict[str, str | None]:
+    """Return what commands print that change nothing; None: a command isn't there, or fails."""
+    found: dict[str, str | None] = {}
+    for name, words in commands.items():
+        try:
+            ended = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=10)
+            found[name] = None if ended.returncode else ended.stdout.decode("utf-8", "replace")
+        except (OSError, subprocess.SubprocessError):
+            found[name] = None
+    return found
+
+
+# ---- links
+
+
+def listen(address: str, key: str) -> int:
+    """Answer messages on an address, to whoever knows a key, for some seconds; return the port."""
+    listener = socket.socket()
+    listener.bind((address, 0))
+    listener.listen(4)
+    listener.settimeout(_ECHO_S)
+    threading.Thread(target=_echo, args=(listener, key.encode()), daemon=True).start()
+    return int(listener.getsockname()[1])
+
+
+def _echo(listener: socket.socket, key: bytes) -> None:
+    with contextlib.suppress(OSError), listener:
+        while True:
+            peer, _ = listener.accept()
+            with contextlib.suppress(OSError), peer:
+                peer.settimeout(_ECHO_S)
+                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if hmac.compare_digest(peer.recv(len(key), socket.MSG_WAITALL), key):
+                    while data := peer.recv(len(_MESSAGE)):
+                        peer.sendall(data)
+
+
+def round_trips(address: str, port: int, key: str, count: int) -> list[float]:
+    """Return how long messages took to come back from a listener, in ms."""
+    found = []
+    with socket.create_connection((address, port), 5) as peer:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer.sendall(key.encode())
+        for _ in range(count):
+            began_s = time.perf_counter()
+            peer.sendall(_MESSAGE)
+            if peer.recv(len(_MESSAGE), socket.MSG_WAITALL) != _MESSAGE:
+                raise OSError("somebody else answers there")
+            found.append((time.perf_counter() - began_s) * 1e3)
+    return found
+
+
+CALLS = {
+    one.__name__: one
+    for one in (hello, add_key, receive, install, apply, changes, undo, outputs, listen, round_trips)
+}  # fmt: skip
+
+
+def serve() -> None:
+    """Answer calls until the input ends."""
+    for line in iter(sys.stdin.buffer.readline, b""):
+        request = json.loads(line)
+        try:
+            answer = {"result": CALLS[request["call"]](**request["arguments"])}  # type: ignore[operator]
+        except BlockingIOError:
+            answer = {"error": f"another set-up of {socket.gethostname()} is running; wait for its end"}
+        except OSError as error:
+            path = f"{error.filename}: " if error.filename else ""
+            answer = {"error": f"{path}{error.strerror or error}"}
+        except Exception as error:  # the other side shows it
+            answer = {"error": " ".join(str(error).split()) or repr(error)}
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.flush()
