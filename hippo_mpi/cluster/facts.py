@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hippo_mpi.cluster.hostfile import Host
+from hippo_mpi.cluster.macos import MacFacts, read_mac, read_memory, read_routes, read_settings
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Facts:
         processes: of ours.
         first_process: the command of the process that lost ones are left to.
         machine: an id that no other machine has; None: unknown.
+        mac: what only macOS says; None: it is another system.
+        routes: to networks, without the one to everywhere; None: unknown.
     """
 
     system: str
@@ -76,6 +79,8 @@ class Facts:
     processes: tuple[Process, ...] | None
     first_process: str
     machine: str | None
+    mac: MacFacts | None = None
+    routes: tuple[ipaddress.IPv4Network, ...] | None = None
 
     def interface_of(self, address: str) -> Interface | None:
         """Return the interface that has an address."""
@@ -123,16 +128,23 @@ def read_facts(raw: dict[str, Any]) -> Facts:
         {address: Reach(one["source"], one["why"]) for address, one in raw["reached"].items()},
         {int(port): why for port, why in raw["taken"].items()},
         (_linux_interfaces if is_linux else _macos_interfaces)(_output(outputs, "addresses")),
-        _linux_memory(_output(outputs, "memory")) if is_linux else None,
+        _linux_memory(_output(outputs, "memory")) if is_linux else _macos_memory(outputs),
         _processes(_output(outputs, "processes")),
         _first_process(_output(outputs, "processes")),
         _output(outputs, "machine").strip() or None,
+        read_mac(_printed(outputs)) if raw["system"] == "Darwin" else None,
+        (_linux_routes if is_linux else read_routes)(_output(outputs, "routes")),
     )  # fmt: skip
 
 
 def _output(outputs: dict[str, Any], name: str) -> str:
     found = outputs.get(name, {})
     return str(found["out"]) if found.get("status") == 0 else ""
+
+
+def _printed(outputs: dict[str, Any]) -> dict[str, str]:
+    """Return what each command has printed, also if it failed in the end, as sysctl does for one unknown name."""
+    return {name: str(one["out"]) for name, one in outputs.items() if one.get("status") is not None}
 
 
 def _last_line(text: str) -> str:
@@ -177,6 +189,20 @@ def _linux_memory(text: str) -> tuple[int, int] | None:
     if not {"MemTotal", "MemAvailable"} <= found.keys():
         return None
     return int(found["MemTotal"]) << 10, int(found["MemAvailable"]) << 10
+
+
+def _linux_routes(text: str) -> tuple[ipaddress.IPv4Network, ...] | None:
+    """Read `ip -j route`."""
+    try:
+        words = [str(one["dst"]) for one in json.loads(text)]
+        return tuple(ipaddress.IPv4Network(word) for word in words if word != "default")
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _macos_memory(outputs: dict[str, Any]) -> tuple[int, int] | None:
+    printed = _printed(outputs)
+    return read_memory(printed.get("memory", ""), read_settings(printed.get("settings", "")))[0]
 
 
 def _processes(text: str) -> tuple[Process, ...] | None:

@@ -27,23 +27,42 @@ def of(name):
     except m.PackageNotFoundError: return None
 print(json.dumps({"Python": platform.python_version(), **{n: of(n) for n in ("hippo-mpi", "mlx", "mlx-lm")}}))
 """
+MAC_SETTINGS = ["hw.memsize", "hw.model", "machdep.cpu.brand_string", "iogpu.wired_limit_mb", "kern.maxfilesperproc"]
+SERVICE_SETTINGS = """
+/usr/sbin/networksetup -listallnetworkservices | sed 1d | while IFS= read -r name; do
+  echo "== ${name#\\*}"
+  /usr/sbin/networksetup -getinfo "${name#\\*}"
+done
+"""
 COMMANDS = {
     "Linux": {
         "addresses": ["ip", "-j", "addr"],
+        "routes": ["ip", "-j", "route"],
         "memory": ["cat", "/proc/meminfo"],
         "processes": ["ps", "-A", "-ww", "-o", "pid=,ppid=,user=,etime=,args="],
         "machine": ["cat", "/etc/machine-id"],
     },
     "Darwin": {
         "addresses": ["/sbin/ifconfig", "-a"],
+        "routes": ["/usr/sbin/netstat", "-rn", "-f", "inet"],
         "memory": ["/usr/bin/vm_stat"],
         "processes": ["/bin/ps", "-A", "-ww", "-o", "pid=,ppid=,user=,etime=,args="],
         "system": ["/usr/bin/sw_vers"],
-        "settings": ["/usr/sbin/sysctl", "-n", "hw.memsize", "iogpu.wired_limit_mb", "kern.maxfilesperproc"],
+        "settings": ["/usr/sbin/sysctl", *MAC_SETTINGS],
         "thunderbolt": ["/usr/sbin/system_profiler", "SPThunderboltDataType", "-json"],
         "ports": ["/usr/sbin/networksetup", "-listallhardwareports"],
+        "services": ["/usr/sbin/networksetup", "-listnetworkserviceorder"],
+        "service settings": ["/bin/sh", "-c", SERVICE_SETTINGS],
+        "location": ["/usr/sbin/networksetup", "-getcurrentlocation"],
         "rdma": ["/usr/bin/rdma_ctl", "status"],
+        "rdma devices": ["/usr/bin/ibv_devices"],
+        "rdma ports": ["/usr/bin/ibv_devinfo"],
         "power": ["/usr/bin/pmset", "-g", "custom"],
+        "power source": ["/usr/bin/pmset", "-g", "batt"],
+        "heat": ["/usr/bin/pmset", "-g", "therm"],
+        "encryption": ["/usr/bin/fdesetup", "status"],
+        "firewall": ["/usr/libexec/ApplicationFirewall/socketfilterfw", "--getglobalstate"],
+        "exo": ["/bin/launchctl", "print", "system/io.exo.networksetup"],
     },
 }
 
