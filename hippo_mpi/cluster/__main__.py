@@ -18,6 +18,7 @@ from hippo_mpi.config.parser import OptionsParser, Parser
 from hippo_mpi.errors import HippoError, print_error
 
 VERBS = {
+    "setup": "from bare machines to a first token, and a hostfile; safe to repeat",
     "doctor": "say what is wrong with hosts, and what to do",
     "stop": "end ranks whose starter is gone",
     "convert": "print a list of hosts in another format",

@@ -170,21 +170,30 @@ def _try_out(environment: str) -> None:
 # ---- settings
 
 
-def apply(commands: list[dict[str, Any]], of: str) -> list[str]:
-    """Run commands, each written down before; return what failed, at the first one.
+def apply(commands: list[dict[str, Any]], of: str, runs: bool) -> str:
+    """Run commands, each written down before; return what failed first, or "".
 
     Args:
-        commands: each with `do`, `undo`, `needs_root` and what it is `about`.
+        commands: each with `do`, `undo`, and whether it needs `root`.
         of: the verb whose changes they are.
+        runs: False: only write them down, for somebody else runs them.
     """
     with _record(makes=True) as record:
         for command in commands:
-            entry = {"kind": "command", "of": of, "root": command["needs_root"], **command}
+            entry = {"kind": "command", "of": of, **command}
             record.begin(entry)
-            if why := run(command["do"], command["needs_root"]):
-                return [f"{' '.join(command['do'])}: {why}"]
-            record.done(entry)
-    return []
+            if runs:
+                if why := run(command["do"], command["root"]):
+                    return f"{' '.join(command['do'])}: {why}"
+                record.done(entry)
+    return ""
+
+
+def confirm(commands: list[dict[str, Any]]) -> None:
+    """Write down that commands were run by somebody else."""
+    with _record() as record:
+        for command in commands:
+            record.done({"kind": "command", **command})
 
 
 def changes() -> list[dict[str, Any]]:
@@ -196,15 +205,20 @@ def changes() -> list[dict[str, Any]]:
         return []
 
 
-def undo(of: list[str]) -> dict[str, list[str]]:
-    """Put back what these verbs changed, the last change first; return what can't be, and what else is in our folder."""
-    failed = []
+def undo(of: list[str], is_root_done: bool) -> dict[str, list[str]]:
+    """Put back what these verbs changed, the last change first; return what can't be, and what else is in our folder.
+
+    Args:
+        of: the verbs.
+        is_root_done: whether somebody else has put back what needs root.
+    """
+    failed: list[str] = []
     try:
         with _record() as record:
             for entry in reversed(list(record.entries)):
                 if entry["of"] in of:
                     try:
-                        record.undo(entry)
+                        record.forget(entry) if is_root_done and entry.get("root") else record.undo(entry)
                     except (OSError, RuntimeError) as error:
                         failed.append(str(error))
             return {"failed": failed, "left": record.end()}
@@ -266,7 +280,7 @@ def round_trips(address: str, port: int, key: str, count: int) -> list[float]:
 
 CALLS = {
     one.__name__: one
-    for one in (hello, add_key, receive, install, apply, changes, undo, outputs, listen, round_trips)
+    for one in (hello, add_key, receive, install, apply, confirm, changes, undo, outputs, listen, round_trips)
 }  # fmt: skip
 
 
@@ -275,7 +289,7 @@ def serve() -> None:
     for line in iter(sys.stdin.buffer.readline, b""):
         request = json.loads(line)
         try:
-            answer = {"result": CALLS[request["call"]](**request["arguments"])}  # type: ignore[operator]
+            answer = {"result": CALLS[request["call"]](**request["arguments"])}
         except BlockingIOError:
             answer = {"error": f"another set-up of {socket.gethostname()} is running; wait for its end"}
         except OSError as error:

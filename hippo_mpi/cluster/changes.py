@@ -107,9 +107,8 @@ class Record:
                 os.rmdir(entry["path"])
         elif entry["kind"] == "line":
             _take_line(entry)
-        elif why := run(entry["undo"], entry["root"]):
-            if entry["is_done"]:
-                raise RuntimeError(f"{' '.join(entry['undo'])}: {why}")
+        elif (why := run(entry["undo"], entry["root"])) and entry["is_done"]:
+            raise RuntimeError(f"{' '.join(entry['undo'])}: {why}")
         self.forget(entry)
 
     def end(self) -> list[str]:
@@ -128,7 +127,7 @@ class Record:
         return os.path.exists(self._path)
 
     def _is_folder(self, entry: dict[str, Any]) -> bool:
-        return entry["kind"] == "made" and entry["path"] == self.folder
+        return bool(entry["kind"] == "made" and entry["path"] == self.folder)
 
 
 def _what(entry: dict[str, Any]) -> Any:

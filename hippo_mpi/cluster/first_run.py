@@ -23,21 +23,19 @@ def start_alone() -> subprocess.Popen[bytes]:
     )  # fmt: skip
 
 
-def compare(alone: subprocess.Popen[bytes], hostfile: str) -> None:
+def compare(alone: subprocess.Popen[bytes] | None, hostfile: str) -> None:
     """Generate on all hosts of a hostfile, and compare with what comes of this machine alone.
 
     Raises:
         RankError: the run fails.
         LaunchError: it gives something else, or this machine alone gives nothing.
     """
-    wanted = _output(alone, _ALONE_S, "a run on this machine alone")
+    wanted = _output(alone or start_alone(), _ALONE_S, "a run on this machine alone")
     with tempfile.TemporaryDirectory(prefix="hippo-setup-") as folder:
         path = Path(folder) / "hosts.json"
         path.write_text(hostfile)
         words = [sys.executable, "-m", "hippo_mpi.run", "--hostfile", str(path), *_GENERATE]
-        together = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        together = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         found = _output(together, _TOGETHER_S, "the first run over these hosts")
     if found != wanted:
         raise LaunchError(

@@ -37,8 +37,8 @@ class There:
     @classmethod
     def read(cls, said: Mapping[str, Any]) -> There:
         """Return what `agent.hello` has said."""
-        texts = (str(said[name]) for name in ("system", "machine"))
-        return cls(*texts, tuple(map(int, said["python"])), str(said["abi"]), str(said["glibc"]), str(said["macos"]))
+        python = tuple(map(int, said["python"]))
+        return cls(said["system"], said["machine"], python, said["abi"], said["glibc"], said["macos"])
 
 
 def why_not(found: Mapping[str, Distribution], there: There) -> str:
@@ -64,10 +64,15 @@ def fits(tag: str, there: There) -> bool:
         return _is_arch(parts[6], there) and _version(there.glibc) >= _version(platform.libc_ver()[1])
     wanted = int(parts[2]), int(parts[3])
     if parts[1] == "macosx":
-        return (
-            there.system == "Darwin" and (parts[4] == "universal2" or _is_arch(parts[4], there))
-        ) and _version(there.macos) >= wanted
-    return parts[1] == "manylinux" and there.system == "Linux" and _is_arch(parts[4], there) and _version(there.glibc) >= wanted
+        return (there.system == "Darwin" and (parts[4] == "universal2" or _is_arch(parts[4], there))) and _version(
+            there.macos
+        ) >= wanted
+    return (
+        parts[1] == "manylinux"
+        and there.system == "Linux"
+        and _is_arch(parts[4], there)
+        and _version(there.glibc) >= wanted
+    )
 
 
 def _is_arch(arch: str, there: There) -> bool:

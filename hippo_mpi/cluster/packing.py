@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from hippo_mpi.cluster.session import CHUNK
 from hippo_mpi.config.bundled import BUNDLED
@@ -56,11 +57,14 @@ class Bundle:
         yield from buffer.taken()
 
 
-class _Buffer:
+class _Buffer(io.RawIOBase):
     def __init__(self) -> None:
         self._parts: list[bytes] = []
 
-    def write(self, data: bytes) -> int:
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
         self._parts.append(bytes(data))
         return len(data)
 
@@ -80,7 +84,7 @@ def project() -> Bundle:
     """Return this project as ranks need it: the package, with what comes with it, and its metadata."""
     base = _PACKAGE.parent
     paths = {path for path in _PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
-    if BUNDLED == base:  # a checkout
+    if base == BUNDLED:  # a checkout
         paths |= {*(base / "models").glob("*.yaml"), *(base / "launch").glob("grafana.json")}
         paths |= {path for folder in (base / "models").glob("story-*") for path in folder.rglob("*") if path.is_file()}
     files = [(path, path.relative_to(base).as_posix()) for path in sorted(paths)]
@@ -138,7 +142,12 @@ def environment(found: dict[str, Distribution]) -> Bundle | None:
 def environment_digest(found: dict[str, Distribution]) -> str:
     """Return what tells this set of packages, for this kind of Python, from others."""
     versions = sorted(f"{name}=={one.version}" for name, one in found.items())
-    return hashlib.sha256(" ".join([sysconfig.get_config_var("SOABI") or "", *versions]).encode()).hexdigest()[:12]
+    return digest_of([sysconfig.get_config_var("SOABI") or "", *versions])
+
+
+def digest_of(words: Sequence[str]) -> str:
+    """Return a short hash of words."""
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
 
 
 def tags(found: dict[str, Distribution]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -203,10 +204,8 @@ class Session:
             return
         for stream in (self._agent.stdin, self._agent.stdout, self._agent.stderr):
             if stream:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     stream.close()
-                except BrokenPipeError:
-                    pass
         try:
             self._agent.wait(2)
         except subprocess.TimeoutExpired:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,3 +42,13 @@ def agrees(question: str) -> bool:
     """Ask, and return whether the answer is a yes; the end of the input is none."""
     print(question, end="", flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def agreement_of(is_given: bool) -> Callable[[str], bool]:
+    """Return what asks a person, or answers yes by itself."""
+    return (lambda question: True) if is_given else agrees
+
+
+def tell(host: str, step: str, what: str) -> None:
+    """Print what was done on a host, or, without one, on all."""
+    print(f"{host or 'all hosts':20}  {step:12}  {what}", flush=True)
