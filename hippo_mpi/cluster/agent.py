@@ -81,15 +81,10 @@ class _Chunks:
             pass
 
 
-def receive(name: str, link: str, is_environment: bool) -> dict[str, Any]:
+def receive(chunks: _Chunks, name: str, link: str, is_environment: bool) -> None:
     """Unpack a tar archive that follows into a new folder of ours, and let a link lead there once it is whole."""
-    chunks = _Chunks(sys.stdin.buffer)
-    try:
-        with _record(makes=True) as record:
-            _put(record, name, link, is_environment, lambda place: _unpack(chunks, place))
-        return {}
-    finally:
-        chunks.skip()
+    with _record(makes=True) as record:
+        _put(record, name, link, is_environment, lambda place: _unpack(chunks, place))
 
 
 def _unpack(chunks: _Chunks, place: str) -> None:
@@ -100,7 +95,7 @@ def _unpack(chunks: _Chunks, place: str) -> None:
             archive.extract(member, place, set_attrs=member.isfile())
 
 
-def install(name: str, link: str, requirements: list[str]) -> dict[str, Any]:
+def install(name: str, link: str, requirements: list[str]) -> None:
     """Make the environment by pip, with these versions."""
 
     def fill(place: str) -> None:
@@ -110,7 +105,6 @@ def install(name: str, link: str, requirements: list[str]) -> dict[str, Any]:
 
     with _record(makes=True) as record:
         _put(record, name, link, True, fill)
-    return {}
 
 
 def _put(record: Record, name: str, link: str, is_environment: bool, fill: Any) -> None:
@@ -157,7 +151,7 @@ def _make_environment(place: str) -> None:
             """Leave the scripts out: they would name a path that changes."""
 
     Bare(symlinks=True).create(place)
-    packages = sysconfig.get_path("purelib", vars={"base": place, "platbase": place})
+    packages = os.path.join(place, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "site-packages")
     with open(os.path.join(packages, "hippo-mpi.pth"), "w") as file:
         file.write(os.path.join(os.path.expanduser(FOLDER), "project") + "\n")
 
@@ -288,8 +282,9 @@ def serve() -> None:
     """Answer calls until the input ends."""
     for line in iter(sys.stdin.buffer.readline, b""):
         request = json.loads(line)
+        stream = {"chunks": _Chunks(sys.stdin.buffer)} if request["call"] == receive.__name__ else {}
         try:
-            answer = {"result": CALLS[request["call"]](**request["arguments"])}
+            answer = {"result": CALLS[request["call"]](**stream, **request["arguments"])}
         except BlockingIOError:
             answer = {"error": f"another set-up of {socket.gethostname()} is running; wait for its end"}
         except OSError as error:
@@ -299,3 +294,5 @@ def serve() -> None:
             answer = {"error": " ".join(str(error).split()) or repr(error)}
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()
+        for chunks in stream.values():  # of which nothing more is wanted
+            chunks.skip()
