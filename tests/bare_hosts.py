@@ -37,7 +37,7 @@ mount -t tmpfs -o size="$3",mode=755 bare "$1"
 mkdir "$1/upper" "$1/work" "$1/root"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$1/root"
 cd "$1/root"
-for folder in $HIDDEN; do [ ! -d "$folder" ] || mount -t tmpfs -o mode=755 hidden "$folder"; done
+for folder in $HIDDEN; do [ ! -d "$folder" ] || mount -t tmpfs -o size="$3",mode=755 hidden "$folder"; done
 chmod 1777 tmp var/tmp
 mount -t proc proc proc
 mount --rbind /dev dev
@@ -74,7 +74,20 @@ class BareHost:
 
     def run(self, *words: str, account: str = ACCOUNT) -> subprocess.CompletedProcess[str]:
         """Run a command there."""
-        inside = ["nsenter", "--target", str(self.pid), "--all", "--root", "--wd", "su", account, "-s", "/bin/sh", "-c", shlex.join(words)]
+        inside = [
+            "nsenter",
+            "--target",
+            str(self.pid),
+            "--all",
+            "--root",
+            "--wd",
+            "su",
+            account,
+            "-s",
+            "/bin/sh",
+            "-c",
+            shlex.join(words),
+        ]
         return subprocess.run(inside, capture_output=True, text=True, timeout=60)
 
     def state(self) -> dict[str, str]:
@@ -142,7 +155,16 @@ def _started(host: Host, place: Path, shell: str, profile: str, size: str, has_k
         "HIDDEN": " ".join(dict.fromkeys(_HIDDEN)), "HOME_THERE": HOME, "ACCOUNT": ACCOUNT, "PASSWORD": PASSWORD,
         "KEYS": str(place.parent), "AUTHORIZED": "1" if has_key else "", "PROFILE": profile, "SSHD": SSHD,
     }  # fmt: skip
-    words = ["nsenter", f"--net=/run/netns/{host.namespace}", "unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child"]
+    words = [
+        "nsenter",
+        f"--net=/run/netns/{host.namespace}",
+        "unshare",
+        "--mount",
+        "--uts",
+        "--pid",
+        "--fork",
+        "--kill-child",
+    ]
     command = [*words, "sh", "-c", _INIT, "sh", str(place), host.name, size, host.lan, shell]
     daemon = ranks.start(command, told)
     try:

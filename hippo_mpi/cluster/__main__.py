@@ -19,6 +19,8 @@ from hippo_mpi.errors import HippoError, print_error
 
 VERBS = {
     "setup": "from bare machines to a first token, and a hostfile; safe to repeat",
+    "remove": "take away all that setup and tune have put on a host",
+    "tune": "settings of hosts that matter to ranks: shown, changed after a yes, put back",
     "doctor": "say what is wrong with hosts, and what to do",
     "stop": "end ranks whose starter is gone",
     "convert": "print a list of hosts in another format",

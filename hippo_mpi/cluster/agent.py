@@ -18,6 +18,7 @@ import sysconfig
 import tarfile
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from hippo_mpi.cluster.changes import FOLDER, NAME, Record, add_line, remove, run
@@ -63,20 +64,30 @@ class _Chunks:
         self._stream, self._left, self._is_over = stream, 0, False
 
     def read(self, size: int) -> bytes:
+        """Return so many bytes; fewer at the end.
+
+        Raises:
+            EOFError: the connection was cut.
+        """
         parts = []
         while size and not self._is_over:
             if not self._left:
-                self._left = int(self._stream.readline() or b"0")
+                self._left = int(self._some(self._stream.readline()))
                 self._is_over = not self._left
             part = self._stream.read(min(size, self._left))
-            if len(part) < min(size, self._left):
-                raise EOFError("the connection was cut")
             self._left -= len(part)
             size -= len(part)
-            parts.append(part)
+            parts.append(part if self._is_over else self._some(part))
         return b"".join(parts)
 
+    @staticmethod
+    def _some(data: bytes) -> bytes:
+        if not data:
+            raise EOFError("the connection was cut")
+        return data
+
     def skip(self) -> None:
+        """Read to the end."""
         while self.read(1 << 20):
             pass
 
@@ -93,6 +104,7 @@ def _unpack(chunks: _Chunks, place: str) -> None:
             if not (member.isfile() or member.isdir()) or member.name.startswith("/") or ".." in member.name.split("/"):
                 raise ValueError(f"{member.name!r} has no place here")
             archive.extract(member, place, set_attrs=member.isfile())
+    chunks.skip()  # what is cut between two files is noticed only here
 
 
 def install(name: str, link: str, requirements: list[str]) -> None:
@@ -272,7 +284,7 @@ def round_trips(address: str, port: int, key: str, count: int) -> list[float]:
     return found
 
 
-CALLS = {
+CALLS: dict[str, Callable[..., Any]] = {
     one.__name__: one
     for one in (hello, add_key, receive, install, apply, confirm, changes, undo, outputs, listen, round_trips)
 }  # fmt: skip

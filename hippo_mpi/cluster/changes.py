@@ -113,18 +113,15 @@ class Record:
 
     def end(self) -> list[str]:
         """Remove record and folder, if nothing is left to undo; return what else is in the folder."""
-        is_ours = not self._is_written or any(self._is_folder(one) for one in self.entries)
-        if all(self._is_folder(one) for one in self.entries):
-            remove(f"{self._path}.new")
-            remove(self._path)
+        if not all(self._is_folder(one) for one in self.entries):
+            return []
+        is_ours = bool(self.entries) or not os.path.exists(self._path)
+        remove(f"{self._path}.new")
+        remove(self._path)
         left = sorted(os.listdir(self.folder))
         if is_ours and not left:
             os.rmdir(self.folder)
         return left
-
-    @property
-    def _is_written(self) -> bool:
-        return os.path.exists(self._path)
 
     def _is_folder(self, entry: dict[str, Any]) -> bool:
         return bool(entry["kind"] == "made" and entry["path"] == self.folder)

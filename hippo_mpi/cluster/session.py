@@ -137,10 +137,13 @@ class Session:
         """
         ends_s = time.monotonic() + timeout_s
         self._write(json.dumps({"call": function.__name__, "arguments": arguments}).encode() + b"\n", ends_s)
-        for chunk in chunks:
-            if self._has_output():
-                break
-            self._write(b"%d\n%b" % (len(chunk), chunk), ends_s)
+        try:
+            for chunk in chunks:
+                if self._has_output():
+                    break
+                self._write(b"%d\n%b" % (len(chunk), chunk), ends_s)
+        except OSError as error:
+            raise LaunchError(f"{error.filename or 'a file'} can't be copied: {error.strerror or error}") from None
         self._write(b"0\n", ends_s)
         return self._answer(ends_s)
 

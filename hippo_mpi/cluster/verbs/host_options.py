@@ -13,6 +13,9 @@ from hippo_mpi.config.parser import option
 from hippo_mpi.errors import UserError
 from hippo_mpi.transport.ports import THIS_MACHINE
 
+HOSTFILE = Path("hosts.json")
+"""What setup writes if no other name is given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HostOptions:

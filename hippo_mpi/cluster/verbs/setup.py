@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hippo_mpi.cluster.setup import set_up
-from hippo_mpi.cluster.verbs.host_options import agreement_of, tell
+from hippo_mpi.cluster.verbs.host_options import HOSTFILE, agreement_of, tell
 from hippo_mpi.config import checks
 from hippo_mpi.config.parser import option
-
-HOSTFILE = Path("hosts.json")
 
 
 @dataclass(frozen=True, kw_only=True)
