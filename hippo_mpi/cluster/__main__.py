@@ -18,6 +18,7 @@ from hippo_mpi.config.parser import OptionsParser, Parser
 from hippo_mpi.errors import HippoError, print_error
 
 VERBS = {
+    "find": "list machines that announce their ssh server, and the link to each",
     "setup": "from bare machines to a first token, and a hostfile; safe to repeat",
     "remove": "take away all that setup and tune have put on a host",
     "tune": "settings of hosts that matter to ranks: shown, changed after a yes, put back",

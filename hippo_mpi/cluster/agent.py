@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from hippo_mpi.cluster.changes import FOLDER, NAME, Record, add_line, remove, run
+from hippo_mpi.cluster.changes import FOLDER, NAME, SILENCE_S, Record, add_line, remove, run
 
 _IMPORT_S = 120.0
 _PIP_S = 1800.0
@@ -68,11 +69,20 @@ class _Chunks:
 
         Raises:
             EOFError: the connection was cut.
+            TimeoutError: nothing comes any more: the other side's machine may be gone.
         """
+        signal.alarm(SILENCE_S)
+        try:
+            return self._read(size)
+        finally:
+            signal.alarm(0)
+
+    def _read(self, size: int) -> bytes:
         parts = []
         while size and not self._is_over:
             if not self._left:
-                self._left = int(self._some(self._stream.readline()))
+                line = self._stream.readline()
+                self._left = int(self._some(line[:-1] if line.endswith(b"\n") else b""))
                 self._is_over = not self._left
             part = self._stream.read(min(size, self._left))
             self._left -= len(part)
@@ -290,8 +300,13 @@ CALLS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+def _fall_silent(number: int, frame: object) -> None:
+    raise TimeoutError("nothing came any more")
+
+
 def serve() -> None:
     """Answer calls until the input ends."""
+    signal.signal(signal.SIGALRM, _fall_silent)
     for line in iter(sys.stdin.buffer.readline, b""):
         request = json.loads(line)
         stream = {"chunks": _Chunks(sys.stdin.buffer)} if request["call"] == receive.__name__ else {}

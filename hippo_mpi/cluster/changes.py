@@ -12,10 +12,14 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from typing import Any
 
 FOLDER = "~/.hippo-mpi"
 NAME = "changes.json"
+SILENCE_S = 15
+"""After which who sends files to a host counts as gone."""
+_LOCK_S = SILENCE_S + 5.0  # for one who is gone
 _COMMAND_S = 30.0  # for a command that changes a setting
 
 
@@ -29,7 +33,7 @@ class Record:
         makes: whether to make the folder if it is missing.
 
     Raises:
-        BlockingIOError: another process has it.
+        BlockingIOError: another process has it, and keeps it.
         FileNotFoundError: there is no folder.
         ValueError: the file isn't one of ours.
         OSError: it can't be read or written.
@@ -45,7 +49,7 @@ class Record:
                 is_new = True
         self._lock = os.open(self.folder, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take_lock()
             self.entries = self._read()
             # An empty folder is what a set-up left that was killed at once.
             if is_new or (makes and not set(os.listdir(self.folder)) - {f"{NAME}.new"}):
@@ -53,6 +57,16 @@ class Record:
         except BaseException:
             os.close(self._lock)
             raise
+
+    def _take_lock(self) -> None:
+        ends_s = time.monotonic() + _LOCK_S
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > ends_s:
+                    raise
+                time.sleep(0.2)
 
     def close(self) -> None:
         """Let others have it."""

@@ -196,9 +196,11 @@ class Session:
         agent_process.stdin.close()
         lines = agent_process.stderr.read(1 << 16).decode(errors="replace").splitlines() if agent_process.stderr else []
         status = agent_process.wait()
+        if agent_process.stderr is None:
+            return f"no way into {self.name}: ssh has ended with status {status}, and says above why; the same command tries again"
         last = next((line.strip() for line in reversed(lines) if line.strip()), f"ssh ended with status {status}")
         for finding in diagnose([Probed(Host(self.name), error=last)], ["ssh-refused", "ssh-host-key"]):
-            return f"{finding.check} on {self.name}: {shown(finding.found)}; {finding.fix}"
+            return f"{finding.check} on {self.name}: {shown(finding.found.rstrip('.'))}; {finding.fix}"
         return f"{self.name}: {shown(last)}"
 
     def close(self) -> None:
