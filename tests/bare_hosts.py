@@ -116,7 +116,12 @@ class Bare:
         """The command line of hippo_mpi.cluster on host 0."""
         return self.here.command([sys.executable, "-m", "hippo_mpi.cluster", *words])
 
-    def cluster(self, *words: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def ssh(self, host: BareHost, command: str) -> subprocess.CompletedProcess[str]:
+        """Log in from host 0."""
+        words = self.here.command(["ssh", host.name, command])
+        return subprocess.run(words, env={**os.environ, **self.env}, capture_output=True, text=True, timeout=60)
+
+    def cluster(self, *words: str, timeout_s: float = 200.0) -> subprocess.CompletedProcess[str]:
         """Run hippo_mpi.cluster on host 0, in a folder of its own."""
         return subprocess.run(
             self.command(*words), cwd=self.folder, env={**os.environ, **self.env}, capture_output=True, text=True,
