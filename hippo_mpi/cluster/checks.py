@@ -8,15 +8,15 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
-from hippo_mpi.cluster.facts import Facts, Probed, Process
+from hippo_mpi.cluster import cable_checks, mac_checks, model_checks, rdma_checks
+from hippo_mpi.cluster.facts import Facts, Interface, Probed, Process
+from hippo_mpi.cluster.findings import ERROR, WARNING, WEIGHTS, Check, Finding, known
 from hippo_mpi.cluster.remote import NO_PYTHON
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.units import count_of, show_bytes
 
-ERROR, WARNING = "error", "warning"
 _MIN_FREE_BYTES = 2 << 30
 _MIN_OPEN_FILES = 1024
 _MOST_OFF_S = 5.0  # between clocks, beyond what the question took
@@ -27,39 +27,12 @@ _SHELL = re.compile(r"(^|/)((ba|da|z|fi|k)?sh|python[\d.]*)$")
 _SIMPLE_SHELLS = ("bash", "zsh")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something that is wrong, or may be.
-
-    Args:
-        check: its name.
-        host: ssh's name of the host.
-        found: what was seen, with numbers.
-        fix: what to do.
-        weight: an error keeps ranks from working.
-    """
-
-    check: str
-    host: str
-    found: str
-    fix: str
-    weight: str = ERROR
-
-
-Known = tuple[int, Probed, Facts]
-"""A rank, its host, and what that said."""
-Check = Callable[[Sequence[Probed]], Iterator[Finding]]
-
-
-def known(hosts: Sequence[Probed]) -> list[Known]:
-    """Return the hosts that answered."""
-    return [(rank, host, host.facts) for rank, host in enumerate(hosts) if host.facts is not None]
-
-
 def diagnose(hosts: Sequence[Probed], only: Sequence[str] = ()) -> list[Finding]:
-    """Return what is wrong, errors first; of some checks only, if any are named."""
-    findings = [one for check in CHECKS for one in check(hosts) if not only or one.check in only]
-    return sorted(findings, key=lambda one: one.weight != ERROR)
+    """Return what is wrong, errors first, and of these, causes first; of some checks only, if any are named."""
+    found = [one for check in CHECKS for one in check(hosts)]
+    absent = {one.host for one in found if one.check == "cable-absent" and one.weight == ERROR}
+    found = [one for one in found if one.check != "link-down" or one.host not in absent]  # which says why
+    return sorted((one for one in found if not only or one.check in only), key=lambda one: WEIGHTS.index(one.weight))
 
 
 # ---- getting in
@@ -109,6 +82,8 @@ def _python(hosts: Sequence[Probed]) -> Iterator[Finding]:
                 "python-missing", host.host.ssh, "no Python of 3.8 or later was found", "install Python 3.11 or later"
             )
     for _, host, facts in known(hosts):
+        if not facts.versions and mac_checks.is_private(facts):
+            continue  # which is said already
         if not facts.versions:
             where = host.host.python or "the path that this machine has"
             fix = 'set up the project there, and name its Python in the hostfile: "python": "~/hippo/.venv/bin/python"'
@@ -179,25 +154,50 @@ def _address_clash(hosts: Sequence[Probed]) -> Iterator[Finding]:
 def _neighbors(hosts: Sequence[Probed]) -> Iterator[Finding]:
     """Check how each rank's packets reach the next one."""
     for rank, host, facts in known(hosts):
-        other = hosts[(rank + 1) % len(hosts)].host
+        following = (rank + 1) % len(hosts)
+        other = hosts[following]
         for address, reach in facts.reached.items():
-            towards = f"{address} of rank {(rank + 1) % len(hosts)} ({other.ssh})"
+            towards = f"{address} of rank {following} ({other.host.ssh})"
             near = facts.interface_towards(address)
             leaving = facts.interface_of(reach.source) if reach.source else None
-            if (
-                near
-                and leaving
-                and near.name != leaving.name
-                and ipaddress.ip_address(address) not in _own_addresses(facts)
-            ):
-                found = f"packets to {towards} leave by {leaving.name} ({reach.source}), not by {near.name}, which is in its network"
-                yield Finding(
-                    "wrong-interface", host.host.ssh, found, f"route them by {near.name}: see `ip route get {address}`"
+            leaving_by = reach.interface or (leaving.name if leaving else None)
+            is_own = ipaddress.ip_address(address) in _own_addresses(facts)
+            if near and leaving_by and near.name != leaving_by and not is_own:
+                found = (
+                    f"packets to {towards} leave by {_in_words(facts, leaving_by)}, and not by"
+                    f" {_in_words(facts, near.name)}, in whose network it is"
                 )
-            elif reach.why:
+                yield Finding("wrong-interface", host.host.ssh, found, _route_by(facts, address, near))
+            elif reach.why and not reach.is_denied:
                 through = f" by {leaving.name} ({reach.source})" if leaving else ""
-                fix = "is the cable plugged in, is the interface up on both ends, does a firewall drop it?"
-                yield Finding("link-down", host.host.ssh, f"{towards} isn't reached{through}: {reach.why}", fix)
+                yield _unreached(host, other, f"{towards} isn't reached{through}: {reach.why}", reach.why)
+
+
+def _in_words(facts: Facts, interface: str) -> str:
+    """Return an interface with what it is, as far as that is known."""
+    ports = (facts.mac.hardware_ports if facts.mac else None) or {}
+    kind = next((port for port, name in ports.items() if name == interface), None)
+    if kind is None and interface.startswith("wl"):
+        kind = "Wi-Fi"
+    return f"{interface} ({kind})" if kind else interface
+
+
+def _route_by(facts: Facts, address: str, near: Interface) -> str:
+    cost = "; a cable carries 10 to 100 times what Wi-Fi does, 16 Gbit/s or more if it is Thunderbolt"
+    if facts.mac:
+        return f"sudo route -n change {address} -interface {near.name}{cost}"
+    return f"sudo ip route replace {address}/32 dev {near.name}{cost}"
+
+
+def _unreached(host: Probed, other: Probed, found: str, why: str) -> Finding:
+    """Return what keeps a host from the next one: its firewall, if it has one that may, else the link."""
+    if other.facts and other.facts.has_firewall and why not in ("No route to host", "Network is unreachable"):
+        fix = "let the ranks' addresses through its firewall"
+        if other.facts.mac:
+            fix = f"sudo {mac_checks.FIREWALL} --add {other.facts.python} --unblockapp {other.facts.python}"
+        return Finding("firewall", other.host.ssh, f"it has a firewall, and from {host.host.ssh} {found}", fix)
+    fix = "is the cable plugged in, is the interface up on both ends, does a firewall drop it?"
+    return Finding("link-down", host.host.ssh, found, fix)
 
 
 def _own_addresses(facts: Facts) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
@@ -214,7 +214,15 @@ def _mtu(hosts: Sequence[Probed]) -> Iterator[Finding]:
                 near, far = facts.interface_towards(address), theirs.interface_of(address)
                 if near and far and near.mtu and far.mtu and near.mtu != far.mtu:
                     what = f"{near.name} has MTU {near.mtu}, but {far.name} of {other.host.ssh}, on the same link, {far.mtu}"
-                    yield Finding("mtu-differs", host.host.ssh, what, "give both ends the same MTU", WARNING)
+                    small, where = (near, facts) if near.mtu < far.mtu else (far, theirs)
+                    fix = _set_mtu(where, small.name, max(near.mtu, far.mtu))
+                    on = host.host.ssh if small is near else other.host.ssh
+                    yield Finding("mtu-differs", host.host.ssh, what, f"on {on}: {fix}", WARNING)
+
+
+def _set_mtu(facts: Facts, interface: str, mtu: int) -> str:
+    words = f"networksetup -setMTU {interface} {mtu}" if facts.mac else f"ip link set dev {interface} mtu {mtu}"
+    return f"sudo {words}"
 
 
 def _ports(hosts: Sequence[Probed]) -> Iterator[Finding]:
@@ -281,21 +289,29 @@ def _room(hosts: Sequence[Probed]) -> Iterator[Finding]:
 
 def _environment(hosts: Sequence[Probed]) -> Iterator[Finding]:
     for _, host, facts in known(hosts):
-        if facts.environment.get("MLX_METAL_FAST_SYNCH") == "1":
+        given = "MLX_METAL_FAST_SYNCH=1" in host.envs
+        if given or facts.environment.get("MLX_METAL_FAST_SYNCH") == "1":
             fix = "unset it: it has been seen to hang GPUs until a reboot (mlx #3142)"
-            yield Finding("fast-synch", host.host.ssh, "MLX_METAL_FAST_SYNCH is 1", fix, WARNING)
+            where = 'is 1 in the hostfile\'s "envs"' if given else "is 1"
+            yield Finding("fast-synch", host.host.ssh, f"MLX_METAL_FAST_SYNCH {where}", fix, WARNING)
+        if facts.governor:
+            found = f"its CPU's clock is set by the governor {facts.governor}"
+            yield Finding("low-power", host.host.ssh, found, "sudo cpupower frequency-set -g performance", WARNING)
         off_s = facts.clock - host.asked_s
         if host.asked_s and abs(off_s) > _MOST_OFF_S:
             yield Finding("clock", host.host.ssh, f"its clock is {off_s:+.0f} s off", "set it by NTP", WARNING)
 
 
 CHECKS: tuple[Check, ...] = (
-    _ssh, _python, _versions, _addresses, _address_clash, _neighbors, _ports, _stale_ranks, _room, _ssh_noise,
-    _login_shell, _mtu, _names, _environment,
+    _ssh, *mac_checks.BEFORE, _python, _versions, *cable_checks.CHECKS, _addresses, _address_clash, _neighbors, _ports,
+    *rdma_checks.CHECKS, *model_checks.CHECKS, _stale_ranks, _room, _ssh_noise, _login_shell, _mtu, *mac_checks.AFTER,
+    _names, _environment,
 )  # fmt: skip
+"""Causes before what they lead to."""
 NAMES = (
     "ssh-refused", "ssh-host-key", "ssh-noise", "login-shell", "python-missing", "path-differs", "versions-differ",
-    "address-missing", "address-clash", "self-assigned", "vpn-path", "wrong-interface", "link-down", "mtu-differs",
-    "port-taken", "names-same", "stale-ranks", "disk-full", "memory-taken", "open-files", "fast-synch", "clock",
+    "address-missing", "address-clash", "vpn-path", "wrong-interface", "link-down", "mtu-differs", "port-taken",
+    "names-same", "stale-ranks", "disk-full", "memory-taken", "open-files", "fast-synch", "clock",
+    *cable_checks.NAMES, *rdma_checks.NAMES, *model_checks.NAMES, *mac_checks.NAMES,
 )  # fmt: skip
 """Of all checks."""

@@ -11,6 +11,8 @@ from typing import Any
 from hippo_mpi.cluster.hostfile import Host
 from hippo_mpi.cluster.macos import MacFacts, read_mac, read_memory, read_routes, read_settings
 
+_AT_ONCE_S = 0.2  # far less than it takes to find out that nobody answers
+
 
 @dataclass(frozen=True)
 class Interface:
@@ -33,10 +35,19 @@ class Process:
 
 @dataclass(frozen=True)
 class Reach:
-    """How another host's address is called: from which own address, and why it isn't there, if it isn't."""
+    """How another host's address is called.
+
+    Args:
+        source: from which own address; None: from none.
+        why: why it isn't there; empty: it is.
+        interface: by which interface; None: unknown.
+        is_denied: whether macOS keeps Python, and not every program, from it.
+    """
 
     source: str | None
     why: str
+    interface: str | None = None
+    is_denied: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,13 @@ class Facts:
         machine: an id that no other machine has; None: unknown.
         mac: what only macOS says; None: it is another system.
         routes: to networks, without the one to everywhere; None: unknown.
+        home: folder of the account.
+        python: path of the ranks' Python.
+        has_firewall: whether something may drop what comes in; None: unknown.
+        governor: how the CPU's clock is set, if that slows it down.
+        mpi: what mpirun calls itself; None: not asked, or there is none.
+        model: bytes of the model's weights, and how many of them are here; None: not asked.
+        hub: what the hub answers, a status or an error; None: not asked.
     """
 
     system: str
@@ -81,6 +99,13 @@ class Facts:
     machine: str | None
     mac: MacFacts | None = None
     routes: tuple[ipaddress.IPv4Network, ...] | None = None
+    home: str = ""
+    python: str = ""
+    has_firewall: bool | None = None
+    governor: str | None = None
+    mpi: str | None = None
+    model: tuple[int, int] | None = None
+    hub: str | None = None
 
     def interface_of(self, address: str) -> Interface | None:
         """Return the interface that has an address."""
@@ -103,6 +128,9 @@ class Probed:
         error: what ssh said then, or what is wrong with the answer.
         noise: what its shell prints at each login.
         asked_s: when it was asked, by our clock.
+        backend: that the hostfile asks for.
+        envs: that it gives to every rank.
+        model: that the ranks are to run.
     """
 
     host: Host
@@ -111,6 +139,9 @@ class Probed:
     noise: str = ""
     asked_s: float = 0.0
     raw: dict[str, Any] = field(default_factory=dict)
+    backend: str | None = None
+    envs: tuple[str, ...] = ()
+    model: str | None = None
 
 
 def read_facts(raw: dict[str, Any]) -> Facts:
@@ -121,19 +152,26 @@ def read_facts(raw: dict[str, Any]) -> Facts:
     """
     outputs, is_linux = raw["outputs"], raw["system"] == "Linux"
     versions = outputs["versions"]
+    mac = read_mac(_printed(outputs)) if raw["system"] == "Darwin" else None
     return Facts(
         raw["system"], raw["release"], raw["name"], raw["shell"], float(raw["clock"]), int(raw["open_files"]), raw["cache"],
         int(raw["cache_free"]), json.loads(versions["out"]) if versions["status"] == 0 else {}, _last_line(versions["err"]),
         dict(raw["environment"]), dict(raw["own"]),
-        {address: Reach(one["source"], one["why"]) for address, one in raw["reached"].items()},
+        {address: _reach(one) for address, one in raw["reached"].items()},
         {int(port): why for port, why in raw["taken"].items()},
         (_linux_interfaces if is_linux else _macos_interfaces)(_output(outputs, "addresses")),
         _linux_memory(_output(outputs, "memory")) if is_linux else _macos_memory(outputs),
         _processes(_output(outputs, "processes")),
         _first_process(_output(outputs, "processes")),
         _output(outputs, "machine").strip() or None,
-        read_mac(_printed(outputs)) if raw["system"] == "Darwin" else None,
+        mac,
         (_linux_routes if is_linux else read_routes)(_output(outputs, "routes")),
+        str(raw.get("home", "")), str(raw.get("ranks_python", "")),
+        _linux_firewall(outputs) if is_linux else mac.has_firewall if mac else None,
+        _linux_governor(_output(outputs, "governor")),
+        _output(outputs, "mpi").partition("\n")[0] or None,
+        (int(raw["model"]["size"]), int(raw["model"]["here"])) if raw.get("model") else None,
+        _output(outputs, "hub").strip() or None,
     )  # fmt: skip
 
 
@@ -189,6 +227,31 @@ def _linux_memory(text: str) -> tuple[int, int] | None:
     if not {"MemTotal", "MemAvailable"} <= found.keys():
         return None
     return int(found["MemTotal"]) << 10, int(found["MemAvailable"]) << 10
+
+
+def _reach(one: dict[str, Any]) -> Reach:
+    """Read how an address is reached.
+
+    macOS keeps Python out of the local network at once, without asking the other host; Apple's own programs go on.
+    """
+    interface = re.search(r"interface: (\S+)", str(one.get("route", {}).get("out", "")))
+    is_at_once = float(one.get("seconds", _AT_ONCE_S)) < _AT_ONCE_S
+    is_denied = is_at_once and one.get("nc", {}).get("status") == 0
+    return Reach(one["source"], one["why"], interface[1] if interface else None, is_denied)
+
+
+def _linux_firewall(outputs: dict[str, Any]) -> bool | None:
+    """Read `nft list ruleset`, which only root may ask: whether a chain of incoming packets drops any."""
+    if outputs.get("firewall", {}).get("status") != 0:
+        return None
+    chains = re.findall(r"chain \S+ \{([^}]*hook input[^}]*)\}", _output(outputs, "firewall"))
+    return any(re.search(r"\b(drop|reject)\b", chain) for chain in chains)
+
+
+def _linux_governor(text: str) -> str | None:
+    """Read the driver and the governor; with a driver of its own that is called pstate, powersave slows nothing down."""
+    words = text.split()
+    return words[1] if len(words) == 2 and words[1] == "powersave" and "pstate" not in words[0] else None
 
 
 def _linux_routes(text: str) -> tuple[ipaddress.IPv4Network, ...] | None:

@@ -50,6 +50,15 @@ class Service:
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """What a process holds of the memory."""
+
+    bytes: int
+    pid: int
+    command: str
+
+
+@dataclass(frozen=True)
 class MacFacts:
     """What one Mac says of itself.
 
@@ -64,9 +73,11 @@ class MacFacts:
         services: in the order in which macOS takes them.
         location: that is in force, such as Automatic.
         rdma: whether it is on; None: unknown, or macOS has none.
+        rdma_at_boot: whether it will be on after the next start.
         rdma_devices: whether the port of each is active; its value None: unknown.
         settings: numbers and texts of `sysctl`, by name.
         wired_bytes: memory that can't be paged out.
+        footprints: of all processes.
         power: settings of `pmset` on the current source, such as sleep.
         is_on_battery: now.
         speed_limit: of the CPU, in percent, as heat leaves it; None: unknown.
@@ -85,9 +96,11 @@ class MacFacts:
     services: tuple[Service, ...] | None = None
     location: str | None = None
     rdma: bool | None = None
+    rdma_at_boot: bool | None = None
     rdma_devices: Mapping[str, bool | None] | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     wired_bytes: int | None = None
+    footprints: tuple[Footprint, ...] | None = None
     power: Mapping[str, int] | None = None
     is_on_battery: bool | None = None
     speed_limit: int | None = None
@@ -137,7 +150,7 @@ def _info(text: str) -> tuple[str | None, tuple[str, ...]]:
         method = "manual with dhcp router" if head.startswith("Manually Using DHCP") else "manual"
         values = dict(re.findall(r"^(IP address|Subnet mask|Router): (\S+)$", text, re.MULTILINE))
         numbers = [values.get(name, "") for name in ("IP address", "Subnet mask", "Router")]
-        return method, tuple(one for one in numbers if one and one != "none")
+        return method, tuple(one for one in numbers if re.fullmatch(r"[\d.]+", one))
     if re.search(r"^IPv4: Off$", text, re.MULTILINE) or (text.strip() and "IP address" not in text):
         return "off", ()
     return (head.split()[0].lower() if head.split() else None), ()
@@ -172,6 +185,13 @@ def read_memory(vm_stat: str, settings: Mapping[str, str]) -> tuple[tuple[int, i
     return memory, pages["wired down"] * int(page[1])
 
 
+def read_footprints(text: str) -> tuple[Footprint, ...] | None:
+    """Read `top -l 1 -stats mem,pid,command`."""
+    lines = re.findall(r"^(\d+)([BKMG])[+-]?\s+(\d+)[*+-]?\s+(.+)$", text, re.MULTILINE)
+    found = (Footprint(int(size) << 10 * "BKMG".index(unit), int(pid), name.strip()) for size, unit, pid, name in lines)
+    return tuple(found) or None
+
+
 def read_power(text: str, source: str) -> tuple[dict[str, int] | None, bool | None]:
     """Read `pmset -g custom` and the source of `pmset -g batt`: settings in force, and whether a battery gives power."""
     drawn = re.search(r"Now drawing from '([^']+)'", source)
@@ -203,7 +223,7 @@ def _version(text: str, name: str) -> str | None:
 
 def _one_of(text: str, words: Mapping[str, bool]) -> bool | None:
     """Return what a command's only line says."""
-    return words.get(text.strip())
+    return words.get(text.strip())  # exactly: "not enabled" is none of them
 
 
 def read_mac(outputs: Mapping[str, str]) -> MacFacts:
@@ -226,9 +246,11 @@ def read_mac(outputs: Mapping[str, str]) -> MacFacts:
         read_services(of("services"), of("service settings")),
         of("location").strip() or None,
         _one_of(of("rdma"), {"enabled": True, "disabled": False}),
+        _one_of(re.sub(r"\s+", " ", of("rdma at boot")), {"rdma-enable 1": True, "rdma-enable 0": False}),
         read_rdma_devices(of("rdma devices"), of("rdma ports")),
         settings,
         read_memory(of("memory"), settings)[1],
+        read_footprints(of("footprints")),
         power,
         is_on_battery,
         int(limit[1]) if limit else None,

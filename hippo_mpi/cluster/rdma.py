@@ -13,10 +13,19 @@ _FAST_GBPS = 80  # Thunderbolt 5; 4 has 40
 
 @dataclass(frozen=True)
 class NoRdma:
-    """Why a Mac has no RDMA, and whether that can be changed."""
+    """Why a Mac has no RDMA.
+
+    Args:
+        why: in words; also if it isn't known.
+        is_final: no setting changes it.
+        is_too_old: its macOS has none.
+        is_off: it only has to be switched on.
+    """
 
     why: str
     is_final: bool = False
+    is_too_old: bool = False
+    is_off: bool = False
 
 
 def has_thunderbolt_5(mac: MacFacts) -> bool | None:
@@ -43,9 +52,10 @@ def why_no_rdma(mac: MacFacts) -> NoRdma | None:
         return NoRdma("its Thunderbolt 4 has no RDMA", is_final=True)
     version = re.match(r"(\d+)(?:\.(\d+))?", mac.version or "")
     if version and (int(version[1]), int(version[2] or 0)) < _FIRST_VERSION:
-        return NoRdma(f"macOS {mac.version} has no RDMA, which begins with 26.2")
+        return NoRdma(f"macOS {mac.version} has no RDMA, which begins with 26.2", is_too_old=True)
     if fast is None or not version:
         return NoRdma("it is not known whether it has Thunderbolt 5 and macOS 26.2")
     if mac.rdma is not True:
-        return NoRdma("its RDMA is off" if mac.rdma is False else "it is not known whether its RDMA is on")
+        is_off = mac.rdma is False
+        return NoRdma("its RDMA is off" if is_off else "it is not known whether its RDMA is on", is_off=is_off)
     return None

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from itertools import combinations
 
@@ -72,7 +72,8 @@ def topology_of(hosts: Sequence[Probed]) -> Topology:
         return Topology(tuple(cables), ring, hostfile, AddressPlan(), why_not, missing)
     order = tuple(range(len(facts))) if backend == "jaccl" else ring
     links = _links(joined, [mac for mac in macs if mac], backend)
-    plan, addresses = _addresses(names, facts, [link for among in links.values() for link in among])
+    in_order = sorted((link for among in links.values() for link in among), key=lambda one: astuple(one[0]))
+    plan, addresses = _addresses(names, facts, in_order)
     on_links = {pair: [addresses[link] for link in among] for pair, among in links.items()}
     hostfile = _hostfile([host.host for host in hosts], order, backend, on_links, joined, lan)
     return Topology(tuple(cables), ring, hostfile, plan, why_not)
