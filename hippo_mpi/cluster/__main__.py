@@ -1,5 +1,9 @@
 """hippo_mpi.cluster: look after the machines of a run.
 
+hippo_mpi.cluster find                                        # machines that can be logged in to
+hippo_mpi.cluster setup mini2.local                           # from a bare machine to a first token
+hippo_mpi.cluster remove mini2.local                          # all as it was before
+hippo_mpi.cluster tune                                        # settings that matter; --apply, --undo
 hippo_mpi.cluster doctor --hostfile hosts.json                # what is wrong with them, and what to do
 hippo_mpi.cluster doctor mini2.local anna@mini3.local         # of hosts that are in no hostfile yet
 hippo_mpi.cluster doctor --save report.json                   # for a bug report; --from judges it again

@@ -74,6 +74,8 @@ def macs_of(hosts: Sequence[Host], cables: Sequence[tuple[int, int]]) -> FakeClu
         for mac, peer in ((one, other), (other, one)):
             port = macs[mac].port(used[mac])
             words = (hosts[mac].cables[peer], "255.255.255.252")
-            macs[mac].services.append(FakeService(f"Hippo Thunderbolt {port.receptacle}", port.interface, "manual", words))
+            macs[mac].services.append(
+                FakeService(f"Hippo Thunderbolt {port.receptacle}", port.interface, "manual", words)
+            )
             macs[mac].members.remove(port.interface)
     return cluster

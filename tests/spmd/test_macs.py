@@ -74,7 +74,10 @@ def test_nothing_is_wrong_with_macs_that_are_well(three: MacHosts) -> None:
         assert failed == {"rdma at boot", "exo"}, {name: host["raw"]["outputs"][name] for name in failed}
     text = (three.folder / "report.json").read_text()
     assert not [port for mac in three.macs.load().macs for port in mac.ports if port.domain in text]
-    again = run(three, [sys.executable, "-m", "hippo_mpi.cluster", "doctor", "--json", "--from", str(three.folder / "report.json")])
+    again = run(
+        three,
+        [sys.executable, "-m", "hippo_mpi.cluster", "doctor", "--json", "--from", str(three.folder / "report.json")],
+    )
     assert [one for one in json.loads(again.stdout)["findings"] if one["check"] != "stale-ranks"] == said["findings"]
 
 
@@ -125,7 +128,9 @@ def test_a_plan_s_commands_change_what_is_found_next(three: MacHosts) -> None:
     run_commands(three, [(name, command.do) for name, among in topology.plan.commands.items() for command in among])
     again = topology_of(ask(three, hostfile))
     assert not again.plan.commands and again.hostfile == topology.hostfile
-    assert topology.hostfile.backend == "ring" and all(host.ips[0].startswith("10.205.0.") for host in topology.hostfile.hosts)
+    assert topology.hostfile.backend == "ring" and all(
+        host.ips[0].startswith("10.205.0.") for host in topology.hostfile.hosts
+    )
     undo = [(name, command.undo) for name, among in topology.plan.commands.items() for command in reversed(among)]
     run_commands(three, undo)
     assert three.macs.load() == before
@@ -134,7 +139,9 @@ def test_a_plan_s_commands_change_what_is_found_next(three: MacHosts) -> None:
 def run_commands(three: MacHosts, commands: list[tuple[str, tuple[str, ...]]]) -> None:
     for name, words in commands:
         host = three.hosts[0 if name == "127.0.0.1" else int(name[-1])]
-        subprocess.run(host.command(words), check=True, capture_output=True, timeout=60, env={**os.environ, **three.env})
+        subprocess.run(
+            host.command(words), check=True, capture_output=True, timeout=60, env={**os.environ, **three.env}
+        )
 
 
 def ask(three: MacHosts, hostfile: Hostfile) -> Any:

@@ -116,7 +116,9 @@ def test_avahi_is_read() -> None:
 
 def test_apple_s_dns_sd_is_read() -> None:
     assert list(discovery.read_apple_names(BROWSED)) == [("Anna's mini", 4)]
-    line = "12:00:00.002  Anna\\226\\128\\153s\\032mini._ssh._tcp.local. can be reached at mini2.local.:22 (interface 1)\n"
+    line = (
+        "12:00:00.002  Anna\\226\\128\\153s\\032mini._ssh._tcp.local. can be reached at mini2.local.:22 (interface 1)\n"
+    )
     place = discovery.read_apple_place(line)
     assert place is not None and place[:2] == ("mini2.local", 22)
     assert discovery.read_apple_place("12:00:00.000  ...STARTING...") is None

@@ -37,7 +37,11 @@ def test_linux() -> None:
     }  # fmt: skip
     assert all((one.command is None) == (one.wanted is None) for one in found)
     governor = next(one.command for one in found if one.name == "CPU governor")
-    assert governor and "schedutil >/sys/devices/system/cpu/cpu0" in governor.undo[2] and "performance >" in governor.undo[2]
+    assert (
+        governor
+        and "schedutil >/sys/devices/system/cpu/cpu0" in governor.undo[2]
+        and "performance >" in governor.undo[2]
+    )
     lines = table({"mini2": found})
     assert lines[0].split() == ["host", "setting", "now", "wanted", "lasts", "root", "why"]
     assert " ".join(lines[1].split()).startswith("mini2 net.core.rmem_max 212992 16777216 until reboot sudo bytes")
@@ -45,7 +49,13 @@ def test_linux() -> None:
 
 
 def test_linux_that_is_well_or_says_nothing() -> None:
-    well = {"rmem_max": "33554432", "wmem_max": "33554432", "files": "unlimited unlimited", "governors": "", "pages": "[always] never"}
+    well = {
+        "rmem_max": "33554432",
+        "wmem_max": "33554432",
+        "files": "unlimited unlimited",
+        "governors": "",
+        "pages": "[always] never",
+    }
     assert set(wanted(settings_of("Linux", {**LINUX, **well})).values()) == {None}
     assert settings_of("Linux", dict.fromkeys(LINUX)) == [] == settings_of("FreeBSD", {})
     # Once it is set, the limit is another from the next login on, and isn't set again.
@@ -55,7 +65,11 @@ def test_linux_that_is_well_or_says_nothing() -> None:
 
 
 def mac(memory: int, limit: int) -> dict[str, str | None]:
-    return {"settings": f"hw.memsize: {memory}\niogpu.wired_limit_mb: {limit}\n", "power": CUSTOM, "files": "256\nunlimited\n"}
+    return {
+        "settings": f"hw.memsize: {memory}\niogpu.wired_limit_mb: {limit}\n",
+        "power": CUSTOM,
+        "files": "256\nunlimited\n",
+    }
 
 
 @pytest.mark.parametrize(
@@ -69,7 +83,9 @@ def mac(memory: int, limit: int) -> dict[str, str | None]:
         (128 * GIB, 117_964, None, None),
     ],
 )
-def test_a_mac_s_gpu_never_gets_so_much_that_the_rest_runs_short(memory: int, limit: int, asked: int | None, value: str | None) -> None:
+def test_a_mac_s_gpu_never_gets_so_much_that_the_rest_runs_short(
+    memory: int, limit: int, asked: int | None, value: str | None
+) -> None:
     found = settings_of("Darwin", mac(memory, limit), asked)
     assert wanted(found)["iogpu.wired_limit_mb"] == value
     assert wanted(found)["pmset sleep"] == "0" and wanted(found)["pmset autorestart"] == "1"
@@ -101,7 +117,9 @@ print("AC Power:\\n" + "".join(f" {{name}}  {{found[name]}}\\n" for name in ("sl
 def fake_mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Mac of 64 GiB, whose two commands keep their state in a file."""
     state = tmp_path / "state"
-    state.write_text(json.dumps({"hw.memsize": str(64 * GIB), "iogpu.wired_limit_mb": "0", "sleep": "10", "autorestart": "0"}))
+    state.write_text(
+        json.dumps({"hw.memsize": str(64 * GIB), "iogpu.wired_limit_mb": "0", "sleep": "10", "autorestart": "0"})
+    )
     for name, text in (("sysctl", SYSCTL), ("pmset", PMSET)):
         (tmp_path / name).write_text(text.format(python=sys.executable, state=str(state)))
         (tmp_path / name).chmod(0o755)
@@ -118,7 +136,12 @@ def fake_settings(folder: Path) -> list[Setting]:
     said = agent.outputs({name: there(words, folder) for name, words in tuning.READ["Darwin"].items()})
     settings = settings_of("Darwin", said)
     return [
-        replace(one, command=Command(tuple(there(one.command.do, folder)), tuple(there(one.command.undo, folder))) if one.command else None)
+        replace(
+            one,
+            command=Command(tuple(there(one.command.do, folder)), tuple(there(one.command.undo, folder)))
+            if one.command
+            else None,
+        )
         for one in settings
     ]
 
