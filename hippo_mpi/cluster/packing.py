@@ -136,7 +136,14 @@ def environment(found: dict[str, Distribution]) -> Bundle | None:
             # Scripts name this Python by its path, and nothing that ranks do needs them.
             if ".." not in PurePosixPath(file).parts and path.is_file():
                 files.append((path, (site / file).as_posix()))
-    return Bundle(f"venv-{environment_digest(found)}", sorted(set(files), key=lambda pair: pair[1]), {})
+    return Bundle(f"venv-{environment_digest(found)}", sorted(set(files), key=lambda pair: pair[1]), _scripts())
+
+
+def _scripts() -> dict[str, bytes]:
+    """Return this project's commands, for an environment wherever it is."""
+    found = distribution(OURS).entry_points.select(group="console_scripts")
+    line = '#!/bin/sh\nexec "$(dirname "$0")/python" -m {} "$@"\n'
+    return {f"bin/{one.name}": line.format(one.module.removesuffix(".__main__")).encode() for one in found}
 
 
 def environment_digest(found: dict[str, Distribution]) -> str:

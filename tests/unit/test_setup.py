@@ -14,6 +14,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from mlx._distributed_utils.common import Hostfile as MlxHostfile
 
 from hippo_mpi.cluster import discovery, fitting, packing, session
 from hippo_mpi.cluster.fitting import There
@@ -159,6 +160,8 @@ def test_the_hostfile_is_one_and_stays_as_it_is(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert file.wanted(HOSTS, ["project-1", "venv-1"], "~/.hippo-mpi/venv/bin/python") == file.text
     assert file.wanted(HOSTS, ["project-2", "venv-1"], "~/.hippo-mpi/venv/bin/python") != file.text
+    of_mlx = MlxHostfile.from_file(str(path))
+    assert [(host.ssh_hostname, host.ips) for host in of_mlx.hosts] == [(host.ssh, list(host.ips)) for host in found.hosts]
     assert file.names == ["anna@mini2"] and [one.name for one in tmp_path.iterdir()] == ["hosts.json"]
 
 
