@@ -34,11 +34,14 @@ def carry_out(session: Session, commands: Sequence[Command], of: str) -> None:
     """
     sent = [{"do": list(one.do), "undo": list(one.undo), "root": one.needs_root} for one in commands]
     through_sudo = needs_password(session, any(one.needs_root for one in commands))
+    told = [shlex.join(one.do) for one in commands]
+    if through_sudo:
+        check_terminal(session.name, told)
     failed = session.call(agent.apply, commands=sent, of=of, runs=not through_sudo, timeout_s=_COMMANDS_S)
     if failed:
         raise LaunchError(f"{session.name}: {shown(failed)}; what was done before it can be undone")
     if through_sudo:
-        run_by_sudo(session.name, [one.do for one in commands], [shlex.join(one.do) for one in commands])
+        run_by_sudo(session.name, [one.do for one in commands])
         session.call(agent.confirm, commands=sent)
 
 
@@ -49,16 +52,24 @@ def needs_password(session: Session, needs_root: bool) -> bool:
     return session.call(agent.outputs, commands={"sudo": ["sudo", "-n", "true"]})["sudo"] is None
 
 
-def run_by_sudo(name: str, commands: Sequence[Sequence[str]], told: Sequence[str], needs_all: bool = True) -> None:
-    """Run commands by sudo, which asks the person at this terminal for a password, once.
+def check_terminal(name: str, told: Sequence[str]) -> None:
+    """Check that sudo can ask somebody for a password.
 
     Raises:
-        LaunchError: there is no terminal, or a command fails.
+        LaunchError: there is no terminal; it says what commands one would type on the host.
     """
     if not sys.stdin.isatty():
         raise LaunchError(
             f"{name} wants a password for sudo: run this in a terminal, or there: sudo {'; sudo '.join(told)}"
         )
+
+
+def run_by_sudo(name: str, commands: Sequence[Sequence[str]], needs_all: bool = True) -> None:
+    """Run commands by sudo, which asks the person at this terminal for a password, once.
+
+    Raises:
+        LaunchError: sudo or a command fails; without `needs_all`, sudo or the last one.
+    """
     script = (" && " if needs_all else " ; ").join(shlex.join(words) for words in commands)
     words = ["sudo", "sh", "-c", script]
     command = words if name == THIS_MACHINE else ["ssh", "-t", name, f"exec {shlex.join(words)}"]

@@ -39,10 +39,29 @@ def at_all(names: Sequence[str], function: Callable[[str], _T]) -> dict[str, _T]
 
     with ThreadPoolExecutor(max(1, len(names))) as pool:
         list(pool.map(one, names))
+    _raise(errors)
+    return {name: found[name] for name in names}
+
+
+def one_after_the_other(names: Sequence[str], function: Callable[[str], None]) -> None:
+    """Do something on each host, also if it fails on one: a person may be asked.
+
+    Raises:
+        HippoError: it failed for some; the message names all of them.
+    """
+    errors: list[HippoError] = []
+    for name in names:
+        try:
+            function(name)
+        except HippoError as error:
+            errors.append(error)
+    _raise(errors)
+
+
+def _raise(errors: Sequence[HippoError]) -> None:
     if errors:
         kind = RankError if any(isinstance(error, RankError) for error in errors) else LaunchError
         raise errors[0] if len(errors) == 1 else kind("; ".join(map(str, errors)))
-    return {name: found[name] for name in names}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hippo_mpi.cluster import agent
-from hippo_mpi.cluster.carrying_out import needs_password, run_by_sudo
+from hippo_mpi.cluster.carrying_out import check_terminal, needs_password, run_by_sudo
 from hippo_mpi.cluster.made_hostfile import MadeHostfile
 from hippo_mpi.cluster.reaching import Say, sessions
 from hippo_mpi.cluster.session import Session, shown
@@ -73,7 +73,8 @@ def _undo(session: Session, entries: Sequence[dict[str, Any]], of: Sequence[str]
     as_root = [entry["undo"] for entry in reversed(entries) if entry.get("root") and entry["of"] in of]
     through_sudo = needs_password(session, bool(as_root))
     if through_sudo:
-        run_by_sudo(session.name, as_root, [shlex.join(words) for words in as_root], needs_all=False)
+        check_terminal(session.name, [shlex.join(words) for words in as_root])
+        run_by_sudo(session.name, [*as_root, ["true"]], needs_all=False)
     answer = session.call(agent.undo, _UNDO_S, of=list(of), is_root_done=through_sudo)
     if answer["failed"]:
         raise LaunchError(

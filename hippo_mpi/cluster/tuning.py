@@ -18,8 +18,7 @@ _CPUS = "/sys/devices/system/cpu"
 _PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 READ = {
     "Linux": {
-        "rmem_max": ["cat", "/proc/sys/net/core/rmem_max"],
-        "wmem_max": ["cat", "/proc/sys/net/core/wmem_max"],
+        **{name: ["sh", "-c", f"cd /proc/sys/net/core && cat {name} && ls -l {name}"] for name in ("rmem_max", "wmem_max")},
         "files": ["sh", "-c", "ulimit -Sn; ulimit -Hn"],
         "limits": ["sh", "-c", f"[ -d {_LIMITS.rpartition('/')[0]} ] && {{ cat {_LIMITS} 2>/dev/null; true; }}"],
         "governors": ["sh", "-c", f"grep -H . {_CPUS}/cpu[0-9]*/cpufreq/scaling_governor"],
@@ -75,8 +74,10 @@ def settings_of(system: str, said: Mapping[str, str | None], wired_mb: int | Non
 
 def _linux(said: Mapping[str, str]) -> Iterator[Setting]:
     for name, what in (("rmem_max", "receive"), ("wmem_max", "send")):
-        if (now := said[name].strip()).isdigit():
-            wanted = str(_BUFFER) if int(now) < _BUFFER else None
+        now, _, mode = said[name].partition("\n")
+        if now.isdigit():
+            # In a container it may be what the machine has, whoever asks.
+            wanted = str(_BUFFER) if int(now) < _BUFFER and mode[2:3] == "w" else None
             path = f"/proc/sys/net/core/{name}"
             why = f"bytes that a program may ask for to {what} on fast links"
             yield Setting(f"net.core.{name}", now, wanted, why, REBOOT, _echo(path, wanted, now) if wanted else None)

@@ -18,7 +18,7 @@ from hippo_mpi.cluster.verbs.tune import table
 
 GIB = 1 << 30
 LINUX = {
-    "rmem_max": "212992\n", "wmem_max": "33554432\n", "files": "1024\n524288\n", "limits": "", "pages": "always madvise [never]\n",
+    "rmem_max": "212992\n-rw-r--r-- 1 root\n", "wmem_max": "33554432\n-rw-r--r-- 1 root\n", "files": "1024\n524288\n", "limits": "", "pages": "always madvise [never]\n",
     "governor": "conservative performance schedutil\n",
     "governors": "".join(f"/sys/devices/system/cpu/cpu{n}/cpufreq/scaling_governor:{kind}\n" for n, kind in enumerate(["schedutil", "performance"])),
 }  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hippo_mpi.cluster import agent
 from hippo_mpi.cluster.address_plan import Command
 from hippo_mpi.cluster.carrying_out import carry_out, lines_of
-from hippo_mpi.cluster.reaching import at_all, sessions
+from hippo_mpi.cluster.reaching import at_all, one_after_the_other, sessions
 from hippo_mpi.cluster.removing import lines_of as undoing
 from hippo_mpi.cluster.removing import undo
 from hippo_mpi.cluster.session import Session, shown
@@ -82,9 +82,12 @@ def _apply(reached: Mapping[str, Session], commands: Mapping[str, Sequence[Comma
     if not agreement_of(is_yes)("do this? [y/N] "):
         print("nothing was changed")
         return
-    for name, some in commands.items():
-        carry_out(reached[name], some, TUNE)
-        tell(name, TUNE, f"{count_of(len(some), 'setting')} changed")
+    one_after_the_other(list(commands), lambda name: _change(reached[name], commands[name]))
+
+
+def _change(session: Session, commands: Sequence[Command]) -> None:
+    carry_out(session, commands, TUNE)
+    tell(session.name, TUNE, f"{count_of(len(commands), 'setting')} changed")
 
 
 def _undo(reached: Mapping[str, Session], is_yes: bool) -> int:
@@ -95,8 +98,7 @@ def _undo(reached: Mapping[str, Session], is_yes: bool) -> int:
     if lines and not agreement_of(is_yes)("do this? [y/N] "):
         print("nothing was changed")
         return 0
-    for session in reached.values():
-        undo(session, [TUNE], tell)
+    one_after_the_other(list(reached), lambda name: undo(reached[name], [TUNE], tell))
     return 0
 
 
