@@ -279,9 +279,10 @@ def _room(hosts: Sequence[Probed]) -> Iterator[Finding]:
         if facts.memory and facts.memory[1] < facts.memory[0] // 4:
             total, free = facts.memory
             found = f"{show_bytes(free)} of {show_bytes(total)} are free"
-            yield Finding(
-                "memory-taken", host.host.ssh, found, "end what takes it, or expect fewer layers there", WARNING
-            )
+            if largest := max(facts.footprints or (), key=lambda one: one.bytes, default=None):
+                found += f"; {largest.command} (pid {largest.pid}) holds {show_bytes(largest.bytes)}"
+            fix = "end what takes it, or expect fewer layers there"
+            yield Finding("memory-taken", host.host.ssh, found, fix, WARNING)
         if 0 <= facts.open_files < _MIN_OPEN_FILES:
             fix = "raise it for ssh sessions, such as in /etc/security/limits.conf"
             yield Finding("open-files", host.host.ssh, f"a process may open {facts.open_files} files", fix, WARNING)

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hippo_mpi.cluster.hostfile import Host
-from hippo_mpi.cluster.macos import MacFacts, read_mac, read_memory, read_routes, read_settings
+from hippo_mpi.cluster.macos import (
+    Footprint,
+    MacFacts,
+    read_footprints,
+    read_mac,
+    read_memory,
+    read_routes,
+    read_settings,
+)
 
 _AT_ONCE_S = 0.2  # far less than it takes to find out that nobody answers
 
@@ -71,6 +79,7 @@ class Facts:
         routes: to networks, without the one to everywhere; None: unknown.
         home: folder of the account.
         python: path of the ranks' Python.
+        footprints: what processes hold; None: unknown.
         has_firewall: whether something may drop what comes in; None: unknown.
         governor: how the CPU's clock is set, if that slows it down.
         mpi: what mpirun calls itself; None: not asked, or there is none.
@@ -101,6 +110,7 @@ class Facts:
     routes: tuple[ipaddress.IPv4Network, ...] | None = None
     home: str = ""
     python: str = ""
+    footprints: tuple[Footprint, ...] | None = None
     has_firewall: bool | None = None
     governor: str | None = None
     mpi: str | None = None
@@ -163,10 +173,11 @@ def read_facts(raw: dict[str, Any]) -> Facts:
         _linux_memory(_output(outputs, "memory")) if is_linux else _macos_memory(outputs),
         _processes(_output(outputs, "processes")),
         _first_process(_output(outputs, "processes")),
-        _output(outputs, "machine").strip() or None,
+        _output(outputs, "machine").strip() or (mac.domain if mac else None),
         mac,
         (_linux_routes if is_linux else read_routes)(_output(outputs, "routes")),
         str(raw.get("home", "")), str(raw.get("ranks_python", "")),
+        (_linux_footprints if is_linux else read_footprints)(_output(outputs, "footprints")),
         _linux_firewall(outputs) if is_linux else mac.has_firewall if mac else None,
         _linux_governor(_output(outputs, "governor")),
         _output(outputs, "mpi").partition("\n")[0] or None,
@@ -244,8 +255,14 @@ def _linux_firewall(outputs: dict[str, Any]) -> bool | None:
     """Read `nft list ruleset`, which only root may ask: whether a chain of incoming packets drops any."""
     if outputs.get("firewall", {}).get("status") != 0:
         return None
-    chains = re.findall(r"chain \S+ \{([^}]*hook input[^}]*)\}", _output(outputs, "firewall"))
-    return any(re.search(r"\b(drop|reject)\b", chain) for chain in chains)
+    chains = re.split(r"^\s*chain ", _output(outputs, "firewall"), flags=re.MULTILINE)
+    return any("hook input" in chain and bool(re.search(r"\b(drop|reject)\b", chain)) for chain in chains)
+
+
+def _linux_footprints(text: str) -> tuple[Footprint, ...] | None:
+    """Read `ps -A -o rss=,pid=,comm=`."""
+    lines = re.findall(r"^\s*(\d+)\s+(\d+) (.+)$", text, re.MULTILINE)
+    return tuple(Footprint(int(size) << 10, int(pid), name) for size, pid, name in lines) or None
 
 
 def _linux_governor(text: str) -> str | None:

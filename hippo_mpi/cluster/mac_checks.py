@@ -63,8 +63,8 @@ def _wired(hosts: Sequence[Probed]) -> Iterator[Finding]:
         if not facts.memory:
             continue
         total, name = facts.memory[0], host.host.ssh
-        if mac.wired_bytes is not None and mac.footprints is not None:
-            held = sum(one.bytes for one in mac.footprints)
+        if mac.wired_bytes is not None and facts.footprints is not None:
+            held = sum(one.bytes for one in facts.footprints)
             if mac.wired_bytes - held > total // 5:
                 found = f"{show_bytes(mac.wired_bytes)} of {show_bytes(total)} are wired, but all processes hold {show_bytes(held)}"
                 fix = "restart it: a rank that was killed may have left its memory behind"

@@ -77,7 +77,6 @@ class MacFacts:
         rdma_devices: whether the port of each is active; its value None: unknown.
         settings: numbers and texts of `sysctl`, by name.
         wired_bytes: memory that can't be paged out.
-        footprints: of all processes.
         power: settings of `pmset` on the current source, such as sleep.
         is_on_battery: now.
         speed_limit: of the CPU, in percent, as heat leaves it; None: unknown.
@@ -100,13 +99,17 @@ class MacFacts:
     rdma_devices: Mapping[str, bool | None] | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     wired_bytes: int | None = None
-    footprints: tuple[Footprint, ...] | None = None
     power: Mapping[str, int] | None = None
     is_on_battery: bool | None = None
     speed_limit: int | None = None
     is_encrypted: bool | None = None
     has_firewall: bool | None = None
     has_exo: bool | None = None
+
+    @property
+    def domain(self) -> str | None:
+        """Return an id that no other Mac has: that of its first Thunderbolt port that has one."""
+        return next((port.domain for port in self.ports or () if port.domain), None)
 
     def port_of(self, interface: str) -> Port | None:
         """Return the Thunderbolt port of an interface."""
@@ -250,7 +253,6 @@ def read_mac(outputs: Mapping[str, str]) -> MacFacts:
         read_rdma_devices(of("rdma devices"), of("rdma ports")),
         settings,
         read_memory(of("memory"), settings)[1],
-        read_footprints(of("footprints")),
         power,
         is_on_battery,
         int(limit[1]) if limit else None,

@@ -53,6 +53,7 @@ COMMANDS = {
         "addresses": ["ip", "-j", "addr"],
         "routes": ["ip", "-j", "route"],
         "memory": ["cat", "/proc/meminfo"],
+        "footprints": ["ps", "-A", "-o", "rss=,pid=,comm="],
         "processes": ["ps", "-A", "-ww", "-o", "pid=,ppid=,user=,etime=,args="],
         "machine": ["cat", "/etc/machine-id"],
         "firewall": ["nft", "list", "ruleset"],

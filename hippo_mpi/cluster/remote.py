@@ -22,6 +22,11 @@ from hippo_mpi.transport.run_key import SSH
 
 _MARK = "hippo-probe-begins"  # what comes before it is no answer, but what a shell prints at each login
 _PYTHONS = ("python3", "python3.12", "python3.11", "/opt/homebrew/bin/python3", "/usr/local/bin/python3")
+# Without Apple's command line tools macOS's own python3 only opens a window that asks for them.
+_IS_STUB = (
+    '[ "$(uname)" = Darwin ] && [ "$(command -v "$python")" = /usr/bin/python3 ]'
+    " && ! /usr/bin/xcode-select -p >/dev/null 2>&1"
+)
 NO_PYTHON = "no Python"
 _SHARE = 0.7  # of the time for all of an answer, that one command may take
 
@@ -69,6 +74,7 @@ def _script(python: str, program: str) -> str:
     words = " ".join([quoted(python), *map(shlex.quote, _PYTHONS)])
     return (
         f"echo {_MARK}\nfor python in {words}; do\n"
+        f"  if {_IS_STUB}; then continue; fi\n"
         '  if "$python" -c "import sys; sys.exit(sys.version_info < (3, 8))" 2>/dev/null; then\n'
         f"    exec \"$python\" - <<'{_MARK}'\n{program}\n{_MARK}\n  fi\ndone\necho '{NO_PYTHON}'\n"
     )

@@ -6,17 +6,19 @@ import copy
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hippo_mpi.cluster import remote
 from hippo_mpi.cluster.hostfile import Hostfile, hostfile_of
 from hippo_mpi.cluster.topology import topology_of
 from tests.cabled_hosts import CAN_MAKE, SSHD, WHY_NOT
+from tests.fake_macs.draw import apply
 from tests.fake_macs.hosts import MacHosts, mac_hosts
 from tests.fake_macs.model import GIB, FakeCluster
 
@@ -125,23 +127,18 @@ def test_a_plan_s_commands_change_what_is_found_next(three: MacHosts) -> None:
     hostfile = hostfile_of([{"ssh": name} for name in ("127.0.0.1", "mini1", "mini2")], "test")
     topology = topology_of(ask(three, hostfile))
     assert topology.plan.commands.keys() == {"127.0.0.1", "mini1", "mini2"}
-    run_commands(three, [(name, command.do) for name, among in topology.plan.commands.items() for command in among])
+    for name, commands in topology.plan.commands.items():
+        script = " && ".join(shlex.join(command.do) for command in commands)
+        done = run(three, ["sh", "-c", script] if name == "127.0.0.1" else ["ssh", name, script])
+        assert done.returncode == 0, done
     again = topology_of(ask(three, hostfile))
     assert not again.plan.commands and again.hostfile == topology.hostfile
     assert topology.hostfile.backend == "ring" and all(
         host.ips[0].startswith("10.205.0.") for host in topology.hostfile.hosts
     )
-    undo = [(name, command.undo) for name, among in topology.plan.commands.items() for command in reversed(among)]
-    run_commands(three, undo)
+    with three.macs.changed() as cluster:
+        apply(cluster, topology, undo=True)
     assert three.macs.load() == before
-
-
-def run_commands(three: MacHosts, commands: list[tuple[str, tuple[str, ...]]]) -> None:
-    for name, words in commands:
-        host = three.hosts[0 if name == "127.0.0.1" else int(name[-1])]
-        subprocess.run(
-            host.command(words), check=True, capture_output=True, timeout=60, env={**os.environ, **three.env}
-        )
 
 
 def ask(three: MacHosts, hostfile: Hostfile) -> Any:
@@ -157,3 +154,15 @@ def ask(three: MacHosts, hostfile: Hostfile) -> Any:
     found = run(three, [sys.executable, "-c", script])
     assert found.returncode == 0, found.stderr
     return pickle.loads(saved.read_bytes())
+
+
+@pytest.mark.skipif(not os.path.exists("/usr/bin/python3"), reason="needs a python3 in /usr/bin")
+def test_a_python_that_only_opens_a_window_is_not_started(three: MacHosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS's own python3, without the command line tools: there is no xcode-select here."""
+    monkeypatch.setattr(remote, "_PYTHONS", ("python3",))
+    script = remote._script("/no/such/python", "print('asked')")
+    path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
+    found = subprocess.run(three.hosts[0].command(["env", path, "sh", "-c", script]), capture_output=True, text=True)
+    assert found.stdout.splitlines()[-1] == remote.NO_PYTHON, found
+    plain = subprocess.run(["env", path, "sh", "-c", script], capture_output=True, text=True)
+    assert plain.stdout.splitlines()[-1] == "asked", plain
