@@ -95,9 +95,12 @@ class Record:
 
     def done(self, entry: dict[str, Any]) -> None:
         """Write down that a change is made."""
+        self._mark(entry, True)
+
+    def _mark(self, entry: dict[str, Any], is_done: bool) -> None:
         for one in self.entries:
-            if _what(one) == _what(entry) and not one["is_done"]:
-                one["is_done"] = True
+            if _what(one) == _what(entry) and one["is_done"] != is_done:
+                one["is_done"] = is_done
                 self._write()
 
     def forget(self, entry: dict[str, Any]) -> None:
@@ -121,9 +124,18 @@ class Record:
                 os.rmdir(entry["path"])
         elif entry["kind"] == "line":
             _take_line(entry)
-        elif (why := run(entry["undo"], entry["root"])) and entry["is_done"]:
-            raise RuntimeError(f"{' '.join(entry['undo'])}: {why}")
+        else:
+            self._undo_command(entry)
         self.forget(entry)
+
+    def _undo_command(self, entry: dict[str, Any]) -> None:
+        """Run the command that undoes another; that it fails matters only if the other is known to be in force."""
+        was_done = entry["is_done"]
+        self._mark(entry, False)  # a kill after the command leaves nothing to undo, too
+        why = run(entry["undo"], entry["root"])
+        if why and was_done:
+            self._mark(entry, True)
+            raise RuntimeError(f"{' '.join(entry['undo'])}: {why}")
 
     def end(self) -> list[str]:
         """Remove record and folder, if nothing is left to undo; return what else is in the folder."""

@@ -23,7 +23,7 @@ from tests.small_disk import fill, small_disk
 
 KEY = "ssh-ed25519 AAAA somebody@somewhere"
 SETTING = {"do": ["sh", "-c", "echo new >~/setting"], "undo": ["sh", "-c", "echo old >~/setting"], "root": False}
-OTHER = {"do": ["sh", "-c", "echo on >~/made"], "undo": ["rm", "-f", "made"], "root": False}
+OTHER = {"do": ["mkdir", "-p", "made"], "undo": ["rmdir", "made"], "root": False}  # which can be undone only once
 CHANGING = ("rename", "replace", "symlink", "mkdir", "unlink", "rmdir", "fsync")
 
 
