@@ -17,7 +17,7 @@ from typing import Any
 
 FOLDER = "~/.hippo-mpi"
 NAME = "changes.json"
-SILENCE_S = 15
+SILENCE_S = 30
 """After which who sends files to a host counts as gone."""
 _LOCK_S = SILENCE_S + 5.0  # for one who is gone
 _COMMAND_S = 30.0  # for a command that changes a setting

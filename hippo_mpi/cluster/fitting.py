@@ -7,7 +7,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import Distribution, distribution
 from typing import Any
 
@@ -21,10 +21,13 @@ _LOWEST = (3, 11)
 
 @dataclass(frozen=True)
 class There:
-    """A host's Python, and its system.
+    """A host's Python, its system, and what setup has put there.
 
     Args:
         glibc, macos: versions, as in 2.35; empty: it has none.
+        release: of the system.
+        free_bytes: of the disk with the home folder.
+        links: what `project` and `venv` lead to, if they are there.
     """
 
     system: str
@@ -33,12 +36,28 @@ class There:
     abi: str
     glibc: str
     macos: str
+    release: str = ""
+    free_bytes: int = 0
+    links: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, said: Mapping[str, Any]) -> There:
-        """Return what `agent.hello` has said."""
-        python = tuple(map(int, said["python"]))
-        return cls(said["system"], said["machine"], python, said["abi"], said["glibc"], said["macos"])
+    def read(cls, said: Any) -> There:
+        """Return what `agent.hello` has said.
+
+        Raises:
+            LaunchError: it is something else.
+        """
+        try:
+            texts = {name: str(said[name]) for name in ("system", "machine", "abi", "glibc", "macos", "release")}
+            links = {str(name): str(to) for name, to in said["links"].items()}
+            return cls(python=tuple(map(int, said["python"])), free_bytes=int(said["free_bytes"]), links=links, **texts)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise LaunchError(f"an answer that can't be read: {str(said)[:80]!a}") from None
+
+    @property
+    def version(self) -> str:
+        """Return Python's version."""
+        return _dotted(self.python)
 
 
 def why_not(found: Mapping[str, Distribution], there: There) -> str:

@@ -125,11 +125,11 @@ def closure(name: str = OURS) -> dict[str, Distribution]:
 
 
 def environment(found: dict[str, Distribution]) -> Bundle | None:
-    """Return distributions as a bundle for an environment of the same Python; None: their files aren't all known."""
+    """Return distributions as a bundle for an environment of the same Python; None: their files aren't all in one place."""
     site = Path("lib") / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
     files: list[tuple[Path, str]] = []
     for one in found.values():
-        if one.files is None:
+        if one.files is None or '"editable": true' in (one.read_text("direct_url.json") or ""):
             return None
         for file in one.files:
             path = Path(os.path.abspath(str(one.locate_file(file))))

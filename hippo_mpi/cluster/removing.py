@@ -11,7 +11,7 @@ from hippo_mpi.cluster import agent
 from hippo_mpi.cluster.carrying_out import check_terminal, needs_password, run_by_sudo
 from hippo_mpi.cluster.made_hostfile import MadeHostfile
 from hippo_mpi.cluster.reaching import Say, sessions
-from hippo_mpi.cluster.session import Session, shown
+from hippo_mpi.cluster.session import MAX_COMMAND, Session, shown
 from hippo_mpi.errors import LaunchError
 from hippo_mpi.transport.ports import THIS_MACHINE
 
@@ -34,12 +34,12 @@ def take_away(path: Path, name: str, agrees: Callable[[str], bool], say: Say) ->
     rest = file.without(name) if name in file.names else file.text
     among = [name] if rest else [name, THIS_MACHINE]
     with sessions(among, None, say) as reached:
-        found = {one: reached[one].call(agent.changes) for one in among}
+        found = {one: entries_of(reached[one]) for one in among}
         lines = [(one, line) for one in among for line in lines_of(found[one])]
         if rest != file.text:
             lines.append((THIS_MACHINE, f"{'write' if rest else 'remove'} {path}"))
         for one, line in lines:
-            print(f"  {'here' if one == THIS_MACHINE else one}: {shown(line)}")
+            print(f"  {'here' if one == THIS_MACHINE else one}: {shown(line, MAX_COMMAND)}")
         if lines and not agrees("do this? [y/N] "):
             return False
         for one in among:
@@ -47,6 +47,22 @@ def take_away(path: Path, name: str, agrees: Callable[[str], bool], say: Say) ->
         if rest != file.text:
             file.write(rest)
     return True
+
+
+def entries_of(session: Session) -> list[dict[str, Any]]:
+    """Return the record of a host.
+
+    Raises:
+        LaunchError: it can't be read.
+    """
+    found = session.call(agent.changes)
+    try:
+        lines_of(found)
+        if {one["of"] for one in found} <= {"setup", "tune"}:
+            return list(found)
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise LaunchError(f"{session.name}: ~/.hippo-mpi/changes.json there isn't what setup writes; move it away")
 
 
 def lines_of(entries: Sequence[dict[str, Any]]) -> list[str]:
@@ -66,7 +82,7 @@ def undo(session: Session, of: Sequence[str], say: Say) -> None:
     Raises:
         LaunchError: something can't be put back.
     """
-    _undo(session, session.call(agent.changes), of, say)
+    _undo(session, entries_of(session), of, say)
 
 
 def _undo(session: Session, entries: Sequence[dict[str, Any]], of: Sequence[str], say: Say) -> None:

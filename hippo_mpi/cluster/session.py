@@ -28,6 +28,8 @@ _CONNECT_S = 10
 _PROMPT_S = 300.0  # for a person to compare a fingerprint and to type a password
 _MAX_LINE = 1 << 22
 _MAX_SHOWN = 300
+MAX_COMMAND = 100_000
+"""Characters of a command that is about to be run; it is shown as a whole."""
 CHUNK = 1 << 20
 # Neither quotes nor backslashes, so that every login shell passes it on as it is.
 _BOOT = "import sys; i = sys.stdin.buffer; exec(i.read(int(i.readline())))"
@@ -41,18 +43,18 @@ _PYTHONS = (
 )  # fmt: skip
 # Without Apple's developer tools /usr/bin/python3 would open a window there.
 _FIND = (
-    f"for p in {' '.join(_PYTHONS)}; do "
+    f"for v in 11 8; do for p in {' '.join(_PYTHONS)}; do "
     'case "$p$(uname)" in python3Darwin) xcode-select -p >/dev/null 2>&1 || continue;; esac; '
-    'if "$p" -c "import sys; sys.exit(sys.version_info < (3, 8))" </dev/null >/dev/null 2>&1; '
-    f'then exec "$p" -c "{_BOOT}"; fi; done; echo {_NO_PYTHON.decode()}'
+    'if "$p" -c "import sys; sys.exit(sys.version_info < (3, $v))" </dev/null >/dev/null 2>&1; '
+    f'then exec "$p" -c "{_BOOT}"; fi; done; done; echo {_NO_PYTHON.decode()}'
 )
 _MODULES = (changes, agent)
 
 
-def shown(text: object) -> str:
+def shown(text: object, most: int = _MAX_SHOWN) -> str:
     """Return what came from elsewhere as text of one line that a terminal can be given: no control characters, not long."""
     line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(text))
-    return line if len(line) <= _MAX_SHOWN else f"{line[:_MAX_SHOWN]}..."
+    return line if len(line) <= most else f"{line[:most]}..."
 
 
 def _program() -> bytes:
@@ -116,7 +118,7 @@ class Session:
             noise.append(line)
         self.noise = b"\n".join(noise).decode(errors="replace")
 
-    def call(self, function: Callable[..., Any], timeout_s: float = 30.0, **arguments: Any) -> Any:
+    def call(self, function: Callable[..., Any], timeout_s: float = 60.0, **arguments: Any) -> Any:
         """Return what a function of `agent` returns on the host.
 
         Raises:

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any
 
 from hippo_mpi.cluster import agent
 from hippo_mpi.cluster.checks import diagnose
 from hippo_mpi.cluster.facts import Probed
+from hippo_mpi.cluster.fitting import There
 from hippo_mpi.cluster.made_hostfile import MadeHostfile
 from hippo_mpi.cluster.reaching import Say, at_all, sessions
 from hippo_mpi.cluster.remote import ask
-from hippo_mpi.cluster.session import Session, shown
+from hippo_mpi.cluster.session import MAX_COMMAND, Session, shown
 from hippo_mpi.cluster.setup_steps import Addresses, Cluster, Environment, FirstRun, Link, Project, Step
 from hippo_mpi.cluster.topology import Topology, topology_of
 from hippo_mpi.errors import LaunchError, RankError
@@ -70,16 +70,10 @@ def _look(reached: Mapping[str, Session], probed: Sequence[Probed], say: Say) ->
             raise RankError(f"{host.host.ssh} doesn't say what it is: {shown(host.error)}")
     for finding in diagnose(probed, ["names-same"]):
         raise LaunchError(f"{finding.found}: {finding.fix}")
-    said = at_all(list(reached), lambda name: dict[str, Any](reached[name].call(agent.hello)))
+    said = at_all(list(reached), lambda name: There.read(reached[name].call(agent.hello)))
     for name, one in said.items():
         if name != THIS_MACHINE:
-            say(
-                name,
-                "reached",
-                shown(
-                    f"{one['system']} {one['release']}, {one['machine']}, Python {'.'.join(map(str, one['python']))}"
-                ),
-            )
+            say(name, "reached", shown(f"{one.system} {one.release}, {one.machine}, Python {one.version}"))
     topology = topology_of(probed)
     if topology.plan.why_not:
         raise LaunchError(topology.plan.why_not)
@@ -108,5 +102,5 @@ def _is_agreed(steps: Sequence[Step], agrees: Agrees) -> bool:
     """Print what would be changed, and ask, if anything would."""
     wanted = [(host, line) for step in steps for host, lines in step.describe().items() for line in lines]
     for host, line in wanted:
-        print(f"  {'here' if host == THIS_MACHINE else host}: {shown(line)}")
+        print(f"  {'here' if host == THIS_MACHINE else host}: {shown(line, MAX_COMMAND)}")
     return not wanted or agrees("do this? [y/N] ")

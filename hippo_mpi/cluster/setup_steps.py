@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 from hippo_mpi.cluster import agent, fitting, packing
 from hippo_mpi.cluster.carrying_out import carry_out, lines_of
@@ -18,7 +18,7 @@ from hippo_mpi.cluster.made_hostfile import MadeHostfile
 from hippo_mpi.cluster.reaching import Say, at_all
 from hippo_mpi.cluster.session import Session
 from hippo_mpi.cluster.topology import Topology
-from hippo_mpi.errors import LaunchError
+from hippo_mpi.errors import LaunchError, RankError
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.units import count_of, show_bytes
 
@@ -37,12 +37,12 @@ class Cluster:
 
     Args:
         sessions: open, by name, this machine's first.
-        said: what `agent.hello` returned.
+        said: what they have said of themselves.
         topology: how they are joined.
     """
 
     sessions: Mapping[str, Session]
-    said: Mapping[str, Mapping[str, Any]]
+    said: Mapping[str, fitting.There]
     topology: Topology
 
     @property
@@ -96,7 +96,7 @@ class Project:
     @cached_property
     def _missing(self) -> list[str]:
         return [
-            host for host in self.cluster.others if self.cluster.said[host]["links"].get("project") != self.bundle.name
+            host for host in self.cluster.others if self.cluster.said[host].links.get("project") != self.bundle.name
         ]
 
     @property
@@ -109,8 +109,7 @@ class Project:
 
     def do(self, say: Say) -> None:
         """Copy it."""
-        for host in set(self.cluster.others) - set(self._missing):
-            say(host, self.name, "as here")
+        _tell_done(self, self.cluster.others, self._missing, say)
 
         def one(host: str) -> None:
             began_s = time.monotonic()
@@ -134,9 +133,9 @@ class Environment:
         self._reasons: dict[str, str] = {}
         self._wanted: dict[str, str] = {}
         for host in self.cluster.others:
-            there = fitting.There.read(self.cluster.said[host])
+            there = self.cluster.said[host]
             fitting.check(host, there)
-            reason = fitting.why_not(self._packages, there) if self._bundle else "not all files here are known"
+            reason = fitting.why_not(self._packages, there) if self._bundle else "some packages here are elsewhere"
             if reason:
                 self._reasons[host] = reason
             by_pip = f"venv-{packing.digest_of(self._requirements)}"
@@ -144,7 +143,7 @@ class Environment:
 
     @cached_property
     def _missing(self) -> list[str]:
-        return [h for h in self.cluster.others if self.cluster.said[h]["links"].get("venv") != self._wanted[h]]
+        return [h for h in self.cluster.others if self.cluster.said[h].links.get("venv") != self._wanted[h]]
 
     def describe(self) -> dict[str, list[str]]:
         """Return what is copied or installed."""
@@ -158,8 +157,7 @@ class Environment:
 
     def do(self, say: Say) -> None:
         """Copy or install them."""
-        for host in set(self.cluster.others) - set(self._missing):
-            say(host, self.name, "as here")
+        _tell_done(self, self.cluster.others, self._missing, say)
         at_all(self._missing, lambda host: self._do(host, say))
 
     def _do(self, host: str, say: Say) -> None:
@@ -173,8 +171,11 @@ class Environment:
             assert self._bundle
             _send(self.cluster, host, self._bundle, "venv", is_environment=True)
             how = f"copied from here, {show_bytes(self._bundle.size)}"
-        python = ".".join(map(str, self.cluster.said[host]["python"][:2]))
-        say(host, self.name, f"Python {python}; {how}, {time.monotonic() - began_s:.1f} s; imports")
+        say(
+            host,
+            self.name,
+            f"Python {self.cluster.said[host].version}; {how}, {time.monotonic() - began_s:.1f} s; imports",
+        )
 
     @property
     def mark(self) -> list[str]:
@@ -182,8 +183,14 @@ class Environment:
         return sorted(set(self._wanted.values()))
 
 
+def _tell_done(step: Step, hosts: Sequence[str], missing: Sequence[str], say: Say) -> None:
+    for host in hosts:
+        if host not in missing:
+            say(host, step.name, "as here")
+
+
 def _send(cluster: Cluster, host: str, bundle: packing.Bundle, link: str, is_environment: bool) -> None:
-    free, needed = int(cluster.said[host]["free_bytes"]), int(_ROOM * bundle.size)
+    free, needed = cluster.said[host].free_bytes, int(_ROOM * bundle.size)
     if free < needed:
         raise LaunchError(
             f"{host} has {show_bytes(free)} free in {FOLDER}, and needs {show_bytes(needed)}: make room, and try again"
@@ -223,12 +230,12 @@ class Link:
         except LaunchError as error:
             raise LaunchError(f"nothing can listen on {address}: {error}; {fix}") from None
         try:
-            return [
-                float(one)
-                for one in self.cluster.sessions[before].call(
-                    agent.round_trips, address=address, port=port, key=key, count=_ROUND_TRIPS
-                )
-            ]
+            found = self.cluster.sessions[before].call(
+                agent.round_trips, address=address, port=port, key=key, count=_ROUND_TRIPS
+            )
+            return [float(one) for one in found]
+        except (TypeError, ValueError):
+            raise RankError(f"{before} gave an answer that can't be read") from None
         except LaunchError as error:
             raise LaunchError(f"{address} of {host} isn't reached: {error}; {fix}") from None
 

@@ -18,7 +18,10 @@ _CPUS = "/sys/devices/system/cpu"
 _PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 READ = {
     "Linux": {
-        **{name: ["sh", "-c", f"cd /proc/sys/net/core && cat {name} && ls -l {name}"] for name in ("rmem_max", "wmem_max")},
+        **{
+            name: ["sh", "-c", f"cd /proc/sys/net/core && cat {name} && ls -l {name}"]
+            for name in ("rmem_max", "wmem_max")
+        },
         "files": ["sh", "-c", "ulimit -Sn; ulimit -Hn"],
         "limits": ["sh", "-c", f"[ -d {_LIMITS.rpartition('/')[0]} ] && {{ cat {_LIMITS} 2>/dev/null; true; }}"],
         "governors": ["sh", "-c", f"grep -H . {_CPUS}/cpu[0-9]*/cpufreq/scaling_governor"],

@@ -161,7 +161,9 @@ def test_the_hostfile_is_one_and_stays_as_it_is(tmp_path: Path) -> None:
     assert file.wanted(HOSTS, ["project-1", "venv-1"], "~/.hippo-mpi/venv/bin/python") == file.text
     assert file.wanted(HOSTS, ["project-2", "venv-1"], "~/.hippo-mpi/venv/bin/python") != file.text
     of_mlx = MlxHostfile.from_file(str(path))
-    assert [(host.ssh_hostname, host.ips) for host in of_mlx.hosts] == [(host.ssh, list(host.ips)) for host in found.hosts]
+    assert [(host.ssh_hostname, host.ips) for host in of_mlx.hosts] == [
+        (host.ssh, list(host.ips)) for host in found.hosts
+    ]
     assert file.names == ["anna@mini2"] and [one.name for one in tmp_path.iterdir()] == ["hosts.json"]
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from hippo_mpi.cluster import agent
 from hippo_mpi.cluster.address_plan import Command
 from hippo_mpi.cluster.carrying_out import carry_out, lines_of
+from hippo_mpi.cluster.fitting import There
 from hippo_mpi.cluster.reaching import at_all, one_after_the_other, sessions
+from hippo_mpi.cluster.removing import entries_of, undo
 from hippo_mpi.cluster.removing import lines_of as undoing
-from hippo_mpi.cluster.removing import undo
-from hippo_mpi.cluster.session import Session, shown
+from hippo_mpi.cluster.session import MAX_COMMAND, Session, shown
 from hippo_mpi.cluster.tuning import READ, Setting, settings_of
 from hippo_mpi.cluster.verbs.host_options import HostOptions, agreement_of, hosts_meant, tell
 from hippo_mpi.config import checks
@@ -58,7 +59,7 @@ def run(options: Options) -> int:
 
 
 def _settings(session: Session, wired_mb: int | None, timeout_s: float) -> list[Setting]:
-    system = str(session.call(agent.hello)["system"])
+    system = There.read(session.call(agent.hello)).system
     said = session.call(agent.outputs, timeout_s, commands=READ.get(system, {}))
     return settings_of(system, said, wired_mb)
 
@@ -78,7 +79,7 @@ def table(found: Mapping[str, Sequence[Setting]]) -> list[str]:
 def _apply(reached: Mapping[str, Session], commands: Mapping[str, Sequence[Command]], is_yes: bool) -> None:
     for name, some in commands.items():
         for line in lines_of(some):
-            print(f"  {_who(name)}: {shown(line)}")
+            print(f"  {_who(name)}: {shown(line, MAX_COMMAND)}")
     if not agreement_of(is_yes)("do this? [y/N] "):
         print("nothing was changed")
         return
@@ -91,10 +92,10 @@ def _change(session: Session, commands: Sequence[Command]) -> None:
 
 
 def _undo(reached: Mapping[str, Session], is_yes: bool) -> int:
-    entries = at_all(list(reached), lambda name: reached[name].call(agent.changes))
+    entries = at_all(list(reached), lambda name: entries_of(reached[name]))
     lines = [(name, line) for name in reached for line in undoing([one for one in entries[name] if one["of"] == TUNE])]
     for name, line in lines:
-        print(f"  {_who(name)}: {shown(line)}")
+        print(f"  {_who(name)}: {shown(line, MAX_COMMAND)}")
     if lines and not agreement_of(is_yes)("do this? [y/N] "):
         print("nothing was changed")
         return 0
