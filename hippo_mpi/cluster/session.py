@@ -25,6 +25,7 @@ from hippo_mpi.transport.run_key import SSH
 _MARK = b"hippo-agent-begins"  # what comes before it is what a shell prints at each login
 _NO_PYTHON = b"hippo-agent-has-no-python"
 _CONNECT_S = 10
+_START_S = 30.0  # to connect, and to find a Python there
 _PROMPT_S = 300.0  # for a person to compare a fingerprint and to type a password
 _MAX_LINE = 1 << 22
 _MAX_SHOWN = 300
@@ -43,8 +44,8 @@ _PYTHONS = (
 )  # fmt: skip
 # Without Apple's developer tools /usr/bin/python3 would open a window there.
 _FIND = (
-    f"for v in 11 8; do for p in {' '.join(_PYTHONS)}; do "
-    'case "$p$(uname)" in python3Darwin) xcode-select -p >/dev/null 2>&1 || continue;; esac; '
+    f"u=$(uname); for v in 11 8; do for p in {' '.join(_PYTHONS)}; do "
+    'case "$p$u" in python3Darwin) xcode-select -p >/dev/null 2>&1 || continue;; esac; '
     'if "$p" -c "import sys; sys.exit(sys.version_info < (3, $v))" </dev/null >/dev/null 2>&1; '
     f'then exec "$p" -c "{_BOOT}"; fi; done; done; echo {_NO_PYTHON.decode()}'
 )
@@ -108,7 +109,7 @@ class Session:
             )
         except FileNotFoundError:
             raise LaunchError("ssh isn't installed here") from None
-        self._write(_program(), ends_s := time.monotonic() + (_PROMPT_S if asks else 2 * _CONNECT_S))
+        self._write(_program(), ends_s := time.monotonic() + (_PROMPT_S if asks else _START_S))
         noise = []
         while (line := self._line(ends_s)) != _MARK:
             if line == _NO_PYTHON:
