@@ -114,7 +114,6 @@ def _unpack(chunks: _Chunks, place: str) -> None:
             if not (member.isfile() or member.isdir()) or member.name.startswith("/") or ".." in member.name.split("/"):
                 raise ValueError(f"{member.name!r} has no place here")
             archive.extract(member, place, set_attrs=member.isfile())
-    chunks.skip()  # what is cut between two files is noticed only here
 
 
 def install(name: str, link: str, requirements: list[str]) -> None:

@@ -105,12 +105,17 @@ def read_avahi(text: str) -> Iterator[Announced]:
         if len(fields) < 9 or fields[0] != "=" or fields[2] != "IPv4" or not fields[8].isdigit():
             continue
         if (address := _address(fields[7])) is not None:
-            service, host = (_ESCAPE.sub(_unescape, fields[place]) for place in (3, 6))
+            service, host = (_unescaped(fields[place]) for place in (3, 6))
             yield Announced(service, host, address, int(fields[8]), fields[1])
 
 
-def _unescape(found: re.Match[str]) -> str:
-    return chr(int(found[1])) if found[1].isdigit() and len(found[1]) == 3 else found[1]
+def _unescaped(field: str) -> str:
+    """Return a field, of whose UTF-8 Avahi escapes each byte."""
+    raw = _ESCAPE.sub(lambda found: chr(int(found[1])) if len(found[1]) == 3 else found[1], field)
+    try:
+        return raw.encode("latin-1").decode(errors="replace")
+    except UnicodeEncodeError:
+        return raw
 
 
 def _address(text: str) -> str | None:

@@ -108,6 +108,7 @@ Timestamp     A/R    Flags  if Domain               Service Type         Instanc
 
 def test_avahi_is_read() -> None:
     found = list(discovery.read_avahi(AVAHI))
+    assert found[0].service == "Anna\N{RIGHT SINGLE QUOTATION MARK}s mini;2"
     assert [(one.host[:20], one.address, one.interface, one.is_usable) for one in found] == [
         ("mini2.local", "192.168.1.12", "wlan0", True),
         ("-oProxyCommand=touch", "192.168.1.9", "eth0", False),
