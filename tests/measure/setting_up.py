@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.bare_hosts import Bare, BareHost, bare_hosts
 
 _PORT_DOWN_S = 15.0
+_LIMIT_S = 900.0
 
 
 def measure_setting_up(count: int, trials: int = 3) -> bool:
@@ -33,7 +34,7 @@ def measure_setting_up(count: int, trials: int = 3) -> bool:
             states = {}
             for took in (first, again):
                 began_s = time.monotonic()
-                ended = bare.cluster("setup", *names, "--yes")
+                ended = bare.cluster("setup", *names, "--yes", timeout_s=_LIMIT_S)
                 took.append(time.monotonic() - began_s)
                 is_good &= ended.returncode == 0
                 states[len(took), took is first] = [host.state() for host in bare.hosts]
@@ -57,19 +58,22 @@ def measure_kills(count: int, seed: int) -> bool:
     with tempfile.TemporaryDirectory() as folder, bare_hosts(1, Path(folder)) as bare:
         (host,) = bare.hosts
         bare.ssh(host, "true")
-        before = host.state()
-        bare.cluster("setup", host.name, "--yes")
-        ready = _kept(host)
-        bare.cluster("remove", host.name, "--yes")
+        before, ready = host.state(), {}
+        lasts_s = {}
+        for verb in ("setup", "remove"):
+            began_s = time.monotonic()
+            bare.cluster(verb, host.name, "--yes", timeout_s=_LIMIT_S)
+            lasts_s[verb] = time.monotonic() - began_s
+            ready = _kept(host) if verb == "setup" else ready
         for number in range(count):
             how = draw.choice(("setup is killed", "the agent is killed", "the link is down"))
             verb = draw.choice(("setup", "setup", "remove"))
             if verb == "remove":
-                bare.cluster("setup", host.name, "--yes")
-            after_s = draw.uniform(0.2, 12 if verb == "setup" else 1.0)
+                bare.cluster("setup", host.name, "--yes", timeout_s=_LIMIT_S)
+            after_s = draw.uniform(0.1, lasts_s[verb])
             _disturb(bare, verb, how, after_s)
             wanted, then = (ready, "setup") if draw.random() < 0.5 else (before, "remove")
-            ended = bare.cluster(then, host.name, "--yes")
+            ended = bare.cluster(then, host.name, "--yes", timeout_s=_LIMIT_S)
             found = _kept(host) if then == "setup" else host.state()
             if ended.returncode or found != wanted:
                 bad += 1
@@ -77,7 +81,7 @@ def measure_kills(count: int, seed: int) -> bool:
                 print(
                     f"    {[one for one in {**found, **wanted} if found.get(one) != wanted.get(one)][:5]}", flush=True
                 )
-            bare.cluster("remove", host.name, "--yes")
+            bare.cluster("remove", host.name, "--yes", timeout_s=_LIMIT_S)
             if host.state() != before:
                 bad += 1
                 print(f"  BAD {number} (seed {seed}): after remove, {how}", flush=True)
@@ -111,7 +115,7 @@ def _disturb(bare: Bare, verb: str, how: str, after_s: float) -> None:
             _set_link(host, "down")
             time.sleep(_PORT_DOWN_S)
             _set_link(host, "up")
-        running.wait(200)
+        running.wait(_LIMIT_S)
     finally:
         if running.poll() is None:
             os.killpg(running.pid, signal.SIGKILL)
