@@ -1,5 +1,9 @@
 """hippo_mpi.cluster: look after the machines of a run.
 
+hippo_mpi.cluster find                                        # machines that can be logged in to
+hippo_mpi.cluster setup mini2.local                           # from a bare machine to a first token
+hippo_mpi.cluster remove mini2.local                          # all as it was before
+hippo_mpi.cluster tune                                        # settings that matter; --apply, --undo
 hippo_mpi.cluster doctor --hostfile hosts.json                # what is wrong with them, and what to do
 hippo_mpi.cluster doctor mini2.local anna@mini3.local         # of hosts that are in no hostfile yet
 hippo_mpi.cluster doctor --save report.json                   # for a bug report; --from judges it again
@@ -20,6 +24,10 @@ from hippo_mpi.config.parser import OptionsParser, Parser
 from hippo_mpi.errors import HippoError, print_error
 
 VERBS = {
+    "find": "list machines that announce their ssh server, and the link to each",
+    "setup": "from bare machines to a first token, and a hostfile; safe to repeat",
+    "remove": "take away all that setup and tune have put on a host",
+    "tune": "settings of hosts that matter to ranks: shown, changed after a yes, put back",
     "doctor": "say what is wrong with hosts, and what to do",
     "link": "measure the links between hosts",
     "top": "show what hosts do, live in the terminal",

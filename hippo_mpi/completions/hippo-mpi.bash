@@ -5,7 +5,7 @@
 #    source ~/.local/share/bash_completion/hippo-mpi
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_hippo_mpi_cluster_subparsers=(doctor link top stop convert)
+_shtab_hippo_mpi_cluster_subparsers=(find setup remove tune doctor link top stop convert)
 _shtab_hippo_mpi_subparsers=(run generate chat batch serve page benchmark plan models audit cluster completion dashboard)
 
 _shtab_hippo_mpi_run_option_strings=(--num-ranks -n --hostfile --backend --starting-port --command -h --help --version --prompt --json --show-plan --model --revision --precision --adapter-path --trust-remote-code --config --max-kv-size --kv-bits --kv-group-size --quantized-kv-start --layer-split --max-context --prefill-step-size --prefill-chunk --timeout --start-timeout --draft-model --num-draft-tokens --system-prompt --prefill-response --ignore-chat-template --chat-template-config --extra-eos-token --max-tokens -m --temp --top-p --min-p --top-k --min-tokens-to-keep --xtc-probability --xtc-threshold --repetition-penalty --repetition-context-size --max-repeats --seed --stop-words)
@@ -18,6 +18,10 @@ _shtab_hippo_mpi_benchmark_option_strings=(-h --help --version --model --revisio
 _shtab_hippo_mpi_plan_option_strings=(-h --help --version --machine --json --model --revision --precision --adapter-path --trust-remote-code --config --max-kv-size --kv-bits --kv-group-size --quantized-kv-start --layer-split --max-context --prefill-step-size --prefill-chunk --timeout --start-timeout --draft-model --num-draft-tokens --simulate --link --prompt-tokens --concurrent --stage-times)
 _shtab_hippo_mpi_models_option_strings=(-h --help --version --catalogue --config --machine --paths --timeout --start-timeout)
 _shtab_hippo_mpi_audit_option_strings=(-h --help --version --audit-key --last-hash --lines --by --since --json)
+_shtab_hippo_mpi_cluster_find_option_strings=(-h --help --version --json --timeout)
+_shtab_hippo_mpi_cluster_setup_option_strings=(-h --help --version --hostfile --yes --timeout)
+_shtab_hippo_mpi_cluster_remove_option_strings=(-h --help --version --hostfile --yes)
+_shtab_hippo_mpi_cluster_tune_option_strings=(-h --help --version --apply --undo --yes --wired-limit --hostfile --timeout)
 _shtab_hippo_mpi_cluster_doctor_option_strings=(-h --help --version --starting-port --check --model --json --save --from --hostfile --timeout)
 _shtab_hippo_mpi_cluster_link_option_strings=(-h --help --version --all --seconds --model --json --hostfile --timeout)
 _shtab_hippo_mpi_cluster_top_option_strings=(-h --help --version --server --once --json --hostfile --timeout)
@@ -108,7 +112,7 @@ _shtab_hippo_mpi_plan___kv_group_size_choices=(32 64 128)
 _shtab_hippo_mpi_audit_pos_0_choices=(verify report digest)
 _shtab_hippo_mpi_cluster_doctor___check_choices=(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ names-same stale-ranks disk-full memory-taken open-files fast-synch clock address-missing address-clash vpn-path wrong-interface link-down mtu-differs port-taken bridge-loop cable-absent cable-slow self-assigned rdma-impossible rdma-off jaccl-matrix rdma-no-ipv4 rdma-port-down memory-short mpi-mixed model-missing hub-token no-internet path-private local-network-privacy firewall wired-stranded wired-limit other-daemon sleeps low-power hot filevault-reboot)
 _shtab_hippo_mpi_cluster_convert___to_choices=(mlx openmpi mpich lines)
-_shtab_hippo_mpi_cluster_pos_0_choices=(doctor link top stop convert)
+_shtab_hippo_mpi_cluster_pos_0_choices=(find setup remove tune doctor link top stop convert)
 _shtab_hippo_mpi_completion_pos_0_choices=(bash zsh fish)
 _shtab_hippo_mpi_pos_0_choices=(run generate chat batch serve page benchmark plan models audit cluster completion dashboard)
 
@@ -187,6 +191,26 @@ _shtab_hippo_mpi_audit__h_nargs=0
 _shtab_hippo_mpi_audit___help_nargs=0
 _shtab_hippo_mpi_audit___version_nargs=0
 _shtab_hippo_mpi_audit___json_nargs=0
+_shtab_hippo_mpi_cluster_find__h_nargs=0
+_shtab_hippo_mpi_cluster_find___help_nargs=0
+_shtab_hippo_mpi_cluster_find___version_nargs=0
+_shtab_hippo_mpi_cluster_find___json_nargs=0
+_shtab_hippo_mpi_cluster_setup_pos_0_nargs='*'
+_shtab_hippo_mpi_cluster_setup__h_nargs=0
+_shtab_hippo_mpi_cluster_setup___help_nargs=0
+_shtab_hippo_mpi_cluster_setup___version_nargs=0
+_shtab_hippo_mpi_cluster_setup___yes_nargs=0
+_shtab_hippo_mpi_cluster_remove__h_nargs=0
+_shtab_hippo_mpi_cluster_remove___help_nargs=0
+_shtab_hippo_mpi_cluster_remove___version_nargs=0
+_shtab_hippo_mpi_cluster_remove___yes_nargs=0
+_shtab_hippo_mpi_cluster_tune_pos_0_nargs='*'
+_shtab_hippo_mpi_cluster_tune__h_nargs=0
+_shtab_hippo_mpi_cluster_tune___help_nargs=0
+_shtab_hippo_mpi_cluster_tune___version_nargs=0
+_shtab_hippo_mpi_cluster_tune___apply_nargs=0
+_shtab_hippo_mpi_cluster_tune___undo_nargs=0
+_shtab_hippo_mpi_cluster_tune___yes_nargs=0
 _shtab_hippo_mpi_cluster_doctor_pos_0_nargs='*'
 _shtab_hippo_mpi_cluster_doctor__h_nargs=0
 _shtab_hippo_mpi_cluster_doctor___help_nargs=0

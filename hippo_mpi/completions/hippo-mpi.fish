@@ -50,8 +50,8 @@ function _shtab_hippo_mpi_using
   test "$_shtab_hippo_mpi_cmdpath" = "$argv"
 end
 
-set -g _shtab_hippo_mpi_commands run generate chat batch serve page benchmark plan models audit cluster 'cluster doctor' 'cluster link' 'cluster top' 'cluster stop' 'cluster convert' completion dashboard
-set -g _shtab_hippo_mpi_opts_with_value --adapter-path --address --admin-key-file --allow-host --allow-origin --api-key-file --audit-key --audit-log --backend --by --catalogue --chat-template-config --check --command --compare --concurrent --config --draft-model --extra-eos-token --from --generation-tokens --hostfile --journal --keep-answers --kv-bits --kv-group-size --last-hash --layer-split --lines --link --log-file --log-level --machine --max-batch-size --max-batch-tokens --max-body-bytes --max-choices --max-connections --max-context --max-kv-size --max-queue --max-repeats --max-restarts --max-schema-bytes --max-tokens --min-p --min-tokens-to-keep --model --model-name --modes --num-draft-tokens --num-ranks --output --plot --port --precision --prefill-chunk --prefill-response --prefill-step-size --prompt --prompt-cache-bytes --prompt-tokens --quantized-kv-start --ranks --reconnect --repetition-context-size --repetition-penalty --requests-per-key --requests-per-minute --revision --save --seconds --seed --server --since --ssl-certfile --ssl-keyfile --stage-times --start-timeout --starting-port --stop-words --system-prompt --temp --timeout --to --tokens-per-minute --top-k --top-p --trace --trials --trusted-proxy --url --xtc-probability --xtc-threshold -m -n -o
+set -g _shtab_hippo_mpi_commands run generate chat batch serve page benchmark plan models audit cluster 'cluster find' 'cluster setup' 'cluster remove' 'cluster tune' 'cluster doctor' 'cluster link' 'cluster top' 'cluster stop' 'cluster convert' completion dashboard
+set -g _shtab_hippo_mpi_opts_with_value --adapter-path --address --admin-key-file --allow-host --allow-origin --api-key-file --audit-key --audit-log --backend --by --catalogue --chat-template-config --check --command --compare --concurrent --config --draft-model --extra-eos-token --from --generation-tokens --hostfile --journal --keep-answers --kv-bits --kv-group-size --last-hash --layer-split --lines --link --log-file --log-level --machine --max-batch-size --max-batch-tokens --max-body-bytes --max-choices --max-connections --max-context --max-kv-size --max-queue --max-repeats --max-restarts --max-schema-bytes --max-tokens --min-p --min-tokens-to-keep --model --model-name --modes --num-draft-tokens --num-ranks --output --plot --port --precision --prefill-chunk --prefill-response --prefill-step-size --prompt --prompt-cache-bytes --prompt-tokens --quantized-kv-start --ranks --reconnect --repetition-context-size --repetition-penalty --requests-per-key --requests-per-minute --revision --save --seconds --seed --server --since --ssl-certfile --ssl-keyfile --stage-times --start-timeout --starting-port --stop-words --system-prompt --temp --timeout --to --tokens-per-minute --top-k --top-p --trace --trials --trusted-proxy --url --wired-limit --xtc-probability --xtc-threshold -m -n -o
 
 complete -c hippo-mpi -e
 complete -c hippo-mpi -f
@@ -391,6 +391,31 @@ complete -c hippo-mpi -n '_shtab_hippo_mpi_using audit; and test $_shtab_hippo_m
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using; and test $_shtab_hippo_mpi_npos -eq 0' -a cluster -d 'say what is wrong with the machines of a run, and what to do'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster' -s h -l help -d 'show this help message and exit'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster' -l version -d 'print the versions of hippo-mpi and mlx-lm, and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster; and test $_shtab_hippo_mpi_npos -eq 0' -a find -d 'list machines that announce their ssh server, and the link to each'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster find' -s h -l help -d 'show this help message and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster find' -l version -d 'print the versions of hippo-mpi and mlx-lm, and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster find' -l json -d 'print a JSON array'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster find' -l timeout -x -d 'seconds to look (default: 4.0)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster; and test $_shtab_hippo_mpi_npos -eq 0' -a setup -d 'from bare machines to a first token, and a hostfile; safe to repeat'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster setup' -s h -l help -d 'show this help message and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster setup' -l version -d 'print the versions of hippo-mpi and mlx-lm, and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster setup' -l hostfile -x -d 'hostfile to write (default: hosts.json)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster setup' -l yes -d 'change hosts without asking; ssh still asks about fingerprints and passwords'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster setup' -l timeout -x -d 'seconds for a host to say what it is (default: 20.0)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster; and test $_shtab_hippo_mpi_npos -eq 0' -a remove -d 'take away all that setup and tune have put on a host'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster remove' -s h -l help -d 'show this help message and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster remove' -l version -d 'print the versions of hippo-mpi and mlx-lm, and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster remove' -l hostfile -x -d 'hostfile that setup wrote, which loses the host (default: hosts.json)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster remove' -l yes -d 'change the host without asking'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster; and test $_shtab_hippo_mpi_npos -eq 0' -a tune -d 'settings of hosts that matter to ranks: shown, changed after a yes, put back'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster tune' -s h -l help -d 'show this help message and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster tune' -l version -d 'print the versions of hippo-mpi and mlx-lm, and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster tune' -l apply -d 'change what should be changed, after a yes'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster tune' -l undo -d 'put back what --apply has changed, after a yes'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster tune' -l yes -d 'change hosts without asking'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster tune' -l wired-limit -x -d 'MB that a Mac'"'"'s GPU may hold, instead of as many as are safe'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster tune' -l hostfile -x -d 'JSON list of hosts, as for mlx.launch'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster tune' -l timeout -x -d 'seconds for a host to answer (default: 10.0)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster; and test $_shtab_hippo_mpi_npos -eq 0' -a doctor -d 'say what is wrong with hosts, and what to do'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster doctor' -s h -l help -d 'show this help message and exit'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster doctor' -l version -d 'print the versions of hippo-mpi and mlx-lm, and exit'

@@ -31,9 +31,13 @@ _shtab_hippo_mpi_cluster_commands() {
   local _commands=(
     convert:'print a list of hosts in another format'
     doctor:'say what is wrong with hosts, and what to do'
+    find:'list machines that announce their ssh server, and the link to each'
     link:'measure the links between hosts'
+    remove:'take away all that setup and tune have put on a host'
+    setup:'from bare machines to a first token, and a hostfile; safe to repeat'
     stop:'end ranks whose starter is gone'
     top:'show what hosts do, live in the terminal'
+    tune:'settings of hosts that matter to ranks: shown, changed after a yes, put back'
   )
   _describe 'hippo-mpi cluster commands' _commands
 }
@@ -222,6 +226,16 @@ _shtab_hippo_mpi_cluster_doctor_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_doctor_defaults_added=0
 
+_shtab_hippo_mpi_cluster_find_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--json[print a JSON array]"
+  "--timeout[seconds to look (default\: 4.0)]:timeout:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_find_defaults_added=0
+
 _shtab_hippo_mpi_cluster_link_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
@@ -236,6 +250,29 @@ _shtab_hippo_mpi_cluster_link_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_link_defaults_added=0
+
+_shtab_hippo_mpi_cluster_remove_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--hostfile[hostfile that setup wrote, which loses the host (default\: hosts.json)]:FILE:"
+  "--yes[change the host without asking]"
+  ":host, as ssh knows it:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_remove_defaults_added=0
+
+_shtab_hippo_mpi_cluster_setup_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--hostfile[hostfile to write (default\: hosts.json)]:FILE:"
+  "--yes[change hosts without asking\; ssh still asks about fingerprints and passwords]"
+  "--timeout[seconds for a host to say what it is (default\: 20.0)]:timeout:"
+  "(*)::hosts beside this machine, as ssh knows them\; those of the hostfile, if it is there, too:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_setup_defaults_added=0
 
 _shtab_hippo_mpi_cluster_stop_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -262,6 +299,21 @@ _shtab_hippo_mpi_cluster_top_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_top_defaults_added=0
+
+_shtab_hippo_mpi_cluster_tune_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--apply[change what should be changed, after a yes]"
+  "--undo[put back what --apply has changed, after a yes]"
+  "--yes[change hosts without asking]"
+  "--wired-limit[MB that a Mac\'s GPU may hold, instead of as many as are safe]:MB:"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_tune_defaults_added=0
 
 _shtab_hippo_mpi_completion_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -575,9 +627,13 @@ _shtab_hippo_mpi_cluster() {
       case $line[1] in
         convert) _arguments -C -s $_shtab_hippo_mpi_cluster_convert_options ;;
         doctor) _arguments -C -s $_shtab_hippo_mpi_cluster_doctor_options ;;
+        find) _arguments -C -s $_shtab_hippo_mpi_cluster_find_options ;;
         link) _arguments -C -s $_shtab_hippo_mpi_cluster_link_options ;;
+        remove) _arguments -C -s $_shtab_hippo_mpi_cluster_remove_options ;;
+        setup) _arguments -C -s $_shtab_hippo_mpi_cluster_setup_options ;;
         stop) _arguments -C -s $_shtab_hippo_mpi_cluster_stop_options ;;
         top) _arguments -C -s $_shtab_hippo_mpi_cluster_top_options ;;
+        tune) _arguments -C -s $_shtab_hippo_mpi_cluster_tune_options ;;
       esac
   esac
 }
