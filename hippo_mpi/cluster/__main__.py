@@ -3,6 +3,7 @@
 hippo_mpi.cluster doctor --hostfile hosts.json                # what is wrong with them, and what to do
 hippo_mpi.cluster doctor mini2.local anna@mini3.local         # of hosts that are in no hostfile yet
 hippo_mpi.cluster doctor --save report.json                   # for a bug report; --from judges it again
+hippo_mpi.cluster sync org/model --hostfile hosts.json        # each host gets the bytes of its own layers
 hippo_mpi.cluster stop --hostfile hosts.json                  # ranks whose starter is gone
 hippo_mpi.cluster convert $PBS_NODEFILE --to mlx              # lists of hosts of other launchers
 """
@@ -19,6 +20,7 @@ from hippo_mpi.errors import HippoError, print_error
 
 VERBS = {
     "doctor": "say what is wrong with hosts, and what to do",
+    "sync": "give each host the bytes of its own layers",
     "stop": "end ranks whose starter is gone",
     "convert": "print a list of hosts in another format",
 }

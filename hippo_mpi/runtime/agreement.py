@@ -27,7 +27,7 @@ _EQUAL_SPEED = 1.2  # speeds closer than this are taken for the same: a short me
 
 
 @dataclass
-class _Introduction:
+class Introduction:
     """What a rank says of itself before anything is agreed on.
 
     Attributes:
@@ -110,7 +110,7 @@ def compare_ranks(world: World, control: Control, arguments: dict[str, str]) -> 
         _compare(introductions)
     except HippoError as error:
         control.fail(error)
-    return _machines(introductions)
+    return machines_of(introductions)
 
 
 def negotiate(
@@ -145,7 +145,7 @@ def negotiate(
             info, draft = model_info(checkpoint, settings, shares_head), _open_draft(find_draft())
             info = info.with_draft(draft.info, constraints.num_draft_tokens) if draft else info
             split = plan_split(
-                info, machines or _machines(introductions), constraints.max_context, constraints.layer_split
+                info, machines or machines_of(introductions), constraints.max_context, constraints.layer_split
             )
         except HippoError as error:
             control.fail(error)
@@ -165,13 +165,13 @@ def _open_draft(source: ModelSource | None) -> DraftModel | None:
     return DraftModel(checkpoint, model_info(checkpoint, KVSettings()))
 
 
-def _introduce(world: World, arguments: dict[str, str]) -> _Introduction:
+def _introduce(world: World, arguments: dict[str, str]) -> Introduction:
     versions = {name: version(name) for name in ("mlx", "mlx-lm", "hippo-mpi")}
     versions["hippo-mpi's files"] = source_digest()
-    return _Introduction(world.host, versions, arguments, available_bytes(), measured_speed())
+    return Introduction(world.host, versions, arguments, available_bytes(), measured_speed())
 
 
-def _compare(introductions: list[_Introduction]) -> None:
+def _compare(introductions: list[Introduction]) -> None:
     """Raise what the ranks found, or what they differ in."""
     for rank, introduction in enumerate(introductions):
         if introduction.error:
@@ -199,7 +199,7 @@ def _differences(first: Any, second: Any) -> str:
     return f"{first} and {second}"
 
 
-def _machines(introductions: list[_Introduction]) -> list[Machine]:
+def machines_of(introductions: list[Introduction]) -> list[Machine]:
     """Return budgets by rank: ranks on one host share its memory, and count as equally fast."""
     hosts = [one.host for one in introductions]
     by_host: dict[str, float] = {}

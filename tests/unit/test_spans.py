@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hippo_mpi.checkpoint.spans import (
+from hippo_mpi.views.spans import (
     Span,
     header_bytes,
     merged,
