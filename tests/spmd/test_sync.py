@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +18,7 @@ from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.views.spans import num_bytes, spans_here
 from tests import ranks
 from tests.cabled_hosts import CAN_MAKE, SSHD, WHY_NOT, Host, cabled_hosts, reached_by_ssh
-from tests.commands.test_hub import COMMIT, REPO, Hub
+from tests.commands.test_hub import REPO, Hub
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -123,6 +122,18 @@ def copy_model(folder: Path) -> int:
         if path.suffix in (".json", ".jinja", ".safetensors"):
             (folder / path.name).write_bytes(path.read_bytes())
     return (folder / "model.safetensors").stat().st_size
+
+
+def folder_of_bytes(folder: Path, size: int) -> int:
+    """A folder that looks like a model's, with one file of random bytes; returns that file's size."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "none"}')
+    header = json.dumps({"weights": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for start in range(0, size, 1 << 20):
+            stream.write(os.urandom(min(1 << 20, size - start)))
+        return stream.tell()
 
 
 def downloaded(folder: Path) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import select
@@ -41,6 +43,8 @@ class Frames:
         self._polls[1].register(sink, select.POLLOUT)
         for descriptor in (source, sink):
             os.set_blocking(descriptor, False)
+            with contextlib.suppress(OSError, AttributeError):  # no pipe, or not on Linux
+                fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _READ_BYTES)
 
     def send(self, header: Header, data: Data = b"") -> None:
         """Send a frame.
@@ -60,11 +64,10 @@ class Frames:
         """
         left = memoryview(data)
         while left:
-            self._wait(1)
             try:
                 left = left[os.write(self._sink, left) :]
             except BlockingIOError:
-                continue
+                self._wait(1)
             except OSError as error:
                 raise FrameError(f"the connection ended ({error.strerror})") from None
 
@@ -101,10 +104,10 @@ class Frames:
         data = bytearray(count)
         left = memoryview(data)
         while left:
-            self._wait(0)
             try:
                 got = os.readv(self._source, [left[:_READ_BYTES]])
             except BlockingIOError:
+                self._wait(0)
                 continue
             except OSError as error:
                 raise FrameError(f"the connection ended ({error.strerror})") from None
