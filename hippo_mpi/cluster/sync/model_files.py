@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -71,8 +72,8 @@ class ModelFiles:
         """
         if self.repo:
             return view_of_repo(self.repo, self.commit)
-        path = Path(self.model).expanduser()
-        if path.exists():
+        path = Path(os.path.expanduser(self.model))
+        if os.path.exists(path):
             if not path.is_dir() or sample_of_files(path) != self.commit:
                 raise UserError(f"{path} there is another model than here: move it away, or make it the same")
             return path

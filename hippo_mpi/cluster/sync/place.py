@@ -82,14 +82,20 @@ class Place:
             place = place.parent
         small = {} if self._is_kept else self._small_files()
         return {
-            "here": content_here(self.folder, self._model.sizes), "free": shutil.disk_usage(place).free, "small": small,
+            "here": self._here(), "free": shutil.disk_usage(place).free, "small": small,
             "folder": str(self.folder), "is_kept": self._is_kept, "is_made": is_view(self.folder),
         }, b""  # fmt: skip
 
     @property
     def _is_kept(self) -> bool:
         """True if a folder that isn't ours has everything."""
-        return self.folder.is_dir() and not is_view(self.folder)
+        return self.folder.parent != views_folder() and self.folder.is_dir() and not is_view(self.folder)
+
+    def _here(self) -> dict[str, list[Span]]:
+        """Return which bytes are here: of a view that isn't made yet, files in the hub's cache, which it will link to."""
+        if self._is_kept or is_view(self.folder):
+            return content_here(self.folder, self._model.sizes)
+        return content_here(self._snapshot, self._model.sizes) if self._model.repo else {}
 
     def _small_files(self) -> dict[str, str]:
         folder = self._snapshot if self._model.repo else self.folder
@@ -147,11 +153,7 @@ class Place:
             if self._model.repo:
                 self._commit_snapshot(staged)
             if not is_view(self.folder):
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self._write_note(staged)
-                (staged / ".lock").unlink()
-                with contextlib.suppress(FileExistsError):  # a rank of this host was faster
-                    os.rename(staged, self.folder)
+                self._make_view(staged)
             else:
                 for path in staged.iterdir():
                     if path.name != ".lock":
@@ -165,12 +167,28 @@ class Place:
             self._staged = None
         return {}, b""
 
+    def _make_view(self, staged: Path) -> None:
+        for name in self._model.sizes if self._model.repo else ():
+            if name in self._here():
+                (staged / name).unlink(missing_ok=True)
+                (staged / name).symlink_to((self._snapshot / name).resolve())
+        self._write_note(staged)
+        (staged / ".lock").unlink()
+        try:
+            os.rename(staged, self.folder)
+        except OSError:
+            if not is_view(self.folder):  # otherwise a rank of this host was faster
+                raise
+
     def _commit_snapshot(self, staged: Path) -> None:
         """Give the hub's own library what it needs to find the repo without the hub."""
         self._snapshot.mkdir(parents=True, exist_ok=True)
         for path in staged.iterdir():
             if path.name not in self._model.sizes and not path.name.endswith(_RECORDS):
-                os.replace(path, self._snapshot / path.name)
+                temporary = self._snapshot / f"{path.name}.{os.getpid()}"
+                shutil.copyfile(path, temporary)  # its cache may be on another disk
+                os.replace(temporary, self._snapshot / path.name)
+                path.unlink()
         if self._model.revision != self._model.commit:
             ref = self._snapshot.parents[1] / "refs" / self._model.revision
             ref.parent.mkdir(parents=True, exist_ok=True)
@@ -226,9 +244,9 @@ class Place:
                 told_s = time.monotonic()
                 self._frames.send({"goes_on": True})
 
-        for name, spans in content_here(self.folder, self._model.sizes).items():
+        for name, spans in self._here().items():
             file = self.folder / name
-            if self._is_kept or file.is_symlink():
+            if self._is_kept or not file.exists() or file.is_symlink():
                 unchecked += num_bytes(spans)
                 continue
             unchecked += num_bytes(without(spans_here(file), recorded(file)))

@@ -19,6 +19,7 @@ MAX_STREAMS = 4
 _SILENCE_S = 30.0  # without a byte; places say something every second
 _LAST_WORDS_S = 0.2
 _END_S = 2.0  # for a program, from the end of its input to SIGKILL
+_SSH_FAILED = 255
 _MAX_STDERR_BYTES = 4096
 _MAX_TOLD = 300
 _PLACE = "-m hippo_mpi.cluster.sync.place"
@@ -58,7 +59,7 @@ class _Stream:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
             )
         except OSError as error:
-            raise FrameError(f"{command[0]} can't be started: {error.strerror}") from None
+            raise RefusalError(f"{command[0]} can't be started: {error.strerror}") from None
         assert self._process.stdin and self._process.stdout and self._process.stderr
         self._said = bytearray()
         self._reader = threading.Thread(target=self._collect, daemon=True)
@@ -69,7 +70,10 @@ class _Stream:
             self._frames = Frames(source, sink, _SILENCE_S)
             self._frames.send(errand)
         except FrameError as error:
-            raise FrameError(self.why(error)) from None
+            why = self.why(error)
+            if self._process.returncode in (_SSH_FAILED, *range(-64, 1)):
+                raise LostError(why) from None
+            raise RefusalError(f"sync can't run there: {why}") from None
 
     def ask(self, header: Header, data: Data) -> tuple[Header, bytearray]:
         self._frames.send(header, data)
@@ -129,13 +133,13 @@ class Site:
 
         Raises:
             LostError: the site is out of reach, from now on.
-            RefusalError: it can't do that.
+            RefusalError: it can't do that, or can't run at all.
         """
         stream = self._take()
         try:
             answer, piece = stream.ask(header, data)
         except FrameError as error:
-            self._lose(stream.why(error))
+            self._lose(LostError(stream.why(error)))
         with self._changed:
             self._idle.append(stream)
             self._changed.notify()
@@ -159,9 +163,9 @@ class Site:
                     return self._idle.pop()
                 self._starting += 1
             try:
-                stream, why = _Stream(self._command, self._errand, self._start_s, self._environment), ""
-            except FrameError as error:
-                stream, why = None, str(error)
+                stream = _Stream(self._command, self._errand, self._start_s, self._environment)
+            except (LostError, RefusalError) as error:
+                stream, failure = None, error
             with self._changed:
                 self._starting -= 1
                 if stream:
@@ -170,11 +174,11 @@ class Site:
                 if self._streams:  # the host doesn't take as many connections: those that are there will do
                     self._most = len(self._streams)
                     continue
-            self._lose(why)
+            self._lose(failure)
 
-    def _lose(self, why: str) -> NoReturn:
+    def _lose(self, failure: LostError | RefusalError) -> NoReturn:
         with self._changed:
-            self.lost = self.lost or why
+            self.lost = self.lost or str(failure)
             self._changed.notify_all()
         self.close(at_once=True)
-        raise LostError(self.lost)
+        raise failure
