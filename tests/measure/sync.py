@@ -93,10 +93,10 @@ def _raw_rate(two: Bed, megabytes: int) -> float:
         return float(taking.out.split()[1])
 
 
-def measure_kills(megabytes: int, count: int, seed: int) -> bool:
+def measure_kills(megabytes: int, count: int, seed: int, rate: str) -> bool:
     """Print how many pieces are sent again after each of `count` kills at random moments; return whether all is well."""
     draw, worst, done = random.Random(seed), 0.0, 0
-    with tempfile.TemporaryDirectory() as name, bed(Path(name)) as two, _shaped(two, _RATE):
+    with tempfile.TemporaryDirectory() as name, bed(Path(name)) as two, _shaped(two, rate):
         origin = two.folder / "origin" / "model"
         size = folder_of_bytes(origin, megabytes << 20)
         device = f"en{os.getpid() % 100_000}0"
@@ -183,7 +183,7 @@ def main() -> None:
     if "rate" in options.what:
         measure_rate(options.megabytes, options.count, options.link)
     if "kills" in options.what:
-        is_good = measure_kills(options.megabytes, options.count, options.seed)
+        is_good = measure_kills(options.megabytes, options.count, options.seed, options.link)
     sys.exit(not is_good)
 
 
