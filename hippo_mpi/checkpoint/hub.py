@@ -26,7 +26,7 @@ from hippo_mpi.config.bundled import BUNDLED_MODELS, BUNDLED_NAMES
 from hippo_mpi.errors import ModelError
 from hippo_mpi.units import show_bytes
 from hippo_mpi.views.spans import Span, num_bytes, spans_here, spans_of, without, write_here
-from hippo_mpi.views.view import LAYOUT, NOTE, SMALL_FILES, is_view, note_of, synced_view, view_of_repo
+from hippo_mpi.views.view import LAYOUT, NOTE, SMALL_FILES, is_usable, is_view, note_of, synced_view, view_of_repo
 
 _FILES_OF_A_PLAN = [
     "config.json",
@@ -84,10 +84,7 @@ def open_repo(repo: str, revision: str | None, on_progress: Callable[[], None], 
         small: Any = {"allow_patterns": patterns, "tqdm_class": ticker(on_progress)}
         snapshot = Path(snapshot_download(repo, revision=revision, **small))
         view = view_of_repo(repo, snapshot.name)
-        if is_view(view) and (
-            note_of(view).get("layout") != LAYOUT  # or the hub's cache, which it links to, has been cleaned:
-            or any(path.is_symlink() and not path.exists() for path in view.iterdir())
-        ):
+        if is_view(view) and not is_usable(view):
             shutil.rmtree(view, ignore_errors=True)
         if not is_view(view):
             _make_view(view, repo, snapshot, on_progress)

@@ -32,6 +32,7 @@ _shtab_hippo_mpi_cluster_commands() {
     convert:'print a list of hosts in another format'
     doctor:'say what is wrong with hosts, and what to do'
     stop:'end ranks whose starter is gone'
+    sync:'give each host the bytes of its own layers'
   )
   _describe 'hippo-mpi cluster commands' _commands
 }
@@ -230,6 +231,26 @@ _shtab_hippo_mpi_cluster_stop_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_stop_defaults_added=0
+
+_shtab_hippo_mpi_cluster_sync_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--layer-split[layers per rank, such as 14,10\; planned if not given]:layer_split:"
+  "--max-context[longest prompt and answer together\; the model\'s own, or what fits]:max_context:"
+  "--revision[revision of the Hugging Face repo]:revision:"
+  "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
+  "--trust-remote-code[allow the checkpoint to bring its own code]"
+  "--whole[give every host all of the model, so that others can go on without it]"
+  "--verify[look first whether what hosts have is still as it arrived\; fetch again what isn\'t]"
+  "--json[print a JSON object]"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  ":folder or Hugging Face repo of an mlx-lm model, as for the run:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_sync_defaults_added=0
 
 _shtab_hippo_mpi_completion_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -542,6 +563,7 @@ _shtab_hippo_mpi_cluster() {
         convert) _arguments -C -s $_shtab_hippo_mpi_cluster_convert_options ;;
         doctor) _arguments -C -s $_shtab_hippo_mpi_cluster_doctor_options ;;
         stop) _arguments -C -s $_shtab_hippo_mpi_cluster_stop_options ;;
+        sync) _arguments -C -s $_shtab_hippo_mpi_cluster_sync_options ;;
       esac
   esac
 }

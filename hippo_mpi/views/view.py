@@ -53,6 +53,17 @@ def is_view(folder: Path) -> bool:
     return (folder / NOTE).exists()
 
 
+def is_usable(view: Path) -> bool:
+    """Return whether a view is as views are made now, and what it links to is still there."""
+    try:
+        is_current = note_of(view).get("layout") == LAYOUT
+    except (OSError, ValueError):
+        return False
+    return is_current and all(
+        path.exists() for path in view.iterdir() if path.is_symlink()
+    )  # the hub's cache is cleaned
+
+
 def note_of(view: Path) -> dict[str, Any]:
     """Return what a view says of itself.
 

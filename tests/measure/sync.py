@@ -123,7 +123,7 @@ def measure_kills(megabytes: int, count: int, seed: int, rate: str) -> bool:
                     break
                 took_s, where = time.monotonic() - began_s, draw.choice(["sync", "its ssh", "the places"])
                 pid = running.process.pid
-                for victim in {"sync": [pid], "its ssh": ranks.descendants(pid)}.get(where, _places(two)):
+                for victim in {"sync": [pid], "its ssh": ranks.descendants(pid)}.get(where, _places(two)) or [pid]:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(victim, signal.SIGKILL)
                 running.process.wait(60)

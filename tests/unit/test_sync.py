@@ -22,13 +22,15 @@ from hippo_mpi.checkpoint.hub import find_model
 from hippo_mpi.cluster.sync.frames import MARK, PIECE_BYTES, FrameError, Frames
 from hippo_mpi.cluster.sync.model_files import ModelFiles, check_name, read_spans
 from hippo_mpi.cluster.sync.pieces import missing, pieces_to_move
-from hippo_mpi.cluster.sync.place import Place
+from hippo_mpi.cluster.sync.place import Place, told
 from hippo_mpi.cluster.sync.site import clean
 from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.errors import ModelError, UserError
 from hippo_mpi.runtime.model_needs import Question, answer
 from hippo_mpi.views.spans import Span, merged, num_bytes, recorded, spans_here, write_here
 from hippo_mpi.views.view import is_view, note_of, sample_of_files, synced_view, views_folder
+from tests.small_disk import fill as fill_disk
+from tests.small_disk import small_disk
 
 SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=5).map(merged)
 CONTENTS = st.lists(st.dictionaries(st.sampled_from(["a", "b"]), SPANS), min_size=3, max_size=3)
@@ -320,6 +322,24 @@ def test_a_byte_that_flips_on_the_disk_is_found_and_its_piece_fetched_again(home
     assert num_bytes(spans_here(file)) == SIZE - 500 and ask(MODEL, "verify") == {"bad": 0, "unchecked": 0}
     fill(new_place())
     assert file.read_bytes() == DATA and spans_here(file) == [(0, SIZE)]
+
+
+def test_a_disk_that_is_full_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there stays; with room, it goes on."""
+    with small_disk(tmp_path / "disk") as disk:
+        monkeypatch.setattr(constants, "HF_HOME", str(disk))
+        place = new_place()
+        place.answer({"op": "stage", "name": NAME, "start": 0}, DATA[:100])
+        place.answer({"op": "commit"}, b"")
+        filler = fill_disk(disk)
+        with pytest.raises(OSError, match="No space") as error:
+            fill(place)
+        assert told(error.value, place.folder) == f"the disk with {place.folder} is full"
+        assert spans_here(place.folder / NAME) == [(0, 100)]
+        filler.unlink()
+        fill(new_place())
+        assert (place.folder / NAME).read_bytes() == DATA
+        assert [path.name for path in views_folder().iterdir()] == [place.folder.name]
 
 
 def test_what_is_asked_wrongly_is_refused(home: Path) -> None:

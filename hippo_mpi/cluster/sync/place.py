@@ -34,7 +34,7 @@ from hippo_mpi.views.spans import (
     without,
     write_here,
 )
-from hippo_mpi.views.view import LAYOUT, NOTE, content_here, is_view, note_of, views_folder
+from hippo_mpi.views.view import LAYOUT, NOTE, content_here, is_usable, is_view, note_of, views_folder
 
 _SILENCE_S = 600.0  # without a word, after which whoever asks counts as gone
 _TOLD_EVERY_S = 1.0
@@ -56,7 +56,8 @@ class Place:
     def __init__(self, frames: Frames, model: ModelFiles) -> None:
         self._frames, self._model = frames, model
         self.folder = model.folder()
-        if model.repo and is_view(self.folder) and note_of(self.folder).get("layout") != LAYOUT:
+        has_all = all((self.folder / name).exists() for name in model.sizes)
+        if self.folder.parent == views_folder() and is_view(self.folder) and not (has_all and is_usable(self.folder)):
             shutil.rmtree(self.folder)
         self._staged: Path | None = None
         self._lock = -1
@@ -73,7 +74,11 @@ class Place:
         }  # fmt: skip
         if header.get("op") not in asked:
             raise UserError(f"{str(header.get('op'))[:100]!a} is nothing that can be asked")
-        return asked[header["op"]](header, data)
+        try:
+            return asked[header["op"]](header, data)
+        except OSError:
+            self.drop_staged()  # a full disk, for one, has use for the room
+            raise
 
     def _open(self, header: Header, data: Data) -> tuple[Header, Data]:
         """Say what is here; nothing is changed."""
@@ -162,10 +167,15 @@ class Place:
                     self._write_note(self.folder)
             sync_folder(views_folder())
         finally:
-            shutil.rmtree(staged, ignore_errors=True)
+            self.drop_staged()
+        return {}, b""
+
+    def drop_staged(self) -> None:
+        """Remove what isn't committed."""
+        if self._staged is not None:
+            shutil.rmtree(self._staged, ignore_errors=True)
             os.close(self._lock)
             self._staged = None
-        return {}, b""
 
     def _make_view(self, staged: Path) -> None:
         for name in self._model.sizes if self._model.repo else ():
@@ -281,13 +291,13 @@ def main() -> None:
     """Answer until the input ends; ends the process."""
     frames, folder = Frames(0, os.dup(1), _SILENCE_S), Path()
     os.dup2(2, 1)  # whatever a library prints is no frame
-    with contextlib.suppress(FrameError, KeyboardInterrupt):
+    place: Place | None = None
+    try:
         frames.write(MARK)
         errand, _ = frames.receive()
         os.environ.update(errand["environment"])
         with contextlib.suppress(OSError):
             os.chdir(errand["folder"])
-        place: Place | None = None
         while True:
             header, data = frames.receive()
             try:
@@ -298,6 +308,9 @@ def main() -> None:
             except (UserError, OSError, KeyError, ValueError, TypeError) as error:
                 answer, piece = {"error": printable(told(error, folder))}, b""
             frames.send(answer, piece)
+    except FrameError:
+        if place:
+            place.drop_staged()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,13 @@ _LINE_INTERVAL_S = 10.0
 _SOURCES = {HERE: "from this machine", HOSTS: "from other hosts", HUB: "from the hub"}
 
 
+class _Console(Console):
+    """A console that never hides the cursor: after a Ctrl-C nothing could show it again."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
+
+
 class SyncProgress:
     """A bar for each host on a terminal; elsewhere a line every ten seconds. On stderr.
 
@@ -41,7 +48,7 @@ class SyncProgress:
         if is_shown and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
             self._bars = Progress(
-                *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
+                *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=_Console(stderr=True), transient=True
             )
             self._tasks = {
                 number: self._bars.add_task(self._names[number], total=total)

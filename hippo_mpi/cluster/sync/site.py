@@ -66,7 +66,7 @@ class _Stream:
         self._reader.start()
         source, sink = self._process.stdout.fileno(), self._process.stdin.fileno()
         try:
-            Frames(source, sink, start_s).await_mark()
+            Frames(source, sink, 2 * start_s).await_mark()
             self._frames = Frames(source, sink, _SILENCE_S)
             self._frames.send(errand)
         except FrameError as error:
@@ -114,7 +114,7 @@ class Site:
         name: of the host.
         command: starts a program there.
         errand: what each is told first.
-        start_s: for a program to be there.
+        start_s: to connect, and as long again for a program to be there.
         environment: of the command.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ from hippo_mpi.cluster.sync.session import HostState, SyncSession, state_of
 from hippo_mpi.cluster.verbs.host_options import HostOptions, hosts_meant
 from hippo_mpi.config.options import ModelOptions, RankOptions
 from hippo_mpi.config.parser import option, with_default
-from hippo_mpi.errors import print_error
+from hippo_mpi.errors import print_error, printable
 from hippo_mpi.transport.ports import THIS_MACHINE
+from hippo_mpi.units import count_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,10 @@ def run(options: Options) -> int:
     ranks = _ranks_by_host(hostfile)
     envs = dict(one.split("=", 1) for one in hostfile.envs)
     environment = {**os.environ, **envs}
-    began_s = time.monotonic()
+    if not options.json:
+        sys.stderr.write(
+            f"looking at {printable(options.model)}, and at what {count_of(len(ranks), 'host')} should have of it\n"
+        )
     needs = _needs(options, hostfile, environment)
     hosts = [state_of(host, some, needs) for host, some in ranks]
     with_this = [state for state in hosts if state.host.ssh != THIS_MACHINE]
