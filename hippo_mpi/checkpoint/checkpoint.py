@@ -83,6 +83,7 @@ class Checkpoint:
     config: dict[str, Any]
     flow: Dataflow
     weight_bytes: dict[str, int]
+    matrix_sizes: dict[str, int]  # elements of the weights that are multiplied with: also of quantised ones
     expert_share: dict[str, float]  # of weights stacked over experts: the share that one token reads
     assumptions: tuple[str, ...] = ()  # sentences that say what had to be assumed of a model without weights
 
@@ -115,11 +116,12 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     model, config = open_lazily(source)
     weights = tree_flatten(model.parameters())
     sizes = {name: array.nbytes for name, array in weights}
+    matrices = _matrix_sizes(model)
     shares = _expert_shares(config, {name: array.shape for name, array in weights})
     with running_errors(source.path):
         flow = trace(model)
     assumed = () if has_weights(source.path) else assumptions(source.path, config, source.precision)
-    return Checkpoint(source, config, flow, sizes, shares, assumed)
+    return Checkpoint(source, config, flow, sizes, matrices, shares, assumed)
 
 
 def load_stage_weights(
@@ -147,7 +149,7 @@ def load_stage_weights(
     """
     folder = checkpoint.source.path
     if not has_weights(folder):
-        raise ModelError(f"{folder} has no model*.safetensors: only a plan can be made of it")
+        raise ModelError(f"{folder} has no model*.safetensors: it can be planned, but not run")
     if is_view(folder):
         fetch(folder, checkpoint.stage_arrays(start, stop, shares_head), lambda: on_progress(0))
     model, _ = open_lazily(checkpoint.source)
@@ -242,13 +244,13 @@ def _check_files(path: Path, needs_weights: bool = True) -> None:
     if not path.is_dir():
         raise ModelError(f"{path} is not a directory")
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json: is it a model's folder?")
+        raise ModelError(f"{path} has no config.json: is it a model folder?")
     try:
         config = load_config(path)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path / 'config.json'} is not JSON: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:
-        raise ModelError(f"{path / 'config.json'} names no model_type")
+        raise ModelError(f"{path / 'config.json'} has no model_type")
     files = sorted(path.glob("model*.safetensors"))
     if not files and needs_weights:
         raise ModelError(f"{path} has no model*.safetensors")
@@ -257,7 +259,7 @@ def _check_files(path: Path, needs_weights: bool = True) -> None:
         named = set(json.loads(index.read_text()).get("weight_map", {}).values())
         missing = sorted(named - {file.name for file in files})
         if missing:
-            raise ModelError(f"{path} lacks {len(missing)} of {len(named)} weight files: {', '.join(missing[:3])}")
+            raise ModelError(f"{path} is missing {len(missing)} of {len(named)} weight files: {', '.join(missing[:3])}")
     for file in files:
         _check_safetensors(file)
 
@@ -291,6 +293,17 @@ _TOP_K_KEYS = (
     "top_k_experts",
     "experts_per_token",
 )
+
+
+def _matrix_sizes(model: nn.Module) -> dict[str, int]:
+    """Return the elements of each matrix; a quantised one has several in each 32 bits, and its scales are none."""
+    found = {}
+    for path, module in model.named_modules():
+        bits = getattr(module, "bits", None) if "scales" in module else None
+        for name, array in module.items():
+            if isinstance(array, mx.array) and array.ndim > 1 and not (bits and name in ("scales", "biases")):
+                found[f"{path}.{name}" if path else name] = array.size * 32 // bits if bits else array.size
+    return found
 
 
 def _expert_shares(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, float]:

@@ -61,7 +61,13 @@ def find_model(
     if view := synced_view(model):
         return view
     if "/" not in model:
+<<<<<<< HEAD
         raise ModelError(f"no such model folder: {model}; bundled are {', '.join(BUNDLED_NAMES) or 'none'}")
+=======
+        if model in BUNDLED_NAMES:
+            return BUNDLED_MODELS / model
+        raise ModelError(f"no such model folder: {model}; bundled models: {', '.join(BUNDLED_NAMES) or 'none'}")
+>>>>>>> main
     if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
         raise ModelError(f"no such model folder: {model}")
     return open_repo(model, revision, on_progress, is_for_plan)
@@ -195,7 +201,7 @@ def _weight_files(repo: str, snapshot: Path) -> list[str]:
         named = set(json.loads(index.read_text())["weight_map"].values())
         for name in named:
             if not isinstance(name, str) or Path(name).name != name:
-                raise ModelError(f"the index of {repo} names a weight file {name!r}, which is no file's name")
+                raise ModelError(f"the index of {repo} has an invalid file name: {name!r}")
         return sorted(named)
     if isinstance(try_to_load_from_cache(repo, "model.safetensors", revision=snapshot.name), str):
         return ["model.safetensors"]

@@ -37,7 +37,7 @@ def fetch_head(repo: str, commit: str, name: str) -> tuple[bytes, int]:
     try:
         size = header_bytes(head)
     except ValueError as error:
-        raise ModelError(f"{name} of {repo} is no safetensors file: {error}") from None
+        raise ModelError(f"{name} of {repo} is not a safetensors file: {error}") from None
     if size > len(head):
         head += _read(repo, commit, name, (len(head), size), lambda: None)[0]
     return head[:size], total

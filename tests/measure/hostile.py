@@ -107,7 +107,7 @@ def _report(found: Stage, normal: Normal, before: dict, quiet_s: float, hostile_
         print(f"  {line}")
     restarts = found.running.status()["restarts"]
     for line in found.running.running.err.splitlines():
-        if "the ranks are gone" in line or line.startswith("error:"):
+        if "the ranks failed" in line or line.startswith("error:"):
             print(f"  {line}")
     found.running.await_status(lambda status: status["requests"] == 0)
     print(f"  before: {before}\n  after:  {found.count()}")

@@ -263,13 +263,15 @@ sys.exit(child.wait())
 
 
 def test_a_byte_that_flips_on_the_wire_and_a_host_that_is_gone(tmp_path: Path) -> None:
-    """The one is sent again, the other is named, and doesn't keep the first from being filled."""
+    """The one is sent again, the other is named, and doesn't keep the first from being filled, which is there thrice."""
     with bed(tmp_path, 3) as three:
         origin = tmp_path / "origin" / "model"
         folder_of_bytes(origin, 20 << 20)
         python = tmp_path / "python1"
         (tmp_path / "flip.py").write_text(FLIP)
         python.write_text(python.read_text().replace('"$@"\n', f'{tmp_path}/flip.py {tmp_path}/flipped "$@"\n'))
+        entries = json.loads(three.hostfile.read_text())["hosts"]
+        three.hostfile.write_text(json.dumps([*entries, entries[1], {**entries[1], "ssh": "root@mini1"}]))
         three.cut_off(2)
         code, _, err = three.sync(str(origin), "--whole", "--timeout", "4")
         assert code == 3 and re.fullmatch(

@@ -253,7 +253,7 @@ def test_encrypted(
     cert, key = certificate
     with serving(caplog, certfile=cert, keyfile=key, max_connections=4) as running:
         assert running.url.startswith("https://127.0.0.1:")
-        with pytest.raises(UserError, match=r"doesn't answer: .*certificate.* in SSL_CERT_FILE\)"):
+        with pytest.raises(UserError, match=r"doesn't answer: .*certificate.* \(set SSL_CERT_FILE"):
             server_status.show([running.url])
         with pytest.raises(openai.APIConnectionError) as refused:
             openai.OpenAI(base_url=running.url, api_key="none", max_retries=0).models.list()

@@ -19,11 +19,15 @@ from hypothesis import strategies as st
 
 from hippo_mpi.checkpoint.checkpoint import ModelSource, load_stage_weights, open_checkpoint
 from hippo_mpi.checkpoint.hub import find_model
+from hippo_mpi.cluster.hostfile import hostfile_of
 from hippo_mpi.cluster.sync.frames import MARK, PIECE_BYTES, FrameError, Frames
 from hippo_mpi.cluster.sync.model_files import ModelFiles, check_name, read_spans
+from hippo_mpi.cluster.sync.needs import Needs
 from hippo_mpi.cluster.sync.pieces import missing, pieces_to_move
 from hippo_mpi.cluster.sync.place import Place, told
+from hippo_mpi.cluster.sync.session import state_of
 from hippo_mpi.cluster.sync.site import clean
+from hippo_mpi.cluster.verbs.sync import ranks_by_host
 from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.errors import ModelError, UserError
 from hippo_mpi.runtime.model_needs import Question, answer
@@ -85,6 +89,16 @@ def test_ranks_need_their_own_layers_and_together_all() -> None:
     assert found["counts"] == [5, 7] and "config.json" in found["small"] and NAME not in found["small"]
     whole = answer(question(str(BUNDLED_MODEL), whole=True))
     assert whole["needs"] == [{NAME: [(0, size)]}] * 2 and whole["counts"] is None
+
+
+def test_a_host_that_is_named_twice_needs_what_both_of_its_ranks_need() -> None:
+    hostfile = hostfile_of([{"ssh": "a", "rdma": [["x", "y"]]}, {"ssh": "b"}, {"ssh": "a"}], "hosts")
+    ranks = ranks_by_host(hostfile)
+    assert [(host.ssh, some) for host, some in ranks] == [("a", [0, 2]), ("b", [1])]
+    needs = Needs(
+        MODEL, Path("/x/story"), {NAME: 10}, [], [1, 1, 1], [{NAME: [(0, 10), (50 * n, 50 * n + 60)]} for n in range(3)]
+    )
+    assert state_of(*ranks[0], needs).lacks == {NAME: [(0, 60), (100, 160)]}
 
 
 def test_the_planner_shares_layers_out() -> None:

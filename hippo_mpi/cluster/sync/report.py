@@ -80,7 +80,7 @@ class SyncProgress:
             self._bars.stop()
 
 
-def lines_of(session: SyncSession, needs: Needs, took_s: float) -> Iterator[str]:
+def lines_of(session: SyncSession, needs: Needs) -> Iterator[str]:
     """Return what came of it: a line for each host, how much was saved, and with which split to run."""
     total = sum(needs.files.sizes.values())
     width = max(len(state.host.ssh) for state in session.hosts)
@@ -99,13 +99,13 @@ def lines_of(session: SyncSession, needs: Needs, took_s: float) -> Iterator[str]
         yield f"{state.host.ssh:{width}}  {about}{show_bytes(own)}{rest}; {'; '.join([came, *parts])}"
     moved = [f"{show_bytes(count)} {_SOURCES[kind]}" for kind, count in session.num_bytes.items() if count]
     if moved:
-        rate = sum(state.came for state in session.hosts) / 1e6 / max(took_s, 1e-3)
-        yield f"{', '.join(moved)}, in {took_s:.1f} s: {rate:.0f} MB/s"
+        rate = sum(state.came for state in session.hosts) / 1e6 / max(session.took_s, 1e-3)
+        yield f"{', '.join(moved)}, in {session.took_s:.1f} s: {rate:.0f} MB/s"
     if needs.counts and len(needs.counts) > 1:
         yield f"run with --layer-split {','.join(map(str, needs.counts))}: another split may need other bytes"
 
 
-def to_json(session: SyncSession, needs: Needs, took_s: float) -> str:
+def to_json(session: SyncSession, needs: Needs) -> str:
     """Return the same as a JSON object, in bytes and seconds."""
     hosts = [
         {
@@ -118,7 +118,7 @@ def to_json(session: SyncSession, needs: Needs, took_s: float) -> str:
     files = needs.files
     return json.dumps({
         "model": files.model, "commit": files.commit, "total": sum(files.sizes.values()), "layer_split": needs.counts,
-        "sources": session.num_bytes, "seconds": round(took_s, 3), "hosts": hosts,
+        "sources": session.num_bytes, "seconds": round(session.took_s, 3), "hosts": hosts,
     }, indent=1)  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -86,6 +87,7 @@ class SyncSession:
         here = command_of(Host(THIS_MACHINE), _HUB)
         self._hub = Site("the hub", here, errand, timeout_s, environment) if needs.files.repo else None
         self.num_bytes = {HERE: 0, HOSTS: 0, HUB: 0}
+        self.took_s = 0.0
 
     def open(self) -> None:
         """Ask all hosts what they have."""
@@ -117,7 +119,9 @@ class SyncSession:
             PIECE_BYTES,
         )
         transfer = Transfer(self._sites, self._needs.folder, self._hub, on_arrival)
+        began_s = time.monotonic()
         transfer.run(pieces)
+        self.took_s = time.monotonic() - began_s
         self.num_bytes = transfer.num_bytes
         for number, state in enumerate(self.hosts):
             state.came = transfer.arrived[number]

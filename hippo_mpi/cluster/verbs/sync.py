@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from dataclasses import dataclass
 
 from hippo_mpi.cluster.hostfile import Host, Hostfile
@@ -41,7 +40,7 @@ def run(options: Options) -> int:
         HippoError: there is no such model, or its layers can't be shared out.
     """
     hostfile = hosts_meant(options)
-    ranks = _ranks_by_host(hostfile)
+    ranks = ranks_by_host(hostfile)
     envs = dict(one.split("=", 1) for one in hostfile.envs)
     environment = {**os.environ, **envs}
     if not options.json:
@@ -59,19 +58,17 @@ def run(options: Options) -> int:
             session.verify()
         session.prepare()
         with SyncProgress(with_this, not options.json) as progress:
-            began_s = time.monotonic()
             session.fill(progress.arrive)
-            took_s = time.monotonic() - began_s
     finally:
         session.close()
-    print(to_json(session, needs, took_s) if options.json else "\n".join(lines_of(session, needs, took_s)))
+    print(to_json(session, needs) if options.json else "\n".join(lines_of(session, needs)))
     for state in session.hosts:
         if state.error:
             print_error(f"{state.host.ssh}: {state.error}; the same command goes on from what is there")
     return max(state.code for state in session.hosts)
 
 
-def _ranks_by_host(hostfile: Hostfile) -> list[tuple[Host, list[int]]]:
+def ranks_by_host(hostfile: Hostfile) -> list[tuple[Host, list[int]]]:
     """Return the ranks of each host, which may be named more than once."""
     names: dict[str, tuple[Host, list[int]]] = {}
     for rank, host in enumerate(hostfile.hosts):
@@ -81,7 +78,7 @@ def _ranks_by_host(hostfile: Hostfile) -> list[tuple[Host, list[int]]]:
 
 def _needs(options: Options, hostfile: Hostfile, environment: dict[str, str]) -> Needs:
     """Ask what each rank needs; how fast hosts are, and how much they hold, only if that isn't given."""
-    unique = [host for host, _ in _ranks_by_host(hostfile)]
+    unique = [host for host, _ in ranks_by_host(hostfile)]
     by_name = {}
     if not options.whole and options.layer_split is None:
         by_name = {one["host"]: one for one in introduce(unique, options.timeout, environment)}

@@ -88,10 +88,10 @@ class ClusterView:
         """The state of the server in a sentence or two."""
         status = self._status
         if not status.get("ready"):
-            return f"Not ready: {status.get('state', 'nothing is known yet')}. Answers that have begun go on by themselves."
+            return f"Not ready: {status.get('state', 'unknown')}. Answers in progress will continue by themselves."
         count, requests = len(status.get("ranks", [])), status.get("requests", 0)
         silent = status.get("silent_hosts") or []
-        without = f" Without {', '.join(silent)}, who doesn't answer." if silent else ""
+        without = f" Without {', '.join(silent)} (no answer)." if silent else ""
         on = f"{status['model']}, {count} rank{'s' * (count != 1)}, " if count else ""
         following = status.get("state", "").partition("; ")[2]  # a model that is loaded next
         then = f" {following}." if following else ""
