@@ -61,13 +61,7 @@ def find_model(
     if view := synced_view(model):
         return view
     if "/" not in model:
-<<<<<<< HEAD
-        raise ModelError(f"no such model folder: {model}; bundled are {', '.join(BUNDLED_NAMES) or 'none'}")
-=======
-        if model in BUNDLED_NAMES:
-            return BUNDLED_MODELS / model
         raise ModelError(f"no such model folder: {model}; bundled models: {', '.join(BUNDLED_NAMES) or 'none'}")
->>>>>>> main
     if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
         raise ModelError(f"no such model folder: {model}")
     return open_repo(model, revision, on_progress, is_for_plan)

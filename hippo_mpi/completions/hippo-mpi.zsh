@@ -234,12 +234,12 @@ _shtab_hippo_mpi_cluster_stop_defaults_added=0
 
 _shtab_hippo_mpi_cluster_sync_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
-  "--layer-split[layers per rank, such as 14,10\; planned if not given]:layer_split:"
-  "--max-context[longest prompt and answer together\; the model\'s own, or what fits]:max_context:"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--layer-split[layers per rank, such as 14,10\; default\: planned]:layer_split:"
+  "--max-context[maximum length of prompt and answer together\; default\: the model\'s, or what fits]:max_context:"
   "--revision[revision of the Hugging Face repo]:revision:"
-  "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
-  "--trust-remote-code[allow the checkpoint to bring its own code]"
+  "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
+  "--trust-remote-code[allow running code from the checkpoint]"
   "--whole[give every host all of the model, so that others can go on without it]"
   "--verify[look first whether what hosts have is still as it arrived\; fetch again what isn\'t]"
   "--json[print a JSON object]"

@@ -174,16 +174,10 @@ def _open_draft(source: ModelSource | None) -> DraftModel | None:
     return DraftModel(checkpoint, model_info(checkpoint, KVSettings()))
 
 
-<<<<<<< HEAD
-def _introduce(world: World, arguments: dict[str, str]) -> Introduction:
+def _introduce(world: World, control: Control, arguments: dict[str, str]) -> Introduction:
     versions = {name: version(name) for name in ("mlx", "mlx-lm", "hippo-mpi")}
     versions["hippo-mpi's files"] = source_digest()
-    return Introduction(world.host, versions, arguments, available_bytes(), measured_speed())
-=======
-def _introduce(world: World, control: Control, arguments: dict[str, str]) -> _Introduction:
-    versions = {name: version(name) for name in ("mlx", "mlx-lm", "hippo-mpi")}
-    versions["hippo-mpi's files"] = source_digest()
-    introduction = partial(_Introduction, world.host, versions, arguments, available_bytes())
+    introduction = partial(Introduction, world.host, versions, arguments, available_bytes())
     given = given_speed()
     if len(set(control.hosts)) == 1:  # ranks of one machine are equally fast
         return introduction(given or 1.0, given is None, usual_flops_per_byte())
@@ -204,7 +198,6 @@ def given_speed() -> float | None:
         return above_0(os.environ[SPEED])
     except ArgumentTypeError as error:
         raise LaunchError(f"{SPEED}: {error}") from None
->>>>>>> main
 
 
 def _compare(introductions: list[Introduction]) -> None:
@@ -235,16 +228,11 @@ def _differences(first: Any, second: Any) -> str:
     return f"{first} and {second}"
 
 
-<<<<<<< HEAD
 def machines_of(introductions: list[Introduction]) -> list[Machine]:
-    """Return budgets by rank: ranks on one host share its memory, and count as equally fast."""
-=======
-def _machines(introductions: list[_Introduction]) -> list[Machine]:
     """Return budgets by rank: ranks on one host share its memory, and count as equally fast.
 
     Where somebody has said how fast hosts are, those of which nothing was said have the speed 1.
     """
->>>>>>> main
     hosts = [one.host for one in introductions]
     by_host: dict[str, float] = {}
     is_measured = all(one.is_measured for one in introductions)

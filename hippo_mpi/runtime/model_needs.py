@@ -12,7 +12,7 @@ import fnmatch
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hippo_mpi.checkpoint.hub import find_model
 from hippo_mpi.config.bundled import BUNDLED_MODELS
 from hippo_mpi.errors import ForeignError, HippoError, ModelError, print_error
 from hippo_mpi.planning.layer_split import check_layer_split, plan_split
-from hippo_mpi.planning.machine import available_bytes, measured_speed
+from hippo_mpi.planning.machine import available_bytes, measured_speeds
 from hippo_mpi.planning.model_costs import model_info
 from hippo_mpi.runtime.agreement import Introduction, machines_of
 from hippo_mpi.shard.slot_caches import KVSettings
@@ -36,7 +36,7 @@ class Question:
     Args:
         model, revision, precision, trust_remote_code, layer_split, max_context: options of a run.
         whole: whether every rank is to have all of the model.
-        ranks: host, memory in bytes and speed of each; None for those that the split doesn't need.
+        ranks: host of each; if its layers are to be planned, with what it says of itself, and the hostfile of its speed.
     """
 
     model: str
@@ -98,10 +98,15 @@ def _counts(checkpoint: Checkpoint, question: Question) -> list[int]:
     if question.layer_split is not None:
         check_layer_split(info, len(question.ranks), question.layer_split)
         return question.layer_split
-    machines = machines_of(
-        [Introduction(one["host"], {}, {}, one["memory_bytes"], one["speed"]) for one in question.ranks]
-    )
+    machines = machines_of([_introduction(**one) for one in question.ranks])
     return plan_split(info, machines, question.max_context).counts
+
+
+def _introduction(
+    host: str, memory_bytes: int, bytes_per_s: float, flops_per_s: float, given_speed: float | None = None
+) -> Introduction:
+    speed, is_measured = given_speed or bytes_per_s, given_speed is None
+    return Introduction(host, {}, {}, memory_bytes, speed, is_measured, flops_per_s / bytes_per_s)
 
 
 def _needs(checkpoint: Checkpoint, start: int, count: int, heads: dict[str, int]) -> dict[str, list[Span]]:
@@ -118,7 +123,7 @@ def main() -> None:
     """Answer once; ends the process."""
     try:
         if sys.argv[1:] == ["--introduce"]:
-            found: dict[str, Any] = {"memory_bytes": available_bytes(), "speed": measured_speed()}
+            found: dict[str, Any] = {"memory_bytes": available_bytes(), **asdict(measured_speeds())}
         else:
             found = answer(Question(**json.load(sys.stdin)))
         print(json.dumps(found))

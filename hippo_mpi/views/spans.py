@@ -29,7 +29,7 @@ def header_bytes(beginning: bytes) -> int:
     """
     size = int.from_bytes(beginning[:8], "little")
     if len(beginning) < 8 or not 0 < size <= MAX_HEADER_BYTES:
-        raise ValueError(f"a header of {size:,} bytes")
+        raise ValueError(f"invalid header size of {size:,} bytes")
     return 8 + size
 
 

@@ -53,6 +53,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ---- what goes where
 
 
+@settings(deadline=None)
 @given(CONTENTS, CONTENTS, st.integers(1, 9))
 def test_every_lacking_byte_is_in_one_piece_for_all_who_lack_it(
     needs: list[dict[str, list[Span]]], here: list[dict[str, list[Span]]], most: int
@@ -102,7 +103,10 @@ def test_a_host_that_is_named_twice_needs_what_both_of_its_ranks_need() -> None:
 
 
 def test_the_planner_shares_layers_out() -> None:
-    ranks = [{"host": name, "memory_bytes": 8 << 30, "speed": speed} for name, speed in (("a", 1.0), ("b", 3.0))]
+    ranks = [
+        {"host": name, "memory_bytes": 8 << 30, "bytes_per_s": speed, "flops_per_s": 30 * speed}
+        for name, speed in (("a", 1.0), ("b", 3.0))
+    ]
     counts = answer(question(str(BUNDLED_MODEL), ranks=ranks))["counts"]
     assert sum(counts) == 12 and counts[0] < counts[1]
 

@@ -73,7 +73,7 @@ def _is_name(name: str) -> bool:
 
 
 def introduce(hosts: Sequence[Host], timeout_s: float, environment: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return memory in bytes and relative speed of each host, as its rank would say.
+    """Return memory and speeds of each host, as its rank would say.
 
     Raises:
         HippoError: one doesn't say; the layers can't be shared out then.
@@ -99,9 +99,9 @@ def _introduce(host: Host, timeout_s: float, environment: Mapping[str, str]) -> 
         raise kind(f"{host.ssh} doesn't say what it is: {why}")
     try:
         said = json.loads(ended.stdout.splitlines()[-1])  # before it a shell's greeting
-        memory, speed = int(said["memory_bytes"]), float(said["speed"])
-        if memory > 0 and 0 < speed < float("inf"):
-            return {"host": host.ssh, "memory_bytes": memory, "speed": speed}
-        raise ValueError
+        numbers = {name: float(said[name]) for name in ("memory_bytes", "bytes_per_s", "flops_per_s")}
+        if not all(0 < number < float("inf") for number in numbers.values()):
+            raise ValueError
+        return {"host": host.ssh, "given_speed": host.speed, **numbers, "memory_bytes": int(numbers["memory_bytes"])}
     except (ValueError, KeyError, TypeError, IndexError, OverflowError):
         raise UserError(f"{host.ssh} says of itself what can't be read: {clean(repr(ended.stdout[-200:]))}") from None
