@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi.checkpoint.hub import commit_of
 from hippo_mpi.config.options import BatchOptions, ManyOptions, PromptOptions, SamplingOptions
 from hippo_mpi.config.parser import OptionsParser, option, read_given
 from hippo_mpi.engine.request import SamplingParams
@@ -28,6 +27,7 @@ from hippo_mpi.runtime.assembly import build_engine, open_text
 from hippo_mpi.runtime.entry import run
 from hippo_mpi.runtime.session import Session
 from hippo_mpi.units import count_of
+from hippo_mpi.views.view import commit_of
 
 SOME_FAILED = 4
 _STANDARD = Path("-")  # input or output

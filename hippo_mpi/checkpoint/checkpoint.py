@@ -22,7 +22,7 @@ from mlx_lm.utils import load_adapters, load_config, load_model
 
 from hippo_mpi.checkpoint.adapters import adapt
 from hippo_mpi.checkpoint.blueprint import assumptions, build_from_config, has_weights
-from hippo_mpi.checkpoint.hub import commit_of, fetch, find_model, is_view
+from hippo_mpi.checkpoint.hub import fetch, find_model
 from hippo_mpi.checkpoint.model_errors import loading_errors, running_errors
 from hippo_mpi.checkpoint.precision import convert
 from hippo_mpi.config.options import DraftOptions, ModelOptions
@@ -30,8 +30,7 @@ from hippo_mpi.errors import ModelError
 from hippo_mpi.tracing.dataflow import Dataflow
 from hippo_mpi.tracing.graph import ancestors
 from hippo_mpi.tracing.trace import trace
-
-_SAMPLES_PER_FILE, _SAMPLE_BYTES = 64, 1024
+from hippo_mpi.views.view import commit_of, is_view, sample_of_files
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,8 @@ class Checkpoint:
     def digest(self) -> str:
         """Return a short hash of structure and weights (samples of them), equal on ranks that hold the same model."""
         config = {k: v for k, v in self.config.items() if not k.startswith("_")}
-        content = commit_of(self.source.path) or _sample_of_files(self.source.path)
-        adapter = _sample_of_files(Path(self.source.adapter_path)) if self.source.adapter_path else ""
+        content = commit_of(self.source.path) or sample_of_files(self.source.path)
+        adapter = sample_of_files(Path(self.source.adapter_path)) if self.source.adapter_path else ""
         identity = [config, sorted(self.weight_bytes.items()), self.flow.digest(), content, adapter]
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -123,23 +122,6 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
         flow = trace(model)
     assumed = () if has_weights(source.path) else assumptions(source.path, config, source.precision)
     return Checkpoint(source, config, flow, sizes, matrices, shares, assumed)
-
-
-def _sample_of_files(folder: Path) -> str:
-    """Return a hash over an adapter's configuration and pieces of every weight file.
-
-    The structure alone doesn't distinguish fine-tunes of one model.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("adapter_config.json")):
-        digest.update(path.read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            for piece in range(_SAMPLES_PER_FILE):
-                stream.seek(size * piece // _SAMPLES_PER_FILE)
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def load_stage_weights(

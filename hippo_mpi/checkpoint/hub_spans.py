@@ -13,8 +13,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented,
     http_stream_backoff,
 )
 
-from hippo_mpi.checkpoint.spans import Span, header_bytes, pieces, write_here
 from hippo_mpi.errors import ModelError
+from hippo_mpi.views.spans import Span, header_bytes, pieces, write_here
 
 _HEAD_GUESS_BYTES = 100_000  # as much as nearly all heads have
 _PIECE_BYTES = 16 << 20
@@ -51,7 +51,7 @@ def fetch_spans(repo: str, commit: str, file: Path, spans: Sequence[Span], on_pr
     """
 
     def fetch(span: Span) -> None:
-        write_here(file, span[0], _read_all(repo, commit, file.name, span, on_progress))
+        write_here(file, span[0], read_all(repo, commit, file.name, span, on_progress))
         on_progress()
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -59,7 +59,7 @@ def fetch_spans(repo: str, commit: str, file: Path, spans: Sequence[Span], on_pr
             pass
 
 
-def _read_all(repo: str, commit: str, name: str, span: Span, on_progress: Callable[[], None]) -> bytes:
+def read_all(repo: str, commit: str, name: str, span: Span, on_progress: Callable[[], None]) -> bytes:
     """Return all bytes of a span, in as many requests as it takes.
 
     Raises:

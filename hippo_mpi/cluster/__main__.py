@@ -9,6 +9,7 @@ hippo_mpi.cluster doctor mini2.local anna@mini3.local         # of hosts that ar
 hippo_mpi.cluster doctor --save report.json                   # for a bug report; --from judges it again
 hippo_mpi.cluster link --hostfile hosts.json                  # what their links give, and what they should
 hippo_mpi.cluster top --hostfile hosts.json                   # what they do, live
+hippo_mpi.cluster sync org/model --hostfile hosts.json        # each host gets the bytes of its own layers
 hippo_mpi.cluster stop --hostfile hosts.json                  # ranks whose starter is gone
 hippo_mpi.cluster convert $PBS_NODEFILE --to mlx              # lists of hosts of other launchers
 """
@@ -31,6 +32,7 @@ VERBS = {
     "doctor": "say what is wrong with hosts, and what to do",
     "link": "measure the links between hosts",
     "top": "show what hosts do, live in the terminal",
+    "sync": "give each host the bytes of its own layers",
     "stop": "end ranks whose starter is gone",
     "convert": "print a list of hosts in another format",
 }

@@ -5,7 +5,7 @@
 #    source ~/.local/share/bash_completion/hippo-mpi
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_hippo_mpi_cluster_subparsers=(find setup remove tune doctor link top stop convert)
+_shtab_hippo_mpi_cluster_subparsers=(find setup remove tune doctor link top sync stop convert)
 _shtab_hippo_mpi_subparsers=(run generate chat batch serve page benchmark plan models audit cluster completion dashboard)
 
 _shtab_hippo_mpi_run_option_strings=(--num-ranks -n --hostfile --backend --starting-port --command -h --help --version --prompt --json --show-plan --model --revision --precision --adapter-path --trust-remote-code --config --max-kv-size --kv-bits --kv-group-size --quantized-kv-start --layer-split --max-context --prefill-step-size --prefill-chunk --timeout --start-timeout --draft-model --num-draft-tokens --system-prompt --prefill-response --ignore-chat-template --chat-template-config --extra-eos-token --max-tokens -m --temp --top-p --min-p --top-k --min-tokens-to-keep --xtc-probability --xtc-threshold --repetition-penalty --repetition-context-size --max-repeats --seed --stop-words)
@@ -25,6 +25,7 @@ _shtab_hippo_mpi_cluster_tune_option_strings=(-h --help --version --apply --undo
 _shtab_hippo_mpi_cluster_doctor_option_strings=(-h --help --version --starting-port --check --model --json --save --from --hostfile --timeout)
 _shtab_hippo_mpi_cluster_link_option_strings=(-h --help --version --all --seconds --model --json --hostfile --timeout)
 _shtab_hippo_mpi_cluster_top_option_strings=(-h --help --version --server --once --json --hostfile --timeout)
+_shtab_hippo_mpi_cluster_sync_option_strings=(-h --help --version --layer-split --max-context --revision --precision --trust-remote-code --whole --verify --json --hostfile --timeout)
 _shtab_hippo_mpi_cluster_stop_option_strings=(-h --help --version --yes --hostfile --timeout)
 _shtab_hippo_mpi_cluster_convert_option_strings=(-h --help --version --to)
 _shtab_hippo_mpi_cluster_option_strings=(-h --help --version)
@@ -111,8 +112,9 @@ _shtab_hippo_mpi_plan___kv_bits_choices=(2 3 4 6 8)
 _shtab_hippo_mpi_plan___kv_group_size_choices=(32 64 128)
 _shtab_hippo_mpi_audit_pos_0_choices=(verify report digest)
 _shtab_hippo_mpi_cluster_doctor___check_choices=(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ names-same stale-ranks disk-full memory-taken open-files fast-synch clock address-missing address-clash vpn-path wrong-interface link-down mtu-differs port-taken bridge-loop cable-absent cable-slow self-assigned rdma-impossible rdma-off jaccl-matrix rdma-no-ipv4 rdma-port-down memory-short mpi-mixed model-missing hub-token no-internet path-private local-network-privacy firewall wired-stranded wired-limit other-daemon sleeps low-power hot filevault-reboot)
+_shtab_hippo_mpi_cluster_sync___precision_choices=(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)
 _shtab_hippo_mpi_cluster_convert___to_choices=(mlx openmpi mpich lines)
-_shtab_hippo_mpi_cluster_pos_0_choices=(find setup remove tune doctor link top stop convert)
+_shtab_hippo_mpi_cluster_pos_0_choices=(find setup remove tune doctor link top sync stop convert)
 _shtab_hippo_mpi_completion_pos_0_choices=(bash zsh fish)
 _shtab_hippo_mpi_pos_0_choices=(run generate chat batch serve page benchmark plan models audit cluster completion dashboard)
 
@@ -229,6 +231,14 @@ _shtab_hippo_mpi_cluster_top___help_nargs=0
 _shtab_hippo_mpi_cluster_top___version_nargs=0
 _shtab_hippo_mpi_cluster_top___once_nargs=0
 _shtab_hippo_mpi_cluster_top___json_nargs=0
+_shtab_hippo_mpi_cluster_sync_pos_1_nargs='*'
+_shtab_hippo_mpi_cluster_sync__h_nargs=0
+_shtab_hippo_mpi_cluster_sync___help_nargs=0
+_shtab_hippo_mpi_cluster_sync___version_nargs=0
+_shtab_hippo_mpi_cluster_sync___trust_remote_code_nargs=0
+_shtab_hippo_mpi_cluster_sync___whole_nargs=0
+_shtab_hippo_mpi_cluster_sync___verify_nargs=0
+_shtab_hippo_mpi_cluster_sync___json_nargs=0
 _shtab_hippo_mpi_cluster_stop_pos_0_nargs='*'
 _shtab_hippo_mpi_cluster_stop__h_nargs=0
 _shtab_hippo_mpi_cluster_stop___help_nargs=0

@@ -50,7 +50,7 @@ function _shtab_hippo_mpi_using
   test "$_shtab_hippo_mpi_cmdpath" = "$argv"
 end
 
-set -g _shtab_hippo_mpi_commands run generate chat batch serve page benchmark plan models audit cluster 'cluster find' 'cluster setup' 'cluster remove' 'cluster tune' 'cluster doctor' 'cluster link' 'cluster top' 'cluster stop' 'cluster convert' completion dashboard
+set -g _shtab_hippo_mpi_commands run generate chat batch serve page benchmark plan models audit cluster 'cluster find' 'cluster setup' 'cluster remove' 'cluster tune' 'cluster doctor' 'cluster link' 'cluster top' 'cluster sync' 'cluster stop' 'cluster convert' completion dashboard
 set -g _shtab_hippo_mpi_opts_with_value --adapter-path --address --admin-key-file --allow-host --allow-origin --api-key-file --audit-key --audit-log --backend --by --catalogue --chat-template-config --check --command --compare --concurrent --config --draft-model --extra-eos-token --from --generation-tokens --hostfile --journal --keep-answers --kv-bits --kv-group-size --last-hash --layer-split --lines --link --log-file --log-level --machine --max-batch-size --max-batch-tokens --max-body-bytes --max-choices --max-connections --max-context --max-kv-size --max-queue --max-repeats --max-restarts --max-schema-bytes --max-tokens --min-p --min-tokens-to-keep --model --model-name --modes --num-draft-tokens --num-ranks --output --plot --port --precision --prefill-chunk --prefill-response --prefill-step-size --prompt --prompt-cache-bytes --prompt-tokens --quantized-kv-start --ranks --reconnect --repetition-context-size --repetition-penalty --requests-per-key --requests-per-minute --revision --save --seconds --seed --server --since --ssl-certfile --ssl-keyfile --stage-times --start-timeout --starting-port --stop-words --system-prompt --temp --timeout --to --tokens-per-minute --top-k --top-p --trace --trials --trusted-proxy --url --wired-limit --xtc-probability --xtc-threshold -m -n -o
 
 complete -c hippo-mpi -e
@@ -444,6 +444,19 @@ complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster top' -l once -d 'print 
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster top' -l json -d 'print a JSON object a second; with --once, one'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster top' -l hostfile -x -d 'JSON list of hosts, as for mlx.launch'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster top' -l timeout -x -d 'seconds for a host to answer (default: 10.0)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster; and test $_shtab_hippo_mpi_npos -eq 0' -a sync -d 'give each host the bytes of its own layers'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -s h -l help -d 'show this help message and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l version -d 'print the versions of hippo-mpi and mlx-lm, and exit'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l layer-split -x -d 'layers per rank, such as 14,10; default: planned'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l max-context -x -d 'maximum length of prompt and answer together; default: the model'"'"'s, or what fits'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l revision -x -d 'revision of the Hugging Face repo'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l precision -xka "float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit" -d 'cast or quantise the weights while loading; default: as stored'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l trust-remote-code -d 'allow running code from the checkpoint'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l whole -d 'give every host all of the model, so that others can go on without it'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l verify -d 'look first whether what hosts have is still as it arrived; fetch again what isn'"'"'t'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l json -d 'print a JSON object'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l hostfile -x -d 'JSON list of hosts, as for mlx.launch'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l timeout -x -d 'seconds for a host to answer (default: 10.0)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster; and test $_shtab_hippo_mpi_npos -eq 0' -a stop -d 'end ranks whose starter is gone'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster stop' -s h -l help -d 'show this help message and exit'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster stop' -l version -d 'print the versions of hippo-mpi and mlx-lm, and exit'

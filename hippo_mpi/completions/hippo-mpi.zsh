@@ -36,6 +36,7 @@ _shtab_hippo_mpi_cluster_commands() {
     remove:'take away all that setup and tune have put on a host'
     setup:'from bare machines to a first token, and a hostfile; safe to repeat'
     stop:'end ranks whose starter is gone'
+    sync:'give each host the bytes of its own layers'
     top:'show what hosts do, live in the terminal'
     tune:'settings of hosts that matter to ranks: shown, changed after a yes, put back'
   )
@@ -285,6 +286,26 @@ _shtab_hippo_mpi_cluster_stop_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_stop_defaults_added=0
+
+_shtab_hippo_mpi_cluster_sync_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--layer-split[layers per rank, such as 14,10\; default\: planned]:layer_split:"
+  "--max-context[maximum length of prompt and answer together\; default\: the model\'s, or what fits]:max_context:"
+  "--revision[revision of the Hugging Face repo]:revision:"
+  "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
+  "--trust-remote-code[allow running code from the checkpoint]"
+  "--whole[give every host all of the model, so that others can go on without it]"
+  "--verify[look first whether what hosts have is still as it arrived\; fetch again what isn\'t]"
+  "--json[print a JSON object]"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  ":folder or Hugging Face repo of an mlx-lm model, as for the run:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_sync_defaults_added=0
 
 _shtab_hippo_mpi_cluster_top_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -632,6 +653,7 @@ _shtab_hippo_mpi_cluster() {
         remove) _arguments -C -s $_shtab_hippo_mpi_cluster_remove_options ;;
         setup) _arguments -C -s $_shtab_hippo_mpi_cluster_setup_options ;;
         stop) _arguments -C -s $_shtab_hippo_mpi_cluster_stop_options ;;
+        sync) _arguments -C -s $_shtab_hippo_mpi_cluster_sync_options ;;
         top) _arguments -C -s $_shtab_hippo_mpi_cluster_top_options ;;
         tune) _arguments -C -s $_shtab_hippo_mpi_cluster_tune_options ;;
       esac

@@ -32,7 +32,7 @@ _EQUAL_SPEED = 1.1  # speeds closer than this are taken for the same: a measurem
 
 
 @dataclass
-class _Introduction:
+class Introduction:
     """What a rank says of itself before anything is agreed on.
 
     Attributes:
@@ -119,7 +119,7 @@ def compare_ranks(world: World, control: Control, arguments: dict[str, str]) -> 
         _compare(introductions)
     except HippoError as error:
         control.fail(error)
-    return _machines(introductions)
+    return machines_of(introductions)
 
 
 def negotiate(
@@ -154,7 +154,7 @@ def negotiate(
             info, draft = model_info(checkpoint, settings, shares_head), _open_draft(find_draft())
             info = info.with_draft(draft.info, constraints.num_draft_tokens) if draft else info
             split = plan_split(
-                info, machines or _machines(introductions), constraints.max_context, constraints.layer_split
+                info, machines or machines_of(introductions), constraints.max_context, constraints.layer_split
             )
         except HippoError as error:
             control.fail(error)
@@ -174,10 +174,10 @@ def _open_draft(source: ModelSource | None) -> DraftModel | None:
     return DraftModel(checkpoint, model_info(checkpoint, KVSettings()))
 
 
-def _introduce(world: World, control: Control, arguments: dict[str, str]) -> _Introduction:
+def _introduce(world: World, control: Control, arguments: dict[str, str]) -> Introduction:
     versions = {name: version(name) for name in ("mlx", "mlx-lm", "hippo-mpi")}
     versions["hippo-mpi's files"] = source_digest()
-    introduction = partial(_Introduction, world.host, versions, arguments, available_bytes())
+    introduction = partial(Introduction, world.host, versions, arguments, available_bytes())
     given = given_speed()
     if len(set(control.hosts)) == 1:  # ranks of one machine are equally fast
         return introduction(given or 1.0, given is None, usual_flops_per_byte())
@@ -200,7 +200,7 @@ def given_speed() -> float | None:
         raise LaunchError(f"{SPEED}: {error}") from None
 
 
-def _compare(introductions: list[_Introduction]) -> None:
+def _compare(introductions: list[Introduction]) -> None:
     """Raise what the ranks found, or what they differ in."""
     for rank, introduction in enumerate(introductions):
         if introduction.error:
@@ -228,7 +228,7 @@ def _differences(first: Any, second: Any) -> str:
     return f"{first} and {second}"
 
 
-def _machines(introductions: list[_Introduction]) -> list[Machine]:
+def machines_of(introductions: list[Introduction]) -> list[Machine]:
     """Return budgets by rank: ranks on one host share its memory, and count as equally fast.
 
     Where somebody has said how fast hosts are, those of which nothing was said have the speed 1.

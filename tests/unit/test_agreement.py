@@ -16,7 +16,7 @@ from hippo_mpi.checkpoint import checkpoint as checkpoints
 from hippo_mpi.checkpoint.checkpoint import Checkpoint
 from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.errors import LaunchError
-from hippo_mpi.runtime.agreement import _Introduction, _machines, given_speed
+from hippo_mpi.runtime.agreement import Introduction, given_speed, machines_of
 from tests import ranks
 from tests.local_ring import open_folder
 from tests.parity.tiny_models import make_checkpoint
@@ -60,10 +60,10 @@ def test_adapters_of_different_scales(checkpoint: Checkpoint, tmp_path: Path, mo
 def introduced(speeds: list[tuple[float, bool]]) -> list[float]:
     """The speeds that are planned with, of hosts whose own were measured (True) or said."""
     told = [
-        _Introduction(f"mini{i}", {}, {}, 8 << 30, speed, is_measured, 30.0)
+        Introduction(f"mini{i}", {}, {}, 8 << 30, speed, is_measured, 30.0)
         for i, (speed, is_measured) in enumerate(speeds)
     ]
-    return [machine.speed for machine in _machines(told)]
+    return [machine.speed for machine in machines_of(told)]
 
 
 def test_speeds_are_relative_and_may_be_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hippo_mpi.checkpoint.spans import (
+from hippo_mpi.views.spans import (
     Span,
     header_bytes,
     merged,
@@ -30,6 +30,7 @@ def bytes_of(spans: list[Span]) -> set[int]:
     return {byte for start, stop in spans for byte in range(start, stop)}
 
 
+@settings(deadline=None)
 @given(SPANS, SPANS, st.integers(1, 20))
 def test_spans_are_sets_of_bytes(some: list[Span], others: list[Span], most: int) -> None:
     assert bytes_of(merged(some)) == bytes_of(some)
