@@ -37,6 +37,8 @@ def doctor(three: Cluster, *options: str) -> tuple[int, dict[str, Any]]:
         "-m",
         "hippo_mpi.cluster",
         "doctor",
+        "--timeout",
+        "40",  # on a busy machine
         "--hostfile",
         str(three.hostfile),
         "--json",
@@ -276,6 +278,46 @@ def test_a_full_disk_and_a_taken_port(tmp_path: Path) -> None:
         assert {(one["check"], one["host"]) for one in said["findings"]} == {
             ("disk-full", "mini1"), ("disk-full", "mini2"), ("port-taken", "mini1"),
         }  # fmt: skip
+
+
+HUB = """
+import http.server
+class Hub(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(401)
+server = http.server.ThreadingHTTPServer(("", 18080), Hub)
+print("on", flush=True)
+server.serve_forever()
+"""
+
+
+def test_models_and_what_mpirun_is(tmp_path: Path) -> None:
+    """A hub that wants a token, one that isn't reached, a model that is too large, and an MPI that is another's."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"x" * 4096)
+    os.truncate(folder / "model.safetensors", 1 << 43)
+    (tmp_path / "here").mkdir()
+    given = f"SetEnv=HF_ENDPOINT=http://192.168.77.1:18080 HF_HOME={tmp_path / 'empty'}"
+    with cluster(tmp_path / "here", [given]) as three:
+        with ranks.single(three.hosts[0].command([sys.executable, "-c", HUB])) as hub:
+            hub.await_output("on")
+            _, said = doctor(three, "--model", "made-up/model")
+        names = {"no-internet", "hub-token"}
+        assert {(one["check"], one["host"]) for one in said["findings"] if one["check"] in names} == {
+            ("no-internet", "127.0.0.1"), ("hub-token", "mini1"), ("hub-token", "mini2"),
+        }  # fmt: skip
+        python = tmp_path / "other" / "python"
+        python.parent.mkdir()
+        python.symlink_to(sys.executable)
+        (python.parent / "mpirun").write_text("#!/bin/sh\necho HYDRA build details:\n")
+        (python.parent / "mpirun").chmod(0o755)
+        rewrite(three, lambda hosts: hosts[2].update(python=str(python)))
+        three.hostfile.write_text(three.hostfile.read_text().replace('"ring"', '"mpi"'))
+        code, said = doctor(three, "--model", str(folder))
+        found = {one["check"]: one for one in said["findings"]}
+        assert code == 2 and "8192.00 GiB" in found["memory-short"]["found"], said
+        assert found["mpi-mixed"]["host"] == "mini2" and "model-missing" not in found, said
 
 
 def test_what_was_saved_is_judged_alike_and_tells_nothing_private(three: Cluster, tmp_path: Path) -> None:

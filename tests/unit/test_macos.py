@@ -37,7 +37,7 @@ def ask_hosts(count: int) -> Any:
 
 
 def test_answers_that_are_damaged_end_nothing() -> None:
-    """Commands that fail, lines that are lost, and bytes that are others: no exception, and no error from what isn't known."""
+    """Commands that fail, and outputs that are cut short: no exception, and no error from what isn't known."""
     draw = random.Random(0)
     cluster, hostfile = next((c, h) for c, h in map(healthy, range(100)) if len(h.hosts) == 3 and c.cables)
     for _ in range(60):
@@ -46,16 +46,11 @@ def test_answers_that_are_damaged_end_nothing() -> None:
             answer = raw(cluster, number, hostfile.hosts)
             for name, one in answer["outputs"].items():
                 if name not in ("versions", "addresses") and draw.random() < 0.5:
-                    lines = one["out"].splitlines(keepends=True)
-                    damaged = "".join(draw.sample(lines, draw.randrange(len(lines) + 1)))
-                    answer["outputs"][name] = draw.choice(
-                        [{**one, "out": damaged}, {"out": "", "err": "", "status": None}]
-                    )
+                    cut = one["out"][: draw.randrange(len(one["out"]) + 1)]
+                    answer["outputs"][name] = draw.choice([{**one, "out": cut}, {"out": "", "err": "", "status": None}])
             hosts.append(Probed(host, read_facts(answer), asked_s=1000.0))
         found = diagnose(hosts)
-        assert not [
-            one for one in found if one.weight == "error" and one.check not in ("jaccl-matrix", "wrong-interface")
-        ]
+        assert not [one for one in found if one.weight == "error"], found
         topology_of(hosts)
         assert list(lines_of(hosts, found))
 
