@@ -23,6 +23,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.errors import FieldError, UserError, install_hint
+from hippo_mpi.transport.processes import give_way
 
 _MAX_KEPT = 32  # compiled grammars; one of 3,000 properties takes some MB
 _COMPILE_TIMEOUT_S = 60.0  # grammar_check.py has shown that it takes seconds, but others may be queued before it
@@ -82,8 +83,8 @@ def call_grammar(tokenizer: TokenizerWrapper, tools: Sequence[dict[str, Any]], a
     if form is None:
         raise FieldError(
             "tools",
-            "calls in this model's format can't be held to a grammar: no tool_choice can force one, and tools can't stand"
-            " beside a response_format",
+            "tool calls in this model's format can't be constrained: tool_choice can't force one, and tools can't be"
+            " combined with response_format",
         )
     starts = [f"call_{number}" for number in range(len(tools))]
     rules, others = [], []
@@ -182,7 +183,7 @@ class GrammarMask:
         """
         if self._matcher.is_error():
             why = " ".join(self._matcher.get_error().partition("<state>")[0].split())[:200]
-            raise FieldError("response_format", f"the answer can't be held to its schema any more: {why}")
+            raise FieldError("response_format", f"the answer can no longer follow its schema: {why}")
         return bool(self._matcher.is_stopped())
 
 
@@ -212,7 +213,7 @@ class Compiling:
         """
         if not self.matcher.done():
             raise FieldError(
-                "response_format", f"the schema was not compiled within {_COMPILE_TIMEOUT_S:.0f} s: make it simpler"
+                "response_format", f"compiling the schema took longer than {_COMPILE_TIMEOUT_S:.0f} s: simplify it"
             )
         return GrammarMask(self.matcher.result().deep_copy(), self.vocab_size, self.eos_token_ids)
 
@@ -252,6 +253,7 @@ class Grammars:
             self._kept.pop(compiling.grammar, None)
 
     def _compile_all(self) -> None:
+        give_way()
         while True:
             compiling = self._todo.get()
             if compiling.matcher.set_running_or_notify_cancel():
