@@ -10,6 +10,7 @@ from typing import Any
 from hippo_mpi.cluster.host_program import visible
 
 SILENT_S = 1.5  # hosts speak every second
+_LOOPBACK = ("lo", "lo0")
 _MAX_INTERFACES = 64
 _MAX_NUMBER = 1e18
 
@@ -96,8 +97,9 @@ class HostState:
         """Return the data interfaces, or else the busiest one, with bytes per second received and sent."""
         found = self.sample.links if self.sample else {}
         known = [name for name in self.data if name in found]
-        others = sorted((name for name in found if name != "lo" and name != "lo0"), key=lambda name: -sum(found[name]))
-        return [(name, *found[name]) for name in known or others[:1]]
+        others = [name for name in found if name not in _LOOPBACK and sum(found[name])]
+        busiest = sorted(others, key=lambda name: -sum(found[name]))[:1]
+        return [(name, *found[name]) for name in known or busiest]
 
 
 @dataclass(frozen=True)
