@@ -58,7 +58,7 @@ def test_a_host_that_falls_silent() -> None:
 
 @pytest.mark.parametrize("change", [
     {"memory": 3}, {"memory": {"total": -1, "free": 0, "ours": 0}}, {"cpu": float("nan")}, {"links": [1]}, {"cpu": "much"},
-    {"links": {"x": [1]}}, {"links": {"x": {"0": 1}}}, {"gpu": {}}, {"memory": {"total": 1e30, "free": 0, "ours": 0}},
+    {"links": {"x": [1]}}, {"links": {"x": {"0": 1}}}, {"gpu": {}}, {"cpu": 10**400}, {"memory": {"total": 1e30, "free": 0, "ours": 0}},
 ])  # fmt: skip
 def test_what_is_no_sample_is_as_if_nothing_was_said(change: dict[str, Any]) -> None:
     one = state()
@@ -101,7 +101,7 @@ def test_a_server_and_its_ranks() -> None:
 
 
 @pytest.mark.parametrize("change", [
-    {"ranks": [{"layers": [0]}]}, {"ranks": 7}, {"now": [[1], [2]]}, {"beat_s": "soon"}, {"running": None}, {"now": [{"busy_s": {}}, {}]},
+    {"ranks": [{"layers": [0]}]}, {"ranks": 7}, {"now": [[1], [2]]}, {"beat_s": "soon"}, {"running": None}, {"running": float("inf")}, {"now": [{"busy_s": 10**400}] * 2}, {"now": [{"busy_s": {}}, {}]},
 ])  # fmt: skip
 def test_answers_that_are_no_servers(change: dict[str, Any]) -> None:
     server = ServerState()
