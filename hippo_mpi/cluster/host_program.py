@@ -177,9 +177,9 @@ class HostProgram:
             try:
                 message = json.loads(line)
                 number, answer = message.get("id"), message.get("answer")
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, RecursionError):
                 continue
-            if isinstance(answer, dict) and number in self._asked:
+            if isinstance(number, int) and isinstance(answer, dict) and number in self._asked:
                 if not self._asked[number].done():
                     self._asked[number].set_result(answer)
             elif number is None:

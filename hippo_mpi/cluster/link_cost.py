@@ -41,15 +41,15 @@ class Cost:
     @property
     def line(self) -> str:
         """What people are told."""
-        is_told = (
-            f"{self.model}: predicted are {self.measured.decode_tps:.1f} tokens/s, and {self.measured.prompt_tps:.0f} of the"
-            f" prompt, over {self.measured.hop_s * 1e3:.2f} ms a hop and {self.measured.bytes_per_s * 8 / 1e9:.3g} Gbit/s"
+        one, usual = self.measured, self.usual
+        told = (
+            f"{self.model} over the slowest link ({one.hop_s * 1e3:.2f} ms a hop, {one.bytes_per_s * 8e-9:.3g} Gbit/s), as"
+            f" predicted: {one.decode_tps:.1f} tokens/s, prompt {one.prompt_tps:.0f} tokens/s"
         )
-        if self.usual is None:
-            return is_told
-        decode = _loss(self.measured.decode_tps, self.usual.decode_tps)
-        prompt = _loss(self.measured.prompt_tps, self.usual.prompt_tps)
-        return f"{is_told}; than over usual links: decode {decode}, prompt {prompt}"
+        if usual is None:
+            return told
+        decode, prompt = _loss(one.decode_tps, usual.decode_tps), _loss(one.prompt_tps, usual.prompt_tps)
+        return f"{told}; decode {decode}, prompt {prompt} than over a usual one"
 
 
 def _loss(rate: float, usual: float) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from hippo_mpi.cluster.facts import Probed
 
 _WIRED_S, _MOST_WIRED_S = 0.4e-3, 2e-3  # usual round trips, and what is too long
+_MAX_BITS_PER_S = 1e15  # of what a host may say
 _TCP_SHARE = 0.94  # of an Ethernet link's rate: what headers leave
 _LEAST_ETHERNET, _LEAST_THUNDERBOLT = 0.8, 0.25  # of a link's rate: below is slow
 
@@ -73,11 +74,13 @@ def kinds_of(host: Probed, told: Mapping[str, Any]) -> dict[str, LinkKind]:
 
 def _linux_kind(about: Mapping[str, Any]) -> LinkKind | None:
     rate = about.get("bits_per_s")
+    if not isinstance(rate, int) or not 0 < rate < _MAX_BITS_PER_S:
+        rate = None
     if about.get("kind") == "wifi":
         return WIFI
     if about.get("kind") == "thunderbolt":
-        return thunderbolt(rate if isinstance(rate, int) else 40e9)
-    return ethernet(rate) if about.get("kind") == "ethernet" and isinstance(rate, int) and rate > 0 else None
+        return thunderbolt(rate or 40e9)
+    return ethernet(rate) if about.get("kind") == "ethernet" and rate else None
 
 
 def macos_kinds(ports: str, addresses: str, buses: str) -> dict[str, LinkKind]:

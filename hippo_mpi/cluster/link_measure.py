@@ -161,6 +161,8 @@ async def _run(
     """
     one, other = ends
     port = (await other.ask(_SPARE_S, do="listen", address=pair.address)).get("port")
+    if not isinstance(port, int) or not 0 < port < 1 << 16:
+        raise OSError("its answer can't be read")
     told = {"port": port, "token": secrets.token_hex(32), "streams": streams, "seconds": seconds, **settings}
     limit_s = seconds + _SPARE_S
     calling = asyncio.ensure_future(one.ask(limit_s, do="call", address=pair.address, role=roles[0], **told))

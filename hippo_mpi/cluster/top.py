@@ -92,7 +92,7 @@ class Watch:
                 server.hear_tokens(fetch_tokens(self._url), time.monotonic())
             except OSError as error:
                 server.fail(f"{self._url} doesn't answer: {getattr(error, 'reason', None) or error}")
-            except ValueError:
+            except (ValueError, RecursionError):
                 pass  # a proxy's own page, or metrics that aren't public
             time.sleep(_SERVER_S)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from hippo_mpi.cluster.host_program import visible
 
 SILENT_S = 1.5  # hosts speak every second
+_LOOPBACK = ("lo", "lo0")
 _MAX_INTERFACES = 64
 _MAX_NUMBER = 1e18
 
@@ -54,7 +54,7 @@ def read_sample(message: Mapping[str, Any]) -> Sample:
 
 
 def _number(value: Any) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value < _MAX_NUMBER:
+    if not isinstance(value, int | float) or not 0 <= value < _MAX_NUMBER:
         raise ValueError(value)
     return float(value)
 
@@ -96,8 +96,9 @@ class HostState:
         """Return the data interfaces, or else the busiest one, with bytes per second received and sent."""
         found = self.sample.links if self.sample else {}
         known = [name for name in self.data if name in found]
-        others = sorted((name for name in found if name != "lo" and name != "lo0"), key=lambda name: -sum(found[name]))
-        return [(name, *found[name]) for name in known or others[:1]]
+        others = [name for name in found if name not in _LOOPBACK and any(found[name])]
+        busiest = sorted(others, key=lambda name: -sum(found[name]))[:1]
+        return [(name, *found[name]) for name in known or busiest]
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class ServerState:
         try:
             self.ranks = _ranks(status, self._before)
             model = visible(str(status.get("model", "")), 60)
-            counts = f"{int(status['running']):,} running, {int(status['waiting']):,} waiting"
+            counts = f"{_number(status['running']):,.0f} running, {_number(status['waiting']):,.0f} waiting"
         except (ValueError, LookupError, TypeError, AttributeError):
             self.fail("its answer can't be read")
             return
@@ -159,7 +160,10 @@ def _ranks(status: Mapping[str, Any], before: Mapping[str, Any]) -> list[RankSta
         start, stop = (int(_number(one)) for one in about["layers"])
         busy = hop_ms = 0.0
         if passed_s > 0 and rank < len(now) and rank < len(earlier) and now[rank] and earlier[rank]:
-            grown = {name: now[rank][name] - earlier[rank][name] for name in ("busy_s", "hop_s", "num_hops")}
+            grown = {
+                name: _number(now[rank][name]) - _number(earlier[rank][name])
+                for name in ("busy_s", "hop_s", "num_hops")
+            }
             busy = min(1.0, max(0.0, grown["busy_s"] / passed_s))
             hop_ms = 1e3 * max(0.0, grown["hop_s"]) / grown["num_hops"] if grown["num_hops"] > 0 else 0.0
         found.append(RankState(visible(str(about["host"]), 40), (start, stop), busy, hop_ms))

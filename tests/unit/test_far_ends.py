@@ -161,3 +161,40 @@ def test_a_host_that_never_speaks_is_given_up(tmp_path: Path, monkeypatch: pytes
         assert await start(refused, START_S) == "mini9 lets nobody in: kex: ?[31mConnection refused"
 
     asyncio.run(run())
+
+
+def test_a_host_may_answer_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no answer is passed over; what is one is shown without control characters; endless lines end it."""
+    nested = "[" * 100_000
+    lines = [
+        "no JSON",
+        "7",
+        "null",
+        '{"id": [], "answer": {}}',
+        '{"id": 99, "answer": {}}',
+        '{"id": 0, "answer": 3}',
+        nested,
+    ]
+    answer = '{"id": 0, "answer": {"error": "\\u001b[2Jgone"}}'
+    (tmp_path / "said").write_text("\n".join([*lines, answer, ""]))
+    ssh = tmp_path / "ssh"
+    ssh.write_text(
+        f"#!/bin/sh\necho hippo-program-begins; read a; read b; cat {tmp_path}/said; read c; yes | tr -d '\\n'\n"
+    )
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    heard: list[object] = []
+
+    async def run() -> None:
+        one = HostProgram(Host("mini9"), heard.append)
+        try:
+            await one.start("link_end", START_S)
+            with pytest.raises(OSError, match=r"^\?\[2Jgone$"):
+                await one.ask(START_S, do="counters")
+            with pytest.raises(HostLost, match="mini9 is lost"):
+                await one.ask(START_S, do="counters")
+        finally:
+            await one.close()
+
+    asyncio.run(run())
+    assert not heard

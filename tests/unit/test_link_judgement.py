@@ -160,7 +160,7 @@ def test_kinds_on_linux_come_from_the_other_end_of_ssh_and_may_be_anything() -> 
     told: dict[str, Any] = {
         "eth0": {"kind": "ethernet", "bits_per_s": 2_500_000_000}, "wlan0": {"kind": "wifi", "bits_per_s": None},
         "thunderbolt0": {"kind": "thunderbolt", "bits_per_s": None}, "wg0": {"kind": "other"}, "x": 7,
-        "y": {"kind": "ethernet", "bits_per_s": "fast"},
+        "y": {"kind": "ethernet", "bits_per_s": "fast"}, "z": {"kind": "ethernet", "bits_per_s": 10**400},
     }  # fmt: skip
     kinds = kinds_of(two_hosts()[1], told)
     assert kinds == {"eth0": ethernet(2.5e9), "wlan0": WIFI, "thunderbolt0": thunderbolt(40e9)}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from hippo_mpi.cluster.facts import Probed
 from hippo_mpi.cluster.hostfile import Host
+from hippo_mpi.cluster.server_answers import fetch_status, fetch_tokens
 from hippo_mpi.cluster.top import data_interfaces
 from hippo_mpi.cluster.top_end import busy_share, read_ioreg, read_meminfo, read_ps, read_stat, read_vm_stat
 from hippo_mpi.cluster.top_state import HostState, ServerState, read_sample
@@ -55,7 +58,7 @@ def test_a_host_that_falls_silent() -> None:
 
 @pytest.mark.parametrize("change", [
     {"memory": 3}, {"memory": {"total": -1, "free": 0, "ours": 0}}, {"cpu": float("nan")}, {"links": [1]}, {"cpu": "much"},
-    {"links": {"x": [1]}}, {"links": {"x": {"0": 1}}}, {"gpu": {}}, {"memory": {"total": 1e30, "free": 0, "ours": 0}},
+    {"links": {"x": [1]}}, {"links": {"x": {"0": 1}}}, {"gpu": {}}, {"cpu": 10**400}, {"memory": {"total": 1e30, "free": 0, "ours": 0}},
 ])  # fmt: skip
 def test_what_is_no_sample_is_as_if_nothing_was_said(change: dict[str, Any]) -> None:
     one = state()
@@ -98,13 +101,40 @@ def test_a_server_and_its_ranks() -> None:
 
 
 @pytest.mark.parametrize("change", [
-    {"ranks": [{"layers": [0]}]}, {"ranks": 7}, {"now": [[1], [2]]}, {"beat_s": "soon"}, {"running": None}, {"now": [{"busy_s": {}}, {}]},
+    {"ranks": [{"layers": [0]}]}, {"ranks": 7}, {"now": [[1], [2]]}, {"beat_s": "soon"}, {"running": None}, {"running": float("inf")}, {"now": [{"busy_s": 10**400}] * 2}, {"now": [{"busy_s": {}}, {}]},
 ])  # fmt: skip
 def test_answers_that_are_no_servers(change: dict[str, Any]) -> None:
     server = ServerState()
     server.hear(READY)
     server.hear(READY | {"beat_s": 11.0} | change)
     assert shown([state()], server)
+
+
+def test_what_a_server_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIPPO_API_KEYS", "first,second")
+    bodies = {"/ready": (503, '{"ready": false}'), "/metrics": (200, "# HELP x\nhippo_generated_tokens_total 7.0\n")}
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = bodies[self.path]
+            self.send_response(status if self.headers["Authorization"] == "Bearer first" else 401)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert fetch_status(url) == {"ready": False} and fetch_tokens(url) == 7.0
+        bodies["/metrics"] = (200, "<html>a proxy's page</html>")
+        with pytest.raises(ValueError, match="no hippo_generated_tokens_total"):
+            fetch_tokens(url)
+        monkeypatch.setenv("HIPPO_API_KEYS", "")
+        with pytest.raises(OSError):
+            fetch_tokens(url)
+        server.shutdown()
 
 
 def test_many_hosts_fit_a_small_terminal() -> None:
