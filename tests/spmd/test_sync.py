@@ -171,7 +171,7 @@ def held(two: Bed, number: int) -> int:
 def alone() -> list[int]:
     """Tokens that one rank gives."""
     with ranks.single([str(ranks.BIN / "hippo_mpi.generate"), "--json", "--max-tokens", "30"]) as running:
-        assert running.wait() == 0, running.err
+        assert running.wait(_PATIENCE_S) == 0, running.err
         return list(json.loads(running.out)["token_ids"])
 
 
