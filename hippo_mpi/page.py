@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from hippo_mpi.cluster.server_answers import fetch_status, own_key
 from hippo_mpi.config import checks
 from hippo_mpi.config.parser import Once, OptionsParser, option
 from hippo_mpi.config.serve_options import API_KEYS, ServeOptions
 from hippo_mpi.config.yaml_file import read_config, words_of
 from hippo_mpi.errors import HippoError, UserError, install_hint, print_error
 from hippo_mpi.serving.addresses import TRUST_HINT, is_loopback, is_untrusted, url_of, url_to_ask
-from hippo_mpi.serving.page.cluster_view import ClusterView, fetch_status, own_key
+from hippo_mpi.serving.page.cluster_view import ClusterView
 
 _REQUEST_TIMEOUT_S = 5.0
 _URL = url_of(ServeOptions.address, ServeOptions.port)

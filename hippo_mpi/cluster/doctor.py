@@ -5,23 +5,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi.cluster.checks import ERROR, Finding, diagnose
+from hippo_mpi.cluster.checks import diagnose
 from hippo_mpi.cluster.facts import Facts, Probed, read_facts
+from hippo_mpi.cluster.findings import ERROR, Finding
 from hippo_mpi.cluster.hostfile import Host, Hostfile
 from hippo_mpi.cluster.remote import ask
 from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.units import show_bytes
 
+_SAVED = ("error", "noise", "asked_s", "raw", "backend", "envs", "model")
 _TIMEOUT_S = 5.0  # for hosts to answer after a run that has failed
 # What tells one machine or person from another; each becomes a number, the same everywhere.
 _PRIVATE = re.compile(
     r"(?P<mac>\b(?:[0-9a-f]{2}:){5}[0-9a-f]{2}\b)|(?P<uuid>\b[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\b)"
-    r"|(?<=/home/)(?P<user>[\w.-]+)|(?<=/Users/)(?P<account>[\w.-]+)|(?P<id>\b[0-9a-f]{32}\b)"
+    r"|(?<=/home/)(?P<user>[\w.-]+)|(?<=/Users/)(?P<account>[\w.-]+)|(?P<id>\b[0-9a-f]{32}\b)|(?P<guid>\b(?:0x)?[0-9A-Fa-f]{16}\b)"
 )
 
 
@@ -37,12 +39,18 @@ def lines_of(hosts: Sequence[Probed], findings: Sequence[Finding]) -> Iterator[s
     """Return what people are told: a line per host, then the findings."""
     width = max(len(host.host.ssh) for host in hosts)
     for host in hosts:
-        yield f"{host.host.ssh:{width}}  {_line_of(host.facts) if host.facts else f'is not known: {host.error}'}"
+        about = _line_of(host.facts) if host.facts else f"is not known: {host.error}"
+        yield _printable(f"{host.host.ssh:{width}}  {about}")
     for one in findings:
-        yield f"{one.weight}: {one.check} on {one.host}: {one.found}"
-        yield f"  {one.fix}"
+        yield _printable(f"{one.weight}: {one.check} on {one.host}: {one.found}")
+        yield _printable(f"  {one.fix}")
     if not findings:
         yield "nothing is wrong"
+
+
+def _printable(text: str) -> str:
+    """Return a text without what a terminal would obey: other hosts have written parts of it."""
+    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def _line_of(facts: Facts) -> str:
@@ -53,7 +61,10 @@ def _line_of(facts: Facts) -> str:
     addresses = ", ".join(
         f"{a.ip} {one.name}" for one in facts.interfaces or () for a in one.addresses if not a.ip.is_loopback
     )
-    return f"{facts.system} {facts.release}; {packages or 'no Python for ranks'}; {memory}; {addresses or 'no address'}"
+    system = f"{facts.system} {facts.release}"
+    if mac := facts.mac:
+        system = ", ".join(filter(None, (mac.model, mac.chip, mac.version and f"macOS {mac.version}"))) or system
+    return f"{system}; {packages or 'no Python for ranks'}; {memory}; {addresses or 'no address'}"
 
 
 def to_json(hosts: Sequence[Probed], findings: Sequence[Finding]) -> str:
@@ -79,10 +90,7 @@ def save(hosts: Sequence[Probed], path: Path) -> None:
     Raises:
         UserError: it can't be written.
     """
-    asked = [
-        {"host": asdict(host.host), "error": host.error, "noise": host.noise, "asked_s": host.asked_s, "raw": host.raw}
-        for host in hosts
-    ]
+    asked = [{"host": asdict(host.host)} | {name: getattr(host, name) for name in _SAVED} for host in hosts]
     numbers: dict[str, str] = {}
 
     def number_of(found: re.Match[str]) -> str:
@@ -114,4 +122,5 @@ def read_saved(path: Path) -> list[Probed]:
 def _probed(one: dict[str, Any]) -> Probed:
     host = Host(one["host"]["ssh"], tuple(one["host"]["ips"]), tuple(one["host"]["rdma"]), one["host"]["python"])
     facts = read_facts(one["raw"]) if one["raw"] else None
-    return Probed(host, facts, one["error"], one["noise"], one["asked_s"], one["raw"])
+    saved = Probed(host, facts, one["error"], one["noise"], one["asked_s"], one["raw"])
+    return replace(saved, backend=one.get("backend"), envs=tuple(one.get("envs", ())), model=one.get("model"))

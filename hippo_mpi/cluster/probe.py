@@ -6,6 +6,8 @@ and no file is left.
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import os
 import platform
@@ -18,7 +20,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-COMMAND_S = 4.0
 CONNECT_S = 2.0
 VERSIONS = """
 import importlib.metadata as m, json, platform
@@ -27,31 +28,68 @@ def of(name):
     except m.PackageNotFoundError: return None
 print(json.dumps({"Python": platform.python_version(), **{n: of(n) for n in ("hippo-mpi", "mlx", "mlx-lm")}}))
 """
+MAC_SETTINGS = ["hw.memsize", "hw.model", "machdep.cpu.brand_string", "iogpu.wired_limit_mb", "kern.maxfilesperproc"]
+GOVERNOR = "/sys/devices/system/cpu/cpu0/cpufreq/"
+SERVICE_SETTINGS = """
+/usr/sbin/networksetup -listallnetworkservices | sed 1d | while IFS= read -r name; do
+  echo "== ${name#\\*}"
+  /usr/sbin/networksetup -getinfo "${name#\\*}"
+done
+"""
+HUB = """
+import os, sys, urllib.error, urllib.request
+home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+token = os.environ.get("HF_TOKEN", "")
+try: token = token or open(home + "/token").read().strip()
+except OSError: pass
+url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/api/models/" + sys.argv[1]
+request = urllib.request.Request(url, headers={"Authorization": "Bearer " + token} if token else {})
+try: print(urllib.request.urlopen(request, timeout=5).status)
+except urllib.error.HTTPError as error: print(error.code)
+except OSError as error: print(error)
+"""
 COMMANDS = {
     "Linux": {
         "addresses": ["ip", "-j", "addr"],
+        "routes": ["ip", "-j", "route"],
         "memory": ["cat", "/proc/meminfo"],
+        "footprints": ["ps", "-A", "-o", "rss=,pid=,comm="],
         "processes": ["ps", "-A", "-ww", "-o", "pid=,ppid=,user=,etime=,args="],
         "machine": ["cat", "/etc/machine-id"],
+        "firewall": ["sh", "-c", "PATH=$PATH:/usr/sbin:/sbin nft list ruleset"],
+        "governor": ["cat", GOVERNOR + "scaling_driver", GOVERNOR + "scaling_governor"],
     },
     "Darwin": {
         "addresses": ["/sbin/ifconfig", "-a"],
+        "routes": ["/usr/sbin/netstat", "-rn", "-f", "inet"],
         "memory": ["/usr/bin/vm_stat"],
+        "footprints": ["/usr/bin/top", "-l", "1", "-stats", "mem,pid,command"],
         "processes": ["/bin/ps", "-A", "-ww", "-o", "pid=,ppid=,user=,etime=,args="],
         "system": ["/usr/bin/sw_vers"],
-        "settings": ["/usr/sbin/sysctl", "-n", "hw.memsize", "iogpu.wired_limit_mb", "kern.maxfilesperproc"],
+        "settings": ["/usr/sbin/sysctl", *MAC_SETTINGS],
         "thunderbolt": ["/usr/sbin/system_profiler", "SPThunderboltDataType", "-json"],
         "ports": ["/usr/sbin/networksetup", "-listallhardwareports"],
+        "services": ["/usr/sbin/networksetup", "-listnetworkserviceorder"],
+        "service settings": ["/bin/sh", "-c", SERVICE_SETTINGS],
+        "location": ["/usr/sbin/networksetup", "-getcurrentlocation"],
         "rdma": ["/usr/bin/rdma_ctl", "status"],
+        "rdma at boot": ["/usr/sbin/nvram", "rdma-enable"],
+        "rdma devices": ["/usr/bin/ibv_devices"],
+        "rdma ports": ["/usr/bin/ibv_devinfo"],
         "power": ["/usr/bin/pmset", "-g", "custom"],
+        "power source": ["/usr/bin/pmset", "-g", "batt"],
+        "heat": ["/usr/bin/pmset", "-g", "therm"],
+        "encryption": ["/usr/bin/fdesetup", "status"],
+        "firewall": ["/usr/libexec/ApplicationFirewall/socketfilterfw", "--getglobalstate"],
+        "exo": ["/bin/launchctl", "print", "system/io.exo.networksetup"],
     },
 }
 
 
-def run(words: list[str]) -> dict[str, Any]:
+def run(words: list[str], limit_s: float) -> dict[str, Any]:
     """Return what a command prints, by stream, and its status; None as status: there is no such command, or no end."""
     try:
-        found = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_S)
+        found = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s)
         return {
             "out": found.stdout.decode("utf-8", "replace"), "err": found.stderr.decode("utf-8", "replace"),
             "status": found.returncode,
@@ -71,23 +109,46 @@ def bind(address: str, port: int) -> str:
             return error.strerror or str(error)
 
 
-def reach(address: str) -> dict[str, str | None]:
-    """Return by which own address another is called, and "" if it is there: a refused connection shows that, too."""
-    source = None
+def reach(address: str, limit_s: float) -> dict[str, Any]:
+    """Return how another address is called, and "" if it is there: a refused connection shows that, too.
+
+    On macOS also which interface leads there, and if Python isn't let, whether Apple's own nc is.
+    """
+    found: dict[str, Any] = {"source": None, "why": "", "number": 0}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         try:
             one.connect((address, 9))
-            source = one.getsockname()[0]
+            found["source"] = one.getsockname()[0]
         except OSError:
             pass
+    began_s = time.monotonic()
     try:
         socket.create_connection((address, 9), CONNECT_S).close()
-        why = ""
     except ConnectionRefusedError:
-        why = ""
+        pass
     except OSError as error:
-        why = error.strerror or "timed out"
-    return {"source": source, "why": why}
+        found["why"], found["number"] = error.strerror or "timed out", error.errno
+    found["seconds"] = time.monotonic() - began_s
+    if platform.system() == "Darwin":
+        found["route"] = run(["/sbin/route", "-n", "get", address], limit_s)
+        if found["number"] == errno.EHOSTUNREACH:
+            found["nc"] = run(["/usr/bin/nc", "-z", "-G", "2", address, "22"], limit_s)
+    return found
+
+
+def model_bytes(model: str) -> dict[str, int] | None:
+    """Return the bytes of a model's weights, and how many of them are here; None: it comes with the package."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+    name = model.replace("/", "--")
+    folders = [os.path.expanduser(model), f"{home}/hub/models--{name}/snapshots/*", f"{home}/hippo_mpi/{name}--*"]
+    if "/" not in model and not os.path.isdir(folders[0]):
+        return None
+    sizes, here = [0], [0]
+    for folder in [path for pattern in folders for path in glob.glob(pattern)]:
+        files = [os.stat(path) for path in glob.glob(f"{folder}/*.safetensors") if os.path.exists(path)]
+        sizes.append(sum(one.st_size for one in files))
+        here.append(sum(min(one.st_size, one.st_blocks * 512) for one in files))
+    return {"size": max(sizes), "here": max(here)}
 
 
 def cache_folder() -> str:
@@ -98,7 +159,15 @@ def cache_folder() -> str:
     return path
 
 
-def main(python: str, own: list[str], others: list[str], free: list[int]) -> None:
+def main(
+    python: str,
+    own: list[str],
+    others: list[str],
+    free: list[int],
+    model: str | None = None,
+    backend: str | None = None,
+    limit_s: float = 8.0,
+) -> None:
     """Print everything.
 
     Args:
@@ -106,18 +175,27 @@ def main(python: str, own: list[str], others: list[str], free: list[int]) -> Non
         own: addresses that the host should have.
         others: those that it should reach.
         free: ports on which nobody should listen.
+        model: that the ranks are to run; None: not known.
+        backend: that they are to use; None: not known.
+        limit_s: for each command.
     """
     commands = dict(COMMANDS.get(platform.system(), {}))
-    commands["versions"] = [os.path.expanduser(python), "-c", VERSIONS]
+    python = os.path.expanduser(python)
+    commands["versions"] = [python, "-c", VERSIONS]
+    if backend == "mpi":
+        commands["mpi"] = ["env", f"PATH={os.path.dirname(python)}:{os.environ.get('PATH', '')}", "mpirun", "--version"]
+    if model and "/" in model and not os.path.exists(os.path.expanduser(model)):
+        commands["hub"] = [sys.executable, "-c", HUB, model]
     with ThreadPoolExecutor(16) as pool:
-        outputs = {name: pool.submit(run, words) for name, words in commands.items()}
-        reached = {address: pool.submit(reach, address) for address in others}
+        outputs = {name: pool.submit(run, words, limit_s) for name, words in commands.items()}
+        reached = {address: pool.submit(reach, address, limit_s) for address in others}
         facts = {
             "system": platform.system(), "release": platform.release(), "name": socket.gethostname(),
-            "python": sys.executable, "home": os.path.expanduser("~"), "shell": os.environ.get("SHELL", ""),
+            "python": sys.executable, "home": os.path.expanduser("~"), "ranks_python": python, "shell": os.environ.get("SHELL", ""),
             "clock": time.time(), "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             "cache": cache_folder(), "cache_free": shutil.disk_usage(cache_folder()).free,
             "environment": {n: v for n, v in os.environ.items() if n.startswith("MLX_") or n == "SSH_CONNECTION"},
+            "model": model_bytes(model) if model else None,
             "own": {address: bind(address, 0) for address in own},
             "taken": {str(port): why for port in free for why in [bind("", port)] if why},
             "outputs": {name: one.result() for name, one in outputs.items()},

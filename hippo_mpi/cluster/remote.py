@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +22,35 @@ from hippo_mpi.transport.run_key import SSH
 
 _MARK = "hippo-probe-begins"  # what comes before it is no answer, but what a shell prints at each login
 _PYTHONS = ("python3", "python3.12", "python3.11", "/opt/homebrew/bin/python3", "/usr/local/bin/python3")
+# Without Apple's command line tools macOS's own python3 only opens a window that asks for them.
+_IS_STUB = (
+    '[ "$(uname)" = Darwin ] && [ "$(command -v "$python")" = /usr/bin/python3 ]'
+    " && ! /usr/bin/xcode-select -p >/dev/null 2>&1"
+)
 NO_PYTHON = "no Python"
+_SHARE = 0.7  # of the time for all of an answer, that one command may take
 
 
-def ask(hostfile: Hostfile, ports: Sequence[int], timeout_s: float) -> list[Probed]:
+def ask(hostfile: Hostfile, ports: Sequence[int], timeout_s: float, model: str | None = None) -> list[Probed]:
     """Return what every host of a hostfile says of itself, by rank.
 
     Args:
         hostfile: whose neighbors in the ring are called, and from everywhere rank 0.
         ports: that should be free.
         timeout_s: for all of a host's answer.
+        model: that the ranks are to run, if that is known.
     """
     with ThreadPoolExecutor(len(hostfile.hosts)) as pool:
-        return list(pool.map(lambda rank: _ask(hostfile, rank, ports, timeout_s), range(len(hostfile.hosts))))
+        asked = pool.map(lambda rank: _ask(hostfile, rank, ports, timeout_s, model), range(len(hostfile.hosts)))
+        return [replace(one, backend=hostfile.backend, envs=hostfile.envs, model=model) for one in asked]
 
 
-def _ask(hostfile: Hostfile, rank: int, ports: Sequence[int], timeout_s: float) -> Probed:
+def _ask(hostfile: Hostfile, rank: int, ports: Sequence[int], timeout_s: float, model: str | None) -> Probed:
     host, following = hostfile.hosts[rank], hostfile.hosts[(rank + 1) % len(hostfile.hosts)]
     others = list(following.ips) if len(hostfile.hosts) > 1 else []
     is_here = host.ssh == THIS_MACHINE
     python = sys.executable if is_here or not host.python else host.python
-    given = (python, list(host.ips), others, list(ports))
+    given = (python, list(host.ips), others, list(ports), model, hostfile.backend, _SHARE * timeout_s)
     program = f"{Path(probe.__file__).read_text()}\n\nmain(*{given!r})"
     asked_s = time.time()
     command = (
@@ -65,6 +74,7 @@ def _script(python: str, program: str) -> str:
     words = " ".join([quoted(python), *map(shlex.quote, _PYTHONS)])
     return (
         f"echo {_MARK}\nfor python in {words}; do\n"
+        f"  if {_IS_STUB}; then continue; fi\n"
         '  if "$python" -c "import sys; sys.exit(sys.version_info < (3, 8))" 2>/dev/null; then\n'
         f"    exec \"$python\" - <<'{_MARK}'\n{program}\n{_MARK}\n  fi\ndone\necho '{NO_PYTHON}'\n"
     )

@@ -31,8 +31,14 @@ _shtab_hippo_mpi_cluster_commands() {
   local _commands=(
     convert:'print a list of hosts in another format'
     doctor:'say what is wrong with hosts, and what to do'
+    find:'list machines that announce their ssh server, and the link to each'
+    link:'measure the links between hosts'
+    remove:'take away all that setup and tune have put on a host'
+    setup:'from bare machines to a first token, and a hostfile; safe to repeat'
     stop:'end ranks whose starter is gone'
     sync:'give each host the bytes of its own layers'
+    top:'show what hosts do, live in the terminal'
+    tune:'settings of hosts that matter to ranks: shown, changed after a yes, put back'
   )
   _describe 'hippo-mpi cluster commands' _commands
 }
@@ -208,7 +214,8 @@ _shtab_hippo_mpi_cluster_doctor_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "--starting-port[look whether this port and those of the other ranks are free]:starting_port:"
-  "--check[only these checks, by their names]:NAME:(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ address-missing address-clash self-assigned vpn-path wrong-interface link-down mtu-differs port-taken names-same stale-ranks disk-full memory-taken open-files fast-synch clock)"
+  "--check[only these checks, by their names]:NAME:(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ names-same stale-ranks disk-full memory-taken open-files fast-synch clock address-missing address-clash vpn-path wrong-interface link-down mtu-differs port-taken bridge-loop cable-absent cable-slow self-assigned rdma-impossible rdma-off jaccl-matrix rdma-no-ipv4 rdma-port-down memory-short mpi-mixed model-missing hub-token no-internet path-private local-network-privacy firewall wired-stranded wired-limit other-daemon sleeps low-power hot filevault-reboot)"
+  "--model[look whether this model, a path or a repo on the hub, is there, fits, and can be downloaded]:model:"
   "--json[print a JSON object]"
   "--save[write what the hosts answered to this file, without what is private]:FILE:"
   "--from[judge what --save has written, instead of asking]:FILE:"
@@ -219,6 +226,54 @@ _shtab_hippo_mpi_cluster_doctor_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_doctor_defaults_added=0
+
+_shtab_hippo_mpi_cluster_find_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--json[print a JSON array]"
+  "--timeout[seconds to look (default\: 4.0)]:timeout:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_find_defaults_added=0
+
+_shtab_hippo_mpi_cluster_link_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--all[every pair of hosts, not only neighbors in the ring]"
+  "--seconds[how long each rate is measured (default\: 1.5)]:seconds:"
+  "--model[say what the links cost when this model runs over them, as predicted]:model:"
+  "--json[print a JSON object\; times in seconds, rates in bytes per second]"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_link_defaults_added=0
+
+_shtab_hippo_mpi_cluster_remove_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--hostfile[hostfile that setup wrote, which loses the host (default\: hosts.json)]:FILE:"
+  "--yes[change the host without asking]"
+  ":host, as ssh knows it:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_remove_defaults_added=0
+
+_shtab_hippo_mpi_cluster_setup_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--hostfile[hostfile to write (default\: hosts.json)]:FILE:"
+  "--yes[change hosts without asking\; ssh still asks about fingerprints and passwords]"
+  "--timeout[seconds for a host to say what it is (default\: 20.0)]:timeout:"
+  "(*)::hosts beside this machine, as ssh knows them\; those of the hostfile, if it is there, too:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_setup_defaults_added=0
 
 _shtab_hippo_mpi_cluster_stop_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -251,6 +306,35 @@ _shtab_hippo_mpi_cluster_sync_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_sync_defaults_added=0
+
+_shtab_hippo_mpi_cluster_top_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--server[URL of a server, to show its ranks, too\; its key from HIPPO_API_KEYS]:URL:"
+  "--once[print it once, and stop]"
+  "--json[print a JSON object a second\; with --once, one]"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_top_defaults_added=0
+
+_shtab_hippo_mpi_cluster_tune_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--apply[change what should be changed, after a yes]"
+  "--undo[put back what --apply has changed, after a yes]"
+  "--yes[change hosts without asking]"
+  "--wired-limit[MB that a Mac\'s GPU may hold, instead of as many as are safe]:MB:"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_tune_defaults_added=0
 
 _shtab_hippo_mpi_completion_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -564,8 +648,14 @@ _shtab_hippo_mpi_cluster() {
       case $line[1] in
         convert) _arguments -C -s $_shtab_hippo_mpi_cluster_convert_options ;;
         doctor) _arguments -C -s $_shtab_hippo_mpi_cluster_doctor_options ;;
+        find) _arguments -C -s $_shtab_hippo_mpi_cluster_find_options ;;
+        link) _arguments -C -s $_shtab_hippo_mpi_cluster_link_options ;;
+        remove) _arguments -C -s $_shtab_hippo_mpi_cluster_remove_options ;;
+        setup) _arguments -C -s $_shtab_hippo_mpi_cluster_setup_options ;;
         stop) _arguments -C -s $_shtab_hippo_mpi_cluster_stop_options ;;
         sync) _arguments -C -s $_shtab_hippo_mpi_cluster_sync_options ;;
+        top) _arguments -C -s $_shtab_hippo_mpi_cluster_top_options ;;
+        tune) _arguments -C -s $_shtab_hippo_mpi_cluster_tune_options ;;
       esac
   esac
 }

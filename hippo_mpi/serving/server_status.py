@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
+from hippo_mpi.cluster.server_answers import fetch_status
 from hippo_mpi.config.parser import OptionsParser, option
 from hippo_mpi.config.serve_options import API_KEYS
 from hippo_mpi.errors import UserError, print_error
 from hippo_mpi.serving.addresses import TRUST_HINT, is_untrusted, url_to_ask
-from hippo_mpi.serving.page.cluster_view import COLUMNS, ClusterView, fetch_status
+from hippo_mpi.serving.page.cluster_view import COLUMNS, ClusterView
 
 _LOOK_INTERVAL_S = 1.2  # longer than the second after which rank 0 reports anew how busy the ranks are
 

@@ -337,13 +337,16 @@ def test_a_disk_too_full_for_the_audit_log(tmp_path: Path) -> None:
             with pytest.raises(openai.InternalServerError, match="the audit log can't be written, and this server"):
                 ask()
             assert "hippo_audit_lost_requests 1.0" in found.get("/metrics")
-            assert "can't be written (No space left on device): it lacks 1 request" in found.running.err
+            assert (
+                "can't be written (No space left on device): 1 request answered without being logged"
+                in found.running.err
+            )
             filler.unlink()
             ask()
         verify = subprocess.run([ranks.BIN / "hippo_mpi.audit", "verify", log], capture_output=True, text=True)
         assert verify.stdout.splitlines()[:2] == [
             "intact: 3 lines in 1 file",
-            "line 2: lacks 1 request (No space left on device)",
+            "line 2: 1 request not logged (No space left on device)",
         ], verify.stderr
 
 

@@ -22,6 +22,9 @@ class Options(HostOptions):
         None, "look whether this port and those of the other ranks are free", check=checks.port
     )
     check: Sequence[str] = option((), "only these checks, by their names", nargs="+", choices=NAMES, metavar="NAME")
+    model: str | None = option(
+        None, "look whether this model, a path or a repo on the hub, is there, fits, and can be downloaded"
+    )
     json: bool = option(False, "print a JSON object")
     save: Path | None = option(
         None, "write what the hosts answered to this file, without what is private", check=Path, metavar="FILE"
@@ -43,7 +46,7 @@ def run(options: Options) -> int:
         hostfile = hosts_meant(options)
         first = options.starting_port
         ports = range(first, first + sum(max(1, len(host.ips)) for host in hostfile.hosts)) if first else ()
-        hosts = ask(hostfile, ports, options.timeout)
+        hosts = ask(hostfile, ports, options.timeout, options.model)
     if options.save:
         doctor.save(hosts, options.save)
     findings = diagnose(hosts, options.check)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,9 @@ from hippo_mpi.config import checks
 from hippo_mpi.config.parser import option
 from hippo_mpi.errors import UserError
 from hippo_mpi.transport.ports import THIS_MACHINE
+
+HOSTFILE = Path("hosts.json")
+"""What setup writes if no other name is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,3 +45,13 @@ def agrees(question: str) -> bool:
     """Ask, and return whether the answer is a yes; the end of the input is none."""
     print(question, end="", flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def agreement_of(is_given: bool) -> Callable[[str], bool]:
+    """Return what asks a person, or answers yes by itself."""
+    return (lambda question: True) if is_given else agrees
+
+
+def tell(host: str, step: str, what: str) -> None:
+    """Print what was done on a host, or, without one, on all."""
+    print(f"{host or 'all hosts':20}  {step:12}  {what}", flush=True)

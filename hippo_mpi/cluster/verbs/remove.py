@@ -1,0 +1,31 @@
+"""hippo_mpi.cluster remove: take away all that setup and tune have put on a host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hippo_mpi.cluster.removing import take_away
+from hippo_mpi.cluster.verbs.host_options import HOSTFILE, agreement_of, tell
+from hippo_mpi.config.parser import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """All options of the verb."""
+
+    host: str = option("", "host, as ssh knows it", "host")
+    hostfile: Path = option(HOSTFILE, "hostfile that setup wrote, which loses the host", check=Path, metavar="FILE")
+    yes: bool = option(False, "change the host without asking")
+
+
+def run(options: Options) -> int:
+    """Take all away; return the exit status.
+
+    Raises:
+        LaunchError: something is in the way.
+        RankError: the host can't be reached.
+    """
+    if not take_away(options.hostfile, options.host, agreement_of(options.yes), tell):
+        print("nothing was changed")
+    return 0
