@@ -257,7 +257,7 @@ def test_kills_at_any_moment_cost_one_piece_and_leave_nothing_half_written(
 
 def kill_at(patch: pytest.MonkeyPatch, moment: int, half: bool) -> list[int]:
     """Let the call with this number be the last one; returns the sizes of writes, as they come."""
-    left, sent = [moment], list[int]()
+    left, sent, unsynced = [moment], list[int](), [False]
 
     def wrap(name: str) -> None:
         real = getattr(os, name)
@@ -270,6 +270,8 @@ def kill_at(patch: pytest.MonkeyPatch, moment: int, half: bool) -> list[int]:
             left[0] -= 1
             if name == "pwrite":
                 sent.append(len(args[1]))
+            unsynced[0] = name == "pwrite" or (unsynced[0] and name != "fsync")
+            assert not (unsynced[0] and str(args[-1]).endswith(".spans")), "recorded before it is on the disk"
             return real(*args)
 
         patch.setattr(os, name, call)
