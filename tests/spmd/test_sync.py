@@ -23,12 +23,13 @@ from tests import ranks
 from tests.cabled_hosts import CAN_MAKE, SSHD, WHY_NOT, Host, cabled_hosts, reached_by_ssh
 from tests.commands.test_hub import REPO, Hub
 
+_PATIENCE_S = 200.0  # on a machine that has much to do
 ROOT = Path(__file__).parents[2]
 SYNC = [sys.executable, "-m", "hippo_mpi.cluster", "sync"]
 HEAD = header_bytes((BUNDLED_MODEL / "model.safetensors").read_bytes())
 pytestmark = [
     pytest.mark.skipif(not CAN_MAKE or not SSHD, reason=f"{WHY_NOT}; and sshd (openssh-server)"),
-    pytest.mark.timeout(150),
+    pytest.mark.timeout(300),
 ]
 
 
@@ -86,12 +87,12 @@ class Bed:
         return self.hosts[0].command(["env", *settings, *words])
 
     def sync(self, model: str, *options: str) -> tuple[int, dict[str, Any], str]:
-        command = [*SYNC, model, "--hostfile", str(self.hostfile), "--json"]
+        command = [*SYNC, model, "--hostfile", str(self.hostfile), "--json", "--timeout", "60"]
         found = subprocess.run(
             self.command([*command, *options]),
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=_PATIENCE_S,
             env={**os.environ, **self.env},
         )
         return found.returncode, json.loads(found.stdout) if found.stdout else {}, found.stderr
@@ -118,7 +119,7 @@ class Bed:
     def generate(self, model: str, *options: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "hippo_mpi.run", "--hostfile", str(self.hostfile), "--model", model, "--json"]
         with ranks.single(self.command([*command, *options]), env=self.env) as running:
-            assert running.wait() == 0, running.err
+            assert running.wait(_PATIENCE_S) == 0, running.err
             found: dict[str, Any] = json.loads(running.out)
             return found
 
@@ -170,7 +171,7 @@ def held(two: Bed, number: int) -> int:
 def alone() -> list[int]:
     """Tokens that one rank gives."""
     with ranks.single([str(ranks.BIN / "hippo_mpi.generate"), "--json", "--max-tokens", "30"]) as running:
-        assert running.wait() == 0, running.err
+        assert running.wait(_PATIENCE_S) == 0, running.err
         return list(json.loads(running.out)["token_ids"])
 
 
@@ -234,12 +235,11 @@ def test_a_kill_costs_a_few_pieces(victim: str, tmp_path: Path) -> None:
             for pid in [running.process.pid] if victim == "sync" else two.places():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            code = running.wait()
+            code = running.wait(_PATIENCE_S)
         kept = held(two, 1)
         if victim == "place":
-            assert code == 3 and re.fullmatch(
-                r"error: mini1: .+; the same command goes on from what is there\n", running.err
-            )
+            last = running.err.splitlines()[-1]
+            assert code == 3 and re.fullmatch(r"error: mini1: .+; the same command goes on from what is there", last)
         code, said, err = two.sync(str(origin), "--whole", "--verify")
         host = next(host for host in said["hosts"] if host["host"] == "mini1")
         assert code == 0 and host["damaged"] == 0 and host["came"] >= size - kept - 4 * PIECE_BYTES, (said, err)
@@ -273,7 +273,7 @@ def test_a_byte_that_flips_on_the_wire_and_a_host_that_is_gone(tmp_path: Path) -
         entries = json.loads(three.hostfile.read_text())["hosts"]
         three.hostfile.write_text(json.dumps([*entries, entries[1], {**entries[1], "ssh": "root@mini1"}]))
         three.cut_off(2)
-        code, _, err = three.sync(str(origin), "--whole", "--timeout", "4")
+        code, _, err = three.sync(str(origin), "--whole")
         assert code == 3 and re.fullmatch(
             r"error: mini2: ssh: connect to host .+; the same command goes on .+\n", err
         ), err

@@ -17,8 +17,6 @@ from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hippo_mpi.checkpoint.checkpoint import ModelSource, load_stage_weights, open_checkpoint
-from hippo_mpi.checkpoint.hub import find_model
 from hippo_mpi.cluster.hostfile import hostfile_of
 from hippo_mpi.cluster.sync.frames import MARK, PIECE_BYTES, FrameError, Frames
 from hippo_mpi.cluster.sync.model_files import ModelFiles, check_name, read_spans
@@ -28,11 +26,9 @@ from hippo_mpi.cluster.sync.place import Place, told
 from hippo_mpi.cluster.sync.session import state_of
 from hippo_mpi.cluster.sync.site import clean
 from hippo_mpi.cluster.verbs.sync import ranks_by_host
-from hippo_mpi.config.bundled import BUNDLED_MODEL
-from hippo_mpi.errors import ModelError, UserError
-from hippo_mpi.runtime.model_needs import Question, answer
-from hippo_mpi.views.spans import Span, merged, num_bytes, recorded, spans_here, write_here
-from hippo_mpi.views.view import is_view, note_of, sample_of_files, synced_view, views_folder
+from hippo_mpi.errors import UserError
+from hippo_mpi.views.spans import Span, merged, num_bytes, recorded, spans_here
+from hippo_mpi.views.view import is_view, note_of, sample_of_files, views_folder
 from tests.small_disk import fill as fill_disk
 from tests.small_disk import small_disk
 
@@ -73,25 +69,6 @@ def test_every_lacking_byte_is_in_one_piece_for_all_who_lack_it(
         assert bytes_of == {place for place, goal in moved.items() if number in goal}
 
 
-def question(model: str, **given: Any) -> Question:
-    fields: dict[str, Any] = {
-        "model": model, "revision": None, "precision": None, "trust_remote_code": False, "layer_split": None,
-        "max_context": None, "whole": False, "ranks": [{"host": "a"}, {"host": "b"}],
-    }  # fmt: skip
-    return Question(**fields | given)
-
-
-def test_ranks_need_their_own_layers_and_together_all() -> None:
-    found = answer(question(str(BUNDLED_MODEL), layer_split=[5, 7]))
-    size = found["files"]["sizes"][NAME]
-    both = [found["needs"][rank][NAME] for rank in range(2)]
-    assert merged([*both[0], *both[1]]) == [(0, size)]
-    assert num_bytes(both[0]) + num_bytes(both[1]) == size + found["heads"][NAME]
-    assert found["counts"] == [5, 7] and "config.json" in found["small"] and NAME not in found["small"]
-    whole = answer(question(str(BUNDLED_MODEL), whole=True))
-    assert whole["needs"] == [{NAME: [(0, size)]}] * 2 and whole["counts"] is None
-
-
 def test_a_host_that_is_named_twice_needs_what_both_of_its_ranks_need() -> None:
     hostfile = hostfile_of([{"ssh": "a", "rdma": [["x", "y"]]}, {"ssh": "b"}, {"ssh": "a"}], "hosts")
     ranks = ranks_by_host(hostfile)
@@ -100,24 +77,6 @@ def test_a_host_that_is_named_twice_needs_what_both_of_its_ranks_need() -> None:
         MODEL, Path("/x/story"), {NAME: 10}, [], [1, 1, 1], [{NAME: [(0, 10), (50 * n, 50 * n + 60)]} for n in range(3)]
     )
     assert state_of(*ranks[0], needs).lacks == {NAME: [(0, 60), (100, 160)]}
-
-
-def test_the_planner_shares_layers_out() -> None:
-    ranks = [
-        {"host": name, "memory_bytes": 8 << 30, "bytes_per_s": speed, "flops_per_s": 30 * speed}
-        for name, speed in (("a", 1.0), ("b", 3.0))
-    ]
-    counts = answer(question(str(BUNDLED_MODEL), ranks=ranks))["counts"]
-    assert sum(counts) == 12 and counts[0] < counts[1]
-
-
-@pytest.mark.parametrize(
-    ("model", "told"),
-    [("story-3m", "comes with hippo_mpi"), ("/no/such", "no such model folder"), ("/", "has no model")],
-)
-def test_models_that_can_not_be_synced(model: str, told: str) -> None:
-    with pytest.raises(ModelError, match=told):
-        answer(question(model))
 
 
 # ---- frames
@@ -298,7 +257,7 @@ def test_kills_at_any_moment_cost_one_piece_and_leave_nothing_half_written(
 
 def kill_at(patch: pytest.MonkeyPatch, moment: int, half: bool) -> list[int]:
     """Let the call with this number be the last one; returns the sizes of writes, as they come."""
-    left, sent = [moment], list[int]()
+    left, sent, unsynced = [moment], list[int](), [False]
 
     def wrap(name: str) -> None:
         real = getattr(os, name)
@@ -311,6 +270,8 @@ def kill_at(patch: pytest.MonkeyPatch, moment: int, half: bool) -> list[int]:
             left[0] -= 1
             if name == "pwrite":
                 sent.append(len(args[1]))
+            unsynced[0] = name == "pwrite" or (unsynced[0] and name != "fsync")
+            assert not (unsynced[0] and str(args[-1]).endswith(".spans")), "recorded before it is on the disk"
             return real(*args)
 
         patch.setattr(os, name, call)
@@ -389,32 +350,6 @@ def test_files_in_the_hubs_cache_are_not_fetched_again(home: Path) -> None:
     assert ask(model, "open")["here"] == {NAME: [(0, SIZE)]}
     fill(place := new_place(model))
     assert (place.folder / NAME).is_symlink() and (place.folder / NAME).read_bytes() == DATA
-
-
-# ---- a run finds it
-
-
-def test_a_synced_folder_is_found_by_what_was_typed_and_is_the_same_model(home: Path, tmp_path: Path) -> None:
-    """Its layers load; others are told of."""
-    found = answer(question(str(BUNDLED_MODEL), layer_split=[5, 7]))
-    model = replace(ModelFiles.from_object(found["files"]), model="~/models/tale", origin="/home/anna/models/tale")
-    place = new_place(model)
-    for name in found["small"]:
-        place.answer({"op": "stage", "name": name, "start": 0}, (BUNDLED_MODEL / name).read_bytes())
-    whole = (BUNDLED_MODEL / NAME).read_bytes()
-    place.answer({"op": "stage", "name": NAME, "start": 0}, whole[: found["heads"][NAME]])
-    place.answer({"op": "commit"}, b"")
-    for start, stop in found["needs"][1][NAME]:
-        write_here(place.folder / NAME, start, whole[start:stop])
-    assert find_model("~/models/tale", None) == find_model("/home/anna/models/tale", None) == place.folder
-    assert synced_view("models/tale") is None and synced_view("/home/bob/models/tale") is None
-    here, there = (open_checkpoint(ModelSource(folder)) for folder in (BUNDLED_MODEL, place.folder))
-    assert here.digest() == there.digest()
-    load_stage_weights(there, 5, 12)
-    with pytest.raises(
-        ModelError, match=r"layers of /home/anna/models/tale aren't on this host: run hippo_mpi\.cluster sync"
-    ):
-        load_stage_weights(there, 4, 12)
 
 
 def test_a_folder_that_has_changed_replaces_what_it_was(home: Path) -> None:

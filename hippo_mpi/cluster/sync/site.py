@@ -171,8 +171,9 @@ class Site:
                 if stream:
                     self._streams.add(stream)
                     return stream
-                if self._streams:  # the host doesn't take as many connections: those that are there will do
-                    self._most = len(self._streams)
+                self._changed.notify_all()
+                if self._streams or self._starting:  # the host doesn't take as many connections: others will do
+                    self._most = len(self._streams) + self._starting
                     continue
             self._lose(failure)
 

@@ -1,0 +1,85 @@
+"""What ranks need of a model's files, by its own code, and that a run finds what sync has brought."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from hippo_mpi.checkpoint.checkpoint import ModelSource, load_stage_weights, open_checkpoint
+from hippo_mpi.checkpoint.hub import find_model
+from hippo_mpi.cluster.sync.model_files import ModelFiles
+from hippo_mpi.cluster.sync.place import Place
+from hippo_mpi.config.bundled import BUNDLED_MODEL
+from hippo_mpi.errors import ModelError
+from hippo_mpi.runtime.model_needs import Question, answer
+from hippo_mpi.views.spans import merged, num_bytes, write_here
+from hippo_mpi.views.view import synced_view
+
+NAME = "model.safetensors"
+
+
+def question(model: str, **given: Any) -> Question:
+    fields: dict[str, Any] = {
+        "model": model, "revision": None, "precision": None, "trust_remote_code": False, "layer_split": None,
+        "max_context": None, "whole": False, "ranks": [{"host": "a"}, {"host": "b"}],
+    }  # fmt: skip
+    return Question(**fields | given)
+
+
+def test_ranks_need_their_own_layers_and_together_all() -> None:
+    found = answer(question(str(BUNDLED_MODEL), layer_split=[5, 7]))
+    size = found["files"]["sizes"][NAME]
+    both = [found["needs"][rank][NAME] for rank in range(2)]
+    assert merged([*both[0], *both[1]]) == [(0, size)]
+    assert num_bytes(both[0]) + num_bytes(both[1]) == size + found["heads"][NAME]
+    assert found["counts"] == [5, 7] and "config.json" in found["small"] and NAME not in found["small"]
+    whole = answer(question(str(BUNDLED_MODEL), whole=True))
+    assert whole["needs"] == [{NAME: [(0, size)]}] * 2 and whole["counts"] is None
+
+
+def test_the_planner_shares_layers_out() -> None:
+    ranks = [
+        {"host": name, "memory_bytes": 8 << 30, "bytes_per_s": speed, "flops_per_s": 30 * speed}
+        for name, speed in (("a", 1.0), ("b", 3.0))
+    ]
+    counts = answer(question(str(BUNDLED_MODEL), ranks=ranks))["counts"]
+    assert sum(counts) == 12 and counts[0] < counts[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [("story-3m", "comes with hippo_mpi"), ("/no/such", "no such model folder"), ("/", "has no model")],
+)
+def test_models_that_can_not_be_synced(model: str, told: str) -> None:
+    with pytest.raises(ModelError, match=told):
+        answer(question(model))
+
+
+def test_a_synced_folder_is_found_by_what_was_typed_and_is_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layers load; others are told of."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    found = answer(question(str(BUNDLED_MODEL), layer_split=[5, 7]))
+    model = replace(ModelFiles.from_object(found["files"]), model="~/models/tale", origin="/home/anna/models/tale")
+    place = Place(None, model)  # type: ignore[arg-type]
+    for name in found["small"]:
+        place.answer({"op": "stage", "name": name, "start": 0}, (BUNDLED_MODEL / name).read_bytes())
+    whole = (BUNDLED_MODEL / NAME).read_bytes()
+    place.answer({"op": "stage", "name": NAME, "start": 0}, whole[: found["heads"][NAME]])
+    place.answer({"op": "commit"}, b"")
+    for start, stop in found["needs"][1][NAME]:
+        write_here(place.folder / NAME, start, whole[start:stop])
+    assert find_model("~/models/tale", None) == find_model("/home/anna/models/tale", None) == place.folder
+    assert synced_view("models/tale") is None and synced_view("/home/bob/models/tale") is None
+    here, there = (open_checkpoint(ModelSource(folder)) for folder in (BUNDLED_MODEL, place.folder))
+    assert here.digest() == there.digest()
+    load_stage_weights(there, 5, 12)
+    with pytest.raises(
+        ModelError, match=r"layers of /home/anna/models/tale aren't on this host: run hippo_mpi\.cluster sync"
+    ):
+        load_stage_weights(there, 4, 12)
