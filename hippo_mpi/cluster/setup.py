@@ -16,8 +16,9 @@ from hippo_mpi.cluster.made_hostfile import MadeHostfile
 from hippo_mpi.cluster.reaching import Say, at_all, sessions
 from hippo_mpi.cluster.remote import ask
 from hippo_mpi.cluster.session import MAX_COMMAND, Session, shown
-from hippo_mpi.cluster.setup_steps import Addresses, Cluster, Environment, FirstRun, Link, Project, Step
+from hippo_mpi.cluster.setup_steps import Addresses, Cluster, Environment, FirstRun, Link, Project, Step, check_room
 from hippo_mpi.cluster.topology import Topology, topology_of
+from hippo_mpi.durable_files import check_place
 from hippo_mpi.errors import LaunchError, RankError
 from hippo_mpi.transport.ports import THIS_MACHINE
 
@@ -36,8 +37,9 @@ def set_up(path: Path, names: Sequence[str], agrees: Agrees, say: Say, timeout_s
 
     Raises:
         RankError: a host can't be reached.
-        LaunchError: something else is in the way; what was done stays, and another call goes on from there.
+        UserError: something else is in the way; what was done stays, and another call goes on from there.
     """
+    check_place(path, "--hostfile")
     file = MadeHostfile(path)
     hostfile = file.with_hosts(names)
     if len(hostfile.hosts) < 2:
@@ -45,6 +47,7 @@ def set_up(path: Path, names: Sequence[str], agrees: Agrees, say: Say, timeout_s
     with sessions([host.ssh for host in hostfile.hosts], agrees, say) as reached:
         cluster = _look(reached, ask(hostfile, (), timeout_s), say)
         project, environment = Project(cluster), Environment(cluster)
+        check_room(cluster, [project, environment])
         last = FirstRun(cluster, file, [project.bundle.name, *environment.mark])
         steps: list[Step] = [Addresses(cluster), project, environment, Link(cluster), last]
         if not _is_agreed(steps, agrees):

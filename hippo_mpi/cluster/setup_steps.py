@@ -103,6 +103,10 @@ class Project:
     def _what(self) -> str:
         return f"{count_of(len(self.bundle.files), 'file')}, {show_bytes(self.bundle.size)}"
 
+    def needs(self, host: str) -> int:
+        """Return the bytes that will be copied to a host."""
+        return self.bundle.size if host in self._missing else 0
+
     def describe(self) -> dict[str, list[str]]:
         """Return what is copied."""
         return {host: [f"copy this project to {FOLDER}: {self._what}"] for host in self._missing}
@@ -145,6 +149,10 @@ class Environment:
     def _missing(self) -> list[str]:
         return [h for h in self.cluster.others if self.cluster.said[h].links.get("venv") != self._wanted[h]]
 
+    def needs(self, host: str) -> int:
+        """Return the bytes that will be on a host, as far as is known."""
+        return self._bundle.size if self._bundle and host in self._missing else 0
+
     def describe(self) -> dict[str, list[str]]:
         """Return what is copied or installed."""
         return {host: [self._line(host)] for host in self._missing}
@@ -183,6 +191,20 @@ class Environment:
         return sorted(set(self._wanted.values()))
 
 
+def check_room(cluster: Cluster, steps: Sequence[Project | Environment]) -> None:
+    """Check that all hosts have room for what is to be copied.
+
+    Raises:
+        LaunchError: one hasn't.
+    """
+    for host in cluster.others:
+        free, needed = cluster.said[host].free_bytes, int(_ROOM * sum(step.needs(host) for step in steps))
+        if free < needed:
+            raise LaunchError(
+                f"{host} has {show_bytes(free)} free in its home folder, and {show_bytes(needed)} are needed: make room"
+            )
+
+
 def _tell_done(step: Step, hosts: Sequence[str], missing: Sequence[str], say: Say) -> None:
     for host in hosts:
         if host not in missing:
@@ -190,11 +212,6 @@ def _tell_done(step: Step, hosts: Sequence[str], missing: Sequence[str], say: Sa
 
 
 def _send(cluster: Cluster, host: str, bundle: packing.Bundle, link: str, is_environment: bool) -> None:
-    free, needed = cluster.said[host].free_bytes, int(_ROOM * bundle.size)
-    if free < needed:
-        raise LaunchError(
-            f"{host} has {show_bytes(free)} free in {FOLDER}, and needs {show_bytes(needed)}: make room, and try again"
-        )
     cluster.sessions[host].send(
         agent.receive, bundle.chunks(), _COPY_S, name=bundle.name, link=link, is_environment=is_environment
     )
