@@ -1,4 +1,4 @@
-"""hippo_mpi.audit: check the audit log that hippo_mpi.serve has written, or add it up.
+"""hippo_mpi.audit: verify an audit log of hippo_mpi.serve, or summarise it.
 
 hippo_mpi.audit verify audit.jsonl
 hippo_mpi.audit verify audit.jsonl --lines 7 --last-hash 5f0c...     # as printed before: is the end still there?
@@ -51,7 +51,7 @@ def _sha256(text: str) -> str:
 def _groups(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if not set(names) <= set(GROUPS) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r} is not some of {','.join(GROUPS)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of some of {','.join(GROUPS)}")
     return names
 
 
@@ -59,7 +59,7 @@ def _time(text: str) -> datetime:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a day or a time such as 2026-11-01T12:00") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date or time such as 2026-11-01T12:00") from None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
@@ -69,9 +69,9 @@ class _VerifyOptions:
 
     GROUP: ClassVar = "verify"
     last_hash: str | None = option(
-        None, "of the last line when it was noted: also finds what was written all anew since", check=_sha256
+        None, "hash of the last line as noted earlier; also finds a log that was rewritten since", check=_sha256
     )
-    lines: int | None = option(None, "how many there were then; later ones are no mistake", check=checks.whole)
+    lines: int | None = option(None, "number of lines at that time; later ones are fine", check=checks.whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +80,10 @@ class _ReportOptions:
 
     GROUP: ClassVar = "report"
     by: tuple[str, ...] | None = option(
-        None, f"some of {','.join(GROUPS)} (days and months of UTC); else key,model,day", check=_groups
+        None, f"some of {','.join(GROUPS)} (days and months in UTC); default: key,model,day", check=_groups
     )
-    since: datetime | None = option(None, "first day, such as 2026-11-01, or a time", check=_time)
-    json: bool = option(False, "print a JSON object and no table")
+    since: datetime | None = option(None, "date or time of the first request, such as 2026-11-01", check=_time)
+    json: bool = option(False, "print a JSON object instead of a table")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +93,14 @@ class AuditOptions(_VerifyOptions, _ReportOptions):
     what: str = option(
         "",
         "verify: find lines that were changed, dropped or moved; report: add up requests, tokens and errors;"
-        " digest: what stands in the log for the text on standard input",
+        " digest: print what the log has in place of the text on standard input",
         "what",
         choices=("verify", "report", "digest"),
     )
-    log: Path = option(Path(), "the log; older files beside it (LOG.1, LOG.2 ...) belong to it", "log", check=_log_path)
-    audit_key: Path | None = option(None, "file with the log's key; by default LOG.key", check=Path)
+    log: Path = option(
+        Path(), "the log; older files beside it (LOG.1, LOG.2 ...) are read, too", "log", check=_log_path
+    )
+    audit_key: Path | None = option(None, "file with the log's key; default: LOG.key", check=Path)
 
 
 def make_parser() -> OptionsParser[AuditOptions]:
@@ -130,11 +132,11 @@ def verify(log: Path, key_path: Path | None = None, last_hash: str | None = None
         more = [f"... and {count - _MAX_MISTAKES:,} more"] * (count > _MAX_MISTAKES)
         raise UserError("\nerror: ".join([*chain.mistakes[:_MAX_MISTAKES], *more]))
     here = chain.num_lines - (chain.num_before or 0)
-    print(f"whole: {here:,} line{'s' * (here != 1)} in {len(files)} file{'s' * (len(files) > 1)}")
+    print(f"intact: {here:,} line{'s' * (here != 1)} in {len(files)} file{'s' * (len(files) > 1)}")
     for line in (*_remarks(chain), *chain.notes):
         print(line)
     if chain.is_keyed and not is_current:
-        print("these are older files: that their end is whole, only the file after them can tell")
+        print("these are older files: only the next file can prove that their end is complete")
     print(f"--lines {chain.num_lines} --last-hash {chain.last_hash}")
 
 
@@ -142,12 +144,12 @@ def _unknown(log: Path, chain: Chain, is_current: bool, anchor: Anchor | None) -
     """Return why a log without mistakes may still be incomplete, or None if it can't be."""
     path = anchor_path_of(log)
     if is_current and chain.key is None and path.exists():
-        return f"the key {key_path_of(log)} isn't there, but {path} is: give --audit-key"
+        return f"no key file {key_path_of(log)}, although {path} exists: give --audit-key"
     if is_current and chain.key and anchor is None:
-        return f"{path} is missing or torn: it can't be seen whether the end was dropped"
+        return f"{path} is missing or damaged: can't check whether the end was dropped"
     if chain.noted_at < chain.last_gap:
         note = next(note for note in reversed(chain.notes) if note.startswith(f"line {chain.last_gap:,}: "))
-        return f"{note}; if that is known: --lines {chain.num_lines} --last-hash {chain.last_hash}"
+        return f"{note}; if that is expected: --lines {chain.num_lines} --last-hash {chain.last_hash}"
     return None
 
 
@@ -155,16 +157,18 @@ def _remarks(chain: Chain) -> list[str]:
     """Return lines about what is no mistake in a log, but worth knowing."""
     remarks = []
     if chain.num_before is None:
-        remarks.append("lines before them are elsewhere")
+        remarks.append("earlier lines are in other files")
     elif chain.num_before:
-        remarks.append(f"the {chain.num_before:,} lines before them are elsewhere")
+        remarks.append(f"the {chain.num_before:,} earlier lines are in other files")
     if chain.num_unkeyed:
         remarks.append(
-            f"{chain.num_unkeyed:,} of them were written without a key: until another followed that has one, they could be"
-            " made anew"
+            f"{chain.num_unkeyed:,} of them were written without a key: they could have been rewritten until the first line"
+            " with a key followed"
         )
     if chain.torn_bytes:
-        remarks.append(f"half a line ({chain.torn_bytes:,} bytes) is behind them: being written, or left by a kill")
+        remarks.append(
+            f"an incomplete line ({chain.torn_bytes:,} bytes) follows: being written, or left by a killed server"
+        )
     return remarks
 
 
@@ -187,7 +191,7 @@ def report(log: Path, by: tuple[str, ...], since: datetime | None, as_json: bool
         return
     print(totals.table() if totals.groups else "no requests")
     if totals.num_lost:
-        print(f"{totals.num_lost:,} more could not be written down")
+        print(f"{totals.num_lost:,} more could not be logged")
     if totals.num_unreadable:
         print(f"{totals.num_unreadable:,} lines could not be read: see hippo_mpi.audit verify {log}")
 
@@ -201,25 +205,23 @@ def digest(log: Path, key_path: Path | None, text: str) -> None:
     key = _given_key(key_path or key_path_of(log))
     first_lines = (next(lines_of(file), b"").removesuffix(b"\n") for file in _files(log))
     if not read_anchor(log, key) and not any(map(key.is_sealed, first_lines)):
-        raise UserError(f"{log} is no audit log of this key")
+        raise UserError(f"{log} was not written with this key: give --audit-key")
     if not text:
-        raise UserError(
-            "standard input is empty: the text is read from there, as in: echo -n TEXT | hippo_mpi.audit ..."
-        )
+        raise UserError("standard input is empty: pipe the text in, as in: echo -n TEXT | hippo_mpi.audit ...")
     print(key.text_digest(text))
 
 
 def _given_key(path: Path) -> ChainKey:
     key = read_key(path)
     if key is None:
-        raise UserError(f"the key {path} isn't there: give --audit-key")
+        raise UserError(f"no such key file: {path}; give --audit-key")
     return key
 
 
 def _files(log: Path) -> list[Path]:
     files = files_of(log)
     if not files:
-        raise UserError(f"there is no audit log {log}")
+        raise UserError(f"no such audit log: {log}")
     return files
 
 

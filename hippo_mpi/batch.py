@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi.checkpoint.hub import commit_of
 from hippo_mpi.config.options import BatchOptions, ManyOptions, PromptOptions, SamplingOptions
 from hippo_mpi.config.parser import OptionsParser, option, read_given
 from hippo_mpi.engine.request import SamplingParams
@@ -28,6 +27,7 @@ from hippo_mpi.runtime.assembly import build_engine, open_text
 from hippo_mpi.runtime.entry import run
 from hippo_mpi.runtime.session import Session
 from hippo_mpi.units import count_of
+from hippo_mpi.views.view import commit_of
 
 SOME_FAILED = 4
 _STANDARD = Path("-")  # input or output
@@ -48,7 +48,7 @@ def _path(text: str) -> Path:
 class _OptionsOfPrompts(PromptOptions, SamplingOptions, BatchOptions):
     """What a file of prompts may set, too: how its prompts are asked, and how many at once."""
 
-    keep_order: bool = option(False, "put the answers into the order of the prompts")
+    keep_order: bool = option(False, "sort the answers into the order of the prompts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +59,10 @@ class BatchCommandOptions(_OptionsOfPrompts, ManyOptions):
         None, "file of prompts, or a job script; - reads standard input", "prompts", check=_path, nargs="?"
     )
     output: Path | None = option(
-        None, "file for the answers, or - for standard output; default: PROMPTS.answers.jsonl, and - for pipes", "-o",
+        None, "file for the answers, or - for standard output; default: PROMPTS.answers.jsonl, or - for pipes", "-o",
         check=Path,
     )  # fmt: skip
-    restart: bool = option(False, "forget the answers that are in the output already")
+    restart: bool = option(False, "discard the answers that are already in the output")
 
 
 class _Parser(OptionsParser[BatchCommandOptions]):
@@ -106,7 +106,7 @@ def _allowed(words: list[str], path: Path) -> dict[str, Any]:
     if name is None:
         raise UserError(f"{path}: unrecognized arguments: {' '.join(others)}")
     raise UserError(
-        f"{path}: a file of prompts can't set {name}, only how its prompts are asked, and how many at once:"
+        f"{path}: a prompt file can set prompt, sampling and batch options only, not {name}:"
         " give it on the command line"
     )
 
@@ -138,7 +138,7 @@ def _answer(session: Session[BatchCommandOptions], prompts: Prompts, defaults: S
     pipeline = session.load()
     engine = build_engine(session, pipeline, tokenizer)
     if engine.limits.can_batch is False:
-        sys.stderr.write("note: rows of this model can't share a step, so requests take turns\n")
+        sys.stderr.write("note: this model can't be batched, so requests are answered one at a time\n")
     progress = BatchProgress(total, len(answers.done))
     batch = BatchRun(
         engine,
@@ -168,7 +168,7 @@ def _open_prompts(session: Session[BatchCommandOptions]) -> Prompts:
     """
     path = session.options.prompts
     if path is None:
-        raise UserError("no file of prompts was given (--help lists the options)")
+        raise UserError("no prompt file given (--help lists the options)")
     session.control.idle()  # reading long files may take its time
     if path != _STANDARD:
         return open_prompts(path)
@@ -193,7 +193,7 @@ def _open_answers(session: Session[BatchCommandOptions]) -> Answers:
     if output == _STANDARD:
         return StandardOutput(options.keep_order)
     if prompts != _STANDARD and output.exists() and prompts.exists() and output.samefile(prompts):
-        raise UserError(f"{output} holds the prompts: give another file with --output")
+        raise UserError(f"{output} is the prompt file: give another --output")
     path = session.agreement.checkpoint.source.path
     model = (
         {"--model": options.model, "--revision": commit} if (commit := commit_of(path)) else {"--model": path.resolve()}

@@ -1,4 +1,4 @@
-"""hippo_mpi.benchmark: what the launched ranks give together, against what each gives alone.
+"""hippo_mpi.benchmark: measure the speed of the launched ranks together against that of each alone.
 
     mlx.launch --hostfile hostfile -n 2 hippo_mpi.benchmark --model M --concurrent 1,4,16
 
@@ -38,11 +38,13 @@ class _LoadOptions:
     """What is measured."""
 
     GROUP: ClassVar = "what to measure"
-    prompt_tokens: int = option(128, "tokens of every prompt", check=checks.positive)
-    generation_tokens: int = option(64, "tokens per request, counted while all are answered", check=checks.positive)
-    concurrent: tuple[int, ...] = option((1, 4, 16), "numbers of requests at once", check=checks.request_counts)
-    trials: int = option(5, "how often; medians are shown", check=checks.positive)
-    pipeline_only: bool = option(False, "no whole models: neither standalone nor replicas")
+    prompt_tokens: int = option(128, "tokens per prompt", check=checks.positive)
+    generation_tokens: int = option(
+        64, "tokens generated per request; timed while all requests run", check=checks.positive
+    )
+    concurrent: tuple[int, ...] = option((1, 4, 16), "numbers of concurrent requests", check=checks.request_counts)
+    trials: int = option(5, "number of trials; medians are shown", check=checks.positive)
+    pipeline_only: bool = option(False, "skip whole models, standalone and as replicas")
     compare: str | None = option(
         None,
         "also measure mlx-lm's own batch generation: on rank 0, and over all ranks if its model type has a pipeline",
@@ -57,9 +59,11 @@ class _OutputOptions:
     GROUP: ClassVar = "output"
     json: bool = option(False, "print one JSON object instead of tables")
     plot: Path | None = option(
-        None, "draw throughput against requests at once into this file (.png, .svg, .pdf ...)", check=Path
+        None, "plot throughput against concurrent requests to this file (.png, .svg, .pdf ...)", check=Path
     )
-    trace: Path | None = option(None, "write what every rank did, when, for Perfetto or chrome://tracing", check=Path)
+    trace: Path | None = option(
+        None, "write a trace of all ranks to this file, for Perfetto or chrome://tracing", check=Path
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +90,8 @@ def benchmark(session: Session[BenchmarkOptions]) -> int:
         return 0
     if options.prompt_tokens + options.generation_tokens > session.agreement.max_context:
         raise UserError(
-            f"--prompt-tokens {options.prompt_tokens} and --generation-tokens {options.generation_tokens} are more"
-            f" than the context of {session.agreement.max_context:,} (--max-context)"
+            f"--prompt-tokens {options.prompt_tokens} and --generation-tokens {options.generation_tokens}"
+            f" exceed the context of {session.agreement.max_context:,} (--max-context)"
         )
     for path in filter(None, (options.plot, options.trace)):
         _check_folder(path)
@@ -149,7 +153,7 @@ def _bench(session: Session[BenchmarkOptions], part: Pipeline, tokenizer: Tokeni
 def _check_folder(path: Path) -> None:
     """Raise a UserError if no file could be written there: before anything is measured."""
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path} can't be written: {path.parent} is no folder that may be written to")
+        raise UserError(f"{path} can't be written: {path.parent} is not a writable folder")
 
 
 def _write_trace(path: Path, trace: dict[str, Any]) -> None:

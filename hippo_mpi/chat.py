@@ -1,4 +1,4 @@
-"""hippo_mpi.chat: a conversation with a model that is split over the launched ranks.
+"""hippo_mpi.chat: chat with a model that is split over the launched ranks.
 
     mlx.launch --hostfile hostfile -n 2 hippo_mpi.chat --model M
 
@@ -24,8 +24,8 @@ from hippo_mpi.runtime.pipeline import Pipeline
 from hippo_mpi.runtime.session import Session
 
 _HELP = (
-    "/bye, q or Ctrl-D: leave; /reset, r: begin anew; /help, h: this help; Ctrl-C: stop the answer.\n"
-    "Anything else is said to the model, and so is a line that begins with a space."
+    "/bye, q or Ctrl-D: quit; /reset, r: start over; /help, h: this help; Ctrl-C: stop the answer.\n"
+    "Anything else is sent to the model, as is a line that begins with a space."
 )
 
 
@@ -83,7 +83,7 @@ def _turn(
         conversation.reset()
     elif line.startswith("/"):
         sys.stderr.write(
-            f"{line.split()[0]} isn't a command: /help lists them; a space before it says it to the model\n"
+            f"{line.split()[0]} isn't a command (/help lists them); with a space before it, it is sent to the model\n"
         )
     elif line:
         sampling = SamplingParams.from_options(session.options)

@@ -20,12 +20,12 @@ COMMANDS = {
     "generate": "answer one prompt",
     "chat": "hold a conversation",
     "batch": "answer a file of prompts",
-    "serve": "serve an API that goes on when a rank fails",
-    "page": "show a server in the browser: a chat, and its ranks",
-    "benchmark": "measure what the ranks give together, and each alone",
-    "plan": "show what each rank would hold; loads no weight",
+    "serve": "serve an API that survives rank failures",
+    "page": "open a web page for a server: a chat, and its ranks",
+    "benchmark": "measure the speed of all ranks against one",
+    "plan": "show what each rank would hold; loads no weights",
     "models": "list a catalogue's models, and whether they fit",
-    "audit": "check an audit log, or add it up",
+    "audit": "verify an audit log, or summarise it",
     "cluster": "say what is wrong with the machines of a run, and what to do",
 }
 SHELLS = ("bash", "zsh", "fish")
@@ -42,7 +42,7 @@ def make_parser() -> Parser:
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND [options]", dest="verb", required=True)
     for name, line in COMMANDS.items():
         verbs.add_parser(name, help=line, add_help=False)
-    completion = verbs.add_parser("completion", help="print what makes a shell complete all of these")
+    completion = verbs.add_parser("completion", help="print a shell's completion script")
     completion.add_argument("shell", choices=SHELLS, help="bash, zsh or fish")
     verbs.add_parser("dashboard", help="print a Grafana dashboard of a server's metrics")
     return parser

@@ -65,7 +65,7 @@ class FileLock:
             raise
 
     def _refusal(self) -> UserError:
-        return UserError(f"{self._path} is no lock of ours: move it away, or give another file")
+        return UserError(f"{self._path} is not a lock file of hippo_mpi: move it away, or give another file")
 
     def _take(self, path: Path) -> None:
         try:
@@ -73,13 +73,15 @@ class FileLock:
         except BlockingIOError:
             owner = os.pread(self._descriptor, 1000, 0).decode(errors="replace") or "another process"
             raise UserError(
-                f"{path} is being written by {owner}: wait for its end, or give another file"
-                f" (if it is gone for good, remove {self._path})"
+                f"{path} is being written by {owner}: wait until it ends, or give another file"
+                f" (if that process no longer exists, remove {self._path})"
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            sys.stderr.write(f"note: {path} can't be locked here ({error.strerror}): let nobody else write it\n")
+            sys.stderr.write(
+                f"note: {path} can't be locked here ({error.strerror}): make sure that nothing else writes it\n"
+            )
 
     def _is_current(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -155,7 +157,7 @@ def open_no_link(path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UserError(f"{path} is a link: remove it") from None
+            raise UserError(f"{path} is a symbolic link: remove it") from None
         raise
 
 
@@ -181,4 +183,4 @@ def check_place(path: Path, option: str) -> None:
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder: give a file in it")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"{option} {path}: there is no folder {path.absolute().parent}")
+        raise UserError(f"{option} {path}: no such folder: {path.absolute().parent}")

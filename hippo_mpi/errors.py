@@ -18,13 +18,18 @@ import contextlib
 import os
 import select
 import shlex
+import time
 import traceback
 from importlib.metadata import requires
+
+from hippo_mpi.environment import LOG_LINES
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 UNREAD = 141
 """Exit status after SIGPIPE, as shells have it."""
+LOG_TIME = "%Y-%m-%d %H:%M:%S"
+"""Format of the times in a server's log."""
 _PIPE_TIMEOUT_MS = 1000  # for the reader of a full pipe to make room for the last error line
 
 
@@ -51,7 +56,7 @@ class ForeignError(HippoError):
         """Say `what` failed and how, and ask for a report; HIPPO_TRACEBACK=1 prints the traceback."""
         print_traceback(error)
         text = ": ".join(part for part in (what, type(error).__name__, " ".join(str(error).split())) if part)
-        return cls(f"{text}; please report this, with what HIPPO_TRACEBACK=1 prints")
+        return cls(f"{text}; please report this with the traceback that HIPPO_TRACEBACK=1 prints")
 
 
 class UserError(HippoError):
@@ -111,14 +116,14 @@ def error_with_status(exit_code: int, line: str) -> HippoError:
 
 def interrupted() -> HippoError:
     """Return the error of a run that was ended by Ctrl-C."""
-    error = HippoError("left by Ctrl-C")
+    error = HippoError("interrupted by Ctrl-C")
     error.exit_code = INTERRUPTED
     return error
 
 
 def unread() -> HippoError:
     """Return the error of a run whose output pipe was closed by its reader (`| head`)."""
-    error = HippoError("nobody reads the answer any more")
+    error = HippoError("broken pipe: the reader closed the output")
     error.exit_code = UNREAD
     return error
 
@@ -144,9 +149,17 @@ def print_error(line: str, starts_anew: bool = False) -> None:
 
     Never raises; if stderr is a full pipe that nobody reads, gives up after a second.
     """
-    data = f"{chr(10) * starts_anew}error: {line}\n".encode()
+    data = f"{chr(10) * starts_anew}{_error_prefix()}: {line}\n".encode()
     with contextlib.suppress(OSError, ValueError):  # stderr is closed
         ready = select.poll()
         ready.register(2, select.POLLOUT)
         while data and ready.poll(_PIPE_TIMEOUT_MS):
             data = data[os.write(2, data[: select.PIPE_BUF]) :]  # no more than a writable pipe takes without blocking
+
+
+def _error_prefix() -> str:
+    """Return what an error line begins with; in a server's log its time, level and rank."""
+    if LOG_LINES not in os.environ:
+        return "error"
+    rank = next((os.environ[name] for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK") if name in os.environ), None)
+    return f"{time.strftime(LOG_TIME)} ERROR {'starter' if rank is None else f'rank {rank}'}"

@@ -22,9 +22,9 @@ from hippo_mpi.runtime.session import Session
 class GenerateOptions(TextOptions):
     """All options of hippo_mpi.generate."""
 
-    prompt: str = option(DEFAULT_PROMPT, "what to answer; - reads standard input")
+    prompt: str = option(DEFAULT_PROMPT, "the prompt; - reads standard input")
     json: bool = option(False, "print one JSON object instead of text")
-    show_plan: bool = option(False, "print what each rank would hold, and stop")
+    show_plan: bool = option(False, "print what each rank would hold, and exit")
 
     @property
     def shows_progress(self) -> bool:

@@ -1,4 +1,4 @@
-"""hippo_mpi.models: the models of a catalogue, and whether they fit these machines. Loads no weight.
+"""hippo_mpi.models: list the models of a catalogue, and whether they fit these machines. Loads no weights.
 
 hippo_mpi.models                                            # the bundled ones, on this machine
 mlx.launch --hostfile hostfile -n 2 hippo_mpi.models --catalogue cards
@@ -31,8 +31,8 @@ _ROW = "{:<24} {:>9} {:>5}  {:<9} {:>6} {:>9}  {:<34} {}"
 class ModelsOptions(DeadlineOptions):
     """All options of hippo_mpi.models."""
 
-    catalogue: Path | None = option(None, "folder of cards; by default that of the bundled models", check=Path)
-    config: Path | None = option(None, "the models of a YAML file instead", action=Once, check=Path)
+    catalogue: Path | None = option(None, "folder of cards; default: that of the bundled models", check=Path)
+    config: Path | None = option(None, "list the models of this YAML file instead", action=Once, check=Path)
     machines: list[Machine] | None = option(
         None, "machines that aren't here: NAME:GIBIBYTES[:SPEED], once per rank", "--machine",
         check=Machine.from_option, action="append",

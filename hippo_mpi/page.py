@@ -1,4 +1,4 @@
-"""hippo_mpi.page: a page in the browser for a server: a chat, and what each rank does.
+"""hippo_mpi.page: show a server's web page: a chat, and what each rank does.
 
 hippo_mpi.serve --model M &
 hippo_mpi.page                                  # http://127.0.0.1:7860
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from hippo_mpi.cluster.server_answers import fetch_status, own_key
 from hippo_mpi.config import checks
 from hippo_mpi.config.parser import Once, OptionsParser, option
 from hippo_mpi.config.serve_options import API_KEYS, ServeOptions
 from hippo_mpi.config.yaml_file import read_config, words_of
 from hippo_mpi.errors import HippoError, UserError, install_hint, print_error
 from hippo_mpi.serving.addresses import TRUST_HINT, is_loopback, is_untrusted, url_of, url_to_ask
-from hippo_mpi.serving.page.cluster_view import ClusterView, fetch_status, own_key
+from hippo_mpi.serving.page.cluster_view import ClusterView
 
 _REQUEST_TIMEOUT_S = 5.0
 _URL = url_of(ServeOptions.address, ServeOptions.port)
@@ -35,7 +36,7 @@ class PageOptions:
     config: Path | None = option(None, "the server's YAML file, which says where it listens", action=Once, check=Path)
     address: str = option("127.0.0.1", "address to listen on")
     port: int = option(7860, "port to listen on", check=checks.port)
-    insecure: bool = option(False, "listen on other addresses, where anyone may ask")
+    insecure: bool = option(False, "allow other addresses than localhost: anyone who can connect may use the page")
 
 
 def make_parser() -> OptionsParser[PageOptions]:
@@ -51,7 +52,9 @@ def show(argv: list[str]) -> int:
     """
     options = make_parser().read(argv)
     if not is_loopback(options.address) and not options.insecure:
-        raise UserError(f"others could reach {options.address}, and the page asks for no password: give --insecure")
+        raise UserError(
+            f"others could reach {options.address}, and the page has no password: give --insecure to allow it"
+        )
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import openai
@@ -65,7 +68,7 @@ def show(argv: list[str]) -> int:
         models = [model.id for model in client.with_options(timeout=_REQUEST_TIMEOUT_S, max_retries=0).models.list()]
     except openai.OpenAIError as error:
         advice = TRUST_HINT if is_untrusted(error) else "start hippo_mpi.serve, or give --url"
-        raise UserError(f"no server answers at {url}: {error} ({advice})") from None
+        raise UserError(f"can't use the server at {url}: {error} ({advice})") from None
     page = make_page(client, models, ClusterView(lambda: fetch_status(url)))
     try:
         page.launch(

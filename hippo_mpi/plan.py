@@ -1,4 +1,4 @@
-"""hippo_mpi.plan: what each rank would hold, without loading a weight, and with --simulate what they would give.
+"""hippo_mpi.plan: show what each rank would hold, without loading weights; --simulate predicts the speed.
 
 mlx.launch --hostfile hostfile -n 2 hippo_mpi.plan --model M
 hippo_mpi.plan --model M --machine mini1:16 --machine mini2:24:1.5
@@ -65,18 +65,18 @@ class _SimulationOptions:
 
     GROUP: ClassVar = "simulation"
     simulate: bool = option(
-        False, "time every stage by itself, here or on the launched ranks, and predict what they give over a link"
+        False, "time each stage by itself, here or on the launched ranks, and predict the speed over a link"
     )
     links: Sequence[Link] | None = option(
         None,
         f"{', '.join(link.name for link in LINKS)}, or LATENCY,BANDWIDTH such as 300us,2GB/s (hippo_mpi.benchmark"
-        f" measures both); as often as you like (default: {LINKS[0].name})",
+        f" measures both); can be repeated (default: {LINKS[0].name})",
         "--link", check=_link, action="append", metavar="LINK",
     )  # fmt: skip
     prompt_tokens: int = option(1024, "tokens of the prompt", check=checks.positive)
-    concurrent: tuple[int, ...] = option((1, 4, 16), "numbers of requests at once", check=checks.request_counts)
+    concurrent: tuple[int, ...] = option((1, 4, 16), "numbers of concurrent requests", check=checks.request_counts)
     stage_times: Path | None = option(
-        None, "a --json output to take the times and machines from, instead of measuring", check=Path
+        None, "take times and machines from this --json output instead of measuring", check=Path
     )
 
 
@@ -88,7 +88,7 @@ class PlanOptions(RunOptions, DraftOptions, _SimulationOptions):
         None, "plan for machines that aren't here: NAME:GIBIBYTES[:SPEED], once per rank; speed is relative",
         "--machine", check=Machine.from_option, action="append", metavar="MACHINE",
     )  # fmt: skip
-    json: bool = option(False, "print the plan, and what --simulate finds, as one JSON object")
+    json: bool = option(False, "print the plan, and the results of --simulate, as one JSON object")
 
     @property
     def shows_progress(self) -> bool:
@@ -143,16 +143,14 @@ def _check(session: Session[PlanOptions]) -> None:
     """Raise a UserError for options that can't be followed, before anything is printed."""
     options, folder = session.options, session.agreement.checkpoint.source.path
     if not options.simulate and (options.links or options.stage_times):
-        raise UserError("--link and --stage-times are for a simulation: add --simulate")
+        raise UserError("--link and --stage-times need --simulate")
     if options.links and len(session.agreement.counts) == 1:
         raise UserError(
-            "--link joins several ranks: give --machine NAME:GIBIBYTES once per rank, or start them with ./launch/run"
+            "--link needs several ranks: give --machine NAME:GIBIBYTES once per rank, or start them with ./launch/run"
             " -n 2 --command plan"
         )
     if options.simulate and not options.stage_times and not has_weights(folder):
-        raise UserError(
-            f"--simulate times the stages, and {folder} has no weights: give --stage-times, or download them"
-        )
+        raise UserError(f"--simulate needs weights, and {folder} has none: give --stage-times, or download them")
 
 
 def _simulate(session: Session[PlanOptions]) -> tuple[list[MeasuredStage], list[Link], Workload]:

@@ -54,16 +54,16 @@ class LaunchOptions:
     )
     hostfile: Path | None = option(
         None,
-        "JSON list of hosts, as for mlx.launch; if not given, the hosts of --config, those in the file hostfile of a"
+        "JSON list of hosts, as for mlx.launch; default: the hosts of --config, those in the file hostfile of a"
         f" checkout, or {RANKS} local ranks",
         check=Path, metavar="FILE",
     )  # fmt: skip
-    backend: str | None = option(None, "ring if not given", choices=BACKENDS)
+    backend: str | None = option(None, "default: ring", choices=BACKENDS)
     starting_port: int | None = option(
-        None, "first port of the ring, one per rank; a free one if not given", check=checks.port, metavar="PORT"
+        None, "first of the ring's ports, one per rank; default: free ones", check=checks.port, metavar="PORT"
     )
     command: str = option(
-        COMMANDS[0], "what every rank runs; hippo_mpi. may be left out", check=_dotted, choices=COMMANDS
+        COMMANDS[0], "command that every rank runs; hippo_mpi. may be left out", check=_dotted, choices=COMMANDS
     )
 
 
@@ -74,7 +74,7 @@ def make_parser() -> OptionsParser[LaunchOptions]:
         LaunchOptions,
         prog=prog,
         usage=f"{prog} [-n RANKS | --hostfile FILE] [--backend NAME] [--starting-port PORT] [--command NAME] [options of the command]",
-        description="Start a command on all ranks. What isn't listed here goes to the command, whose options follow.",
+        description="Start a command on all ranks. Options that aren't listed here go to the command; its own follow.",
         add_help=False,
     )
 
@@ -107,7 +107,7 @@ def make_job(
     knock(hostfile, key if backend == "mpi" else None)
     if backend == "mpi":
         if not shutil.which("mpirun"):
-            raise LaunchError(f"--backend mpi needs mpirun, which isn't here: {install_hint('mpi')}")
+            raise LaunchError(f"--backend mpi needs mpirun, which isn't installed: {install_hint('mpi')}")
         on = ["--hostfile", _write_hosts(hostfile, held), "--backend", backend]
         return [installed("mlx.launch"), *on, "--", installed(options.command), *rest]
     if set(hosts) == {_HERE}:
@@ -115,7 +115,9 @@ def make_job(
         hosts = (replace(_HERE, ips=(new_loopback(),)),) * len(hosts)
     num_ports = sum(len(host.ips) for host in hosts) if backend == "ring" else 1
     if (options.starting_port or 0) + num_ports > 1 << 16:
-        raise LaunchError(f"--starting-port {options.starting_port} leaves no {num_ports} ports up to 65535")
+        raise LaunchError(
+            f"--starting-port {options.starting_port} is too high: the run needs {num_ports} ports up to 65535"
+        )
     first = options.starting_port or held.enter_context(HeldPorts(num_ports)).first
     return start_plan(replace(hostfile, hosts=hosts), backend, ["-m", options.command, *rest], first)
 

@@ -1,8 +1,9 @@
-"""hippo_mpi.serve: an OpenAI API over ranks that are started again when they fail.
+"""hippo_mpi.serve: serve an OpenAI and Anthropic API from ranks that are restarted when they fail.
 
     hippo_mpi.serve --model M                                  # two ranks on this machine
     hippo_mpi.serve --hostfile hostfile --model M              # on the hosts of a hostfile; this one is the first
     hippo_mpi.serve --config hippo.yaml                        # options, hosts and models in one file
+    hippo_mpi.serve install --config hippo.yaml                # as a service that starts at boot; `uninstall` ends it
     mlx.launch --hostfile hostfile -n 2 hippo_mpi.serve --model M     # from rank 0, without a supervisor
 
 Clients see a pause, not an error, when a rank fails: every answer goes on from its last token.
@@ -15,10 +16,10 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hippo_mpi.cluster.hostfile import Hostfile, hostfile_of, read_hostfile
 from hippo_mpi.cluster.hosts import check_hosts, knock
@@ -34,10 +35,12 @@ from hippo_mpi.runtime.session import Session
 from hippo_mpi.serving.addresses import is_loopback
 from hippo_mpi.serving.api.audit_log import AuditLog
 from hippo_mpi.serving.key_files import keys_of_environment, read_key_file
-from hippo_mpi.serving.logs import set_up_logging
+from hippo_mpi.serving.logs import log_to, set_up_logging
+from hippo_mpi.serving.service import install, service_of, uninstall
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
 from hippo_mpi.serving.supervision.messages import FRONT, MAX_LINE_BYTES, RankPart, Ready
 from hippo_mpi.serving.supervision.rank_service import BEAT_S, RankService
+from hippo_mpi.serving.supervision.rebalancing import watch_balance
 from hippo_mpi.serving.supervision.request_broker import RequestBroker
 from hippo_mpi.serving.supervision.supervisor import LaunchPlan, Supervisor
 from hippo_mpi.transport.world import detect_launch
@@ -71,7 +74,7 @@ def serve_rank(session: Session[ServeOptions]) -> int:
         try:
             connection.connect(path)
         except OSError as error:
-            raise RankError(f"the front is gone: {error}") from None
+            raise RankError(f"can't connect to the front: {error}") from None
     else:
         connection = _start_own_front(session)
     service = RankService(connection, session.control)  # beats from here on: what follows may have to be downloaded
@@ -91,9 +94,13 @@ def _start_own_front(session: Session[ServeOptions]) -> socket.socket:
     """Serve from a thread of rank 0, which ends with the rank; returns rank 0's connection to it."""
     options = session.options
     if options.catalogue:
-        raise UserError("a launcher starts the ranks of one model: for a catalogue, start hippo_mpi.serve without one")
+        raise UserError(
+            "--catalogue doesn't work under a launcher, which starts one model: start hippo_mpi.serve directly"
+        )
     set_up_logging(options.log_level)
     catalogue = Catalogue([ServedModel(options.model_name or Path(options.model).name, options)])
+    if options.log_file:
+        log_to(options.log_file)
     broker, api, http = _make_api(options, catalogue)
     connection, ours = socket.socketpair()
 
@@ -132,6 +139,8 @@ def serve(argv: list[str]) -> int:
     _check(options, catalogue)
     if options.check:
         return 0
+    if options.log_file:  # what is wrong with the command line was told where it was typed
+        log_to(options.log_file)
     if hostfile is not None:
         if _is_here(options, hostfile):
             hostfile = None
@@ -144,13 +153,21 @@ def serve(argv: list[str]) -> int:
         model = catalogue.find(name)
         assert model is not None
         if living is not None and len(broker.machines) == len(hosts):
-            await catalogue.plan(model, [broker.machines[index] for index in living])
-        return launch_plan([*argv, *model.card], options, hostfile, living)
+            machines = [broker.machines[index] for index in living]
+            await catalogue.beside(lambda: model.plan(machines))
+        return launch_plan([*argv, *model.card, *_split_words(broker, name)], options, hostfile, living)
 
     start_s = _PYTHON_START_S + options.start_timeout  # so that ranks which wait in vain say so themselves
     supervisor = Supervisor(broker, make_plan, hosts, start_s, _silence_s(options), options.max_restarts)
-    asyncio.run(_serve_supervised(broker, api, http, supervisor))
+    balance = watch_balance(broker, catalogue, is_taken=options.rebalance)
+    asyncio.run(_serve_supervised(broker, api, http, supervisor, balance))
     return 0
+
+
+def _split_words(broker: RequestBroker, model: str) -> list[str]:
+    """Return the option for the layer split that work has shown to be better."""
+    split = broker.layer_splits.get(model)
+    return ["--layer-split", ",".join(map(str, split))] if split else []
 
 
 def _check(options: ServeOptions, catalogue: Catalogue) -> None:
@@ -176,15 +193,16 @@ async def _serve_api(broker: RequestBroker, api: Api, settings: HttpSettings) ->
         api.exchanges.close()
 
 
-async def _serve_supervised(broker: RequestBroker, api: Api, settings: HttpSettings, supervisor: Supervisor) -> None:
-    ranks = asyncio.ensure_future(supervisor.run())
-    http = asyncio.ensure_future(_serve_api(broker, api, settings))
+async def _serve_supervised(
+    broker: RequestBroker, api: Api, settings: HttpSettings, supervisor: Supervisor, balance: Coroutine[Any, Any, None]
+) -> None:
+    tasks = [asyncio.ensure_future(one) for one in (supervisor.run(), _serve_api(broker, api, settings), balance)]
     try:
-        await asyncio.wait({ranks, http}, return_when="FIRST_COMPLETED")
+        await asyncio.wait(tasks, return_when="FIRST_COMPLETED")
     finally:
-        for task in (ranks, http):
+        for task in tasks:
             task.cancel()
-        done, _ = await asyncio.wait({ranks, http})
+        done, _ = await asyncio.wait(tasks)
     for task in done:
         if not task.cancelled():
             task.result()
@@ -227,6 +245,8 @@ def _open_audit_log(options: ServeOptions) -> AuditLog | None:
 
 def _check_combinations(options: ServeOptions) -> None:
     """Raise a UserError for options of an audit log or a journal without one."""
+    if options.rebalance and options.layer_split:
+        raise UserError("--rebalance finds the layer split: leave out --layer-split, or --rebalance")
     if options.reconnect and not options.journal:
         raise UserError("--reconnect needs --journal FILE")
     if options.audit_log:
@@ -247,8 +267,9 @@ def read_command_line(argv: list[str]) -> tuple[ConfigFile, list[str]]:
 
 def make_parser() -> OptionsParser[ServeOptions]:
     """Return the parser of the command line."""
-    description = "An OpenAI API over ranks that are started again when they fail."
-    return OptionsParser(ServeOptions, prog="hippo_mpi.serve", description=description)
+    description = "Serve an OpenAI and Anthropic API from ranks that are restarted when they fail."
+    epilog = "hippo_mpi.serve install OPTIONS runs it as a service that starts at boot; hippo_mpi.serve uninstall removes it."
+    return OptionsParser(ServeOptions, prog="hippo_mpi.serve", description=description, epilog=epilog)
 
 
 def _read_models(options: ServeOptions, argv: list[str], file: ConfigFile) -> Catalogue:
@@ -257,7 +278,7 @@ def _read_models(options: ServeOptions, argv: list[str], file: ConfigFile) -> Ca
     if not cards:
         return Catalogue([ServedModel(options.model_name or Path(options.model).name, options)])
     if options.model_name:
-        raise UserError("--model-name is for one model; those of a catalogue have names")
+        raise UserError("--model-name is for a single model; those of a catalogue have their own names")
     models = [
         ServedModel(name, make_parser().read([*argv, *words]), words)
         for name, words in ((name, words_of(card, CardOptions)) for name, card in cards.items())
@@ -340,14 +361,28 @@ def _allowed_hosts(options: ServeOptions) -> tuple[str, ...]:
     return (*_LOOPBACK, options.address, *options.allow_host)
 
 
+def _install(argv: list[str]) -> int:
+    """Make a service of a server with this command line, if it is one that could start; return the exit status."""
+    code = serve([*argv, "--check"])
+    if API_KEYS in os.environ:
+        raise UserError(f"a service doesn't see {API_KEYS}: write the keys into a file, and give --api-key-file")
+    return code or install(service_of(argv))
+
+
 def main() -> NoReturn:
     """Run the command on this process's command line; ends the process."""
     argv = sys.argv[1:]
     try:
+        if argv[:1] == ["install"]:
+            sys.exit(_install(argv[1:]))
+        if argv == ["uninstall"]:
+            sys.exit(uninstall(service_of([])))
         if FRONT in os.environ or detect_launch().backend:
             file, argv = read_command_line(argv)
             if file.cards or file.hosts:
-                raise UserError("a launcher has chosen the hosts and starts one model: leave hosts and models out")
+                raise UserError(
+                    "under a launcher, which chooses the hosts and starts one model, --config can't have hosts or models"
+                )
             run(make_parser(), serve_rank, argv)
         sys.exit(serve(argv))
     except HippoError as error:

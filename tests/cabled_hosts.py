@@ -100,13 +100,24 @@ def cabled_hosts(
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+def rated(host: Host, address: str, rate: str) -> None:
+    """Let no more than a rate, such as 100mbit, out of the interface of a host that has an address."""
+    words = ("root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms")
+    into = ["nsenter", f"--net=/run/netns/{host.namespace}", "tc", "qdisc", "add", "dev", _device(host, address)]
+    subprocess.run([*into, *words], check=True, capture_output=True)
+
+
+def _device(host: Host, address: str) -> str:
+    shown = subprocess.run(
+        ["ip", "-n", host.namespace, "-j", "addr", "show", "to", address], check=True, capture_output=True
+    ).stdout
+    return str(next(one["ifname"] for one in json.loads(shown) if one))
+
+
 def cut(host: Host, other: Host) -> None:
     """Pull the cable between two hosts."""
     for one, address in ((host, host.cables[other.number]), (other, other.cables[host.number])):
-        shown = subprocess.run(
-            ["ip", "-n", one.namespace, "-j", "addr", "show", "to", address], check=True, capture_output=True
-        ).stdout
-        _ip("-n", one.namespace, "link", "set", json.loads(shown)[0]["ifname"], "down")
+        _ip("-n", one.namespace, "link", "set", _device(one, address), "down")
 
 
 @contextlib.contextmanager

@@ -75,11 +75,11 @@ def build_from_config(folder: Path, trust_remote_code: bool = False) -> tuple[nn
 
 def assumptions(folder: Path, config: dict[str, Any], precision: str | None) -> tuple[str, ...]:
     """Return sentences that say what was assumed about a model of which only the config is there."""
-    sentences = [f"{folder} has no weights: sizes are those that config.json describes"]
+    sentences = [f"{folder} has no weights: sizes are taken from config.json"]
     if _known_dtype(config) is None and precision in (None, *(f"{bits}bit" for bits in range(2, 9))):
-        sentences.append(f"config.json names no type of weights that MLX has, so {_ASSUMED_DTYPE}")
+        sentences.append(f"config.json has no dtype that MLX supports: {_ASSUMED_DTYPE}")
     if isinstance(config.get("quantization"), dict) and not _index_names(folder):
-        sentences.append("no index says which weights are quantised: those that such models have quantised")
+        sentences.append("no index lists the quantised weights: those that are usual for such models")
     return tuple(sentences)
 
 

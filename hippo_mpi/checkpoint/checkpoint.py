@@ -22,7 +22,7 @@ from mlx_lm.utils import load_adapters, load_config, load_model
 
 from hippo_mpi.checkpoint.adapters import adapt
 from hippo_mpi.checkpoint.blueprint import assumptions, build_from_config, has_weights
-from hippo_mpi.checkpoint.hub import commit_of, fetch, find_model, is_view
+from hippo_mpi.checkpoint.hub import fetch, find_model
 from hippo_mpi.checkpoint.model_errors import loading_errors, running_errors
 from hippo_mpi.checkpoint.precision import convert
 from hippo_mpi.config.options import DraftOptions, ModelOptions
@@ -30,8 +30,7 @@ from hippo_mpi.errors import ModelError
 from hippo_mpi.tracing.dataflow import Dataflow
 from hippo_mpi.tracing.graph import ancestors
 from hippo_mpi.tracing.trace import trace
-
-_SAMPLES_PER_FILE, _SAMPLE_BYTES = 64, 1024
+from hippo_mpi.views.view import commit_of, is_view, sample_of_files
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,15 @@ class Checkpoint:
     config: dict[str, Any]
     flow: Dataflow
     weight_bytes: dict[str, int]
+    matrix_sizes: dict[str, int]  # elements of the weights that are multiplied with: also of quantised ones
     expert_share: dict[str, float]  # of weights stacked over experts: the share that one token reads
     assumptions: tuple[str, ...] = ()  # sentences that say what had to be assumed of a model without weights
 
     def digest(self) -> str:
         """Return a short hash of structure and weights (samples of them), equal on ranks that hold the same model."""
         config = {k: v for k, v in self.config.items() if not k.startswith("_")}
-        content = commit_of(self.source.path) or _sample_of_files(self.source.path)
-        adapter = _sample_of_files(Path(self.source.adapter_path)) if self.source.adapter_path else ""
+        content = commit_of(self.source.path) or sample_of_files(self.source.path)
+        adapter = sample_of_files(Path(self.source.adapter_path)) if self.source.adapter_path else ""
         identity = [config, sorted(self.weight_bytes.items()), self.flow.digest(), content, adapter]
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -116,28 +116,12 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     model, config = open_lazily(source)
     weights = tree_flatten(model.parameters())
     sizes = {name: array.nbytes for name, array in weights}
+    matrices = _matrix_sizes(model)
     shares = _expert_shares(config, {name: array.shape for name, array in weights})
     with running_errors(source.path):
         flow = trace(model)
     assumed = () if has_weights(source.path) else assumptions(source.path, config, source.precision)
-    return Checkpoint(source, config, flow, sizes, shares, assumed)
-
-
-def _sample_of_files(folder: Path) -> str:
-    """Return a hash over an adapter's configuration and pieces of every weight file.
-
-    The structure alone doesn't distinguish fine-tunes of one model.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("adapter_config.json")):
-        digest.update(path.read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            for piece in range(_SAMPLES_PER_FILE):
-                stream.seek(size * piece // _SAMPLES_PER_FILE)
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+    return Checkpoint(source, config, flow, sizes, matrices, shares, assumed)
 
 
 def load_stage_weights(
@@ -165,7 +149,7 @@ def load_stage_weights(
     """
     folder = checkpoint.source.path
     if not has_weights(folder):
-        raise ModelError(f"{folder} has no model*.safetensors: only a plan can be made of it")
+        raise ModelError(f"{folder} has no model*.safetensors: it can be planned, but not run")
     if is_view(folder):
         fetch(folder, checkpoint.stage_arrays(start, stop, shares_head), lambda: on_progress(0))
     model, _ = open_lazily(checkpoint.source)
@@ -260,13 +244,13 @@ def _check_files(path: Path, needs_weights: bool = True) -> None:
     if not path.is_dir():
         raise ModelError(f"{path} is not a directory")
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json: is it a model's folder?")
+        raise ModelError(f"{path} has no config.json: is it a model folder?")
     try:
         config = load_config(path)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path / 'config.json'} is not JSON: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:
-        raise ModelError(f"{path / 'config.json'} names no model_type")
+        raise ModelError(f"{path / 'config.json'} has no model_type")
     files = sorted(path.glob("model*.safetensors"))
     if not files and needs_weights:
         raise ModelError(f"{path} has no model*.safetensors")
@@ -275,7 +259,7 @@ def _check_files(path: Path, needs_weights: bool = True) -> None:
         named = set(json.loads(index.read_text()).get("weight_map", {}).values())
         missing = sorted(named - {file.name for file in files})
         if missing:
-            raise ModelError(f"{path} lacks {len(missing)} of {len(named)} weight files: {', '.join(missing[:3])}")
+            raise ModelError(f"{path} is missing {len(missing)} of {len(named)} weight files: {', '.join(missing[:3])}")
     for file in files:
         _check_safetensors(file)
 
@@ -309,6 +293,17 @@ _TOP_K_KEYS = (
     "top_k_experts",
     "experts_per_token",
 )
+
+
+def _matrix_sizes(model: nn.Module) -> dict[str, int]:
+    """Return the elements of each matrix; a quantised one has several in each 32 bits, and its scales are none."""
+    found = {}
+    for path, module in model.named_modules():
+        bits = getattr(module, "bits", None) if "scales" in module else None
+        for name, array in module.items():
+            if isinstance(array, mx.array) and array.ndim > 1 and not (bits and name in ("scales", "biases")):
+                found[f"{path}.{name}" if path else name] = array.size * 32 // bits if bits else array.size
+    return found
 
 
 def _expert_shares(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, float]:

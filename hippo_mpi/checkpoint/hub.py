@@ -12,21 +12,22 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from tqdm import tqdm
 
 from hippo_mpi.checkpoint.hub_errors import explain
 from hippo_mpi.checkpoint.hub_spans import NoRangesError, fetch_head, fetch_spans
-from hippo_mpi.checkpoint.spans import num_bytes, spans_here, spans_of, without
 from hippo_mpi.config.bundled import BUNDLED_MODELS, BUNDLED_NAMES
 from hippo_mpi.errors import ModelError
+from hippo_mpi.units import show_bytes
+from hippo_mpi.views.spans import Span, num_bytes, spans_here, spans_of, without, write_here
+from hippo_mpi.views.view import LAYOUT, NOTE, SMALL_FILES, is_usable, is_view, note_of, synced_view, view_of_repo
 
-_SMALL_FILES = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
 _FILES_OF_A_PLAN = [
     "config.json",
     "generation_config.json",
@@ -35,15 +36,13 @@ _FILES_OF_A_PLAN = [
     "*.py",
 ]
 _HEADERS_AT_ONCE = 16  # concurrent requests for headers
-_NOTE = ".hippo-hub.json"  # marks a view, and has its repo and commit
-_LAYOUT = 2  # of views: since 2, stand-ins have the real files' heads, byte for byte
 _WHOLE = 0.9  # of a file's bytes: whoever needs more gets the whole file
 
 
 def find_model(
     model: str, revision: str | None, on_progress: Callable[[], None] = lambda: None, is_for_plan: bool = False
 ) -> Path:
-    """Return the folder of a model: a local one, a bundled one by its name, or the view of a repo.
+    """Return the folder of a model: a local one, a bundled one by its name, or the view of another host's or of a repo.
 
     Args:
         model: its path or repo, or the name of a bundled one, as hippo_mpi.models lists them.
@@ -57,10 +56,12 @@ def find_model(
     path = Path(os.path.expanduser(model))
     if os.path.exists(path):  # what is too long for a name, too, is no folder
         return path
+    if model in BUNDLED_NAMES:
+        return BUNDLED_MODELS / model
+    if view := synced_view(model):
+        return view
     if "/" not in model:
-        if model in BUNDLED_NAMES:
-            return BUNDLED_MODELS / model
-        raise ModelError(f"no such model folder: {model}; bundled are {', '.join(BUNDLED_NAMES) or 'none'}")
+        raise ModelError(f"no such model folder: {model}; bundled models: {', '.join(BUNDLED_NAMES) or 'none'}")
     if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
         raise ModelError(f"no such model folder: {model}")
     return open_repo(model, revision, on_progress, is_for_plan)
@@ -79,14 +80,11 @@ def open_repo(repo: str, revision: str | None, on_progress: Callable[[], None], 
         ModelError: the hub has no such repo or can't be reached, and the cache doesn't have it either.
     """
     try:
-        ticker = _ticker(on_progress)
-        small: Any = {"allow_patterns": _FILES_OF_A_PLAN if is_for_plan else _SMALL_FILES, "tqdm_class": ticker}
+        patterns = _FILES_OF_A_PLAN if is_for_plan else [*SMALL_FILES]
+        small: Any = {"allow_patterns": patterns, "tqdm_class": ticker(on_progress)}
         snapshot = Path(snapshot_download(repo, revision=revision, **small))
-        view = Path(constants.HF_HOME) / "hippo_mpi" / f"{repo.replace('/', '--')}--{snapshot.name}"
-        if is_view(view) and (
-            _note(view).get("layout") != _LAYOUT  # or the hub's cache, which it links to, has been cleaned:
-            or any(path.is_symlink() and not path.exists() for path in view.iterdir())
-        ):
+        view = view_of_repo(repo, snapshot.name)
+        if is_view(view) and not is_usable(view):
             shutil.rmtree(view, ignore_errors=True)
         if not is_view(view):
             _make_view(view, repo, snapshot, on_progress)
@@ -96,16 +94,6 @@ def open_repo(repo: str, revision: str | None, on_progress: Callable[[], None], 
     except Exception as error:  # the hub's client raises its own errors and those of two HTTP libraries
         raise explain(error, repo, revision) from error
     return view
-
-
-def is_view(folder: Path) -> bool:
-    """Return whether a folder is the view of a repo."""
-    return (folder / _NOTE).exists()
-
-
-def commit_of(folder: Path) -> str | None:
-    """Return the commit of a view's repo; None for an ordinary folder."""
-    return str(_note(folder)["commit"]) if is_view(folder) else None
 
 
 def downloaded_share(folder: Path) -> float:
@@ -126,31 +114,40 @@ def fetch(folder: Path, needed: Mapping[str, Iterable[str]], on_progress: Callab
         on_progress: called for every piece that arrives.
 
     Raises:
-        ModelError: a download fails.
+        ModelError: a download fails, or the view is of a folder of another host.
     """
-    repo, commit = (str(_note(folder)[key]) for key in ("repo", "commit"))
+    note = note_of(folder)
     for name, arrays in sorted(needed.items()):
         file = folder / name
         if file.is_symlink():
             continue
         missing = without(spans_of(file, arrays), spans_here(file))
+        if not note.get("repo"):
+            _check_is_here(folder, missing)
+            continue
+        repo, commit = str(note["repo"]), str(note["commit"])
         try:
             with contextlib.suppress(NoRangesError):
                 if num_bytes(missing) < _WHOLE * file.stat().st_size:
                     fetch_spans(repo, commit, file, missing, on_progress)
                     continue
-            path = hf_hub_download(repo, name, revision=commit, tqdm_class=_ticker(on_progress))
+            path = hf_hub_download(repo, name, revision=commit, tqdm_class=ticker(on_progress))
         except Exception as error:
             raise explain(error, repo, commit) from error
         on_progress()
         _link(file, Path(path))
 
 
-def _note(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / _NOTE).read_text())  # type: ignore[no-any-return]
+def _check_is_here(view: Path, missing: Sequence[Span]) -> None:
+    if missing:
+        origin = note_of(view)["origin"]
+        raise ModelError(
+            f"{show_bytes(num_bytes(missing))} of this rank's layers of {origin} aren't on this host: run"
+            f" hippo_mpi.cluster sync {origin} with the same hostfile and --layer-split as this run, or with --whole"
+        )
 
 
-def _ticker(on_progress: Callable[[], None]) -> type[tqdm]:  # type: ignore[type-arg]
+def ticker(on_progress: Callable[[], None]) -> type[tqdm]:  # type: ignore[type-arg]
     """Return a silent progress bar that calls `on_progress` for every piece that arrives."""
 
     class Ticker(tqdm):  # type: ignore[type-arg]
@@ -175,7 +172,7 @@ def _make_view(view: Path, repo: str, snapshot: Path, on_progress: Callable[[], 
             for one in as_completed(made):
                 one.result()
                 on_progress()
-        (folder / _NOTE).write_text(json.dumps({"repo": repo, "commit": snapshot.name, "layout": _LAYOUT}))
+        (folder / NOTE).write_text(json.dumps({"repo": repo, "commit": snapshot.name, "layout": LAYOUT}))
         os.rename(folder, view)
     except OSError:
         if not is_view(view):  # otherwise another rank was faster
@@ -198,7 +195,7 @@ def _weight_files(repo: str, snapshot: Path) -> list[str]:
         named = set(json.loads(index.read_text())["weight_map"].values())
         for name in named:
             if not isinstance(name, str) or Path(name).name != name:
-                raise ModelError(f"the index of {repo} names a weight file {name!r}, which is no file's name")
+                raise ModelError(f"the index of {repo} has an invalid file name: {name!r}")
         return sorted(named)
     if isinstance(try_to_load_from_cache(repo, "model.safetensors", revision=snapshot.name), str):
         return ["model.safetensors"]
@@ -219,8 +216,8 @@ def _make_stand_in(path: Path, repo: str, commit: str) -> None:
     """Write a sparse file with the real one's head, and a hole in place of the data."""
     head, total = fetch_head(repo, commit, path.name)
     with path.open("wb") as stream:
-        stream.write(head)
         stream.truncate(total)
+    write_here(path, 0, head)
 
 
 def _link(place: Path, target: Path) -> None:

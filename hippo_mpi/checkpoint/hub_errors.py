@@ -43,11 +43,11 @@ def _reason(error: Exception, repo: str, revision: str | None) -> str | None:
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
             return _explain_status(cause.response.status_code, repo, host)
         if isinstance(cause, HFValidationError):
-            return f"no folder {repo}, and that is no repo's name either"
+            return f"no folder {repo}, and that isn't a valid repo name either"
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"{repo} can't be downloaded: the disk with {constants.HF_HOME} is full"
     if constants.HF_HUB_OFFLINE and isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
-        return f"no folder {repo}, and not all of it is in the cache; unset HF_HUB_OFFLINE to download it"
+        return f"no folder {repo}, and the cache doesn't have all of it; unset HF_HUB_OFFLINE to download it"
     if any(_is_of_network(cause) for cause in chain):
         return f"no network: {host} can't be reached, and {repo} isn't in the cache"
     if isinstance(error, OSError | SafetensorsParsingError):
@@ -57,10 +57,10 @@ def _reason(error: Exception, repo: str, revision: str | None) -> str | None:
 
 def _explain_status(status: int, repo: str, host: str) -> str:
     if status in (401, 403):
-        return f"{host} doesn't let you have {repo}: {_LOG_IN}"
+        return f"{host} denies access to {repo}: {_LOG_IN}"
     if status == 429:
-        return f"{host} has had too many requests of yours: wait some minutes, or {_LOG_IN}"
-    return f"{host} answers with status {status}: try {repo} again later"
+        return f"{host} limits your requests: wait a few minutes, or {_LOG_IN}"
+    return f"{host} returned status {status}: try {repo} again later"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -13,8 +13,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented,
     http_stream_backoff,
 )
 
-from hippo_mpi.checkpoint.spans import Span, header_bytes, pieces, write_here
 from hippo_mpi.errors import ModelError
+from hippo_mpi.views.spans import Span, header_bytes, pieces, write_here
 
 _HEAD_GUESS_BYTES = 100_000  # as much as nearly all heads have
 _PIECE_BYTES = 16 << 20
@@ -37,7 +37,7 @@ def fetch_head(repo: str, commit: str, name: str) -> tuple[bytes, int]:
     try:
         size = header_bytes(head)
     except ValueError as error:
-        raise ModelError(f"{name} of {repo} is no safetensors file: {error}") from None
+        raise ModelError(f"{name} of {repo} is not a safetensors file: {error}") from None
     if size > len(head):
         head += _read(repo, commit, name, (len(head), size), lambda: None)[0]
     return head[:size], total
@@ -51,7 +51,7 @@ def fetch_spans(repo: str, commit: str, file: Path, spans: Sequence[Span], on_pr
     """
 
     def fetch(span: Span) -> None:
-        write_here(file, span[0], _read_all(repo, commit, file.name, span, on_progress))
+        write_here(file, span[0], read_all(repo, commit, file.name, span, on_progress))
         on_progress()
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -59,7 +59,7 @@ def fetch_spans(repo: str, commit: str, file: Path, spans: Sequence[Span], on_pr
             pass
 
 
-def _read_all(repo: str, commit: str, name: str, span: Span, on_progress: Callable[[], None]) -> bytes:
+def read_all(repo: str, commit: str, name: str, span: Span, on_progress: Callable[[], None]) -> bytes:
     """Return all bytes of a span, in as many requests as it takes.
 
     Raises:

@@ -49,7 +49,7 @@ def running_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if "No Metal back-end" in str(error):
-            raise ModelError(f"{path} can't be run here: its model type has kernels for Apple's GPUs only") from error
+            raise ModelError(f"{path} can't be run here: its model type has kernels for Apple GPUs only") from error
         raise ForeignError.caused_by(error, f"{path} can't be run") from error
 
 
@@ -62,9 +62,9 @@ def _fault_of_checkpoint(error: BaseException) -> str | None:
     if isinstance(error, SystemExit):
         return "its model type needs a package that isn't installed"
     if isinstance(error, KeyError):
-        return f"it lacks {text}"
+        return f"missing key {text}"
     if isinstance(error, TypeError) and (lacking := re.search(r"__init__\(\) missing \d+ .*arguments?: (.*)", text)):
-        return f"config.json lacks {lacking[1]}"
+        return f"config.json is missing {lacking[1]}"
     if isinstance(error, OSError | ValueError | RuntimeError):  # mlx-lm's own checks, and MLX's of files
         return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} ..."
     return None

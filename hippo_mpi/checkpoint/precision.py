@@ -48,7 +48,7 @@ def convert(model: nn.Module, config: dict[str, Any], precision: str) -> tuple[n
     stored = stored_precision(config)
     if stored.endswith("bit"):
         if stored != precision:
-            raise ModelError(f"--precision {precision}: the checkpoint is quantised to {stored} already")
+            raise ModelError(f"--precision {precision}: the checkpoint is already quantised to {stored}")
         return model, config
     quantized: tuple[nn.Module, dict[str, Any]] = quantize_model(
         model, config, None, int(precision.removesuffix("bit"))

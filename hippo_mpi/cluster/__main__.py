@@ -7,6 +7,9 @@ hippo_mpi.cluster tune                                        # settings that ma
 hippo_mpi.cluster doctor --hostfile hosts.json                # what is wrong with them, and what to do
 hippo_mpi.cluster doctor mini2.local anna@mini3.local         # of hosts that are in no hostfile yet
 hippo_mpi.cluster doctor --save report.json                   # for a bug report; --from judges it again
+hippo_mpi.cluster link --hostfile hosts.json                  # what their links give, and what they should
+hippo_mpi.cluster top --hostfile hosts.json                   # what they do, live
+hippo_mpi.cluster sync org/model --hostfile hosts.json        # each host gets the bytes of its own layers
 hippo_mpi.cluster stop --hostfile hosts.json                  # ranks whose starter is gone
 hippo_mpi.cluster convert $PBS_NODEFILE --to mlx              # lists of hosts of other launchers
 """
@@ -27,6 +30,9 @@ VERBS = {
     "remove": "take away all that setup and tune have put on a host",
     "tune": "settings of hosts that matter to ranks: shown, changed after a yes, put back",
     "doctor": "say what is wrong with hosts, and what to do",
+    "link": "measure the links between hosts",
+    "top": "show what hosts do, live in the terminal",
+    "sync": "give each host the bytes of its own layers",
     "stop": "end ranks whose starter is gone",
     "convert": "print a list of hosts in another format",
 }

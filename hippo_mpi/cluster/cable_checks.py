@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from hippo_mpi.cluster.cables import Cable, End, cables_of, one_sided
 from hippo_mpi.cluster.facts import Facts, Probed
-from hippo_mpi.cluster.findings import WARNING, Check, Finding
+from hippo_mpi.cluster.findings import WARNING, Check, Finding, as_root
 from hippo_mpi.cluster.macos import MacFacts
 from hippo_mpi.cluster.rdma import has_thunderbolt_5
 
@@ -113,7 +113,9 @@ def _bridge_loop(hosts: Sequence[Probed]) -> Iterator[Finding]:
     if closing:
         found = "cables and bridges make a ring, in which packets go round for ever, by "
         found += ", ".join(port_name(end, hosts) for end in closing)
-        commands = [f"sudo ifconfig {_bridge_of(end, macs)} deletem {end.port.interface}" for end in closing]
+        commands = [
+            as_root("ifconfig", str(_bridge_of(end, macs)), "deletem", str(end.port.interface)) for end in closing
+        ]
         where = [f"on {hosts[end.host].host.ssh}: {command}" for end, command in zip(closing, commands, strict=True)]
         fix = "take these ports out of their bridges; " + ", ".join(where)
         yield Finding("bridge-loop", hosts[closing[0].host].host.ssh, found, fix)

@@ -5,13 +5,12 @@ A check's name is stable, for --check and for people who search. It says which h
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from hippo_mpi.cluster import cable_checks, mac_checks, model_checks, rdma_checks
-from hippo_mpi.cluster.facts import Facts, Interface, Probed, Process
+from hippo_mpi.cluster import address_checks, cable_checks, mac_checks, model_checks, rdma_checks
+from hippo_mpi.cluster.facts import Facts, Probed, Process
 from hippo_mpi.cluster.findings import ERROR, WARNING, WEIGHTS, Check, Finding, known
 from hippo_mpi.cluster.remote import NO_PYTHON
 from hippo_mpi.transport.ports import THIS_MACHINE
@@ -20,8 +19,6 @@ from hippo_mpi.units import count_of, show_bytes
 _MIN_FREE_BYTES = 2 << 30
 _MIN_OPEN_FILES = 1024
 _MOST_OFF_S = 5.0  # between clocks, beyond what the question took
-_VPN = ipaddress.IPv4Network("100.64.0.0/10")
-_LINK_LOCAL = ipaddress.IPv4Network("169.254.0.0/16")
 _RANK = re.compile(r"\S*python\S* (-m |\S*/)hippo_mpi\.(generate|chat|batch|benchmark)( |$)")
 _SHELL = re.compile(r"(^|/)((ba|da|z|fi|k)?sh|python[\d.]*)$")
 _SIMPLE_SHELLS = ("bash", "zsh")
@@ -116,126 +113,6 @@ def _minor(version: str | None) -> str | None:
     return ".".join(version.split(".")[:2]) if version else None
 
 
-# ---- addresses and links
-
-
-def _addresses(hosts: Sequence[Probed]) -> Iterator[Finding]:
-    for _, host, facts in known(hosts):
-        for address, why in facts.own.items():
-            if why:
-                has = ", ".join(
-                    str(a.ip) for one in facts.interfaces or () for a in one.addresses if not a.ip.is_loopback
-                )
-                fix = f"give an interface that address, or name another in the hostfile; it has {has or 'none'}"
-                yield Finding("address-missing", host.host.ssh, f"{address} is none of its addresses ({why})", fix)
-            elif ipaddress.ip_address(address) in _LINK_LOCAL:
-                fix = "give the cable's ports fixed addresses: these change, and may be reached by another interface"
-                yield Finding("self-assigned", host.host.ssh, f"{address} is one that it gave itself", fix, WARNING)
-            elif ipaddress.ip_address(address) in _VPN:
-                yield Finding(
-                    "vpn-path",
-                    host.host.ssh,
-                    f"{address} is a VPN's",
-                    "use the address of the LAN, or a cable's",
-                    WARNING,
-                )
-
-
-def _address_clash(hosts: Sequence[Probed]) -> Iterator[Finding]:
-    for _, host, facts in known(hosts):
-        networks = [(one.name, a) for one in facts.interfaces or () for a in one.addresses if not a.ip.is_loopback]
-        for number, (name, address) in enumerate(networks):
-            for other, theirs in networks[:number]:
-                if other != name and address.network.overlaps(theirs.network):
-                    found = f"{address} on {name} overlaps {theirs} on {other}"
-                    yield Finding("address-clash", host.host.ssh, found, "give one of them another network")
-
-
-def _neighbors(hosts: Sequence[Probed]) -> Iterator[Finding]:
-    """Check how each rank's packets reach the next one."""
-    for rank, host, facts in known(hosts):
-        following = (rank + 1) % len(hosts)
-        other = hosts[following]
-        for address, reach in facts.reached.items():
-            towards = f"{address} of rank {following} ({other.host.ssh})"
-            near = facts.interface_towards(address)
-            leaving = facts.interface_of(reach.source) if reach.source else None
-            leaving_by = reach.interface or (leaving.name if leaving else None)
-            is_own = ipaddress.ip_address(address) in _own_addresses(facts)
-            if near and leaving_by and near.name != leaving_by and not is_own:
-                found = (
-                    f"packets to {towards} leave by {_in_words(facts, leaving_by)}, and not by"
-                    f" {_in_words(facts, near.name)}, in whose network it is"
-                )
-                yield Finding("wrong-interface", host.host.ssh, found, _route_by(facts, address, near))
-            elif reach.why and not reach.is_denied:
-                through = f" by {leaving.name} ({reach.source})" if leaving else ""
-                yield _unreached(host, other, f"{towards} isn't reached{through}: {reach.why}", reach.why)
-
-
-def _in_words(facts: Facts, interface: str) -> str:
-    """Return an interface with what it is, as far as that is known."""
-    ports = (facts.mac.hardware_ports if facts.mac else None) or {}
-    kind = next((port for port, name in ports.items() if name == interface), None)
-    if kind is None and interface.startswith("wl"):
-        kind = "Wi-Fi"
-    return f"{interface} ({kind})" if kind else interface
-
-
-def _route_by(facts: Facts, address: str, near: Interface) -> str:
-    cost = "; a cable carries 10 to 100 times what Wi-Fi does, 16 Gbit/s or more if it is Thunderbolt"
-    if facts.mac:
-        return f"sudo route -n change {address} -interface {near.name}{cost}"
-    return f"sudo ip route replace {address}/32 dev {near.name}{cost}"
-
-
-def _unreached(host: Probed, other: Probed, found: str, why: str) -> Finding:
-    """Return what keeps a host from the next one: its firewall, if it has one that may, else the link."""
-    if other.facts and other.facts.has_firewall and why not in ("No route to host", "Network is unreachable"):
-        fix = "let the ranks' addresses through its firewall"
-        if other.facts.mac:
-            fix = f"sudo {mac_checks.FIREWALL} --add {other.facts.python} --unblockapp {other.facts.python}"
-        return Finding("firewall", other.host.ssh, f"it has a firewall, and from {host.host.ssh} {found}", fix)
-    fix = "is the cable plugged in, is the interface up on both ends, does a firewall drop it?"
-    return Finding("link-down", host.host.ssh, found, fix)
-
-
-def _own_addresses(facts: Facts) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    return {a.ip for one in facts.interfaces or () for a in one.addresses}
-
-
-def _mtu(hosts: Sequence[Probed]) -> Iterator[Finding]:
-    found = known(hosts)
-    for rank, host, facts in found:
-        for next_rank, other, theirs in found:
-            if next_rank != (rank + 1) % len(hosts) or rank == next_rank:
-                continue
-            for address in other.host.ips:
-                near, far = facts.interface_towards(address), theirs.interface_of(address)
-                if near and far and near.mtu and far.mtu and near.mtu != far.mtu:
-                    what = f"{near.name} has MTU {near.mtu}, but {far.name} of {other.host.ssh}, on the same link, {far.mtu}"
-                    small, where = (near, facts) if near.mtu < far.mtu else (far, theirs)
-                    fix = _set_mtu(where, small.name, max(near.mtu, far.mtu))
-                    on = host.host.ssh if small is near else other.host.ssh
-                    yield Finding("mtu-differs", host.host.ssh, what, f"on {on}: {fix}", WARNING)
-
-
-def _set_mtu(facts: Facts, interface: str, mtu: int) -> str:
-    words = f"networksetup -setMTU {interface} {mtu}" if facts.mac else f"ip link set dev {interface} mtu {mtu}"
-    return f"sudo {words}"
-
-
-def _ports(hosts: Sequence[Probed]) -> Iterator[Finding]:
-    for _, host, facts in known(hosts):
-        for port, why in facts.taken.items():
-            yield Finding(
-                "port-taken",
-                host.host.ssh,
-                f"port {port}: {why}",
-                "end who listens there, or give another --starting-port",
-            )
-
-
 # ---- machines
 
 
@@ -304,15 +181,13 @@ def _environment(hosts: Sequence[Probed]) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (
-    _ssh, *mac_checks.BEFORE, _python, _versions, *cable_checks.CHECKS, _addresses, _address_clash, _neighbors, _ports,
-    *rdma_checks.CHECKS, *model_checks.CHECKS, _stale_ranks, _room, _ssh_noise, _login_shell, _mtu, *mac_checks.AFTER,
-    _names, _environment,
+    _ssh, *mac_checks.BEFORE, _python, _versions, *cable_checks.CHECKS, *address_checks.CHECKS, *rdma_checks.CHECKS,
+    *model_checks.CHECKS, _stale_ranks, _room, _ssh_noise, _login_shell, *mac_checks.AFTER, _names, _environment,
 )  # fmt: skip
 """Causes before what they lead to."""
 NAMES = (
     "ssh-refused", "ssh-host-key", "ssh-noise", "login-shell", "python-missing", "path-differs", "versions-differ",
-    "address-missing", "address-clash", "vpn-path", "wrong-interface", "link-down", "mtu-differs", "port-taken",
     "names-same", "stale-ranks", "disk-full", "memory-taken", "open-files", "fast-synch", "clock",
-    *cable_checks.NAMES, *rdma_checks.NAMES, *model_checks.NAMES, *mac_checks.NAMES,
+    *address_checks.NAMES, *cable_checks.NAMES, *rdma_checks.NAMES, *model_checks.NAMES, *mac_checks.NAMES,
 )  # fmt: skip
 """Of all checks."""

@@ -79,6 +79,7 @@ class Facts:
         routes: to networks, without the one to everywhere; None: unknown.
         home: folder of the account.
         python: path of the ranks' Python.
+        down: interfaces that are off, with their addresses.
         footprints: what processes hold; None: unknown.
         has_firewall: whether something may drop what comes in; None: unknown.
         governor: how the CPU's clock is set, if that slows it down.
@@ -110,6 +111,7 @@ class Facts:
     routes: tuple[ipaddress.IPv4Network, ...] | None = None
     home: str = ""
     python: str = ""
+    down: tuple[Interface, ...] = ()
     footprints: tuple[Footprint, ...] | None = None
     has_firewall: bool | None = None
     governor: str | None = None
@@ -177,6 +179,7 @@ def read_facts(raw: dict[str, Any]) -> Facts:
         mac,
         (_linux_routes if is_linux else read_routes)(_output(outputs, "routes")),
         str(raw.get("home", "")), str(raw.get("ranks_python", "")),
+        (_linux_interfaces(_output(outputs, "addresses"), is_up=False) or ()) if is_linux else (),
         (_linux_footprints if is_linux else read_footprints)(_output(outputs, "footprints")),
         _linux_firewall(outputs) if is_linux else mac.has_firewall if mac else None,
         _linux_governor(_output(outputs, "governor")),
@@ -200,8 +203,8 @@ def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
-def _linux_interfaces(text: str) -> tuple[Interface, ...] | None:
-    """Read `ip -j addr`."""
+def _linux_interfaces(text: str, is_up: bool = True) -> tuple[Interface, ...] | None:
+    """Read `ip -j addr`: the interfaces that are on, or those that are off."""
     try:
         return tuple(
             Interface(
@@ -214,7 +217,7 @@ def _linux_interfaces(text: str) -> tuple[Interface, ...] | None:
                 one.get("mtu"),
             )
             for one in json.loads(text)
-            if "ifname" in one and "UP" in one.get("flags", ())
+            if "ifname" in one and ("UP" in one.get("flags", ())) == is_up
         )
     except (ValueError, KeyError, TypeError):
         return None

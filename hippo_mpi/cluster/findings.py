@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -38,3 +39,8 @@ Check = Callable[[Sequence[Probed]], Iterator[Finding]]
 def known(hosts: Sequence[Probed]) -> list[Known]:
     """Return the hosts that answered."""
     return [(rank, host, host.facts) for rank, host in enumerate(hosts) if host.facts is not None]
+
+
+def as_root(*words: str) -> str:
+    """Return a command line for people to copy; its words may come from other hosts."""
+    return f"sudo {shlex.join(words)}"

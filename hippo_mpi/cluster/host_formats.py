@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def _names(line: str, where: str) -> Iterator[str]:
     found = _OPEN_MPI.fullmatch(line) or _MPICH.fullmatch(line)
     host, count = (found[1], int(found[2])) if found else (line, 1)
     if count > _MAX_RANKS:
-        raise UserError(f"{where}: {count:,} ranks are more than {_MAX_RANKS:,}")
+        raise UserError(f"{where}: {count:,} ranks exceed the limit of {_MAX_RANKS:,}")
     for name in expand(host, where):
         yield from [name] * count
 
@@ -60,7 +61,7 @@ def expand(nodes: str, where: str) -> list[str]:
     for part in re.split(r",(?![^\[]*\])", nodes):
         found = re.fullmatch(r"([^\[\]]*)(?:\[([0-9,-]+)\]([^\[\]]*))?", part)
         if not found or not part:
-            raise UserError(f"{where}: {nodes[:80]!a} is no list of hosts")
+            raise UserError(f"{where}: {nodes[:80]!a} is not a list of hosts")
         for number in _numbers(found[2], where) if found[2] else [""]:
             names.append(f"{found[1]}{number}{found[3] or ''}")
     return names
@@ -71,10 +72,10 @@ def _numbers(ranges: str, where: str) -> Iterator[str]:
     for one in ranges.split(","):
         found = _RANGE.fullmatch(one)
         if not found and not one.isdigit():
-            raise UserError(f"{where}: {one!a} is no range of numbers")
+            raise UserError(f"{where}: {one!a} is not a range of numbers")
         first, last = (found[1], found[2]) if found else (one, one)
         if int(last) - int(first) > _MAX_RANKS:
-            raise UserError(f"{where}: {one} are more than {_MAX_RANKS:,} hosts")
+            raise UserError(f"{where}: {one} exceeds the limit of {_MAX_RANKS:,} hosts")
         yield from (f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1))
 
 
@@ -98,15 +99,13 @@ def _own_name() -> str:
 
 
 def _with_addresses(hostfile: Hostfile) -> Hostfile:
-    entries = []
+    hosts = []
     for host in hostfile.hosts:
-        ips = list(host.ips)
+        ips = host.ips
         if not ips:
             try:
-                ips = [str(socket.getaddrinfo(host.ssh.rpartition("@")[2], 22, socket.AF_INET)[0][4][0])]
+                ips = (str(socket.getaddrinfo(host.ssh.rpartition("@")[2], 22, socket.AF_INET)[0][4][0]),)
             except OSError:
-                raise LaunchError(f"{hostfile.where}: the address of {host.ssh} can't be found: name its ips") from None
-        entry = {"ssh": host.ssh, "ips": ips, "rdma": list(host.rdma)}
-        entries.append(entry | ({"python": host.python} if host.python else {}))
-    known = hostfile_of(entries, hostfile.where)
-    return Hostfile(known.hosts, hostfile.where, hostfile.backend, hostfile.envs)
+                raise LaunchError(f"{hostfile.where}: can't resolve {host.ssh}: give its ips") from None
+        hosts.append(replace(host, ips=ips))
+    return replace(hostfile, hosts=tuple(hosts))

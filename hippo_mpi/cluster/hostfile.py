@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,12 +28,14 @@ class Host:
         ips: its addresses for data; of rank 0, the first is also where the ranks of JACCL meet.
         rdma: JACCL's device, or devices, on the cable to each rank; None where there is no cable.
         python: path of the Python there that has hippo_mpi, such as ~/hippo/.venv/bin/python; None: the same as here.
+        speed: how fast it is, relative to the others; None: that is measured.
     """
 
     ssh: str
     ips: tuple[str, ...] = ()
     rdma: tuple[str | list[str] | None, ...] = ()
     python: str | None = None
+    speed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Hostfile:
     def to_json(self) -> str:
         """Return what mlx.launch reads, too."""
         hosts = [
-            {"ssh": host.ssh, "ips": host.ips, "rdma": host.rdma} | ({"python": host.python} if host.python else {})
+            {"ssh": host.ssh, "ips": host.ips, "rdma": host.rdma}
+            | {key: value for key in ("python", "speed") if (value := getattr(host, key)) is not None}
             for host in self.hosts
         ]
         return json.dumps({"backend": self.backend or "", "envs": self.envs, "hosts": hosts})
@@ -75,20 +79,19 @@ class Hostfile:
             LaunchError: they don't.
         """
         if backend not in BACKENDS:
-            raise LaunchError(f"{self.where}: no backend is called {backend[:100]!a}; there are {', '.join(BACKENDS)}")
+            raise LaunchError(f"{self.where}: unknown backend {backend[:100]!a}; choose from {', '.join(BACKENDS)}")
         if backend == "ring":
             for rank, host in enumerate(self.hosts):
                 if not host.ips:
                     raise LaunchError(
-                        f'{self.where}: rank {rank} ({host.ssh}) has no "ips", where the ring listens; such as'
+                        f'{self.where}: rank {rank} ({host.ssh}) has no "ips", which the ring listens on; expected, for example,'
                         f' {{"ssh": "{host.ssh}", "ips": ["192.168.5.{rank + 1}"]}}'
                     )
         elif backend == "mpi":
             for rank, host in enumerate(self.hosts):
-                if host.python:
+                if key := next((key for key in ("python", "speed") if getattr(host, key) is not None), None):
                     raise LaunchError(
-                        f'{self.where}: "python" of rank {rank} ({host.ssh}) is not for mpi, which starts the same path'
-                        " on every host"
+                        f'{self.where}: "{key}" of rank {rank} ({host.ssh}) is not supported with mpi, which starts the same on every host'
                     )
         else:
             self._check_rdma(backend)
@@ -97,7 +100,7 @@ class Hostfile:
         size, instead = len(self.hosts), "; hippo_mpi also runs with --backend ring"
         if not self.hosts[0].ips:
             raise LaunchError(
-                f'{self.where}: rank 0 ({self.hosts[0].ssh}) has no "ips", where ranks meet for {backend}'
+                f'{self.where}: rank 0 ({self.hosts[0].ssh}) has no "ips", where ranks connect for {backend}'
             )
         for rank, host in enumerate(self.hosts):
             if len(host.rdma) != size:
@@ -135,7 +138,7 @@ def read_hostfile(path: Path) -> Hostfile:
         return hostfile_of(content, where)
     backend, envs = content.get("backend") or None, content.get("envs") or []
     if backend is not None and not isinstance(backend, str):
-        raise LaunchError(f'{where}: "backend" is {json.dumps(backend)}, and must be a name, such as "ring"')
+        raise LaunchError(f'{where}: "backend" must be a name such as "ring", not {json.dumps(backend)}')
     if not isinstance(envs, list) or not all(isinstance(one, str) and _VARIABLE.fullmatch(one) for one in envs):
         raise LaunchError(f'{where}: "envs" must be a list of "NAME=value"')
     return replace(hostfile_of(content.get("hosts"), where), backend=backend, envs=tuple(envs))
@@ -148,7 +151,7 @@ def hostfile_of(entries: Any, where: str) -> Hostfile:
         LaunchError: it is none; the message begins with `where`.
     """
     if not isinstance(entries, list) or not entries:
-        raise LaunchError(f'{where} lists no host; it needs one {{"ssh": ..., "ips": [...]}} per rank')
+        raise LaunchError(f'{where} lists no hosts; it needs one {{"ssh": ..., "ips": [...]}} per rank')
     return Hostfile(tuple(_host(entry, rank, where) for rank, entry in enumerate(entries)), where)
 
 
@@ -170,4 +173,9 @@ def _host(entry: Any, rank: int, where: str) -> Host:
     python = entry.get("python")
     if python is not None and (not isinstance(python, str) or not python.startswith(("/", "~/"))):
         raise LaunchError(f'{where}: "python" of rank {rank} ({name}) must be a path that begins with / or ~/')
-    return Host(name, tuple(ips), tuple(rdma), python)
+    speed = entry.get("speed")
+    if speed is not None and (
+        not isinstance(speed, int | float) or isinstance(speed, bool) or not 0 < speed < math.inf
+    ):
+        raise LaunchError(f'{where}: "speed" of rank {rank} ({name}) must be a number above 0')
+    return Host(name, tuple(ips), tuple(rdma), python, speed)

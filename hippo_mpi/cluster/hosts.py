@@ -37,7 +37,7 @@ def _check_host(where: str, rank: int, name: str) -> None:
     except FileNotFoundError:
         raise LaunchError(f"{where}: host {name} of rank {rank} needs ssh, which isn't installed") from None
     except (OSError, subprocess.SubprocessError, StopIteration):
-        raise LaunchError(f"{where}: there is no host {name} (rank {rank})") from None
+        raise LaunchError(f"{where}: unknown host {name} (rank {rank})") from None
 
 
 def installed(command: str) -> str:
@@ -63,7 +63,7 @@ def knock(hostfile: Hostfile, key: RunKey | None = None) -> None:
         answers = dict(zip(names, pool.map(lambda name: _knock_at(name, key), names), strict=True))
     silent = [f"{name} (rank {names[name]}): {why}" for name, why in answers.items() if why]
     if silent:
-        raise LaunchError(f"{hostfile.where}: no way in by `ssh NAME true` to {'; '.join(silent)}")
+        raise LaunchError(f"{hostfile.where}: `ssh NAME true` fails for {'; '.join(silent)}")
 
 
 def _knock_at(name: str, key: RunKey | None) -> str:

@@ -57,7 +57,7 @@ class Launch:
             try:
                 self._console = Console(Path(folder))
             except OSError as error:
-                raise LaunchError(f"no socket in {folder}: {error} (a shorter TMPDIR may help)") from None
+                raise LaunchError(f"can't create a socket in {folder}: {error} (a shorter TMPDIR may help)") from None
             self._launcher = self._start(job, {STATUS_FILE: str(status), CONSOLE: str(self._console.path)}, key)
             if self._ended_by is not None:  # the signal came while the launcher was starting
                 self._signal(signal.SIGTERM)
@@ -74,7 +74,7 @@ class Launch:
             if self._is_starter and code > 0:
                 return code
             if not told and (code or self._console.pid):
-                print_error(f"rank 0 ended without a word, and its launcher with status {code}")
+                print_error(f"rank 0 ended without an error message; its launcher exited with status {code}")
             return RankError.exit_code if self._console.pid else code or 1
 
     def _start(self, job: StartPlan | list[str], given: dict[str, str], key: RunKey) -> subprocess.Popen[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from hippo_mpi.cluster.facts import Facts, Probed
-from hippo_mpi.cluster.findings import INFO, WARNING, Check, Finding, known
+from hippo_mpi.cluster.findings import INFO, WARNING, Check, Finding, as_root, known
 from hippo_mpi.cluster.macos import MacFacts
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.units import show_bytes
@@ -53,7 +53,7 @@ def _firewall(hosts: Sequence[Probed]) -> Iterator[Finding]:
     """Check the firewalls that are on; those that hide a host from the one before are found with the neighbors."""
     for host, facts, mac in macs(hosts):
         if mac.has_firewall and len(hosts) > 1:
-            fix = f"sudo {FIREWALL} --add {facts.python} --unblockapp {facts.python}"
+            fix = as_root(FIREWALL, "--add", facts.python, "--unblockapp", facts.python)
             found = "its firewall is on, and asks on its screen whether Python may be reached"
             yield Finding("firewall", host.host.ssh, found, fix, WARNING)
 

@@ -82,7 +82,7 @@ class MacFacts:
         speed_limit: of the CPU, in percent, as heat leaves it; None: unknown.
         is_encrypted: whether FileVault is on.
         has_firewall: whether the application firewall is on.
-        has_exo: whether exo's daemon is loaded.
+        has_exo: whether exo's daemon was seen.
     """
 
     model: str | None = None
@@ -104,7 +104,7 @@ class MacFacts:
     speed_limit: int | None = None
     is_encrypted: bool | None = None
     has_firewall: bool | None = None
-    has_exo: bool | None = None
+    has_exo: bool = False
 
     @property
     def domain(self) -> str | None:
@@ -114,6 +114,10 @@ class MacFacts:
     def port_of(self, interface: str) -> Port | None:
         """Return the Thunderbolt port of an interface."""
         return next((port for port in self.ports or () if port.interface == interface), None)
+
+    def is_cable(self, interface: str) -> bool:
+        """Return True if an interface is a Thunderbolt port's, or a bridge."""
+        return self.port_of(interface) is not None or any(bridge.name == interface for bridge in self.bridges or ())
 
     def bridge_of(self, interface: str) -> Bridge | None:
         """Return the bridge that has an interface as a member."""
@@ -258,7 +262,7 @@ def read_mac(outputs: Mapping[str, str]) -> MacFacts:
         int(limit[1]) if limit else None,
         _one_of(of("encryption"), {"FileVault is On.": True, "FileVault is Off.": False}),
         _firewall(of("firewall")),
-        "io.exo.networksetup = {" in of("exo") if of("exo") else None,
+        "io.exo.networksetup = {" in of("exo"),
     )
 
 

@@ -44,7 +44,7 @@ try: token = token or open(home + "/token").read().strip()
 except OSError: pass
 url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/api/models/" + sys.argv[1]
 request = urllib.request.Request(url, headers={"Authorization": "Bearer " + token} if token else {})
-try: print(urllib.request.urlopen(request, timeout=3).status)
+try: print(urllib.request.urlopen(request, timeout=5).status)
 except urllib.error.HTTPError as error: print(error.code)
 except OSError as error: print(error)
 """
@@ -56,7 +56,7 @@ COMMANDS = {
         "footprints": ["ps", "-A", "-o", "rss=,pid=,comm="],
         "processes": ["ps", "-A", "-ww", "-o", "pid=,ppid=,user=,etime=,args="],
         "machine": ["cat", "/etc/machine-id"],
-        "firewall": ["nft", "list", "ruleset"],
+        "firewall": ["sh", "-c", "PATH=$PATH:/usr/sbin:/sbin nft list ruleset"],
         "governor": ["cat", GOVERNOR + "scaling_driver", GOVERNOR + "scaling_governor"],
     },
     "Darwin": {

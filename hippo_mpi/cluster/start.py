@@ -112,9 +112,9 @@ class Starter:
         rank, code = self._first_bad
         start = self._plan.ranks[rank]
         if not any(keeper.returncode in _TOLD for keeper in self._keepers):
-            how = f"was ended by signal {code - 128}" if code > 128 else f"ended with status {code}"
+            how = f"was killed by signal {code - 128}" if code > 128 else f"exited with status {code}"
             if code == _SSH_FAILED and start.host != THIS_MACHINE:
-                how = "was lost: its ssh connection ended, or couldn't be made"
+                how = "was lost: its ssh connection closed or failed"
             print_error(f"rank {rank} ({start.host}) {how}")
         status = own if own in (0, *_TOLD) else code
         return status if status in (0, *_TOLD) else RankError.exit_code

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from hippo_mpi.cluster.hostfile import Hostfile
+from hippo_mpi.environment import SPEED
 from hippo_mpi.transport.ports import THIS_MACHINE
 
 START = (sys.executable, "-m", "hippo_mpi.cluster.start")
@@ -84,7 +85,7 @@ def start_plan(hostfile: Hostfile, backend: str, words: Sequence[str], first_por
         RankStart(
             host.ssh,
             sys.executable if host.ssh == THIS_MACHINE else host.python or sys.executable,
-            {"MLX_RANK": str(rank)},
+            {"MLX_RANK": str(rank)} | ({SPEED: str(host.speed)} if host.speed else {}),
         )
         for rank, host in enumerate(hosts)
     ]

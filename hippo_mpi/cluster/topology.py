@@ -121,8 +121,7 @@ def _lan_interfaces(facts: Facts) -> Iterator[IPv4Interface]:
     mac = facts.mac
     wireless = (mac.hardware_ports or {}).get("Wi-Fi") if mac else None
     for one in sorted(facts.interfaces or (), key=lambda one: one.name == wireless or one.name.startswith("wl")):
-        is_cable = bool(mac) and (one.name.startswith("bridge") or bool(mac and mac.port_of(one.name)))
-        for address in one.addresses if not is_cable else ():
+        for address in one.addresses if not (mac and mac.is_cable(one.name)) else ():
             if not (address.ip.is_loopback or address.ip.is_link_local or address.ip in _VPN):
                 yield address
 

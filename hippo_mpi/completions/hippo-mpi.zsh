@@ -10,19 +10,19 @@
 
 _shtab_hippo_mpi_commands() {
   local _commands=(
-    audit:'check an audit log, or add it up'
+    audit:'verify an audit log, or summarise it'
     batch:'answer a file of prompts'
-    benchmark:'measure what the ranks give together, and each alone'
+    benchmark:'measure the speed of all ranks against one'
     chat:'hold a conversation'
     cluster:'say what is wrong with the machines of a run, and what to do'
-    completion:'print what makes a shell complete all of these'
+    completion:'print a shell'"'"'s completion script'
     dashboard:'print a Grafana dashboard of a server'"'"'s metrics'
     generate:'answer one prompt'
     models:'list a catalogue'"'"'s models, and whether they fit'
-    page:'show a server in the browser: a chat, and its ranks'
-    plan:'show what each rank would hold; loads no weight'
+    page:'open a web page for a server: a chat, and its ranks'
+    plan:'show what each rank would hold; loads no weights'
     run:'start a command on all ranks: run -n 2 --command chat'
-    serve:'serve an API that goes on when a rank fails'
+    serve:'serve an API that survives rank failures'
   )
   _describe 'hippo-mpi commands' _commands
 }
@@ -32,9 +32,12 @@ _shtab_hippo_mpi_cluster_commands() {
     convert:'print a list of hosts in another format'
     doctor:'say what is wrong with hosts, and what to do'
     find:'list machines that announce their ssh server, and the link to each'
+    link:'measure the links between hosts'
     remove:'take away all that setup and tune have put on a host'
     setup:'from bare machines to a first token, and a hostfile; safe to repeat'
     stop:'end ranks whose starter is gone'
+    sync:'give each host the bytes of its own layers'
+    top:'show what hosts do, live in the terminal'
     tune:'settings of hosts that matter to ranks: shown, changed after a yes, put back'
   )
   _describe 'hippo-mpi cluster commands' _commands
@@ -42,7 +45,7 @@ _shtab_hippo_mpi_cluster_commands() {
 
 _shtab_hippo_mpi_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -50,15 +53,15 @@ _shtab_hippo_mpi_defaults_added=0
 
 _shtab_hippo_mpi_audit_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
-  "--audit-key[file with the log\'s key\; by default LOG.key]:audit_key:_files"
-  "--last-hash[of the last line when it was noted\: also finds what was written all anew since]:last_hash:"
-  "--lines[how many there were then\; later ones are no mistake]:lines:"
-  "--by[some of key,model,endpoint,day,month (days and months of UTC)\; else key,model,day]:by:"
-  "--since[first day, such as 2026-11-01, or a time]:since:"
-  "--json[print a JSON object and no table]"
-  ":verify\: find lines that were changed, dropped or moved\; report\: add up requests, tokens and errors\; digest\: what stands in the log for the text on standard input:(verify report digest)"
-  ":the log\; older files beside it (LOG.1, LOG.2 ...) belong to it:_files"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--audit-key[file with the log\'s key\; default\: LOG.key]:audit_key:_files"
+  "--last-hash[hash of the last line as noted earlier\; also finds a log that was rewritten since]:last_hash:"
+  "--lines[number of lines at that time\; later ones are fine]:lines:"
+  "--by[some of key,model,endpoint,day,month (days and months in UTC)\; default\: key,model,day]:by:"
+  "--since[date or time of the first request, such as 2026-11-01]:since:"
+  "--json[print a JSON object instead of a table]"
+  ":verify\: find lines that were changed, dropped or moved\; report\: add up requests, tokens and errors\; digest\: print what the log has in place of the text on standard input:(verify report digest)"
+  ":the log\; older files beside it (LOG.1, LOG.2 ...) are read, too:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -66,48 +69,48 @@ _shtab_hippo_mpi_audit_defaults_added=0
 
 _shtab_hippo_mpi_batch_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
-  {--output,-o}"[file for the answers, or - for standard output\; default\: PROMPTS.answers.jsonl, and - for pipes]:output:_files"
-  "--restart[forget the answers that are in the output already]"
-  "--keep-order[put the answers into the order of the prompts]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  {--output,-o}"[file for the answers, or - for standard output\; default\: PROMPTS.answers.jsonl, or - for pipes]:output:_files"
+  "--restart[discard the answers that are already in the output]"
+  "--keep-order[sort the answers into the order of the prompts]"
   "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
-  "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
+  "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
-  "--trust-remote-code[allow the checkpoint to bring its own code]"
-  "--config[YAML file of options and models, as for hippo_mpi.serve\; --model NAME takes one of these]:config:_files"
-  "--max-kv-size[keep this many tokens at most (rotating cache)]:max_kv_size:"
+  "--trust-remote-code[allow running code from the checkpoint]"
+  "--config[YAML file of options and models, as for hippo_mpi.serve\; --model NAME selects one of the models]:config:_files"
+  "--max-kv-size[maximum number of tokens in the cache (rotating)]:max_kv_size:"
   "--kv-bits[quantise the cache to this many bits]:kv_bits:(2 3 4 6 8)"
-  "--kv-group-size[group size of that (default\: 64)]:kv_group_size:(32 64 128)"
-  "--quantized-kv-start[quantise from this position on (default\: 5000)]:quantized_kv_start:"
-  "--layer-split[layers per rank, such as 14,10\; planned if not given]:layer_split:"
-  "--max-context[longest prompt and answer together\; the model\'s own, or what fits]:max_context:"
-  {--prefill-step-size,--prefill-chunk}"[prompt tokens per step\; by default 2048 on a GPU and 256 on a CPU\; smaller chunks on several ranks]:prefill_step_size:"
+  "--kv-group-size[group size of the quantised cache (default\: 64)]:kv_group_size:(32 64 128)"
+  "--quantized-kv-start[quantise the cache from this token on (default\: 5000)]:quantized_kv_start:"
+  "--layer-split[layers per rank, such as 14,10\; default\: planned]:layer_split:"
+  "--max-context[maximum length of prompt and answer together\; default\: the model\'s, or what fits]:max_context:"
+  {--prefill-step-size,--prefill-chunk}"[prompt tokens per step\; default\: 2048 on a GPU, 256 on a CPU\; fewer on several ranks]:prefill_step_size:"
   "--timeout[seconds without progress after which all ranks end (default\: 30.0)]:timeout:"
   "--start-timeout[seconds that ranks wait for each other to start (default\: 30.0)]:start_timeout:"
   "--draft-model[folder or repo of a small model, whole on rank 0, that proposes tokens]:draft_model:_files -/"
-  "--num-draft-tokens[most tokens that it proposes for a step (default\: 3)]:num_draft_tokens:"
+  "--num-draft-tokens[maximum number of draft tokens per step (default\: 3)]:num_draft_tokens:"
   "--system-prompt[system prompt for the chat template]:system_prompt:"
-  "--prefill-response[how the answer must begin]:prefill_response:"
-  "--ignore-chat-template[use the prompt as it is]"
+  "--prefill-response[text that the answer begins with]:prefill_response:"
+  "--ignore-chat-template[use the raw prompt without the chat template]"
   "--chat-template-config[JSON object of arguments for the chat template]:chat_template_config:"
-  "--extra-eos-token[further tokens that end an answer]:extra_eos_token:"
-  {--max-tokens,-m}"[longest answer (default\: 256)]:max_tokens:"
-  "--temp[temperature\; 0 takes the likeliest token]:temp:"
-  "--top-p[nucleus sampling (default\: 1.0)]:top_p:"
-  "--min-p[smallest probability relative to the likeliest token\'s]:min_p:"
-  "--top-k[number of likeliest tokens to choose from\; 0\: all]:top_k:"
-  "--min-tokens-to-keep[tokens that min-p always keeps (default\: 1)]:min_tokens_to_keep:"
-  "--xtc-probability[how often XTC sampling happens]:xtc_probability:"
+  "--extra-eos-token[additional tokens that end an answer]:extra_eos_token:"
+  {--max-tokens,-m}"[maximum number of tokens to generate (default\: 256)]:max_tokens:"
+  "--temp[sampling temperature\; 0\: greedy]:temp:"
+  "--top-p[top-p (nucleus) sampling (default\: 1.0)]:top_p:"
+  "--min-p[minimum probability relative to the most likely token\'s]:min_p:"
+  "--top-k[sample from this many of the most likely tokens\; 0\: all]:top_k:"
+  "--min-tokens-to-keep[minimum number of tokens that min-p keeps (default\: 1)]:min_tokens_to_keep:"
+  "--xtc-probability[probability of XTC sampling]:xtc_probability:"
   "--xtc-threshold[threshold of XTC sampling (default\: 0.1)]:xtc_threshold:"
-  "--repetition-penalty[penalty for tokens that came before]:repetition_penalty:"
-  "--repetition-context-size[how many tokens count as before (default\: 20)]:repetition_context_size:"
-  "--max-repeats[end an answer that repeats the same text so many times in a row\; 0\: never]:max_repeats:"
-  "--seed[seed of the random numbers]:seed:"
-  "--stop-words[texts that end an answer\; not shown]:stop_words:"
-  "--max-batch-size[most requests that are answered at once (default\: 32)]:max_batch_size:"
-  "--max-batch-tokens[most prompt tokens between two steps of running requests (default\: 512)]:max_batch_tokens:"
-  "--prompt-cache-bytes[memory per rank for caches of ended requests, kept for prompts that begin alike, such as 512M or 2G\; 0\: none\; by default a part of what is free]:prompt_cache_bytes:"
+  "--repetition-penalty[penalty for repeated tokens]:repetition_penalty:"
+  "--repetition-context-size[number of previous tokens for the repetition penalty (default\: 20)]:repetition_context_size:"
+  "--max-repeats[end an answer that repeats the same text this many times in a row\; 0\: never]:max_repeats:"
+  "--seed[random seed]:seed:"
+  "--stop-words[stop strings, which end an answer and aren\'t shown]:stop_words:"
+  "--max-batch-size[maximum number of requests answered at once (default\: 32)]:max_batch_size:"
+  "--max-batch-tokens[maximum number of prompt tokens between two steps of running requests (default\: 512)]:max_batch_tokens:"
+  "--prompt-cache-bytes[memory per rank for KV caches of finished requests, reused by prompts with the same prefix, such as 512M or 2G\; 0\: none\; default\: a part of the free memory]:prompt_cache_bytes:"
   ":file of prompts, or a job script\; - reads standard input:_files"
 )
 
@@ -116,31 +119,31 @@ _shtab_hippo_mpi_batch_defaults_added=0
 
 _shtab_hippo_mpi_benchmark_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
-  "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
+  "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
-  "--trust-remote-code[allow the checkpoint to bring its own code]"
-  "--config[YAML file of options and models, as for hippo_mpi.serve\; --model NAME takes one of these]:config:_files"
-  "--max-kv-size[keep this many tokens at most (rotating cache)]:max_kv_size:"
+  "--trust-remote-code[allow running code from the checkpoint]"
+  "--config[YAML file of options and models, as for hippo_mpi.serve\; --model NAME selects one of the models]:config:_files"
+  "--max-kv-size[maximum number of tokens in the cache (rotating)]:max_kv_size:"
   "--kv-bits[quantise the cache to this many bits]:kv_bits:(2 3 4 6 8)"
-  "--kv-group-size[group size of that (default\: 64)]:kv_group_size:(32 64 128)"
-  "--quantized-kv-start[quantise from this position on (default\: 5000)]:quantized_kv_start:"
-  "--layer-split[layers per rank, such as 14,10\; planned if not given]:layer_split:"
-  "--max-context[longest prompt and answer together\; the model\'s own, or what fits]:max_context:"
-  {--prefill-step-size,--prefill-chunk}"[prompt tokens per step\; by default 2048 on a GPU and 256 on a CPU\; smaller chunks on several ranks]:prefill_step_size:"
+  "--kv-group-size[group size of the quantised cache (default\: 64)]:kv_group_size:(32 64 128)"
+  "--quantized-kv-start[quantise the cache from this token on (default\: 5000)]:quantized_kv_start:"
+  "--layer-split[layers per rank, such as 14,10\; default\: planned]:layer_split:"
+  "--max-context[maximum length of prompt and answer together\; default\: the model\'s, or what fits]:max_context:"
+  {--prefill-step-size,--prefill-chunk}"[prompt tokens per step\; default\: 2048 on a GPU, 256 on a CPU\; fewer on several ranks]:prefill_step_size:"
   "--timeout[seconds without progress after which all ranks end (default\: 30.0)]:timeout:"
   "--start-timeout[seconds that ranks wait for each other to start (default\: 30.0)]:start_timeout:"
-  "--prompt-tokens[tokens of every prompt (default\: 128)]:prompt_tokens:"
-  "--generation-tokens[tokens per request, counted while all are answered (default\: 64)]:generation_tokens:"
-  "--concurrent[numbers of requests at once (default\: 1,4,16)]:concurrent:"
-  "--trials[how often\; medians are shown (default\: 5)]:trials:"
-  "--pipeline-only[no whole models\: neither standalone nor replicas]"
+  "--prompt-tokens[tokens per prompt (default\: 128)]:prompt_tokens:"
+  "--generation-tokens[tokens generated per request\; timed while all requests run (default\: 64)]:generation_tokens:"
+  "--concurrent[numbers of concurrent requests (default\: 1,4,16)]:concurrent:"
+  "--trials[number of trials\; medians are shown (default\: 5)]:trials:"
+  "--pipeline-only[skip whole models, standalone and as replicas]"
   "--compare[also measure mlx-lm\'s own batch generation\: on rank 0, and over all ranks if its model type has a pipeline]:compare:(mlx-lm)"
   "--json[print one JSON object instead of tables]"
-  "--plot[draw throughput against requests at once into this file (.png, .svg, .pdf ...)]:plot:_files"
-  "--trace[write what every rank did, when, for Perfetto or chrome\:\/\/tracing]:trace:_files"
+  "--plot[plot throughput against concurrent requests to this file (.png, .svg, .pdf ...)]:plot:_files"
+  "--trace[write a trace of all ranks to this file, for Perfetto or chrome\:\/\/tracing]:trace:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -148,42 +151,42 @@ _shtab_hippo_mpi_benchmark_defaults_added=0
 
 _shtab_hippo_mpi_chat_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
-  "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
+  "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
-  "--trust-remote-code[allow the checkpoint to bring its own code]"
-  "--config[YAML file of options and models, as for hippo_mpi.serve\; --model NAME takes one of these]:config:_files"
-  "--max-kv-size[keep this many tokens at most (rotating cache)]:max_kv_size:"
+  "--trust-remote-code[allow running code from the checkpoint]"
+  "--config[YAML file of options and models, as for hippo_mpi.serve\; --model NAME selects one of the models]:config:_files"
+  "--max-kv-size[maximum number of tokens in the cache (rotating)]:max_kv_size:"
   "--kv-bits[quantise the cache to this many bits]:kv_bits:(2 3 4 6 8)"
-  "--kv-group-size[group size of that (default\: 64)]:kv_group_size:(32 64 128)"
-  "--quantized-kv-start[quantise from this position on (default\: 5000)]:quantized_kv_start:"
-  "--layer-split[layers per rank, such as 14,10\; planned if not given]:layer_split:"
-  "--max-context[longest prompt and answer together\; the model\'s own, or what fits]:max_context:"
-  {--prefill-step-size,--prefill-chunk}"[prompt tokens per step\; by default 2048 on a GPU and 256 on a CPU\; smaller chunks on several ranks]:prefill_step_size:"
+  "--kv-group-size[group size of the quantised cache (default\: 64)]:kv_group_size:(32 64 128)"
+  "--quantized-kv-start[quantise the cache from this token on (default\: 5000)]:quantized_kv_start:"
+  "--layer-split[layers per rank, such as 14,10\; default\: planned]:layer_split:"
+  "--max-context[maximum length of prompt and answer together\; default\: the model\'s, or what fits]:max_context:"
+  {--prefill-step-size,--prefill-chunk}"[prompt tokens per step\; default\: 2048 on a GPU, 256 on a CPU\; fewer on several ranks]:prefill_step_size:"
   "--timeout[seconds without progress after which all ranks end (default\: 30.0)]:timeout:"
   "--start-timeout[seconds that ranks wait for each other to start (default\: 30.0)]:start_timeout:"
   "--draft-model[folder or repo of a small model, whole on rank 0, that proposes tokens]:draft_model:_files -/"
-  "--num-draft-tokens[most tokens that it proposes for a step (default\: 3)]:num_draft_tokens:"
+  "--num-draft-tokens[maximum number of draft tokens per step (default\: 3)]:num_draft_tokens:"
   "--system-prompt[system prompt for the chat template]:system_prompt:"
-  "--prefill-response[how the answer must begin]:prefill_response:"
-  "--ignore-chat-template[use the prompt as it is]"
+  "--prefill-response[text that the answer begins with]:prefill_response:"
+  "--ignore-chat-template[use the raw prompt without the chat template]"
   "--chat-template-config[JSON object of arguments for the chat template]:chat_template_config:"
-  "--extra-eos-token[further tokens that end an answer]:extra_eos_token:"
-  {--max-tokens,-m}"[longest answer (default\: 256)]:max_tokens:"
-  "--temp[temperature\; 0 takes the likeliest token]:temp:"
-  "--top-p[nucleus sampling (default\: 1.0)]:top_p:"
-  "--min-p[smallest probability relative to the likeliest token\'s]:min_p:"
-  "--top-k[number of likeliest tokens to choose from\; 0\: all]:top_k:"
-  "--min-tokens-to-keep[tokens that min-p always keeps (default\: 1)]:min_tokens_to_keep:"
-  "--xtc-probability[how often XTC sampling happens]:xtc_probability:"
+  "--extra-eos-token[additional tokens that end an answer]:extra_eos_token:"
+  {--max-tokens,-m}"[maximum number of tokens to generate (default\: 256)]:max_tokens:"
+  "--temp[sampling temperature\; 0\: greedy]:temp:"
+  "--top-p[top-p (nucleus) sampling (default\: 1.0)]:top_p:"
+  "--min-p[minimum probability relative to the most likely token\'s]:min_p:"
+  "--top-k[sample from this many of the most likely tokens\; 0\: all]:top_k:"
+  "--min-tokens-to-keep[minimum number of tokens that min-p keeps (default\: 1)]:min_tokens_to_keep:"
+  "--xtc-probability[probability of XTC sampling]:xtc_probability:"
   "--xtc-threshold[threshold of XTC sampling (default\: 0.1)]:xtc_threshold:"
-  "--repetition-penalty[penalty for tokens that came before]:repetition_penalty:"
-  "--repetition-context-size[how many tokens count as before (default\: 20)]:repetition_context_size:"
-  "--max-repeats[end an answer that repeats the same text so many times in a row\; 0\: never]:max_repeats:"
-  "--seed[seed of the random numbers]:seed:"
-  "--stop-words[texts that end an answer\; not shown]:stop_words:"
+  "--repetition-penalty[penalty for repeated tokens]:repetition_penalty:"
+  "--repetition-context-size[number of previous tokens for the repetition penalty (default\: 20)]:repetition_context_size:"
+  "--max-repeats[end an answer that repeats the same text this many times in a row\; 0\: never]:max_repeats:"
+  "--seed[random seed]:seed:"
+  "--stop-words[stop strings, which end an answer and aren\'t shown]:stop_words:"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -191,7 +194,7 @@ _shtab_hippo_mpi_chat_defaults_added=0
 
 _shtab_hippo_mpi_cluster_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -199,7 +202,7 @@ _shtab_hippo_mpi_cluster_defaults_added=0
 
 _shtab_hippo_mpi_cluster_convert_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "--to[format to convert to\: openmpi, mpich, lines (a host a line, as of PBS), or mlx (default\: mlx)]:to:(mlx openmpi mpich lines)"
   ":list of hosts\: of mlx.launch, Open MPI, MPICH, Slurm, PBS, or a host a line:"
 )
@@ -209,9 +212,9 @@ _shtab_hippo_mpi_cluster_convert_defaults_added=0
 
 _shtab_hippo_mpi_cluster_doctor_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "--starting-port[look whether this port and those of the other ranks are free]:starting_port:"
-  "--check[only these checks, by their names]:NAME:(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ address-missing address-clash vpn-path wrong-interface link-down mtu-differs port-taken names-same stale-ranks disk-full memory-taken open-files fast-synch clock bridge-loop cable-absent cable-slow self-assigned rdma-impossible rdma-off jaccl-matrix rdma-no-ipv4 rdma-port-down memory-short mpi-mixed model-missing hub-token no-internet path-private local-network-privacy firewall wired-stranded wired-limit other-daemon sleeps low-power hot filevault-reboot)"
+  "--check[only these checks, by their names]:NAME:(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ names-same stale-ranks disk-full memory-taken open-files fast-synch clock address-missing address-clash vpn-path wrong-interface link-down mtu-differs port-taken bridge-loop cable-absent cable-slow self-assigned rdma-impossible rdma-off jaccl-matrix rdma-no-ipv4 rdma-port-down memory-short mpi-mixed model-missing hub-token no-internet path-private local-network-privacy firewall wired-stranded wired-limit other-daemon sleeps low-power hot filevault-reboot)"
   "--model[look whether this model, a path or a repo on the hub, is there, fits, and can be downloaded]:model:"
   "--json[print a JSON object]"
   "--save[write what the hosts answered to this file, without what is private]:FILE:"
@@ -226,7 +229,7 @@ _shtab_hippo_mpi_cluster_doctor_defaults_added=0
 
 _shtab_hippo_mpi_cluster_find_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "--json[print a JSON array]"
   "--timeout[seconds to look (default\: 4.0)]:timeout:"
 )
@@ -234,9 +237,24 @@ _shtab_hippo_mpi_cluster_find_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_find_defaults_added=0
 
+_shtab_hippo_mpi_cluster_link_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--all[every pair of hosts, not only neighbors in the ring]"
+  "--seconds[how long each rate is measured (default\: 1.5)]:seconds:"
+  "--model[say what the links cost when this model runs over them, as predicted]:model:"
+  "--json[print a JSON object\; times in seconds, rates in bytes per second]"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_link_defaults_added=0
+
 _shtab_hippo_mpi_cluster_remove_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "--hostfile[hostfile that setup wrote, which loses the host (default\: hosts.json)]:FILE:"
   "--yes[change the host without asking]"
   ":host, as ssh knows it:"
@@ -247,7 +265,7 @@ _shtab_hippo_mpi_cluster_remove_defaults_added=0
 
 _shtab_hippo_mpi_cluster_setup_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "--hostfile[hostfile to write (default\: hosts.json)]:FILE:"
   "--yes[change hosts without asking\; ssh still asks about fingerprints and passwords]"
   "--timeout[seconds for a host to say what it is (default\: 20.0)]:timeout:"
@@ -259,7 +277,7 @@ _shtab_hippo_mpi_cluster_setup_defaults_added=0
 
 _shtab_hippo_mpi_cluster_stop_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "--yes[end them without asking]"
   "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
   "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
@@ -269,9 +287,43 @@ _shtab_hippo_mpi_cluster_stop_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_hippo_mpi_cluster_stop_defaults_added=0
 
+_shtab_hippo_mpi_cluster_sync_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--layer-split[layers per rank, such as 14,10\; default\: planned]:layer_split:"
+  "--max-context[maximum length of prompt and answer together\; default\: the model\'s, or what fits]:max_context:"
+  "--revision[revision of the Hugging Face repo]:revision:"
+  "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
+  "--trust-remote-code[allow running code from the checkpoint]"
+  "--whole[give every host all of the model, so that others can go on without it]"
+  "--verify[look first whether what hosts have is still as it arrived\; fetch again what isn\'t]"
+  "--json[print a JSON object]"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  ":folder or Hugging Face repo of an mlx-lm model, as for the run:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_sync_defaults_added=0
+
+_shtab_hippo_mpi_cluster_top_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--server[URL of a server, to show its ranks, too\; its key from HIPPO_API_KEYS]:URL:"
+  "--once[print it once, and stop]"
+  "--json[print a JSON object a second\; with --once, one]"
+  "--hostfile[JSON list of hosts, as for mlx.launch]:FILE:"
+  "--timeout[seconds for a host to answer (default\: 10.0)]:timeout:"
+  "(*)::hosts beside this one, as ssh knows them, instead of a hostfile:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_hippo_mpi_cluster_top_defaults_added=0
+
 _shtab_hippo_mpi_cluster_tune_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "--apply[change what should be changed, after a yes]"
   "--undo[put back what --apply has changed, after a yes]"
   "--yes[change hosts without asking]"
@@ -286,7 +338,7 @@ _shtab_hippo_mpi_cluster_tune_defaults_added=0
 
 _shtab_hippo_mpi_completion_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   ":bash, zsh or fish:(bash zsh fish)"
 )
 
@@ -295,7 +347,7 @@ _shtab_hippo_mpi_completion_defaults_added=0
 
 _shtab_hippo_mpi_dashboard_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -303,45 +355,45 @@ _shtab_hippo_mpi_dashboard_defaults_added=0
 
 _shtab_hippo_mpi_generate_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
-  "--prompt[what to answer\; - reads standard input (default\: Tell me a story about a fox.)]:prompt:"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--prompt[the prompt\; - reads standard input (default\: Tell me a story about a fox.)]:prompt:"
   "--json[print one JSON object instead of text]"
-  "--show-plan[print what each rank would hold, and stop]"
+  "--show-plan[print what each rank would hold, and exit]"
   "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
-  "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
+  "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
-  "--trust-remote-code[allow the checkpoint to bring its own code]"
-  "--config[YAML file of options and models, as for hippo_mpi.serve\; --model NAME takes one of these]:config:_files"
-  "--max-kv-size[keep this many tokens at most (rotating cache)]:max_kv_size:"
+  "--trust-remote-code[allow running code from the checkpoint]"
+  "--config[YAML file of options and models, as for hippo_mpi.serve\; --model NAME selects one of the models]:config:_files"
+  "--max-kv-size[maximum number of tokens in the cache (rotating)]:max_kv_size:"
   "--kv-bits[quantise the cache to this many bits]:kv_bits:(2 3 4 6 8)"
-  "--kv-group-size[group size of that (default\: 64)]:kv_group_size:(32 64 128)"
-  "--quantized-kv-start[quantise from this position on (default\: 5000)]:quantized_kv_start:"
-  "--layer-split[layers per rank, such as 14,10\; planned if not given]:layer_split:"
-  "--max-context[longest prompt and answer together\; the model\'s own, or what fits]:max_context:"
-  {--prefill-step-size,--prefill-chunk}"[prompt tokens per step\; by default 2048 on a GPU and 256 on a CPU\; smaller chunks on several ranks]:prefill_step_size:"
+  "--kv-group-size[group size of the quantised cache (default\: 64)]:kv_group_size:(32 64 128)"
+  "--quantized-kv-start[quantise the cache from this token on (default\: 5000)]:quantized_kv_start:"
+  "--layer-split[layers per rank, such as 14,10\; default\: planned]:layer_split:"
+  "--max-context[maximum length of prompt and answer together\; default\: the model\'s, or what fits]:max_context:"
+  {--prefill-step-size,--prefill-chunk}"[prompt tokens per step\; default\: 2048 on a GPU, 256 on a CPU\; fewer on several ranks]:prefill_step_size:"
   "--timeout[seconds without progress after which all ranks end (default\: 30.0)]:timeout:"
   "--start-timeout[seconds that ranks wait for each other to start (default\: 30.0)]:start_timeout:"
   "--draft-model[folder or repo of a small model, whole on rank 0, that proposes tokens]:draft_model:_files -/"
-  "--num-draft-tokens[most tokens that it proposes for a step (default\: 3)]:num_draft_tokens:"
+  "--num-draft-tokens[maximum number of draft tokens per step (default\: 3)]:num_draft_tokens:"
   "--system-prompt[system prompt for the chat template]:system_prompt:"
-  "--prefill-response[how the answer must begin]:prefill_response:"
-  "--ignore-chat-template[use the prompt as it is]"
+  "--prefill-response[text that the answer begins with]:prefill_response:"
+  "--ignore-chat-template[use the raw prompt without the chat template]"
   "--chat-template-config[JSON object of arguments for the chat template]:chat_template_config:"
-  "--extra-eos-token[further tokens that end an answer]:extra_eos_token:"
-  {--max-tokens,-m}"[longest answer (default\: 256)]:max_tokens:"
-  "--temp[temperature\; 0 takes the likeliest token]:temp:"
-  "--top-p[nucleus sampling (default\: 1.0)]:top_p:"
-  "--min-p[smallest probability relative to the likeliest token\'s]:min_p:"
-  "--top-k[number of likeliest tokens to choose from\; 0\: all]:top_k:"
-  "--min-tokens-to-keep[tokens that min-p always keeps (default\: 1)]:min_tokens_to_keep:"
-  "--xtc-probability[how often XTC sampling happens]:xtc_probability:"
+  "--extra-eos-token[additional tokens that end an answer]:extra_eos_token:"
+  {--max-tokens,-m}"[maximum number of tokens to generate (default\: 256)]:max_tokens:"
+  "--temp[sampling temperature\; 0\: greedy]:temp:"
+  "--top-p[top-p (nucleus) sampling (default\: 1.0)]:top_p:"
+  "--min-p[minimum probability relative to the most likely token\'s]:min_p:"
+  "--top-k[sample from this many of the most likely tokens\; 0\: all]:top_k:"
+  "--min-tokens-to-keep[minimum number of tokens that min-p keeps (default\: 1)]:min_tokens_to_keep:"
+  "--xtc-probability[probability of XTC sampling]:xtc_probability:"
   "--xtc-threshold[threshold of XTC sampling (default\: 0.1)]:xtc_threshold:"
-  "--repetition-penalty[penalty for tokens that came before]:repetition_penalty:"
-  "--repetition-context-size[how many tokens count as before (default\: 20)]:repetition_context_size:"
-  "--max-repeats[end an answer that repeats the same text so many times in a row\; 0\: never]:max_repeats:"
-  "--seed[seed of the random numbers]:seed:"
-  "--stop-words[texts that end an answer\; not shown]:stop_words:"
+  "--repetition-penalty[penalty for repeated tokens]:repetition_penalty:"
+  "--repetition-context-size[number of previous tokens for the repetition penalty (default\: 20)]:repetition_context_size:"
+  "--max-repeats[end an answer that repeats the same text this many times in a row\; 0\: never]:max_repeats:"
+  "--seed[random seed]:seed:"
+  "--stop-words[stop strings, which end an answer and aren\'t shown]:stop_words:"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -349,9 +401,9 @@ _shtab_hippo_mpi_generate_defaults_added=0
 
 _shtab_hippo_mpi_models_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
-  "--catalogue[folder of cards\; by default that of the bundled models]:catalogue:_files -/"
-  "--config[the models of a YAML file instead]:config:_files"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--catalogue[folder of cards\; default\: that of the bundled models]:catalogue:_files -/"
+  "--config[list the models of this YAML file instead]:config:_files"
   "*--machine[machines that aren\'t here\: NAME\:GIBIBYTES\[\:SPEED\], once per rank]:machines:"
   "--paths[also print each model\'s folder]"
   "--timeout[seconds without progress after which all ranks end (default\: 30.0)]:timeout:"
@@ -363,12 +415,12 @@ _shtab_hippo_mpi_models_defaults_added=0
 
 _shtab_hippo_mpi_page_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "--url[of hippo_mpi.serve (default\: that of --config, or http\:\/\/127.0.0.1\:8080)\; its key from HIPPO_API_KEYS]:url:"
   "--config[the server\'s YAML file, which says where it listens]:config:_files"
   "--address[address to listen on (default\: 127.0.0.1)]:address:"
   "--port[port to listen on (default\: 7860)]:port:"
-  "--insecure[listen on other addresses, where anyone may ask]"
+  "--insecure[allow other addresses than localhost\: anyone who can connect may use the page]"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -376,31 +428,31 @@ _shtab_hippo_mpi_page_defaults_added=0
 
 _shtab_hippo_mpi_plan_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "*--machine[plan for machines that aren\'t here\: NAME\:GIBIBYTES\[\:SPEED\], once per rank\; speed is relative]:MACHINE:"
-  "--json[print the plan, and what --simulate finds, as one JSON object]"
+  "--json[print the plan, and the results of --simulate, as one JSON object]"
   "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
-  "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
+  "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
-  "--trust-remote-code[allow the checkpoint to bring its own code]"
-  "--config[YAML file of options and models, as for hippo_mpi.serve\; --model NAME takes one of these]:config:_files"
-  "--max-kv-size[keep this many tokens at most (rotating cache)]:max_kv_size:"
+  "--trust-remote-code[allow running code from the checkpoint]"
+  "--config[YAML file of options and models, as for hippo_mpi.serve\; --model NAME selects one of the models]:config:_files"
+  "--max-kv-size[maximum number of tokens in the cache (rotating)]:max_kv_size:"
   "--kv-bits[quantise the cache to this many bits]:kv_bits:(2 3 4 6 8)"
-  "--kv-group-size[group size of that (default\: 64)]:kv_group_size:(32 64 128)"
-  "--quantized-kv-start[quantise from this position on (default\: 5000)]:quantized_kv_start:"
-  "--layer-split[layers per rank, such as 14,10\; planned if not given]:layer_split:"
-  "--max-context[longest prompt and answer together\; the model\'s own, or what fits]:max_context:"
-  {--prefill-step-size,--prefill-chunk}"[prompt tokens per step\; by default 2048 on a GPU and 256 on a CPU\; smaller chunks on several ranks]:prefill_step_size:"
+  "--kv-group-size[group size of the quantised cache (default\: 64)]:kv_group_size:(32 64 128)"
+  "--quantized-kv-start[quantise the cache from this token on (default\: 5000)]:quantized_kv_start:"
+  "--layer-split[layers per rank, such as 14,10\; default\: planned]:layer_split:"
+  "--max-context[maximum length of prompt and answer together\; default\: the model\'s, or what fits]:max_context:"
+  {--prefill-step-size,--prefill-chunk}"[prompt tokens per step\; default\: 2048 on a GPU, 256 on a CPU\; fewer on several ranks]:prefill_step_size:"
   "--timeout[seconds without progress after which all ranks end (default\: 30.0)]:timeout:"
   "--start-timeout[seconds that ranks wait for each other to start (default\: 30.0)]:start_timeout:"
   "--draft-model[folder or repo of a small model, whole on rank 0, that proposes tokens]:draft_model:_files -/"
-  "--num-draft-tokens[most tokens that it proposes for a step (default\: 3)]:num_draft_tokens:"
-  "--simulate[time every stage by itself, here or on the launched ranks, and predict what they give over a link]"
-  "*--link[thunderbolt4, thunderbolt5, 10gbe, wifi, or LATENCY,BANDWIDTH such as 300us,2GB\/s (hippo_mpi.benchmark measures both)\; as often as you like (default\: thunderbolt4)]:LINK:"
+  "--num-draft-tokens[maximum number of draft tokens per step (default\: 3)]:num_draft_tokens:"
+  "--simulate[time each stage by itself, here or on the launched ranks, and predict the speed over a link]"
+  "*--link[thunderbolt4, thunderbolt5, 10gbe, wifi, or LATENCY,BANDWIDTH such as 300us,2GB\/s (hippo_mpi.benchmark measures both)\; can be repeated (default\: thunderbolt4)]:LINK:"
   "--prompt-tokens[tokens of the prompt (default\: 1024)]:prompt_tokens:"
-  "--concurrent[numbers of requests at once (default\: 1,4,16)]:concurrent:"
-  "--stage-times[a --json output to take the times and machines from, instead of measuring]:stage_times:_files"
+  "--concurrent[numbers of concurrent requests (default\: 1,4,16)]:concurrent:"
+  "--stage-times[take times and machines from this --json output instead of measuring]:stage_times:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -408,50 +460,50 @@ _shtab_hippo_mpi_plan_defaults_added=0
 
 _shtab_hippo_mpi_run_options=(
   {--num-ranks,-n}"[number of local ranks, instead of a hostfile]:RANKS:"
-  "--hostfile[JSON list of hosts, as for mlx.launch\; if not given, the hosts of --config, those in the file hostfile of a checkout, or 2 local ranks]:FILE:_files"
-  "--backend[ring if not given]:backend:(ring mpi jaccl jaccl-ring)"
-  "--starting-port[first port of the ring, one per rank\; a free one if not given]:PORT:"
-  "--command[what every rank runs\; hippo_mpi. may be left out (default\: hippo_mpi.generate)]:command:(hippo_mpi.generate hippo_mpi.chat hippo_mpi.batch hippo_mpi.benchmark hippo_mpi.models hippo_mpi.plan hippo_mpi.serve)"
+  "--hostfile[JSON list of hosts, as for mlx.launch\; default\: the hosts of --config, those in the file hostfile of a checkout, or 2 local ranks]:FILE:_files"
+  "--backend[default\: ring]:backend:(ring mpi jaccl jaccl-ring)"
+  "--starting-port[first of the ring\'s ports, one per rank\; default\: free ones]:PORT:"
+  "--command[command that every rank runs\; hippo_mpi. may be left out (default\: hippo_mpi.generate)]:command:(hippo_mpi.generate hippo_mpi.chat hippo_mpi.batch hippo_mpi.benchmark hippo_mpi.models hippo_mpi.plan hippo_mpi.serve)"
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
-  "--prompt[what to answer\; - reads standard input (default\: Tell me a story about a fox.)]:prompt:"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--prompt[the prompt\; - reads standard input (default\: Tell me a story about a fox.)]:prompt:"
   "--json[print one JSON object instead of text]"
-  "--show-plan[print what each rank would hold, and stop]"
+  "--show-plan[print what each rank would hold, and exit]"
   "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
-  "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
+  "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
-  "--trust-remote-code[allow the checkpoint to bring its own code]"
-  "--config[YAML file of options and models, as for hippo_mpi.serve\; --model NAME takes one of these]:config:_files"
-  "--max-kv-size[keep this many tokens at most (rotating cache)]:max_kv_size:"
+  "--trust-remote-code[allow running code from the checkpoint]"
+  "--config[YAML file of options and models, as for hippo_mpi.serve\; --model NAME selects one of the models]:config:_files"
+  "--max-kv-size[maximum number of tokens in the cache (rotating)]:max_kv_size:"
   "--kv-bits[quantise the cache to this many bits]:kv_bits:(2 3 4 6 8)"
-  "--kv-group-size[group size of that (default\: 64)]:kv_group_size:(32 64 128)"
-  "--quantized-kv-start[quantise from this position on (default\: 5000)]:quantized_kv_start:"
-  "--layer-split[layers per rank, such as 14,10\; planned if not given]:layer_split:"
-  "--max-context[longest prompt and answer together\; the model\'s own, or what fits]:max_context:"
-  {--prefill-step-size,--prefill-chunk}"[prompt tokens per step\; by default 2048 on a GPU and 256 on a CPU\; smaller chunks on several ranks]:prefill_step_size:"
+  "--kv-group-size[group size of the quantised cache (default\: 64)]:kv_group_size:(32 64 128)"
+  "--quantized-kv-start[quantise the cache from this token on (default\: 5000)]:quantized_kv_start:"
+  "--layer-split[layers per rank, such as 14,10\; default\: planned]:layer_split:"
+  "--max-context[maximum length of prompt and answer together\; default\: the model\'s, or what fits]:max_context:"
+  {--prefill-step-size,--prefill-chunk}"[prompt tokens per step\; default\: 2048 on a GPU, 256 on a CPU\; fewer on several ranks]:prefill_step_size:"
   "--timeout[seconds without progress after which all ranks end (default\: 30.0)]:timeout:"
   "--start-timeout[seconds that ranks wait for each other to start (default\: 30.0)]:start_timeout:"
   "--draft-model[folder or repo of a small model, whole on rank 0, that proposes tokens]:draft_model:_files -/"
-  "--num-draft-tokens[most tokens that it proposes for a step (default\: 3)]:num_draft_tokens:"
+  "--num-draft-tokens[maximum number of draft tokens per step (default\: 3)]:num_draft_tokens:"
   "--system-prompt[system prompt for the chat template]:system_prompt:"
-  "--prefill-response[how the answer must begin]:prefill_response:"
-  "--ignore-chat-template[use the prompt as it is]"
+  "--prefill-response[text that the answer begins with]:prefill_response:"
+  "--ignore-chat-template[use the raw prompt without the chat template]"
   "--chat-template-config[JSON object of arguments for the chat template]:chat_template_config:"
-  "--extra-eos-token[further tokens that end an answer]:extra_eos_token:"
-  {--max-tokens,-m}"[longest answer (default\: 256)]:max_tokens:"
-  "--temp[temperature\; 0 takes the likeliest token]:temp:"
-  "--top-p[nucleus sampling (default\: 1.0)]:top_p:"
-  "--min-p[smallest probability relative to the likeliest token\'s]:min_p:"
-  "--top-k[number of likeliest tokens to choose from\; 0\: all]:top_k:"
-  "--min-tokens-to-keep[tokens that min-p always keeps (default\: 1)]:min_tokens_to_keep:"
-  "--xtc-probability[how often XTC sampling happens]:xtc_probability:"
+  "--extra-eos-token[additional tokens that end an answer]:extra_eos_token:"
+  {--max-tokens,-m}"[maximum number of tokens to generate (default\: 256)]:max_tokens:"
+  "--temp[sampling temperature\; 0\: greedy]:temp:"
+  "--top-p[top-p (nucleus) sampling (default\: 1.0)]:top_p:"
+  "--min-p[minimum probability relative to the most likely token\'s]:min_p:"
+  "--top-k[sample from this many of the most likely tokens\; 0\: all]:top_k:"
+  "--min-tokens-to-keep[minimum number of tokens that min-p keeps (default\: 1)]:min_tokens_to_keep:"
+  "--xtc-probability[probability of XTC sampling]:xtc_probability:"
   "--xtc-threshold[threshold of XTC sampling (default\: 0.1)]:xtc_threshold:"
-  "--repetition-penalty[penalty for tokens that came before]:repetition_penalty:"
-  "--repetition-context-size[how many tokens count as before (default\: 20)]:repetition_context_size:"
-  "--max-repeats[end an answer that repeats the same text so many times in a row\; 0\: never]:max_repeats:"
-  "--seed[seed of the random numbers]:seed:"
-  "--stop-words[texts that end an answer\; not shown]:stop_words:"
+  "--repetition-penalty[penalty for repeated tokens]:repetition_penalty:"
+  "--repetition-context-size[number of previous tokens for the repetition penalty (default\: 20)]:repetition_context_size:"
+  "--max-repeats[end an answer that repeats the same text this many times in a row\; 0\: never]:max_repeats:"
+  "--seed[random seed]:seed:"
+  "--stop-words[stop strings, which end an answer and aren\'t shown]:stop_words:"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -459,80 +511,82 @@ _shtab_hippo_mpi_run_defaults_added=0
 
 _shtab_hippo_mpi_serve_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--version[print the versions of this and of mlx-lm, and stop]"
-  "--modes[what the model may be asked for\; by default all it can]:modes:(completion chat tools thinking)"
+  "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
+  "--modes[what clients may use the model for\; default\: all that it supports]:modes:(completion chat tools thinking)"
   "--model[folder or Hugging Face repo of an mlx-lm model, a bundled one (story-3m, story-draft, story-other-tokenizer), or a name from --config]:model:_files -/"
   "--revision[revision of the Hugging Face repo]:revision:"
-  "--precision[cast or quantise the weights while loading\; as stored if not given]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
+  "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--adapter-path[folder with trained adapter weights and their config]:adapter_path:_files -/"
-  "--trust-remote-code[allow the checkpoint to bring its own code]"
-  "--config[YAML file of options and models, as for hippo_mpi.serve\; --model NAME takes one of these]:config:_files"
-  "--max-kv-size[keep this many tokens at most (rotating cache)]:max_kv_size:"
+  "--trust-remote-code[allow running code from the checkpoint]"
+  "--config[YAML file of options and models, as for hippo_mpi.serve\; --model NAME selects one of the models]:config:_files"
+  "--max-kv-size[maximum number of tokens in the cache (rotating)]:max_kv_size:"
   "--kv-bits[quantise the cache to this many bits]:kv_bits:(2 3 4 6 8)"
-  "--kv-group-size[group size of that (default\: 64)]:kv_group_size:(32 64 128)"
-  "--quantized-kv-start[quantise from this position on (default\: 5000)]:quantized_kv_start:"
-  "--layer-split[layers per rank, such as 14,10\; planned if not given]:layer_split:"
-  "--max-context[longest prompt and answer together\; the model\'s own, or what fits]:max_context:"
-  {--prefill-step-size,--prefill-chunk}"[prompt tokens per step\; by default 2048 on a GPU and 256 on a CPU\; smaller chunks on several ranks]:prefill_step_size:"
+  "--kv-group-size[group size of the quantised cache (default\: 64)]:kv_group_size:(32 64 128)"
+  "--quantized-kv-start[quantise the cache from this token on (default\: 5000)]:quantized_kv_start:"
+  "--layer-split[layers per rank, such as 14,10\; default\: planned]:layer_split:"
+  "--max-context[maximum length of prompt and answer together\; default\: the model\'s, or what fits]:max_context:"
+  {--prefill-step-size,--prefill-chunk}"[prompt tokens per step\; default\: 2048 on a GPU, 256 on a CPU\; fewer on several ranks]:prefill_step_size:"
   "--timeout[seconds without progress after which all ranks end (default\: 30.0)]:timeout:"
   "--start-timeout[seconds that ranks wait for each other to start (default\: 30.0)]:start_timeout:"
   "--draft-model[folder or repo of a small model, whole on rank 0, that proposes tokens]:draft_model:_files -/"
-  "--num-draft-tokens[most tokens that it proposes for a step (default\: 3)]:num_draft_tokens:"
+  "--num-draft-tokens[maximum number of draft tokens per step (default\: 3)]:num_draft_tokens:"
   "--system-prompt[system prompt for the chat template]:system_prompt:"
-  "--prefill-response[how the answer must begin]:prefill_response:"
-  "--ignore-chat-template[use the prompt as it is]"
+  "--prefill-response[text that the answer begins with]:prefill_response:"
+  "--ignore-chat-template[use the raw prompt without the chat template]"
   "--chat-template-config[JSON object of arguments for the chat template]:chat_template_config:"
-  "--extra-eos-token[further tokens that end an answer]:extra_eos_token:"
-  {--max-tokens,-m}"[longest answer (default\: 512)]:max_tokens:"
-  "--temp[temperature\; 0 takes the likeliest token]:temp:"
-  "--top-p[nucleus sampling (default\: 1.0)]:top_p:"
-  "--min-p[smallest probability relative to the likeliest token\'s]:min_p:"
-  "--top-k[number of likeliest tokens to choose from\; 0\: all]:top_k:"
-  "--min-tokens-to-keep[tokens that min-p always keeps (default\: 1)]:min_tokens_to_keep:"
-  "--xtc-probability[how often XTC sampling happens]:xtc_probability:"
+  "--extra-eos-token[additional tokens that end an answer]:extra_eos_token:"
+  {--max-tokens,-m}"[maximum number of tokens to generate (default\: 512)]:max_tokens:"
+  "--temp[sampling temperature\; 0\: greedy]:temp:"
+  "--top-p[top-p (nucleus) sampling (default\: 1.0)]:top_p:"
+  "--min-p[minimum probability relative to the most likely token\'s]:min_p:"
+  "--top-k[sample from this many of the most likely tokens\; 0\: all]:top_k:"
+  "--min-tokens-to-keep[minimum number of tokens that min-p keeps (default\: 1)]:min_tokens_to_keep:"
+  "--xtc-probability[probability of XTC sampling]:xtc_probability:"
   "--xtc-threshold[threshold of XTC sampling (default\: 0.1)]:xtc_threshold:"
-  "--repetition-penalty[penalty for tokens that came before]:repetition_penalty:"
-  "--repetition-context-size[how many tokens count as before (default\: 20)]:repetition_context_size:"
-  "--max-repeats[end an answer that repeats the same text so many times in a row\; 0\: never]:max_repeats:"
-  "--seed[seed of the random numbers]:seed:"
-  "--stop-words[texts that end an answer\; not shown]:stop_words:"
-  "--max-batch-size[most requests that are answered at once (default\: 32)]:max_batch_size:"
-  "--max-batch-tokens[most prompt tokens between two steps of running requests (default\: 512)]:max_batch_tokens:"
-  "--prompt-cache-bytes[memory per rank for caches of ended requests, kept for prompts that begin alike, such as 512M or 2G\; 0\: none\; by default a part of what is free]:prompt_cache_bytes:"
+  "--repetition-penalty[penalty for repeated tokens]:repetition_penalty:"
+  "--repetition-context-size[number of previous tokens for the repetition penalty (default\: 20)]:repetition_context_size:"
+  "--max-repeats[end an answer that repeats the same text this many times in a row\; 0\: never]:max_repeats:"
+  "--seed[random seed]:seed:"
+  "--stop-words[stop strings, which end an answer and aren\'t shown]:stop_words:"
+  "--max-batch-size[maximum number of requests answered at once (default\: 32)]:max_batch_size:"
+  "--max-batch-tokens[maximum number of prompt tokens between two steps of running requests (default\: 512)]:max_batch_tokens:"
+  "--prompt-cache-bytes[memory per rank for KV caches of finished requests, reused by prompts with the same prefix, such as 512M or 2G\; 0\: none\; default\: a part of the free memory]:prompt_cache_bytes:"
   "--address[address to listen on (default\: 127.0.0.1)]:address:"
   "--port[port to listen on\; 0\: any free one (default\: 8080)]:port:"
-  "--model-name[name of the model in the API\; the last part of --model if not given]:model_name:"
-  "--catalogue[folder of cards (NAME.yaml\: the model\'s options)\; any may be asked for\; --model NAME says which comes first]:catalogue:_files -/"
-  "--max-queue[requests that may wait\; more get status 429 (default\: 256)]:max_queue:"
-  "--max-body-bytes[most bytes of a request, such as 4M (default\: 4194304)]:max_body_bytes:"
-  "--max-choices[most answers that one request may ask for (default\: 128)]:max_choices:"
-  "--max-schema-bytes[most bytes of the schemas that an answer is held to\; each may also take 5 seconds to compile (default\: 131072)]:max_schema_bytes:"
-  "--audit-log[log who asked for what, and how it ended, in this file]:audit_log:_files"
-  "--audit-text[log prompts and answers, too, and not only digests]"
-  "--journal[record requests and answers in this file, so that they survive the server]:journal:_files"
-  "--keep-answers[seconds for which the journal keeps stored answers (default\: 86400.0)]:keep_answers:"
-  "--reconnect[seconds for which a stream goes on without its client, which may come back by its id\; with --journal]:reconnect:"
-  "--check[only say what is wrong with these options, if anything is]"
-  "--audit-key[file with that log\'s key, made if missing\; by default FILE.key]:audit_key:_files"
+  "--model-name[name of the model in the API\; default\: the last part of --model]:model_name:"
+  "--catalogue[folder of cards (NAME.yaml\: a model\'s options)\; clients may ask for any\; --model NAME loads first]:catalogue:_files -/"
+  "--rebalance[restart the ranks, between requests, with a layer split that would be at least a tenth faster]"
+  "--max-queue[maximum number of waiting requests\; further ones get status 429 (default\: 256)]:max_queue:"
+  "--max-body-bytes[maximum size of a request body, such as 4M (default\: 4194304)]:max_body_bytes:"
+  "--max-choices[maximum number of answers per request (default\: 128)]:max_choices:"
+  "--max-schema-bytes[maximum size of an answer\'s JSON schemas\; each may take 5 seconds to compile (default\: 131072)]:max_schema_bytes:"
+  "--audit-log[log every request\'s key, parameters and outcome to this file]:audit_log:_files"
+  "--audit-text[log prompts and answers themselves, not only their digests]"
+  "--journal[record requests and answers in this file, so that they survive a crash]:journal:_files"
+  "--keep-answers[seconds that the journal keeps stored answers (default\: 86400.0)]:keep_answers:"
+  "--reconnect[seconds that a stream goes on after its client disconnects, so that it can reconnect by id\; needs --journal]:reconnect:"
+  "--check[only check the options, and exit]"
+  "--audit-key[file with the audit log\'s key, created if missing\; default\: FILE.key]:audit_key:_files"
   "--audit-required[refuse requests (503) while they can\'t be logged]"
-  "--log-level[lowest level of the lines on stderr (default\: info)]:log_level:(debug info warning error)"
+  "--log-level[lowest level that is logged to stderr (default\: info)]:log_level:(debug info warning error)"
+  "--log-file[append the log to this file instead of stderr\; rotated at 10 MiB, with four old files kept]:log_file:_files"
   "--hostfile[JSON list of hosts, as for mlx.launch]:hostfile:_files"
   "--ranks[ranks on this machine, without a hostfile (default\: 2)]:ranks:"
-  "--backend[with a hostfile\; if not given, the one that it names, or ring]:backend:(ring mpi jaccl jaccl-ring)"
+  "--backend[MLX backend for a hostfile\; default\: the one that it names, or ring]:backend:(ring mpi jaccl jaccl-ring)"
   "--max-restarts[consecutive rank failures, without progress, that a request survives (default\: 5)]:max_restarts:"
-  "--api-key-file[file with a key a line\; or keys in HIPPO_API_KEYS, with commas between]:api_key_file:_files"
-  "--admin-key-file[file with keys, a line each, that alone may change the model\; by default all may]:admin_key_file:_files"
-  "--insecure[listen on other addresses without an API key]"
-  "--ssl-certfile[certificate of the server (PEM)\: encrypt, and serve https]:ssl_certfile:_files"
-  "--ssl-keyfile[its private key, if that is in another file]:ssl_keyfile:_files"
-  "--allow-origin[origins of web pages that may ask (CORS)\; \*\: all]:allow_origin:"
-  "--allow-host[names that clients may call this server by, besides localhost]:allow_host:"
-  "--trusted-proxy[addresses of proxies whose X-Forwarded-For is believed]:trusted_proxy:"
-  "--requests-per-minute[of each key (or address)\; 0\: any number]:requests_per_minute:"
-  "--tokens-per-minute[of prompts and answers of each key\; 0\: any number]:tokens_per_minute:"
-  "--requests-per-key[under way or waiting at once\; 0\: any number\; by default half of all, if there are several keys]:requests_per_key:"
-  "--max-connections[at once\; half of them of one address (default\: 1000)]:max_connections:"
-  "--share-prefixes[let prompts begin with what was computed for other keys]"
+  "--api-key-file[file of API keys, one per line\; or set HIPPO_API_KEYS, separated by commas]:api_key_file:_files"
+  "--admin-key-file[file of the only keys that may change the model, one per line\; default\: all keys may]:admin_key_file:_files"
+  "--insecure[allow other addresses than localhost without an API key]"
+  "--ssl-certfile[TLS certificate of the server (PEM)\; turns on https]:ssl_certfile:_files"
+  "--ssl-keyfile[its private key (PEM), if in another file]:ssl_keyfile:_files"
+  "--allow-origin[origins of web pages that may call the API (CORS)\; \*\: all]:allow_origin:"
+  "--allow-host[names in the Host header that are accepted besides localhost]:allow_host:"
+  "--trusted-proxy[addresses of proxies whose X-Forwarded-For is trusted]:trusted_proxy:"
+  "--requests-per-minute[requests per minute of each key (or address)\; 0\: no limit]:requests_per_minute:"
+  "--tokens-per-minute[prompt and answer tokens per minute of each key\; 0\: no limit]:tokens_per_minute:"
+  "--requests-per-key[running and waiting requests of each key\; 0\: no limit\; default\: half of all, if there are several keys]:requests_per_key:"
+  "--max-connections[maximum number of connections\; half of it per address (default\: 1000)]:max_connections:"
+  "--share-prefixes[reuse cached prompt prefixes across keys]"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -595,9 +649,12 @@ _shtab_hippo_mpi_cluster() {
         convert) _arguments -C -s $_shtab_hippo_mpi_cluster_convert_options ;;
         doctor) _arguments -C -s $_shtab_hippo_mpi_cluster_doctor_options ;;
         find) _arguments -C -s $_shtab_hippo_mpi_cluster_find_options ;;
+        link) _arguments -C -s $_shtab_hippo_mpi_cluster_link_options ;;
         remove) _arguments -C -s $_shtab_hippo_mpi_cluster_remove_options ;;
         setup) _arguments -C -s $_shtab_hippo_mpi_cluster_setup_options ;;
         stop) _arguments -C -s $_shtab_hippo_mpi_cluster_stop_options ;;
+        sync) _arguments -C -s $_shtab_hippo_mpi_cluster_sync_options ;;
+        top) _arguments -C -s $_shtab_hippo_mpi_cluster_top_options ;;
         tune) _arguments -C -s $_shtab_hippo_mpi_cluster_tune_options ;;
       esac
   esac

@@ -84,7 +84,7 @@ def seconds(text: str) -> float:
 
 def two_beats(text: str) -> float:
     """Return a number of seconds, in which a rank says at least twice that it lives."""
-    what = f"a number of seconds from 1 to {_MAX_S}: ranks say twice a second that they live"
+    what = f"a number of seconds from 1 to {_MAX_S}: ranks send two heartbeats a second"
     return float(_number(text, float, what, 1.0, _MAX_S))
 
 

@@ -31,10 +31,10 @@ class ModelOptions:
     )
     revision: str | None = option(None, "revision of the Hugging Face repo")
     precision: str | None = option(
-        None, "cast or quantise the weights while loading; as stored if not given", choices=PRECISIONS
+        None, "cast or quantise the weights while loading; default: as stored", choices=PRECISIONS
     )
     adapter_path: str | None = option(None, "folder with trained adapter weights and their config", check=str)
-    trust_remote_code: bool = option(False, "allow the checkpoint to bring its own code")
+    trust_remote_code: bool = option(False, "allow running code from the checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class ConfigOptions:
     GROUP: ClassVar = "model"
     config: Path | None = option(
         None,
-        "YAML file of options and models, as for hippo_mpi.serve; --model NAME takes one of these",
+        "YAML file of options and models, as for hippo_mpi.serve; --model NAME selects one of the models",
         action=Once,
         check=Path,
     )
@@ -58,7 +58,7 @@ class DraftOptions:
     draft_model: str | None = option(
         None, "folder or repo of a small model, whole on rank 0, that proposes tokens", check=str
     )
-    num_draft_tokens: int = option(3, "most tokens that it proposes for a step", check=checks.positive)
+    num_draft_tokens: int = option(3, "maximum number of draft tokens per step", check=checks.positive)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,10 @@ class PromptOptions:
 
     GROUP: ClassVar = "prompt"
     system_prompt: str | None = option(None, "system prompt for the chat template")
-    prefill_response: str | None = option(None, "how the answer must begin")
-    ignore_chat_template: bool = option(False, "use the prompt as it is")
+    prefill_response: str | None = option(None, "text that the answer begins with")
+    ignore_chat_template: bool = option(False, "use the raw prompt without the chat template")
     chat_template_config: str | None = option(None, "JSON object of arguments for the chat template")
-    extra_eos_token: Sequence[str] = option((), "further tokens that end an answer", nargs="+")
+    extra_eos_token: Sequence[str] = option((), "additional tokens that end an answer", nargs="+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,21 +78,23 @@ class SamplingOptions:
     """How tokens are chosen."""
 
     GROUP: ClassVar = "sampling"
-    max_tokens: int = option(256, "longest answer", "-m", check=checks.positive)
-    temp: float = option(0.0, "temperature; 0 takes the likeliest token", check=checks.at_least_0)
-    top_p: float = option(1.0, "nucleus sampling", check=checks.share)
-    min_p: float = option(0.0, "smallest probability relative to the likeliest token's", check=checks.share)
-    top_k: int = option(0, "number of likeliest tokens to choose from; 0: all", check=checks.whole)
-    min_tokens_to_keep: int = option(1, "tokens that min-p always keeps", check=checks.positive)
-    xtc_probability: float = option(0.0, "how often XTC sampling happens", check=checks.share)
+    max_tokens: int = option(256, "maximum number of tokens to generate", "-m", check=checks.positive)
+    temp: float = option(0.0, "sampling temperature; 0: greedy", check=checks.at_least_0)
+    top_p: float = option(1.0, "top-p (nucleus) sampling", check=checks.share)
+    min_p: float = option(0.0, "minimum probability relative to the most likely token's", check=checks.share)
+    top_k: int = option(0, "sample from this many of the most likely tokens; 0: all", check=checks.whole)
+    min_tokens_to_keep: int = option(1, "minimum number of tokens that min-p keeps", check=checks.positive)
+    xtc_probability: float = option(0.0, "probability of XTC sampling", check=checks.share)
     xtc_threshold: float = option(0.1, "threshold of XTC sampling", check=checks.half)
-    repetition_penalty: float | None = option(None, "penalty for tokens that came before", check=checks.above_0)
-    repetition_context_size: int = option(20, "how many tokens count as before", check=checks.positive)
-    max_repeats: int = option(
-        0, "end an answer that repeats the same text so many times in a row; 0: never", check=checks.whole
+    repetition_penalty: float | None = option(None, "penalty for repeated tokens", check=checks.above_0)
+    repetition_context_size: int = option(
+        20, "number of previous tokens for the repetition penalty", check=checks.positive
     )
-    seed: int | None = option(None, "seed of the random numbers", check=checks.seed)
-    stop_words: Sequence[str] = option((), "texts that end an answer; not shown", nargs="+")
+    max_repeats: int = option(
+        0, "end an answer that repeats the same text this many times in a row; 0: never", check=checks.whole
+    )
+    seed: int | None = option(None, "random seed", check=checks.seed)
+    stop_words: Sequence[str] = option((), "stop strings, which end an answer and aren't shown", nargs="+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +102,10 @@ class CacheOptions:
     """How KV caches are kept."""
 
     GROUP: ClassVar = "KV cache"
-    max_kv_size: int | None = option(None, "keep this many tokens at most (rotating cache)", check=checks.positive)
+    max_kv_size: int | None = option(None, "maximum number of tokens in the cache (rotating)", check=checks.positive)
     kv_bits: int | None = option(None, "quantise the cache to this many bits", check=int, choices=(2, 3, 4, 6, 8))
-    kv_group_size: int = option(64, "group size of that", check=int, choices=(32, 64, 128))
-    quantized_kv_start: int = option(5000, "quantise from this position on", check=checks.whole)
+    kv_group_size: int = option(64, "group size of the quantised cache", check=int, choices=(32, 64, 128))
+    quantized_kv_start: int = option(5000, "quantise the cache from this token on", check=checks.whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +113,14 @@ class BatchOptions:
     """How many requests are answered at once."""
 
     GROUP: ClassVar = "requests in flight"
-    max_batch_size: int = option(32, "most requests that are answered at once", check=checks.positive)
+    max_batch_size: int = option(32, "maximum number of requests answered at once", check=checks.positive)
     max_batch_tokens: int = option(
-        512, "most prompt tokens between two steps of running requests", check=checks.positive
+        512, "maximum number of prompt tokens between two steps of running requests", check=checks.positive
     )
     prompt_cache_bytes: int | None = option(
         None,
-        "memory per rank for caches of ended requests, kept for prompts that begin alike, such as 512M or 2G;"
-        " 0: none; by default a part of what is free",
+        "memory per rank for KV caches of finished requests, reused by prompts with the same prefix, such as 512M or 2G;"
+        " 0: none; default: a part of the free memory",
         check=checks.size,
     )
 
@@ -138,14 +140,14 @@ class RankOptions(DeadlineOptions):
 
     GROUP: ClassVar = "ranks"
     layer_split: tuple[int, ...] | None = option(
-        None, "layers per rank, such as 14,10; planned if not given", check=checks.counts
+        None, "layers per rank, such as 14,10; default: planned", check=checks.counts
     )
     max_context: int | None = option(
-        None, "longest prompt and answer together; the model's own, or what fits", check=checks.positive
+        None, "maximum length of prompt and answer together; default: the model's, or what fits", check=checks.positive
     )
     prefill_step_size: int | None = option(
         None,
-        "prompt tokens per step; by default 2048 on a GPU and 256 on a CPU; smaller chunks on several ranks",
+        "prompt tokens per step; default: 2048 on a GPU, 256 on a CPU; fewer on several ranks",
         "--prefill-step-size",
         "--prefill-chunk",
         check=checks.positive,

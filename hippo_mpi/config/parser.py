@@ -101,7 +101,7 @@ class Once(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: object) -> None:
         """Store the value."""
         if getattr(namespace, self.dest, None) is not None:
-            raise argparse.ArgumentError(self, "can be given once only")
+            raise argparse.ArgumentError(self, "can be given only once")
         setattr(namespace, self.dest, value)
 
 
@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
         if self.add_help:
-            self.add_argument("--version", action=_Version, help="print the versions of this and of mlx-lm, and stop")
+            self.add_argument("--version", action=_Version, help="print the versions of hippo-mpi and mlx-lm, and exit")
 
     def error(self, message: str) -> NoReturn:
         """Raise a UserError for what argparse has found."""

@@ -24,7 +24,7 @@ class CardOptions(TextOptions):
 
     max_tokens: int = with_default(SamplingOptions, "max_tokens", 512)
     modes: Sequence[str] = option(
-        (), "what the model may be asked for; by default all it can", nargs="+", choices=MODES
+        (), "what clients may use the model for; default: all that it supports", nargs="+", choices=MODES
     )
 
 
@@ -35,35 +35,44 @@ class ServerOptions:
     GROUP: ClassVar = "server"
     address: str = option("127.0.0.1", "address to listen on")
     port: int = option(8080, "port to listen on; 0: any free one", check=checks.port)
-    model_name: str | None = option(None, "name of the model in the API; the last part of --model if not given")
+    model_name: str | None = option(None, "name of the model in the API; default: the last part of --model")
     catalogue: Path | None = option(
         None,
-        "folder of cards (NAME.yaml: the model's options); any may be asked for; --model NAME says which comes first",
+        "folder of cards (NAME.yaml: a model's options); clients may ask for any; --model NAME loads first",
         check=Path,
     )
-    max_queue: int = option(256, "requests that may wait; more get status 429", check=checks.whole)
-    max_body_bytes: int = option(4 << 20, "most bytes of a request, such as 4M", check=checks.some_bytes)
-    max_choices: int = option(128, "most answers that one request may ask for", check=checks.positive)
+    rebalance: bool = option(
+        False,
+        "restart the ranks, between requests, with a layer split that would be at least a tenth faster",
+    )
+    max_queue: int = option(256, "maximum number of waiting requests; further ones get status 429", check=checks.whole)
+    max_body_bytes: int = option(4 << 20, "maximum size of a request body, such as 4M", check=checks.some_bytes)
+    max_choices: int = option(128, "maximum number of answers per request", check=checks.positive)
     max_schema_bytes: int = option(
         128 << 10,
-        "most bytes of the schemas that an answer is held to; each may also take 5 seconds to compile",
+        "maximum size of an answer's JSON schemas; each may take 5 seconds to compile",
         check=checks.size,
     )
-    audit_log: Path | None = option(None, "log who asked for what, and how it ended, in this file", check=Path)
-    audit_text: bool = option(False, "log prompts and answers, too, and not only digests")
+    audit_log: Path | None = option(None, "log every request's key, parameters and outcome to this file", check=Path)
+    audit_text: bool = option(False, "log prompts and answers themselves, not only their digests")
     journal: Path | None = option(
-        None, "record requests and answers in this file, so that they survive the server", check=Path
+        None, "record requests and answers in this file, so that they survive a crash", check=Path
     )
-    keep_answers: float = option(86400.0, "seconds for which the journal keeps stored answers", check=checks.at_least_0)
+    keep_answers: float = option(86400.0, "seconds that the journal keeps stored answers", check=checks.at_least_0)
     reconnect: float = option(
         0.0,
-        "seconds for which a stream goes on without its client, which may come back by its id; with --journal",
+        "seconds that a stream goes on after its client disconnects, so that it can reconnect by id; needs --journal",
         check=checks.at_least_0,
     )
-    check: bool = option(False, "only say what is wrong with these options, if anything is")
-    audit_key: Path | None = option(None, "file with that log's key, made if missing; by default FILE.key", check=Path)
+    check: bool = option(False, "only check the options, and exit")
+    audit_key: Path | None = option(
+        None, "file with the audit log's key, created if missing; default: FILE.key", check=Path
+    )
     audit_required: bool = option(False, "refuse requests (503) while they can't be logged")
-    log_level: str = option("info", "lowest level of the lines on stderr", choices=LOG_LEVELS)
+    log_level: str = option("info", "lowest level that is logged to stderr", choices=LOG_LEVELS)
+    log_file: Path | None = option(
+        None, "append the log to this file instead of stderr; rotated at 10 MiB, with four old files kept", check=Path
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +83,7 @@ class StartOptions:
     hostfile: Path | None = option(None, "JSON list of hosts, as for mlx.launch", check=Path)
     ranks: int = option(2, "ranks on this machine, without a hostfile", check=checks.positive)
     backend: str | None = option(
-        None, "with a hostfile; if not given, the one that it names, or ring", choices=BACKENDS
+        None, "MLX backend for a hostfile; default: the one that it names, or ring", choices=BACKENDS
     )
     max_restarts: int = option(
         5, "consecutive rank failures, without progress, that a request survives", check=checks.whole
@@ -85,34 +94,38 @@ class StartOptions:
 class AccessOptions:
     """Who may ask a server, and how much."""
 
-    GROUP: ClassVar = "who may ask"
+    GROUP: ClassVar = "access"
     api_key_file: Path | None = option(
-        None, f"file with a key a line; or keys in {API_KEYS}, with commas between", check=Path
+        None, f"file of API keys, one per line; or set {API_KEYS}, separated by commas", check=Path
     )
     admin_key_file: Path | None = option(
-        None, "file with keys, a line each, that alone may change the model; by default all may", check=Path
+        None, "file of the only keys that may change the model, one per line; default: all keys may", check=Path
     )
-    insecure: bool = option(False, "listen on other addresses without an API key")
-    ssl_certfile: Path | None = option(None, "certificate of the server (PEM): encrypt, and serve https", check=Path)
-    ssl_keyfile: Path | None = option(None, "its private key, if that is in another file", check=Path)
+    insecure: bool = option(False, "allow other addresses than localhost without an API key")
+    ssl_certfile: Path | None = option(None, "TLS certificate of the server (PEM); turns on https", check=Path)
+    ssl_keyfile: Path | None = option(None, "its private key (PEM), if in another file", check=Path)
     allow_origin: Sequence[str] = option(
-        (), "origins of web pages that may ask (CORS); *: all", check=checks.origin, nargs="+"
+        (), "origins of web pages that may call the API (CORS); *: all", check=checks.origin, nargs="+"
     )
     allow_host: Sequence[str] = option(
-        (), "names that clients may call this server by, besides localhost", check=checks.host_name, nargs="+"
+        (), "names in the Host header that are accepted besides localhost", check=checks.host_name, nargs="+"
     )
     trusted_proxy: Sequence[str] = option(
-        (), "addresses of proxies whose X-Forwarded-For is believed", check=checks.network, nargs="+"
+        (), "addresses of proxies whose X-Forwarded-For is trusted", check=checks.network, nargs="+"
     )
-    requests_per_minute: int = option(0, "of each key (or address); 0: any number", check=checks.whole)
-    tokens_per_minute: int = option(0, "of prompts and answers of each key; 0: any number", check=checks.whole)
+    requests_per_minute: int = option(
+        0, "requests per minute of each key (or address); 0: no limit", check=checks.whole
+    )
+    tokens_per_minute: int = option(
+        0, "prompt and answer tokens per minute of each key; 0: no limit", check=checks.whole
+    )
     requests_per_key: int | None = option(
         None,
-        "under way or waiting at once; 0: any number; by default half of all, if there are several keys",
+        "running and waiting requests of each key; 0: no limit; default: half of all, if there are several keys",
         check=checks.whole,
     )
-    max_connections: int = option(1000, "at once; half of them of one address", check=checks.positive)
-    share_prefixes: bool = option(False, "let prompts begin with what was computed for other keys")
+    max_connections: int = option(1000, "maximum number of connections; half of it per address", check=checks.positive)
+    share_prefixes: bool = option(False, "reuse cached prompt prefixes across keys")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from hippo_mpi.errors import UserError
 
 _NEVER = ("config", "help", "version")
 _START = ("hosts", "hostfile", "ranks", "backend")
-_HOST_KEYS = ("ssh", "ips", "rdma", "python")
+_HOST_KEYS = ("ssh", "ips", "rdma", "python", "speed")
 _HOST_LISTS = ("ips", "rdma")
 _YAML = "tag:yaml.org,2002:"  # of what is no type of somebody's own
 
@@ -153,7 +153,9 @@ def expanded(argv: list[str], options: type[Options]) -> list[str]:
     if name in cards:
         return _in_front({**file.settings, **cards[name]}, others, options)
     if cards and "/" not in name and name not in BUNDLED_NAMES and not os.path.exists(os.path.expanduser(name)):
-        raise UserError(f"no such model: {name}; {path} has {', '.join(cards)}; bundled are {', '.join(BUNDLED_NAMES)}")
+        raise UserError(
+            f"no such model: {name}; {path} has {', '.join(cards)}; bundled models: {', '.join(BUNDLED_NAMES)}"
+        )
     return _in_front(file.settings, rest, options)
 
 
@@ -198,7 +200,7 @@ def _read(entries: Iterable[_Entry], path: Path, known: Mapping[str, argparse.Ac
     for other in ("hostfile", "ranks"):
         if "hosts" in file.lines and other in file.lines:
             line = file.lines["hosts"].rpartition(", ")[2]
-            raise UserError(f"{file.lines[other]}: {other!r} contradicts 'hosts' ({line})")
+            raise UserError(f"{file.lines[other]}: {other!r} conflicts with 'hosts' ({line})")
     return file
 
 
@@ -209,7 +211,7 @@ def _cards(root: yaml.Node, where: str, path: Path) -> dict[str, Settings]:
         if "model" not in cards[key]:
             raise UserError(f"{place}: {key!r} needs the key 'model': a folder or a repo")
     if not cards:
-        raise UserError(f"{where}: models has no card, as in story: {{model: models/story-3m}}")
+        raise UserError(f"{where}: models is empty; expected cards, as in story: {{model: models/story-3m}}")
     return cards
 
 
@@ -221,7 +223,7 @@ def _entries(root: yaml.Node | None, path: Path) -> Iterator[_Entry]:
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}, line {root.start_mark.line + 1}: keys and values must stand here, as in port: 8080")
+        raise UserError(f"{path}, line {root.start_mark.line + 1}: expected keys and values, as in port: 8080")
     seen = set()
     for key, value in root.value:
         where = f"{path}, line {key.start_mark.line + 1}"
@@ -230,7 +232,7 @@ def _entries(root: yaml.Node | None, path: Path) -> Iterator[_Entry]:
         text = _text(key, where)
         name = text.replace("_", "-")
         if name in seen:
-            raise UserError(f"{where}: {text!r} is there twice")
+            raise UserError(f"{where}: duplicate key {text!r}")
         seen.add(name)
         yield name, text, value, where
 
@@ -243,13 +245,13 @@ def _text(node: yaml.ScalarNode, where: str) -> str:
     """
     text = str(node.value)
     if not node.tag.startswith(_YAML):
-        raise UserError(f"{where}: {node.tag!a} means nothing here")
+        raise UserError(f"{where}: unsupported YAML tag {node.tag!a}")
     try:
         checks.text(text)
     except argparse.ArgumentTypeError as error:
         raise UserError(f"{where}: {error}") from None
     if "\0" in text:
-        raise UserError(f"{where}: {text[:100]!a} has a character that ends a text")
+        raise UserError(f"{where}: {text[:100]!a} contains a NUL character")
     return text
 
 
@@ -306,7 +308,7 @@ def _arguments(action: argparse.Action, name: str, value: yaml.Node, where: str)
         is_list = isinstance(action, argparse._AppendAction)
         return [f"--{name}={text}" for text in (texts if is_list else [",".join(texts)])]
     if dashed := next((text for text in texts if re.match(r"-\S", text)), None):
-        raise UserError(f"{where}: {dashed!r} looks like an option, and can't be one of {name}")
+        raise UserError(f"{where}: {dashed!r} looks like an option, and can't be a value of {name}")
     return [f"--{name}", *texts]
 
 
@@ -327,7 +329,15 @@ def _host(root: yaml.Node, path: Path) -> Iterator[tuple[str, Any]]:
             raise _unknown(key, where, _HOST_KEYS)
         if isinstance(value, yaml.SequenceNode) != (key in _HOST_LISTS):
             raise UserError(f"{where}: {key} must be {'a list' if key in _HOST_LISTS else 'a single name'}")
-        yield key, _plain(value, where)
+        plain = _plain(value, where)
+        yield key, _speed(plain, where) if key == "speed" else plain
+
+
+def _speed(text: Any, where: str) -> float:
+    try:
+        return float(checks.above_0(str(text)))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{where}: speed: {error}") from None
 
 
 def _plain(value: yaml.Node, where: str, depth: int = 2) -> Any:
@@ -336,4 +346,4 @@ def _plain(value: yaml.Node, where: str, depth: int = 2) -> Any:
         return None if value.tag == f"{_YAML}null" else _text(value, where)
     if isinstance(value, yaml.SequenceNode) and depth:
         return [_plain(item, where, depth - 1) for item in value.value]
-    raise UserError(f"{where}: names, or lists of names, must stand here")
+    raise UserError(f"{where}: expected a name, or a list of names")

@@ -304,10 +304,8 @@ def _failed(request_id: int, timings: Timings, error: Exception) -> RequestOutpu
 
 def unexpected(request_id: int, error: Exception) -> HippoError:
     """Log an unexpected error of a request with its traceback, and return the error to show its client."""
-    _log.error("request %d has met a mistake of ours", request_id, exc_info=error)
-    return ForeignError(
-        f"a mistake of the server's ({type(error).__name__}): please report it, with the traceback in its log"
-    )
+    _log.error("internal error in request %d", request_id, exc_info=error)
+    return ForeignError(f"internal error ({type(error).__name__}): please report it with the traceback in the log")
 
 
 def _sample(result: StepResult, places: list[int], offset: int) -> SampledTokens:

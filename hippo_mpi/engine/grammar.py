@@ -82,8 +82,8 @@ def call_grammar(tokenizer: TokenizerWrapper, tools: Sequence[dict[str, Any]], a
     if form is None:
         raise FieldError(
             "tools",
-            "calls in this model's format can't be held to a grammar: no tool_choice can force one, and tools can't stand"
-            " beside a response_format",
+            "tool calls in this model's format can't be constrained: tool_choice can't force one, and tools can't be"
+            " combined with response_format",
         )
     starts = [f"call_{number}" for number in range(len(tools))]
     rules, others = [], []
@@ -182,7 +182,7 @@ class GrammarMask:
         """
         if self._matcher.is_error():
             why = " ".join(self._matcher.get_error().partition("<state>")[0].split())[:200]
-            raise FieldError("response_format", f"the answer can't be held to its schema any more: {why}")
+            raise FieldError("response_format", f"the answer can no longer follow its schema: {why}")
         return bool(self._matcher.is_stopped())
 
 
@@ -212,7 +212,7 @@ class Compiling:
         """
         if not self.matcher.done():
             raise FieldError(
-                "response_format", f"the schema was not compiled within {_COMPILE_TIMEOUT_S:.0f} s: make it simpler"
+                "response_format", f"compiling the schema took longer than {_COMPILE_TIMEOUT_S:.0f} s: simplify it"
             )
         return GrammarMask(self.matcher.result().deep_copy(), self.vocab_size, self.eos_token_ids)
 

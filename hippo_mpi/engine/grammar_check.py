@@ -76,7 +76,7 @@ class GrammarCheck:
         if (size := len(grammar.encode("utf-8", "surrogatepass"))) > self._max_bytes:
             raise FieldError(
                 field,
-                f"{field}: the schema has {size:,} bytes; at most {self._max_bytes:,} are taken (--max-schema-bytes)",
+                f"{field}: the schema has {size:,} bytes; the maximum is {self._max_bytes:,} (--max-schema-bytes)",
             )
         key = hashlib.sha256(grammar.encode("utf-8", "surrogatepass")).digest()
         with self._lock:
@@ -115,8 +115,8 @@ class GrammarCheck:
         if not is_wanted():
             return None
         if answer is None or worker.returncode == -signal.SIGXCPU:
-            return [f"the schema takes longer than {self._limit_s:g} s to compile: make it simpler"]
-        return [f"llguidance fails on the schema (status {worker.returncode})"]
+            return [f"compiling the schema takes longer than {self._limit_s:g} s: simplify it"]
+        return [f"llguidance failed on the schema (exit status {worker.returncode})"]
 
     def _worker(self) -> subprocess.Popen[bytes]:
         with self._lock:
@@ -129,7 +129,7 @@ class GrammarCheck:
                 command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )
         except OSError as error:
-            raise RankError(f"a schema can't be checked: {error}") from None
+            raise RankError(f"can't check schemas: {error}") from None
         assert worker.stdin is not None
         os.set_blocking(worker.stdin.fileno(), False)
         return worker
@@ -180,4 +180,4 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
 
 @lru_cache(maxsize=64)  # logs each warning once
 def _note_not_held_to(warning: str) -> None:
-    logging.getLogger(__name__).warning("a schema has what answers can't be held to. %s", warning)
+    logging.getLogger(__name__).warning("part of a schema isn't enforced: %s", warning)

@@ -177,7 +177,7 @@ def check_request(prompt: list[int], sampling: SamplingParams, max_context: int,
         UserError: the prompt is empty or too long, or a token is outside the vocabulary.
     """
     if not prompt:
-        raise UserError("the prompt has no tokens: nothing can follow it")
+        raise UserError("the prompt has no tokens")
     check_context(len(prompt) + len(sampling.forced), max_context)
     for token in (*prompt, *sampling.forced, *(token for token, _ in sampling.logit_bias)):
         if not 0 <= token < vocab_size:
@@ -205,7 +205,7 @@ def check_sampling(sampling: SamplingParams) -> None:
             raise UserError(f"{name}: {error}") from None
     words, biases = sampling.stop_words, sampling.logit_bias
     if not isinstance(words, tuple | list) or not all(isinstance(word, str) for word in words):
-        raise UserError(f"stop_words: {words!r} is not a list of texts")
+        raise UserError(f"stop_words: {words!r} is not a list of strings")
     if not isinstance(biases, tuple | list) or not all(_is_bias(pair) for pair in biases):
         raise UserError(f"logit_bias: {biases!r} is not a list of pairs (token, number)")
     for name in ("presence_penalty", "frequency_penalty"):

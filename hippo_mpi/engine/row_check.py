@@ -61,14 +61,14 @@ def check_drafting(runner: StepRunner, serials: Iterator[int]) -> None:
     start, fork = len(prompt), ((0, 1),)
     run_step(runner, Step(StepPlan(next(serials), (0,), (0,), (start,)), [prompt]))
     if runner.slot_limits(0).num_revocable < len(draft):
-        problem = "its caches can't lose tokens again"
+        problem = "its caches can't be trimmed"
     else:
         together = _logits(
             runner, StepPlan(next(serials), (1,), (start,), (len(draft),), Returns.LOGITS, fork), [draft]
         )
         steps = [StepPlan(next(serials), (0,), (start + i,), (1,), Returns.LOGITS) for i in range(len(draft))]
         one_by_one = mx.concatenate([_logits(runner, plan, [draft[:1]]) for plan in steps], axis=1)
-        problem = "" if _are_close(together[0], one_by_one[0]) else "several tokens in one step give it other answers"
+        problem = "" if _are_close(together[0], one_by_one[0]) else "its logits change when a step has several tokens"
     run_step(runner, Step(StepPlan(next(serials), drops=(0, 1)), []))
     if problem:
         raise UserError(f"--draft-model doesn't work with this model: {problem}")

@@ -110,7 +110,7 @@ class ChatFormat:
             raise UserError("the prompt is empty")
         has_template = tokenizer.has_chat_template and not self.ignore_chat_template
         if tools and not (has_template and tokenizer.has_tool_calling):
-            raise FieldError("tools", "tools: this model's chat template has none")
+            raise FieldError("tools", "tools: this model's chat template doesn't support tools")
         known = {
             name: value for name, value in (template_args or {}).items() if has_template and _knows(tokenizer, name)
         }
@@ -161,7 +161,7 @@ def _render(tokenizer: TokenizerWrapper, messages: list[dict[str, Any]], options
             return text
     except Exception as error:  # jinja templates may raise anything
         if not later:
-            raise UserError(f"the chat template doesn't take this conversation: {one_line(error)}") from None
+            raise UserError(f"the chat template rejects this conversation: {one_line(error)}") from None
     instructions = [message for message in messages if message["role"] in _INSTRUCTING]
     others = [message for message in messages if message["role"] not in _INSTRUCTING]
     return _render(tokenizer, [*_merged(instructions), *others], options)
@@ -191,7 +191,7 @@ def encode(tokenizer: TokenizerWrapper, text: str, **options: bool) -> list[int]
     try:
         return list(tokenizer.encode(text, **options))
     except Exception as error:  # tokenizers may raise anything
-        raise UserError(f"the tokenizer doesn't take this text: {one_line(error)}") from None
+        raise UserError(f"the tokenizer rejects this text: {one_line(error)}") from None
 
 
 class AnswerText:

@@ -75,7 +75,7 @@ class LoadedModel:
     def forget_engine(self) -> None:
         """Let the next loop have a new engine, as this one was interrupted in a step; several ranks end instead."""
         if self.ring.world.size > 1:
-            self.ring.control.fail(HippoError("a step of the engine was interrupted, so no other can follow it"))
+            self.ring.control.fail(HippoError("interrupted during a step of the engine: the ranks can't continue"))
         self._engine = None
 
     def next_numbers(self, count: int) -> range:
@@ -97,7 +97,7 @@ class LoadedModel:
         self.ring.settle(self._loop)
         self.ring.open_loop = self._loop = loop
         self._num_loops += 1
-        return f"call {self._num_loops} of generate of model {self._number} with {loop.num_prompts} prompts"
+        return f"generate() call {self._num_loops} on model {self._number} with {loop.num_prompts} prompts"
 
     def leave(self, is_orderly: bool) -> None:
         """End the open loop if all ranks do; after an exception of this rank's script, only its next use may."""
@@ -152,7 +152,7 @@ class AnswerLoop(RingLoop):
             for output in outputs:
                 yield output
                 if self._is_closed:
-                    raise UserError("this loop over answers was ended by a later generate, or with its LLM")
+                    raise UserError("this loop over answers was closed by a later generate() or with its LLM")
         self._model.ring.close_loop()
 
     def _next(self) -> list[RequestOutput] | None:
@@ -228,13 +228,13 @@ class FollowingLoop(AnswerLoop):
     def _start(self, name: str) -> None:
         others = self._control.share(None, str)
         if others != name:
-            raise DesyncError(f"this rank has made {name}, but rank 0 {others}: every rank must make the same calls")
+            raise DesyncError(f"this rank is at {name}, but rank 0 at {others}: every rank must make the same calls")
 
     def _step(self) -> list[RequestOutput] | None:
         told = self._next_told()
         if told is None:
             if self._num_unfinished:
-                raise RankError("rank 0 has left a loop over answers with which this rank goes on")
+                raise RankError("rank 0 left a loop over answers that this rank continues")
             return None
         outputs = [_as_output(output, self._timings) for output in told.outputs]
         self._num_unfinished -= sum(output.finish_reason is not None for output in outputs)
@@ -242,7 +242,7 @@ class FollowingLoop(AnswerLoop):
 
     def _finish(self) -> None:
         if self._next_told() is not None:  # rank 0 tells nothing more once its script has left the loop at this place
-            raise RankError("this rank has left a loop over answers with which rank 0 goes on")
+            raise RankError("this rank left a loop over answers that rank 0 continues")
 
     def _next_told(self) -> _Told | None:
         """Return what rank 0 tells next, and follow its steps until then; None once both are at their end."""

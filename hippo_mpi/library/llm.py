@@ -104,7 +104,7 @@ class LLM:
     @property
     def _here(self) -> LoadedModel:
         if self._loaded is None:
-            raise RuntimeError("the model is loaded inside `with LLM(...) as llm:` only")
+            raise RuntimeError("the model is loaded only inside `with LLM(...) as llm:`")
         return self._loaded
 
     def generate(

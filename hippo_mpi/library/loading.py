@@ -46,7 +46,7 @@ class LoadOptions:
         control = ring.control
 
         def looking() -> None:
-            control.progress("looking at the hub's files")
+            control.progress("listing the hub's files")
 
         def find_source() -> ModelSource:
             path = find_model(self.model, self.revision, looking)

@@ -58,10 +58,10 @@ def pipeline(
     ring = join(group, start_timeout, timeout)
     if ring.world.size == 1:
         return
-    ring.control.progress("computing which layer needs what", Activity.COMPUTING)
+    ring.control.progress("tracing the model", Activity.COMPUTING)
     try:
         if getattr(model, "is_pipelined", False):
-            raise UserError("this model is pipelined already")
+            raise UserError("this model is already pipelined")
         adapt(model, str(getattr(model, "model_type", "")))
         flow = find_dataflow(model)
         counts = _agree(ring, model, flow, layer_split)
@@ -210,8 +210,9 @@ def split_evenly(
         layers[call.layer] |= call.weights
     sizes = [sum(weight_bytes[name] for name in names) for names in layers]
     head = sum(weight_bytes[name] for name in flow.output_weights)  # every rank has it, so it doesn't affect the split
+    work = [float(size) for size in sizes]
     info = ModelInfo(
-        flow.num_layers, sizes, [float(size) for size in sizes], head, 0.0, [CacheCost()] * flow.num_layers,
+        flow.num_layers, sizes, work, work, head, 0.0, [CacheCost()] * flow.num_layers,
         flow.forbidden_cuts(), None, True, 0, shared_bytes=head,
     )  # fmt: skip
     without_limit = [Machine(f"rank {rank}", 1 << 62) for rank in range(num_ranks)]  # the model may be loaded already

@@ -32,9 +32,7 @@ def report(benchmark: dict[str, Any], has_whole: bool) -> str:
     parts = [_ring_table(benchmark["ring"])] if benchmark["ring"] else []
     parts += [_rate_table(benchmark), _busy_table(benchmark["busy"])]
     if not has_whole:
-        parts.append(
-            "Whole models don't fit beside the pipeline's parts, or weren't wanted: only the pipeline is shown."
-        )
+        parts.append("Only the pipeline is shown: whole models don't fit beside it, or --pipeline-only was given.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -59,9 +57,7 @@ def _ring_table(ring: list[dict[str, Any]]) -> str:
 
 def _rate_table(benchmark: dict[str, Any]) -> str:
     decode, prompt, first = (medians(benchmark, name) for name in ("decode_tps", "prompt_tps", "first_token_s"))
-    head = (
-        f"{'at once':>7}  {'mode':<15} {'generation':>22} {'prompt':>14} {'first token':>12}  {'of the best other':>17}"
-    )
+    head = f"{'at once':>7}  {'mode':<15} {'generation':>22} {'prompt':>14} {'first token':>12}  {'vs. best other':>17}"
     lines = [*headline(benchmark), head]
     for count in next(iter(decode.values())):
         others = [decode[mode][count][0] for mode in decode if mode in ("standalone", "replicas")]
@@ -95,7 +91,7 @@ def check_plot(path: Path) -> None:
         raise UserError(f"--plot needs matplotlib: {install_hint('plot')}") from None
     formats = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
-        raise UserError(f"--plot {path}: no such format; it must end in one of .{', .'.join(sorted(formats))}")
+        raise UserError(f"--plot {path}: unknown format; it must end in one of .{', .'.join(sorted(formats))}")
 
 
 def plot(benchmark: dict[str, Any], path: Path) -> None:

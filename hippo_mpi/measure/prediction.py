@@ -210,7 +210,7 @@ def check_can_time(flow: Dataflow) -> None:
     """
     if flow.num_rounds > 1 or any(call.prepared for call in flow.calls[1:]):
         raise UserError(
-            "--simulate can't time the stages of this model one by one: its layers also need what rank 0 makes"
+            "--simulate can't time the stages of this model one by one: its layers also need arrays that rank 0 computes"
         )
 
 

@@ -68,7 +68,7 @@ def prediction_table(stages: Sequence[MeasuredStage], links: Sequence[Link], wor
         f"{count_of(len(stages), 'rank')} over {link.name}: {link.latency_s * 1e6:,.0f} us, {link.bytes_per_s / 1e6:,.0f} MB/s"
         for link in links
     ]
-    lines.append("one machine: all layers, no link; ranges: from the shortest and the longest of the repeated times")
+    lines.append("one machine: all layers, no link; ranges: from the shortest and longest of the repeated timings")
     lines.append(f"{'predicted':<26} {'':<14} {'tok/s':>10} {'range':>20} {'ratio':>6}")
     for row in (None, *workload.concurrent):
         title = f"prompt of {workload.prompt_tokens:,} tokens" if row is None else f"generation, {row} at once"
@@ -118,7 +118,7 @@ def read_times(path: Path, workload: Workload, layer_counts: Sequence[int]) -> l
     num_chunks = -(-workload.prompt_tokens // workload.chunk_tokens)
     missing = {*workload.batch_sizes(len(stages))} - {*stages[0].typical.steps}
     if missing or any(len(stage.typical.chunks) != num_chunks for stage in stages):
-        raise UserError(f"--stage-times {path} was measured for other --prompt-tokens or --concurrent")
+        raise UserError(f"--stage-times {path} was measured with a different --prompt-tokens or --concurrent")
     return stages
 
 
@@ -133,5 +133,5 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--stage-times {path} can't be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, msgspec.ValidationError):
-        raise UserError(f"--stage-times {path} is no output of hippo_mpi.plan --simulate --json") from None
+        raise UserError(f"--stage-times {path} is not output of hippo_mpi.plan --simulate --json") from None
     return output

@@ -129,7 +129,7 @@ class AnswerFile(Answers):
         self._name, path = str(path), path.resolve()  # replacing the file keeps a link to it
         self._path, self._options_path = path, path.with_name(f"{path.name}.options.json")
         if path.exists() and not path.is_file():
-            raise UserError(f"{self} can't be written: it isn't a file")
+            raise UserError(f"{self} can't be written: it isn't a regular file")
         try:
             self._lock = FileLock(path)
             try:
@@ -183,7 +183,7 @@ class AnswerFile(Answers):
         for custom_id, line in taken.items():
             if custom_id not in names:
                 raise UserError(
-                    f"{self} answers another request as {custom_id!r} than line {line} asks:"
+                    f"{self} has an answer {custom_id!r} to a different request than line {line}:"
                     " give another --output, or --restart"
                 )
         if names:
@@ -228,8 +228,8 @@ class AnswerFile(Answers):
             with contextlib.suppress(OSError):
                 self._stream.truncate(end)
             raise UserError(
-                f"{self} can't be written: {problem.strerror}; {count_of(len(self.done), 'answer')} in it stay, and"
-                " the same command goes on from there"
+                f"{self} can't be written: {problem.strerror}; {count_of(len(self.done), 'answer')} kept, and"
+                " the same command continues from there"
             ) from None
 
     def sort(self, order: Iterable[Task]) -> None:
@@ -251,8 +251,8 @@ class AnswerFile(Answers):
                         new.write(old.read(length))
         except OSError as error:
             raise UserError(
-                f"{self} can't be put into the order of the prompts: {error.strerror}; its"
-                f" {count_of(len(self.done), 'answer')} stay as they are, and the same command sorts them when there is room"
+                f"{self} can't be sorted into the order of the prompts: {error.strerror};"
+                f" {count_of(len(self.done), 'answer')} kept, and the same command sorts them once there is space"
             ) from None
 
     def _keep_options(self, options: dict[str, Any]) -> None:
@@ -260,14 +260,14 @@ class AnswerFile(Answers):
         before = _read_options(self._options_path) if self.done else options
         if before is None:
             sys.stderr.write(
-                f"note: {self} has {count_of(len(self.done), 'answer')}, and nothing says with which options"
-                f" {'it was' if len(self.done) == 1 else 'they were'} made: {self._options_path.name} is missing\n"
+                f"note: {self} has {count_of(len(self.done), 'answer')} made with unknown options:"
+                f" {self._options_path.name} is missing\n"
             )
         elif names := [name for name in {**before, **options} if before.get(name) != options.get(name)]:
             old, new = (", ".join(_shown(name, of.get(name)) for name in names) for of in (before, options))
             raise UserError(
-                f"{self} has {count_of(len(self.done), 'answer')} that were made {old}, and not {new}:"
-                f" ask {old} again, or give another --output, or --restart"
+                f"{self} has {count_of(len(self.done), 'answer')} made {old}, not {new}:"
+                " give the same options again, or another --output, or --restart"
             )
         with replacing(self._options_path) as stream:
             stream.write(json.dumps(options, indent=1).encode())
@@ -280,7 +280,7 @@ class AnswerFile(Answers):
                 record = _read_record(line)
                 if record is None and line.endswith(b"\n"):
                     raise UserError(
-                        f"{self}, line {number}, is no answer of a batch: give another --output, or --restart"
+                        f"{self}, line {number}, is not a batch answer: give another --output, or --restart"
                     )
                 if record is not None and record["error"] is None:
                     self.done[record["custom_id"]] = record["id"]

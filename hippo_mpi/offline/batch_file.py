@@ -126,11 +126,11 @@ def _spooled(name: str, source: BinaryIO) -> Prompts:
         spool.flush()
     except OSError as error:
         raise UserError(
-            f"what comes from {name} can't be kept in {tempfile.gettempdir()}: {error.strerror}; put it into a file"
+            f"the prompts from {name} can't be stored in {tempfile.gettempdir()}: {error.strerror}; give them as a file"
         ) from None
     prompts = Prompts(name, spool)
     if job_options(prompts):
-        raise UserError(f"#HIPPO lines from {name} come too late: give their options on the command line")
+        raise UserError(f"#HIPPO lines don't work from {name}: give their options on the command line")
     return prompts
 
 
@@ -175,7 +175,7 @@ def read_tasks(prompts: Prompts, defaults: SamplingParams) -> Iterator[Task]:
         seeded = defaults if defaults.seed is None else replace(defaults, seed=defaults.seed + number)
         task = _read_line(number, line, is_json, seeded, _unlike(f"line-{number}", given))
         if task.custom_id in seen:
-            mistake = f"line {number}: custom_id {task.custom_id!r} was there before"
+            mistake = f"line {number}: duplicate custom_id {task.custom_id!r}"
             name = _unlike(f"{task.custom_id} (line {number})", given)
             task = Task(number, name, task.digest, None, mistake)
         seen.add(task.custom_id)
@@ -203,14 +203,14 @@ def _read_line(number: int, line: bytes, is_json: bool, defaults: SamplingParams
             raise UserError("not a JSON object")
         given = fields.pop("custom_id", custom_id)
         if not isinstance(given, str) or not given:
-            raise UserError("custom_id must be a text")
+            raise UserError("custom_id must be a string")
         json.dumps([given, fields], ensure_ascii=False).encode()
         custom_id = given
         return Task(number, custom_id, digest, _read_fields(fields, defaults))
     except UnicodeDecodeError as error:
         mistake = f"not UTF-8 (byte {error.start + 1})"
     except UnicodeEncodeError:
-        mistake = "half of a surrogate pair in a text"
+        mistake = "unpaired surrogate in a string"
     except json.JSONDecodeError as error:
         mistake = f"not JSON: {error.msg} at column {error.colno}"
     except (ValueError, OverflowError, RecursionError) as error:
@@ -225,7 +225,7 @@ def _read_fields(fields: dict[str, Any], defaults: SamplingParams) -> Generation
         if (method := fields.get("method", "POST")) != "POST":
             raise UserError(f"method must be POST, not {method!r}")
         if extra := set(fields) - {"method", "url", "body"}:
-            raise UserError(f"unknown field {min(extra)!r} beside custom_id, method, url and body")
+            raise UserError(f"unknown field {min(extra)!r}; expected custom_id, method, url and body")
         return read_body(str(fields.get("url")), fields.get("body"), defaults)
     if "messages" in fields:
         return read_body(CHAT, fields, defaults)
@@ -234,4 +234,4 @@ def _read_fields(fields: dict[str, Any], defaults: SamplingParams) -> Generation
         return read_body(CHAT, {**fields, "messages": [{"role": "user", "content": prompt}]}, defaults)
     if "prompt" in fields:
         return read_body(COMPLETION, fields, defaults)
-    raise UserError("neither prompt, nor messages, nor url and body")
+    raise UserError("expected prompt, messages, or url and body")

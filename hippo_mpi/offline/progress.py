@@ -114,7 +114,7 @@ class BatchProgress:
         """Print the totals of the batch and of this run."""
         took_s = time.monotonic() - self.began_s
         sys.stderr.write(
-            f"{self.done:,} of {self.total:,} done ({self._before:,} of them before), {self.failed:,} failed;"
+            f"{self.done:,} of {self.total:,} done ({self._before:,} of them earlier), {self.failed:,} failed;"
             f" {self.num_tokens:,} tokens in {took_s:.1f} s, {self.tokens_per_s:.1f} tok/s\n"
         )
 

@@ -75,7 +75,7 @@ class Peer:
         if message.header != header:
             other = message.header.decode() if message.header.startswith(b"call ") else "a step of an LLM"
             raise DesyncError(
-                f"this rank has made {header.decode()}, but the rank before {other}:"
+                f"this rank is at {header.decode()}, but the previous rank at {other}:"
                 " every rank of a script must call its models in the same order with the same tokens"
             )
         looks = self._stage.flow.looks_at_values

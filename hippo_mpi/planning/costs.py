@@ -26,6 +26,7 @@ class ModelInfo:
     num_layers: int
     layer_bytes: list[int]
     layer_work: list[float]  # bytes of weights that one token reads
+    layer_flops: list[float]  # operations for a token of a prompt
     head_bytes: int  # embedding, norm and head
     head_work: float
     caches: list[CacheCost]

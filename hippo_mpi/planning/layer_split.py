@@ -16,16 +16,29 @@ from hippo_mpi.units import count_of, show_bytes
 # What a rank needs besides weights and cache: activations, the interpreter, the libraries.
 _WORKING_BYTES = 256 << 20
 _CACHE_STEP_TOKENS = 256  # mlx-lm's caches grow by this many tokens at a time
+# Prompt tokens for each token of an answer: what is asked is longer than what is said, above all by agents and of documents.
+_PROMPT_SHARE = 4
+_GPU_FLOPS_PER_BYTE = (
+    30.0  # 16-bit operations of Apple's GPUs in the time in which they read a byte: M1 to M4 have 25 to 40
+)
 _PREFIX_SHARE = 8  # kept prefixes may take one part in this many of the room for caches
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A rank's budget: bytes it may fill, and its speed relative to the others."""
+    """A rank's budget: bytes it may fill, and how fast it is.
+
+    Args:
+        name: of the host.
+        memory_bytes: that it may fill.
+        speed: at which it reads weights, relative to the other machines.
+        flops_per_byte: operations of a long prompt in the time in which it reads a byte of weights.
+    """
 
     name: str
     memory_bytes: int
     speed: float = 1.0
+    flops_per_byte: float = _GPU_FLOPS_PER_BYTE
 
     @classmethod
     def from_option(cls, text: str) -> Machine:
@@ -50,7 +63,7 @@ class StagePlan:
     stop: int
     weight_bytes: int  # embedding and head included on rank 0
     cache_bytes: int
-    work: float  # bytes read per token, divided by the machine's speed
+    work: float  # for a token of an answer and the prompt tokens that go with it: bytes read, divided by the machine's speed
     share: float  # of all work
 
     @property
@@ -156,6 +169,8 @@ def plan_split(
 ) -> LayerSplit:
     """Return the split that minimises the slowest stage's time per token within every machine's memory.
 
+    A token's time is that of reading the weights once for it, and of the operations for the prompt tokens that go with it.
+
     Args:
         info: costs of the model.
         machines: by rank.
@@ -220,7 +235,9 @@ def _best_bounds(info: ModelInfo, machines: Sequence[Machine], context: int) -> 
 def _stage(info: ModelInfo, machine: Machine, start: int, stop: int, context: int, first: bool) -> StagePlan:
     weights = sum(info.layer_bytes[start:stop]) + (info.head_bytes if first else info.shared_bytes)
     caches = sum(cache.bytes_at(context) for cache in info.caches[start:stop])
-    work = (sum(info.layer_work[start:stop]) + (info.head_work if first else 0.0)) / machine.speed
+    decoding = sum(info.layer_work[start:stop]) + (info.head_work if first else 0.0)
+    reading = _PROMPT_SHARE * sum(info.layer_flops[start:stop]) / machine.flops_per_byte  # which needs no head
+    work = (decoding + reading) / machine.speed
     return StagePlan(machine, start, stop, weights, caches, work, 0.0)
 
 
@@ -268,7 +285,7 @@ def check_layer_split(info: ModelInfo, num_ranks: int, counts: Sequence[int]) ->
             allowed = [c for c in range(1, info.num_layers) if c not in info.forbidden_cuts]
             raise PlanError(
                 f"layer split {text} cuts before layer {cut}, where this model can't be cut ({info.forbidden_cuts[cut]});"
-                f" it can before {', '.join(map(str, allowed)) or 'none'}"
+                f" it can be cut before {', '.join(map(str, allowed)) or 'none'}"
             )
 
 
@@ -286,6 +303,6 @@ def _too_many_ranks(info: ModelInfo, num_ranks: int) -> str:
 def _does_not_fit(split: LayerSplit) -> str:
     missing = sum(max(0, -stage.margin_bytes) for stage in split.stages)
     return (
-        f"the model doesn't fit: {show_bytes(missing)} are missing; more ranks, a quantised model or a shorter"
+        f"the model doesn't fit: {show_bytes(missing)} more memory needed; more ranks, a quantised model or a shorter"
         f" --max-context (now {split.max_context:,} tokens) would help\n{split.table()}"
     )

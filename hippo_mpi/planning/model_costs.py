@@ -32,7 +32,7 @@ def model_info(checkpoint: Checkpoint, settings: KVSettings, shares_head: bool =
         ForeignError: the model's code raises something.
     """
     flow = checkpoint.flow
-    sizes, shares = checkpoint.weight_bytes, checkpoint.expert_share
+    sizes, shares, counts = checkpoint.weight_bytes, checkpoint.expert_share, checkpoint.matrix_sizes
     names: list[set[str]] = [set() for _ in range(flow.num_layers)]
     for call in flow.calls:
         names[call.layer] |= call.weights
@@ -54,6 +54,7 @@ def model_info(checkpoint: Checkpoint, settings: KVSettings, shares_head: bool =
         num_layers=flow.num_layers,
         layer_bytes=[sum(sizes[n] for n in layer) for layer in names],
         layer_work=[work(layer) for layer in names],
+        layer_flops=[2 * sum(counts.get(n, 0) * shares.get(n, 1.0) for n in layer) for layer in names],
         head_bytes=sum(sizes[n] for n in head),
         head_work=work(head if reads_embedding else head - embedding),
         caches=_by_layer(costs, flow),

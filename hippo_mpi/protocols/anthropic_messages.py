@@ -59,7 +59,7 @@ def count_body(body: dict[str, Any], defaults: SamplingParams) -> GenerationRequ
 def _output(config: Any, older_format: Any) -> dict[str, Any]:
     """Return OpenAI's fields for an effort and an output format; `older_format` is where earlier clients put it."""
     if not isinstance(config, dict) or set(config) - {"effort", "format"}:
-        raise FieldError("output_config", "output_config takes an effort and a format only")
+        raise FieldError("output_config", "output_config can only have effort and format")
     form = older_format if config.get("format") is None else config["format"]
     fields: dict[str, Any] = {"reasoning_effort": config.get("effort")}
     if form is not None:
@@ -126,7 +126,7 @@ def _blocks(role: str, content: list[Any]) -> list[dict[str, Any]]:
             results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result})
         else:
             raise FieldError(
-                "messages", f"messages: a message of the {role} can't have a block of the type {kind!r} here"
+                "messages", f"messages: a message with role {role} can't have a block of type {kind!r} here"
             )
     message: dict[str, Any] = {"role": role, "content": "".join(text)}
     if thoughts:
@@ -141,7 +141,7 @@ def _tools(given: Any) -> list[dict[str, Any]]:
     for tool in given if isinstance(given, list) else [None]:
         if not isinstance(tool, dict) or tool.get("type", "custom") not in ("custom", None):
             raise FieldError(
-                "tools", "tools must be a list of objects with name and input_schema; the server has none of its own"
+                "tools", "tools must be a list of objects with name and input_schema; server tools aren't supported"
             )
         function = {"name": tool.get("name"), "description": tool.get("description") or ""}
         tools.append({"type": "function", "function": {**function, "parameters": tool.get("input_schema")}})

@@ -26,14 +26,14 @@ class Ignored:
         return {"description": self.reason} | ({} if self.values is None else {"enum": [None, *self.values]})
 
 
-_ENDPOINT = Ignored("read by the endpoint")
-_STORE = Ignored("read by the endpoint: the answer, which is the same, is kept for GET by a server with --journal")
+_ENDPOINT = Ignored("handled by the endpoint")
+_STORE = Ignored("handled by the endpoint: a server with --journal keeps the answer, unchanged, for GET")
 _RECORDS = Ignored("for a provider's records")
-_ROUTE = Ignored("which machines or cache answer; these ranks do, and find prompts that begin alike by themselves")
-_LENGTH = Ignored("how much a model that was trained for it says; no chat template knows it")
-_SPEED = Ignored("makes an answer faster, not another")
-_ALL_TOOLS_ARE_YOURS = Ignored("concerns tools that a provider runs; here there are none")
-_NEUTRAL = Ignored("says what is done anyway")
+_ROUTE = Ignored("chooses machines or caches; here there is one set of ranks, which finds shared prefixes by itself")
+_LENGTH = Ignored("for models trained for it; no chat template supports it")
+_SPEED = Ignored("affects the speed of an answer only")
+_ALL_TOOLS_ARE_YOURS = Ignored("for tools that a provider runs; there are none here")
+_NEUTRAL = Ignored("requests the default behavior")
 
 _OPENAI: dict[str, Ignored] = {
     "model": _ENDPOINT,
@@ -70,7 +70,7 @@ CHAT_IGNORED: dict[str, Ignored] = {
     "functions": _only([]),
     "function_call": _only("none", "auto", reason="without functions there is nothing to call"),
     "n": _only(1),
-    "add_special_tokens": _only(False, reason="the chat template writes them"),
+    "add_special_tokens": _only(False, reason="the chat template adds them"),
     "echo": _only(False),
 }
 COMPLETION_IGNORED: dict[str, Ignored] = {
@@ -85,10 +85,10 @@ RESPONSES_IGNORED: dict[str, Ignored] = {
     **_OPENAI,
     "stream_options": _SPEED,  # its only field is about padding of chunks
     "max_tool_calls": _ALL_TOOLS_ARE_YOURS,
-    "truncation": _only("disabled", "auto", reason="an input that is too long is refused either way, never cut"),
+    "truncation": _only("disabled", "auto", reason="an input that is too long is refused, never truncated"),
     "stream": _only(False),
-    "background": _only(False, reason="true needs a server with a --journal"),
-    "previous_response_id": _only(reason="a request brings all of its conversation"),
+    "background": _only(False, reason="true needs a server with --journal"),
+    "previous_response_id": _only(reason="a request must contain its whole conversation"),
     "top_logprobs": _only(0),
 }
 MESSAGES_IGNORED: dict[str, Ignored] = {
@@ -98,7 +98,7 @@ MESSAGES_IGNORED: dict[str, Ignored] = {
     "speed": _SPEED,
     "container": _ALL_TOOLS_ARE_YOURS,
     "mcp_servers": _only([]),
-    "context_management": Ignored("makes room in a conversation that grows too long; here all of it is read"),
+    "context_management": Ignored("truncates long conversations; here all of a conversation is read"),
 }
 
 

@@ -67,7 +67,7 @@ class GenerationRequest:
         """
         needed = ["chat" if self.url == CHAT else "completion", *["tools"] * bool(self.tools)]
         if missing := [mode for mode in needed if mode not in modes]:
-            raise UserError(f"this model is served for {', '.join(modes)}, and not for {missing[0]}")
+            raise UserError(f"this model is served for {', '.join(modes)} only, not for {missing[0]}")
         if "thinking" in modes or self.url != CHAT:
             return self
         others = {name: value for name, value in self.template_args.items() if name != "reasoning_effort"}
@@ -127,7 +127,7 @@ def read_body(url: str, body: Any, defaults: SamplingParams) -> GenerationReques
     """
     asked, *others = read_prompts(url, body, defaults)
     if others:
-        raise FieldError("prompt", f"prompt must be one here, not a list of {1 + len(others)}")
+        raise FieldError("prompt", f"prompt must be a single prompt here, not a list of {1 + len(others)}")
     return asked
 
 
@@ -165,7 +165,7 @@ def read_prompts(url: str, body: Any, defaults: SamplingParams) -> list[Generati
     echo = boolean("echo", rest.pop("echo", False))
     if echo:
         for name in set(rest) - _ALLOWED_WITH_ECHO:
-            raise FieldError(name, f"{name} can't stand beside echo")
+            raise FieldError(name, f"{name} can't be combined with echo")
     tells_only_prompt = echo and type(rest.get("max_tokens")) is int and rest["max_tokens"] == 0
     if tells_only_prompt:
         del rest["max_tokens"]
@@ -194,7 +194,7 @@ def _read_chat(rest: dict[str, Any], defaults: SamplingParams) -> GenerationRequ
     template_args = _template_args(rest)
     sampling = read_sampling(rest, defaults, is_chat=True)
     if continues and sampling.grammar is not None:
-        raise FieldError("response_format", "a format can't hold an answer that is continued to its schema")
+        raise FieldError("response_format", "response_format can't be combined with continuing an assistant message")
     return GenerationRequest(
         CHAT, sampling, messages, "", tools, must_call, None if many else 1, template_args, continues
     )
@@ -205,10 +205,12 @@ def _continues(rest: dict[str, Any], messages: list[dict[str, Any]]) -> bool:
     continues = boolean("continue_final_message", rest.pop("continue_final_message", False))
     if boolean("add_generation_prompt", rest.pop("add_generation_prompt", not continues)) is continues:
         raise FieldError(
-            "add_generation_prompt", "add_generation_prompt must be the contrary of continue_final_message"
+            "add_generation_prompt", "add_generation_prompt must be the opposite of continue_final_message"
         )
     if continues and (messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip()):
-        raise FieldError("continue_final_message", "continue_final_message needs a text of the assistant's at the end")
+        raise FieldError(
+            "continue_final_message", "continue_final_message needs an assistant message with text at the end"
+        )
     return continues
 
 
@@ -228,7 +230,7 @@ def _chosen(tools: list[dict[str, Any]], choice: Any) -> tuple[list[dict[str, An
             )
         tools = [tool for tool in tools if tool["function"]["name"] == name]
     if not tools:
-        raise FieldError("tool_choice", "tool_choice asks for a tool that isn't among the tools")
+        raise FieldError("tool_choice", "tool_choice asks for a tool that isn't in tools")
     return tools, True
 
 
@@ -238,7 +240,7 @@ def _template_args(rest: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(arguments, dict) or set(arguments) & _OUR_TEMPLATE_ARGS:
         raise FieldError(
             "chat_template_kwargs",
-            "chat_template_kwargs must be an object of arguments that the chat template knows",
+            "chat_template_kwargs must be an object of arguments that the chat template supports",
         )
     effort = rest.pop("reasoning_effort", None)
     if effort is None:

@@ -57,7 +57,7 @@ def _messages(given: Any, instructions: Any) -> list[dict[str, Any]]:
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
-        raise FieldError("input", "input must be a text, or a list of items")
+        raise FieldError("input", "input must be a string or a list of items")
     messages: list[dict[str, Any]] = [] if instructions is None else [{"role": "system", "content": instructions}]
     is_open = False  # whether the last message is the assistant's, to which further items belong
     for item in given:
@@ -71,7 +71,7 @@ def _messages(given: Any, instructions: Any) -> list[dict[str, Any]]:
                 messages.append({"role": "assistant", "content": ""})
             _add(messages[-1], kind, item)
         else:
-            raise FieldError("input", f"input: there can be no item of the type {kind!r} here")
+            raise FieldError("input", f"input: items of type {kind!r} aren't supported here")
         is_open = messages[-1]["role"] == "assistant"
     return messages
 
@@ -113,15 +113,15 @@ def _tools(given: Any) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=64)  # logs once per type
 def _note_left_out(kind: str) -> None:
-    logging.getLogger(__name__).warning("tools of the type %r are left out: only functions can be called", kind)
+    logging.getLogger(__name__).warning("ignoring tools of type %r: only functions can be called", kind)
 
 
 def _check_included(given: Any) -> None:
     """Raise a FieldError for log-probabilities, which aren't returned here; other values have no effect."""
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        raise FieldError("include", "include must be a list of texts")
+        raise FieldError("include", "include must be a list of strings")
     if _INCLUDED in given:
-        raise FieldError("include", f"include can't have {_INCLUDED!r} here: /v1/chat/completions tells logprobs")
+        raise FieldError("include", f"include can't have {_INCLUDED!r} here: use /v1/chat/completions for logprobs")
 
 
 def _tool_choice(given: Any) -> Any:
@@ -133,7 +133,7 @@ def _tool_choice(given: Any) -> Any:
 def _format(given: Any) -> Any:
     """Return a chat's response_format."""
     if not isinstance(given, dict) or set(given) - {"format", "verbosity"}:
-        raise FieldError("text", "text takes a format (text, json_object or json_schema) and a verbosity only")
+        raise FieldError("text", "text can only have format (text, json_object or json_schema) and verbosity")
     form = given.get("format")
     if isinstance(form, dict) and form.get("type") == "json_schema":
         return {"type": "json_schema", "json_schema": {"schema": form.get("schema")}}
@@ -143,7 +143,7 @@ def _format(given: Any) -> Any:
 def _effort(given: Any) -> Any:
     """Return a chat's reasoning_effort. A wanted summary has no effect: thoughts are returned as they are."""
     if not isinstance(given, dict) or set(given) - {"effort", "summary", "generate_summary"}:
-        raise FieldError("reasoning", "reasoning takes an effort and a summary only")
+        raise FieldError("reasoning", "reasoning can only have effort and summary")
     for name in ("summary", "generate_summary"):
         if given.get(name) not in _SUMMARIES:
             raise FieldError("reasoning", f"reasoning: {name} must be auto, concise or detailed, not {given[name]!r}")

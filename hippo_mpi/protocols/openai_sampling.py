@@ -37,7 +37,7 @@ def read_sampling(fields: dict[str, Any], defaults: SamplingParams, is_chat: boo
     if "ignore_eos" in fields and boolean("ignore_eos", fields["ignore_eos"]):
         given["min_tokens"] = IGNORING_EOS
     if given.get("min_tokens") and given.get("stop_words"):
-        raise FieldError("min_tokens", "min_tokens and ignore_eos can't stand beside stop")
+        raise FieldError("min_tokens", "min_tokens and ignore_eos can't be combined with stop")
     return replace(defaults, **given)
 
 
@@ -106,9 +106,9 @@ def _number(low: float, high: float, least: float = 0.0) -> _Check:
 def _stop(name: str, value: Any) -> tuple[str, ...]:
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise FieldError(name, f"{name} must be a text or a list of texts")
+        raise FieldError(name, f"{name} must be a string or a list of strings")
     if len(words) > _MAX_STOPS or any(len(word) > _MAX_STOP_CHARS for word in words):
-        raise FieldError(name, f"{name} takes up to {_MAX_STOPS} texts of up to {_MAX_STOP_CHARS} characters")
+        raise FieldError(name, f"{name} can have up to {_MAX_STOPS} strings of up to {_MAX_STOP_CHARS} characters")
     return tuple(word for word in words if word)
 
 

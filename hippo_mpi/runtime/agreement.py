@@ -6,16 +6,21 @@ says it in one line, and all end with the same status.
 
 from __future__ import annotations
 
+import os
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint
+from hippo_mpi.config.checks import above_0
+from hippo_mpi.environment import SPEED
 from hippo_mpi.errors import HippoError, LaunchError, error_with_status
 from hippo_mpi.planning.costs import ModelInfo
 from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
-from hippo_mpi.planning.machine import available_bytes, measured_speed
+from hippo_mpi.planning.machine import available_bytes, measured_speeds, usual_flops_per_byte
 from hippo_mpi.planning.model_costs import model_info
 from hippo_mpi.runtime.source_digest import source_digest
 from hippo_mpi.shard.slot_caches import KVSettings
@@ -23,15 +28,17 @@ from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.world import World
 
-_EQUAL_SPEED = 1.2  # speeds closer than this are taken for the same: a short measurement isn't better
+_EQUAL_SPEED = 1.1  # speeds closer than this are taken for the same: a measurement isn't better
 
 
 @dataclass
-class _Introduction:
+class Introduction:
     """What a rank says of itself before anything is agreed on.
 
     Attributes:
-        speed: relative to other machines.
+        speed: relative to other machines: bytes per second, or what somebody has said.
+        is_measured: whether the speed is.
+        flops_per_byte: as in `Machine`.
         digest: of the checkpoint's tensors; empty without one.
         error, exit_code: what it found wrong with its options or its checkpoint.
     """
@@ -41,6 +48,8 @@ class _Introduction:
     arguments: dict[str, str]
     memory_bytes: int
     speed: float
+    is_measured: bool
+    flops_per_byte: float
     digest: str = ""
     error: str = ""
     exit_code: int = 0
@@ -103,14 +112,14 @@ def compare_ranks(world: World, control: Control, arguments: dict[str, str]) -> 
     Raises:
         HippoError: they differ; for ranks other than 0 the process ends instead.
     """
-    introductions = control.gather(_introduce(world, arguments))
+    introductions = control.gather(_introduce(world, control, arguments))
     if introductions is None:
         return []
     try:
         _compare(introductions)
     except HippoError as error:
         control.fail(error)
-    return _machines(introductions)
+    return machines_of(introductions)
 
 
 def negotiate(
@@ -130,7 +139,7 @@ def negotiate(
         HippoError: on every rank, if any rank found one; for ranks other than 0 the process ends instead.
     """
     control.progress("opening the checkpoint")
-    checkpoint, introduction = None, _introduce(world, arguments)
+    checkpoint, introduction = None, _introduce(world, control, arguments)
     try:
         checkpoint = open_checkpoint(find_source())
         introduction.digest = checkpoint.digest()
@@ -145,7 +154,7 @@ def negotiate(
             info, draft = model_info(checkpoint, settings, shares_head), _open_draft(find_draft())
             info = info.with_draft(draft.info, constraints.num_draft_tokens) if draft else info
             split = plan_split(
-                info, machines or _machines(introductions), constraints.max_context, constraints.layer_split
+                info, machines or machines_of(introductions), constraints.max_context, constraints.layer_split
             )
         except HippoError as error:
             control.fail(error)
@@ -165,13 +174,33 @@ def _open_draft(source: ModelSource | None) -> DraftModel | None:
     return DraftModel(checkpoint, model_info(checkpoint, KVSettings()))
 
 
-def _introduce(world: World, arguments: dict[str, str]) -> _Introduction:
+def _introduce(world: World, control: Control, arguments: dict[str, str]) -> Introduction:
     versions = {name: version(name) for name in ("mlx", "mlx-lm", "hippo-mpi")}
     versions["hippo-mpi's files"] = source_digest()
-    return _Introduction(world.host, versions, arguments, available_bytes(), measured_speed())
+    introduction = partial(Introduction, world.host, versions, arguments, available_bytes())
+    given = given_speed()
+    if len(set(control.hosts)) == 1:  # ranks of one machine are equally fast
+        return introduction(given or 1.0, given is None, usual_flops_per_byte())
+    control.progress("measuring this machine's speed")
+    speeds = measured_speeds()
+    return introduction(given or speeds.bytes_per_s, given is None, speeds.flops_per_s / speeds.bytes_per_s)
 
 
-def _compare(introductions: list[_Introduction]) -> None:
+def given_speed() -> float | None:
+    """Return the speed that the hostfile has for this rank's host, if it has one.
+
+    Raises:
+        LaunchError: it is no number above 0.
+    """
+    if SPEED not in os.environ:
+        return None
+    try:
+        return above_0(os.environ[SPEED])
+    except ArgumentTypeError as error:
+        raise LaunchError(f"{SPEED}: {error}") from None
+
+
+def _compare(introductions: list[Introduction]) -> None:
     """Raise what the ranks found, or what they differ in."""
     for rank, introduction in enumerate(introductions):
         if introduction.error:
@@ -199,14 +228,20 @@ def _differences(first: Any, second: Any) -> str:
     return f"{first} and {second}"
 
 
-def _machines(introductions: list[_Introduction]) -> list[Machine]:
-    """Return budgets by rank: ranks on one host share its memory, and count as equally fast."""
+def machines_of(introductions: list[Introduction]) -> list[Machine]:
+    """Return budgets by rank: ranks on one host share its memory, and count as equally fast.
+
+    Where somebody has said how fast hosts are, those of which nothing was said have the speed 1.
+    """
     hosts = [one.host for one in introductions]
     by_host: dict[str, float] = {}
+    is_measured = all(one.is_measured for one in introductions)
     for one in introductions:
-        by_host[one.host] = max(by_host.get(one.host, 0.0), one.speed)
+        speed = one.speed if is_measured or not one.is_measured else 1.0
+        by_host[one.host] = max(by_host.get(one.host, 0.0), speed)
     fastest = max(by_host.values())
-    speeds = {host: 1.0 if speed * _EQUAL_SPEED >= fastest else speed / fastest for host, speed in by_host.items()}
+    equal = _EQUAL_SPEED if is_measured else 1.0
+    speeds = {host: 1.0 if speed * equal >= fastest else speed / fastest for host, speed in by_host.items()}
     memory = {host: min(one.memory_bytes for one in introductions if one.host == host) for host in hosts}
     memory = {host: shared_bytes // hosts.count(host) for host, shared_bytes in memory.items()}
-    return [Machine(host, memory[host], speeds[host]) for host in hosts]
+    return [Machine(one.host, memory[one.host], speeds[one.host], one.flops_per_byte) for one in introductions]

@@ -140,7 +140,7 @@ def _with_model(joined: _Joined[_R], body: Callable[[Session[_R]], int], machine
         return ModelSource.from_options(options, not options.only_plans, looking)
 
     def looking() -> None:
-        control.progress("looking at the hub's files")
+        control.progress("listing the hub's files")
 
     num_draft_tokens = options.num_draft_tokens if isinstance(options, DraftOptions) else 0
     constraints = PlanConstraints(options.layer_split, options.max_context, num_draft_tokens)

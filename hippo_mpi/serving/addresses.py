@@ -50,4 +50,4 @@ def is_untrusted(error: BaseException | None) -> bool:
     return False
 
 
-TRUST_HINT = "name the server's own certificate, or who has signed it, in SSL_CERT_FILE"
+TRUST_HINT = "set SSL_CERT_FILE to the server's certificate, or to that of its CA"

@@ -24,9 +24,9 @@ def keys_of_environment() -> tuple[str, ...]:
         return ()
     keys = tuple(key for part in text.split(",") if (key := part.strip()))
     if not keys:
-        raise UserError(f"{API_KEYS} is set, but has no key in it: set it to one, or unset it")
+        raise UserError(f"{API_KEYS} is set, but contains no key: set it to one, or unset it")
     for number, key in enumerate(keys, start=1):
-        _check(key, f"{API_KEYS}, key {number}", "keys have commas between them")
+        _check(key, f"{API_KEYS}, key {number}", "separate keys with commas")
     return keys
 
 
@@ -50,15 +50,17 @@ def read_key_file(path: Path, option: str) -> tuple[str, ...]:
     for number, line in enumerate(text.splitlines(), start=1):
         key = line.strip()
         if key and not key.startswith("#"):
-            _check(key, f"{option} {path}, line {number}", "a line is a key and nothing else; names go into # lines")
+            _check(
+                key, f"{option} {path}, line {number}", "one key per line and nothing else; put names into # comments"
+            )
             keys.append(key)
     if not keys:
-        raise UserError(f"{option} {path} has no key in it: write one a line, or leave the option out")
+        raise UserError(f"{option} {path} contains no key: write one per line, or omit the option")
     return tuple(keys)
 
 
 def _check(key: str, where: str, rule: str) -> None:
     if any(character.isspace() for character in key):
-        raise UserError(f"{where}: a key has no spaces in it ({rule})")
+        raise UserError(f"{where}: a key can't contain spaces ({rule})")
     if not (key.isascii() and key.isprintable()):
-        raise UserError(f"{where}: a key is made of printable ASCII characters")
+        raise UserError(f"{where}: a key must consist of printable ASCII characters")

@@ -1,4 +1,4 @@
-"""How a server stands, as a table: what `./launch/serve status` prints.
+"""The state of a server as a table: what `./launch/serve status` prints.
 
 python -m hippo_mpi.serving.server_status URL [--json]
 """
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
+from hippo_mpi.cluster.server_answers import fetch_status
 from hippo_mpi.config.parser import OptionsParser, option
 from hippo_mpi.config.serve_options import API_KEYS
 from hippo_mpi.errors import UserError, print_error
 from hippo_mpi.serving.addresses import TRUST_HINT, is_untrusted, url_to_ask
-from hippo_mpi.serving.page.cluster_view import COLUMNS, ClusterView, fetch_status
+from hippo_mpi.serving.page.cluster_view import COLUMNS, ClusterView
 
 _LOOK_INTERVAL_S = 1.2  # longer than the second after which rank 0 reports anew how busy the ranks are
 
@@ -26,7 +27,7 @@ class StatusOptions:
     """All options of ./launch/serve status."""
 
     url: str = option("", f"of the server; its key from {API_KEYS}", "url")
-    json: bool = option(False, "print what the server says as it is")
+    json: bool = option(False, "print the server's answer as JSON")
 
 
 def report(status: dict[str, Any], url: str, rows: list[list[str]]) -> str:
@@ -53,7 +54,7 @@ def report(status: dict[str, Any], url: str, rows: list[list[str]]) -> str:
 
 def _why_no_ranks(status: dict[str, Any]) -> str:
     if status["ready"] and "ranks" not in status:
-        return f"The ranks are shown to who has a key of the server in {API_KEYS}."
+        return f"Set {API_KEYS} to a key of the server to see its ranks."
     return "No ranks are ready."
 
 
@@ -72,7 +73,7 @@ def show(argv: list[str]) -> None:
     description = (__doc__ or "").splitlines()[0]
     options = OptionsParser(StatusOptions, prog="./launch/serve status", description=description).read(argv)
     if not options.url:
-        raise UserError("it doesn't listen yet: ./launch/serve logs shows what it does")
+        raise UserError("it isn't listening yet: see ./launch/serve logs")
     url = url_to_ask(options.url)
     try:
         status = fetch_status(url)

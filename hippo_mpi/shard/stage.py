@@ -158,7 +158,7 @@ class Forward:
         places = self.stage.crossing[cut]
         if incoming is None or len(incoming) != len(places):
             got = "nothing" if incoming is None else f"{len(incoming)} arrays"
-            raise DesyncError(f"the cut before layer {cut} hands on {len(places)} arrays, but got {got}")
+            raise DesyncError(f"expected {len(places)} arrays at the cut before layer {cut}, got {got}")
         self._held.update(zip(places, incoming, strict=True))
 
     def _on_layer(self, layer: Any, index: int, args: Any, kwargs: Any, real: Any) -> Any:

@@ -170,7 +170,7 @@ class _Conclusion:
             for path in reads:
                 if self._grows(number - 1, path):
                     self._join(
-                        number - 1, number, f"what layer {calls[number - 1].layer} hands on grows with the context"
+                        number - 1, number, f"the output of layer {calls[number - 1].layer} grows with the context"
                     )
 
     def _grows(self, number: int, path: Path) -> bool:
@@ -194,7 +194,7 @@ class _Conclusion:
     def _effects(self, number: int) -> list[CacheEffect]:
         runs = [run[number].effects for run in self.observer.passes]
         if len({tuple((path, method) for path, method, _ in effects) for effects in runs}) != 1:
-            raise ModelError(f"layer {self.first[number].layer} treats its cache differently from step to step")
+            raise ModelError(f"layer {self.first[number].layer} uses its cache differently from step to step")
         effects = []
         for position, (path, method, arguments) in enumerate(runs[0]):
             seen = [effects[position][2] for effects in runs]

@@ -140,10 +140,10 @@ def borrow_console() -> LentConsole | None:
         connection.sendall(str(os.getpid()).encode())
         data, lent, _, _ = socket.recv_fds(connection, 1024, len(_STREAMS))
     except ConnectionRefusedError:
-        raise RankError("./launch/run is gone") from None
+        raise RankError("./launch/run has exited") from None
     except OSError as error:
         raise LaunchError(
-            f"rank 0 ({socket.gethostname()}) doesn't reach ./launch/run ({error}): the hostfile's first host must be the"
+            f"rank 0 ({socket.gethostname()}) can't connect to ./launch/run ({error}): the hostfile's first host must be the"
             " machine on which it was started"
         ) from None
     connection.settimeout(None)

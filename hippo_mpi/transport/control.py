@@ -69,6 +69,8 @@ class Control:
 
     def __init__(self, world: World, start_timeout_s: float, timeout_s: float) -> None:
         self.world, self.timeout_s = world, timeout_s
+        self.hosts = [world.host]
+        """Names of the ranks' hosts."""
         self._reports: queue.Queue[tuple[int, msgspec.Raw]] = queue.Queue()
         self._star: dict[int, socket.socket] = {}
         self._readers: dict[int, FrameReader] = {}
@@ -226,7 +228,8 @@ class Control:
             complaint = f"{world.name} waited {timeout_s:.0f} s for the addresses of the other ranks"
             with deadline(timeout_s, complaint):
                 key, contacts = introduce(world, places_of(world, listeners))
-            self._names = [f"rank {rank} ({who.host})" for rank, who in enumerate(contacts)]
+            self.hosts = [who.host for who in contacts]
+            self._names = [f"rank {rank} ({host})" for rank, host in enumerate(self.hosts)]
             successor, predecessor = (world.rank + 1) % world.size, (world.rank - 1) % world.size
             calls = {"ring": (successor, contacts[successor].places_from(world)[:1])}
             if world.rank > 0:
@@ -328,13 +331,13 @@ class Control:
             silent_s = now - peer.beat_at
             if silent_s > self.timeout_s and not peer.said_bye:
                 self._on_failure(
-                    f"{peer.name} answered last {silent_s:.1f} s ago; it was {peer.doing}, and"
+                    f"{peer.name} sent no heartbeat for {silent_s:.1f} s; it was {peer.doing}, and"
                     f" {self._rank_line} was {self._pulse.doing}"
                 )
         if self.world.rank == 0 and not self._pulse.is_idle and now - self._moved_at > self._patience_s():
             ranks = [f"{self._rank_line} is {self._pulse.doing}"]
             ranks += [f"{peer.name} is {peer.doing}" for peer in self._peers.values()]
-            self._on_failure(f"no rank got on for {now - self._moved_at:.0f} s: {'; '.join(ranks)}")
+            self._on_failure(f"no rank made progress for {now - self._moved_at:.0f} s: {'; '.join(ranks)}")
 
     def _patience_s(self) -> float:
         """Return how long all ranks may get nothing done: a step like the longest so far must not be cut short."""

@@ -71,5 +71,5 @@ class FrameReader:
     def _length(self) -> int:
         (length,) = LENGTH.unpack(self._data)
         if length > self._max_bytes:
-            raise ConnectionResetError(f"a frame of {length:,} bytes, {self._max_bytes:,} at most")
+            raise ConnectionResetError(f"received a frame of {length:,} bytes; the maximum is {self._max_bytes:,}")
         return int(length)

@@ -65,7 +65,7 @@ def listen(world: World, stack: contextlib.ExitStack) -> list[socket.socket]:
         try:
             listeners.append(stack.enter_context(socket.create_server((address, 0), backlog=world.size + 1)))
         except OSError as error:
-            raise LaunchError(f"{world.name} can't be called at {address}: {error.strerror} ({CONTROL})") from None
+            raise LaunchError(f"{world.name} can't listen on {address}: {error.strerror} ({CONTROL})") from None
     return listeners
 
 
@@ -104,9 +104,9 @@ def introduce(world: World, places: list[tuple[str, int]]) -> tuple[bytes, list[
     ]
     for rank, other in enumerate(introductions) if given else ():
         if not hmac.compare_digest(other.proof, _signature(given, nonces, rank, other.contact)):
-            raise RankError(f"{world.name}: rank {rank} ({other.contact.host}) doesn't know this run's key ({RUN_KEY})")
+            raise RankError(f"{world.name}: rank {rank} ({other.contact.host}) doesn't have this run's key ({RUN_KEY})")
     if not given and not introductions[0].key:
-        raise RankError(f"{world.name} has no key ({RUN_KEY}), but rank 0 ({introductions[0].contact.host}) has")
+        raise RankError(f"{world.name} has no key ({RUN_KEY}), but rank 0 ({introductions[0].contact.host}) has one")
     return given or bytes.fromhex(introductions[0].key), [other.contact for other in introductions]
 
 

@@ -124,7 +124,7 @@ class Launcher:
     def _end(self) -> NoReturn:
         put_back_terminal()
         if self._rank == 0:
-            print_error("the launcher is gone")
+            print_error("the launcher has exited")
         os._exit(RankError.exit_code)
 
 

@@ -142,12 +142,12 @@ class Meeting:
             await loop.sock_sendall(connection, framed(msgspec.json.encode(call)))
             answer = msgspec.json.decode(await _read(connection), type=_Answer)
             if not hmac.compare_digest(answer.proof.encode(), self._proof("answer", call, answer.nonce)):
-                raise ConnectionRefusedError("it isn't a rank of this run that answers there")
+                raise ConnectionRefusedError("the process there is not a rank of this run")
             return connection, self._proof("call", call, answer.nonce)
         except BaseException as error:
             connection.close()
             if isinstance(error, msgspec.MsgspecError):
-                raise ConnectionRefusedError("it isn't a rank that answers there") from None
+                raise ConnectionRefusedError("the process there is not a rank") from None
             raise
 
     # ---- being called
@@ -160,7 +160,9 @@ class Meeting:
         except TimeoutError:
             missing = sorted({rank for _, rank in self._expected - self._found.keys()})
             late = ", ".join(self._names[rank] for rank in missing)
-            raise RankError(f"{self._names[self._rank]} waited in vain for control connections of {late}") from None
+            raise RankError(
+                f"{self._names[self._rank]} got no control connections from {late} within {timeout_s:.0f} s"
+            ) from None
 
     async def _accept(self, listener: socket.socket) -> None:
         """Let everybody in who connects. None holds up another, and the oldest who hasn't proved anything gives way."""
@@ -205,7 +207,7 @@ class Meeting:
         answer = _Answer(nonce, self._proof("answer", call, nonce).decode())
         await asyncio.get_running_loop().sock_sendall(connection, framed(msgspec.json.encode(answer)))
         if not hmac.compare_digest(await _read(connection), self._proof("call", call, nonce)):
-            raise ConnectionRefusedError("it doesn't know this run's key")
+            raise ConnectionRefusedError("it doesn't have this run's key")
         return call.kind, call.rank
 
     def _proof(self, side: str, call: _Call, nonce: str) -> bytes:
@@ -221,7 +223,7 @@ async def _read(connection: socket.socket) -> bytes:
     """
     (length,) = LENGTH.unpack(await _read_exactly(connection, LENGTH.size))
     if length > _MAX_HELLO_BYTES:
-        raise ConnectionRefusedError(f"it isn't a rank that says {length:,} bytes there")
+        raise ConnectionRefusedError(f"the process there is not a rank (it announced {length:,} bytes)")
     return await _read_exactly(connection, length)
 
 

@@ -46,7 +46,7 @@ class HeldPorts:
     def __init__(self, count: int) -> None:
         self._sockets: list[socket.socket] = []
         if count > _MAX_COUNT:
-            raise LaunchError(f"{count:,} ranks on this machine are too many: {_MAX_COUNT} at most")
+            raise LaunchError(f"{count:,} ranks on this machine exceed the limit of {_MAX_COUNT}")
         for _ in range(_TRIES):
             self.first = _random.randrange(FIRST, LAST - count)
             try:
@@ -55,7 +55,7 @@ class HeldPorts:
                 return
             except OSError:
                 self.close()
-        raise LaunchError(f"no {count} free ports in a row between {FIRST} and {LAST}")
+        raise LaunchError(f"no {count} consecutive free ports between {FIRST} and {LAST}")
 
     def _hold(self, port: int) -> None:
         holder = socket.socket()

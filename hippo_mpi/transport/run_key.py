@@ -64,4 +64,4 @@ def given_key() -> bytes:
     try:
         return (Path.home() / name).read_bytes()
     except OSError as error:
-        raise RankError(f"this run's key isn't in {Path.home() / name}: {error.strerror}") from None
+        raise RankError(f"can't read this run's key {Path.home() / name}: {error.strerror}") from None

@@ -59,7 +59,7 @@ class ScriptControl(Control):
         try:
             yield
         except msgspec.ValidationError as error:
-            why = f"ranks talk of different things ({error}): every rank of a script must make the same calls"
+            why = f"ranks are at different calls ({error}): every rank of a script must make the same calls"
             self.fail(DesyncError(why))
 
     def hang_up(self) -> None:
@@ -123,7 +123,7 @@ class ScriptRing:
         if threading.current_thread() is not self._thread:
             here, there = threading.current_thread().name, self._thread.name
             self.control.fail(
-                LaunchError(f"a model was called in {here}: call it from the thread that loaded it, {there}")
+                LaunchError(f"a model was called in thread {here}: call it from the thread that loaded it, {there}")
             )
         loop = self.open_loop
         if loop is not None and loop is not own and not loop.is_left:
@@ -179,7 +179,7 @@ def join(group: Group | None, start_timeout_s: float, timeout_s: float) -> Scrip
         world = _joined[0].world
         if group is not None and (group.rank(), group.size()) != (world.rank, world.size):
             raise LaunchError(
-                f"this script has joined as rank {world.rank} of {world.size}, and can't join another group as rank"
+                f"this script has already joined as rank {world.rank} of {world.size}, and can't join another group as rank"
                 f" {group.rank()} of {group.size()}"
             )
         _joined[0].settle()

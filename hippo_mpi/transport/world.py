@@ -124,8 +124,8 @@ def connect(launch: Launch, timeout_s: float) -> World:
             raise LaunchError(_explain(launch, str(error))) from None
     if launch.size not in (None, group.size()) or group.rank() != launch.rank:
         raise LaunchError(
-            f"{launch.backend} made rank {group.rank()} of {group.size()}, but the launcher started rank {launch.rank} of"
-            f" {launch.size}: is the launcher of the same MPI as the library ({os.environ.get('MLX_MPI_LIBNAME')})?"
+            f"{launch.backend} initialised rank {group.rank()} of {group.size()}, but the launcher started rank {launch.rank} of"
+            f" {launch.size}: do launcher and library ({os.environ.get('MLX_MPI_LIBNAME')}) belong to the same MPI?"
         )
     return World(group.rank(), group.size(), launch.backend, host, control_addresses(launch), group)
 
@@ -133,10 +133,10 @@ def connect(launch: Launch, timeout_s: float) -> World:
 def _explain(launch: Launch, error: str) -> str:
     if launch.backend == "mpi":
         library = os.environ.get("MLX_MPI_LIBNAME", "libmpi")
-        return f"MPI doesn't load ({library}): {error}; set MLX_MPI_LIBNAME to the library of the mpirun in use"
+        return f"can't load MPI ({library}): {error}; set MLX_MPI_LIBNAME to the library of the mpirun in use"
     if "bind" in error:
         return f"the ring's address of rank {launch.rank} is in use or not this host's: {error}; try --starting-port"
-    return f"the {launch.backend} backend doesn't start: {error}"
+    return f"the {launch.backend} backend can't start: {error}"
 
 
 def control_addresses(launch: Launch) -> tuple[str, ...]:

@@ -124,10 +124,10 @@ def test_one_key_can_t_take_every_place(running: Server) -> None:
         )
 
     streams = [endless("mallory") for _ in range(4)]
-    with pytest.raises(openai.RateLimitError, match="this key has 4 requests under way or waiting"):
+    with pytest.raises(openai.RateLimitError, match="this key has 4 requests running or waiting"):
         endless("mallory")
     with pytest.raises(
-        openai.BadRequestError, match="n asks for 5 answers at once, and this key may have 4"
+        openai.BadRequestError, match="n asks for 5 answers at once; the limit of this key is 4"
     ) as refused:
         endless("alice", n=5)
     assert refused.value.param == "n"

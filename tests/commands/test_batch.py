@@ -163,7 +163,7 @@ def test_a_kill_loses_nothing(tmp_path: Path) -> None:
             stream.write(b'{"id": "torn", "custom_id": "li')
     assert 0 < kept < len(prompts)
     err = run(*command[1:])
-    assert f"({kept} of them before)" in err
+    assert f"({kept} of them earlier)" in err
     found = records(output)
     wanted = dict(zip(prompts[:6], reference(prompts[:6], 256), strict=True))
     assert [text_of(found[f"line-{number + 1}"]) for number in range(len(prompts))] == [wanted[p] for p in prompts]
@@ -177,19 +177,19 @@ def test_bad_lines_are_told_and_the_rest_goes_on(tmp_path: Path) -> None:
         (json.dumps({**good, "custom_id": "same"}).encode(), ""),
         (b'{"prompt": "torn', "not JSON: Unterminated string"),
         (b'{"prompt": "\xff\xfe"}', "not UTF-8 (byte 13)"),
-        (json.dumps({**good, "custom_id": "same"}).encode(), "custom_id 'same' was there before"),
+        (json.dumps({**good, "custom_id": "same"}).encode(), "duplicate custom_id 'same'"),
         (b'{"custom_id": "u", "method": "POST", "url": "/v1/embeddings", "body": {}}', "url must be /v1/chat/comp"),
         (json.dumps({**good, "temperature": "hot"}).encode(), "temperature must be a number from 0 to 100, not 'hot'"),
         (json.dumps({**good, "max_tokens": 0}).encode(), "max_tokens must be a whole number from 1"),
         (json.dumps({**good, "colour": 1}).encode(), "unknown field 'colour'"),
         (json.dumps({**good, "n": 2}).encode(), "n must be 1 here, not 2"),
         (b'{"messages": "hello"}', "messages must be a list of objects"),
-        (b'{"text": "hello"}', "neither prompt, nor messages"),
+        (b'{"text": "hello"}', "expected prompt, messages, or url"),
         (b'["a"]', "not a JSON object"),
         (json.dumps({"prompt": ""}).encode(), "the prompt is empty"),
         (json.dumps({"prompt": "fox " * 3000}).encode(), "tokens, but this model's maximum context length is"),
         (json.dumps(good).encode(), ""),
-        (b'{"prompt": "a\\ud800b"}', "half of a surrogate pair in a text"),
+        (b'{"prompt": "a\\ud800b"}', "unpaired surrogate in a string"),
         (b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}", "not JSON: Exceeds the limit"),
         (json.dumps({**good, "logit_bias": {"5": 10**400}}).encode(), "logit_bias must be an object of tokens and numbers from -10000 to 10000"),
         (b'{"prompt": "a", "logit_bias": {"5": NaN}}', "logit_bias must be an object of tokens and numbers from -10000 to 10000"),
@@ -242,10 +242,10 @@ def test_bad_files(tmp_path: Path) -> None:
     plain(prompts)
     assert refused(empty) == f"error: {empty} has no prompts"
     assert refused(tmp_path / "none") == f"error: {tmp_path / 'none'} can't be read: No such file or directory"
-    assert "no file of prompts was given" in refused()
+    assert "no prompt file given" in refused()
     missing = tmp_path / "no" / "out"
     assert refused(prompts, "-o", missing) == f"error: {missing} can't be written: No such file or directory"
-    assert refused(prompts, "-o", tmp_path) == f"error: {tmp_path} can't be written: it isn't a file"
+    assert refused(prompts, "-o", tmp_path) == f"error: {tmp_path} can't be written: it isn't a regular file"
     job_file = tmp_path / "job"
     job_file.write_text("#!/bin/sh\n#HIPPO --model 'x\nhello\n")
     assert refused(job_file) == f"error: {job_file}, line 2: No closing quotation"
@@ -261,7 +261,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert line.startswith(f"error: {output} can't be written: ")
     kept = int(line.split("; ")[1].split()[0])
     assert 0 < kept < len(PROMPTS)
-    assert f"({kept} of them before)" in run(*options)
+    assert f"({kept} of them earlier)" in run(*options)
     assert [text_of(record) for _, record in sorted(records(output).items())] == reference(PROMPTS)
 
 
@@ -271,9 +271,9 @@ def test_other_files_and_other_requests_are_safe(tmp_path: Path) -> None:
     source, output = tmp_path / "prompts", tmp_path / "out"
     plain(source)
     before = source.read_bytes()
-    assert "holds the prompts" in refused(source, "-o", source)
+    assert "is the prompt file" in refused(source, "-o", source)
     output.write_text("my diary\n")
-    assert refused(source, "-o", output).startswith(f"error: {output}, line 1, is no answer of a batch")
+    assert refused(source, "-o", output).startswith(f"error: {output}, line 1, is not a batch answer")
     assert (source.read_bytes(), output.read_text()) == (before, "my diary\n")
     assert {path.name for path in tmp_path.iterdir()} == {"prompts", "out"}  # no options either
     output.unlink()
@@ -282,7 +282,7 @@ def test_other_files_and_other_requests_are_safe(tmp_path: Path) -> None:
     lock.release()
     run(source, "-o", output, num_ranks=1)
     source.write_text("Another question\n")
-    assert "answers another request as 'line-1' than line 1 asks" in refused(source, "-o", output)
+    assert "has an answer 'line-1' to a different request than line 1" in refused(source, "-o", output)
     source.write_text(json.dumps({"prompt": "What does a dog say?", "custom_id": "dog"}))
     run(source, "-o", output, "--keep-order", num_ranks=1)
     assert next(iter(records(output))) == "dog"
@@ -316,16 +316,16 @@ def test_other_options_than_those_of_the_answers(tmp_path: Path) -> None:
         "with --max-tokens 5, with --seed 1",
     )
     assert line == (
-        f"error: {output} has 4 answers that were made {old}, and not {new}, without --stop-words:"
-        f" ask {old} again, or give another --output, or --restart"
+        f"error: {output} has 4 answers made {old}, not {new}, without --stop-words:"
+        " give the same options again, or another --output, or --restart"
     )
     assert f"with --model {BUNDLED_MODEL}" in refused(source, "-o", output, "--model", "story-draft")
     assert output.read_bytes() == before
     same = (source, "-o", output, "--max-tokens", 3, "--stop-words", "a fox", "bear", "--max-batch-size", 2)
-    assert "4 of 4 done (4 of them before)" in run(*same, num_ranks=1)
-    assert "4 of 4 done (0 of them before)" in run(source, "-o", output, "--max-tokens", 5, "--restart", num_ranks=1)
+    assert "4 of 4 done (4 of them earlier)" in run(*same, num_ranks=1)
+    assert "4 of 4 done (0 of them earlier)" in run(source, "-o", output, "--max-tokens", 5, "--restart", num_ranks=1)
     assert {record["response"]["body"]["usage"]["completion_tokens"] for record in records(output).values()} == {5}
-    assert "4 of 4 done (4 of them before)" in run(source, "-o", output, "--max-tokens", 5, num_ranks=1)
+    assert "4 of 4 done (4 of them earlier)" in run(source, "-o", output, "--max-tokens", 5, num_ranks=1)
 
 
 def from_pipe(text: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -356,7 +356,7 @@ def test_standard_input_and_output(tmp_path: Path) -> None:
     [
         ("", "standard input has no prompts"),
         ("hello\n\udcff\n", "standard input is not UTF-8 (byte 7)"),
-        ("#!/usr/bin/env hippo_mpi.batch\n#HIPPO --temp 1\nhello\n", "#HIPPO lines from standard input come too late"),
+        ("#!/usr/bin/env hippo_mpi.batch\n#HIPPO --temp 1\nhello\n", "#HIPPO lines don't work from standard input"),
     ],
 )
 def test_bad_standard_input(text: str, line: str) -> None:

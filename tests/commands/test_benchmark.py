@@ -73,7 +73,7 @@ def test_tables_of_the_pipeline_alone() -> None:
     assert "story-3m, 3 ranks over ring\nprompts of 20 tokens, 6 generated; medians of 2 trials; " in out
     assert "pipeline" in out
     assert "standalone " not in out
-    assert "only the pipeline is shown" in out
+    assert "Only the pipeline is shown" in out
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_what_is_measured_is_not_lost(tmp_path: Path) -> None:
 
 NO_MATPLOTLIB = "import sys; sys.modules['matplotlib.figure'] = None; from hippo_mpi import benchmark; benchmark.main()"
 FILES = {
-    "no such format": ([BENCHMARK], "--plot", "rates.bmp", "no such format; it must end in one of"),
+    "no such format": ([BENCHMARK], "--plot", "rates.bmp", "unknown format; it must end in one of"),
     "no such folder": ([BENCHMARK], "--trace", "no/trace.json", "can't be written"),
     "no matplotlib": ([sys.executable, "-c", NO_MATPLOTLIB], "--plot", "rates.png", "pip install 'matplotlib>=3.9'"),
 }
@@ -124,5 +124,5 @@ def test_no_requests_at_once() -> None:
 def test_more_than_the_context() -> None:
     with ranks.ring([[BENCHMARK, *SMALL, "--max-context", "22"]] * 2) as running:
         assert [rank.wait() for rank in running] == [2, 2]
-        line = "error: --prompt-tokens 20 and --generation-tokens 6 are more than the context of 22 (--max-context)"
+        line = "error: --prompt-tokens 20 and --generation-tokens 6 exceed the context of 22 (--max-context)"
         assert running[0].err.splitlines()[-1] == line

@@ -56,7 +56,7 @@ def test_cards_that_are_wrong(tmp_path: Path) -> None:
     config = tmp_path / "hippo.yaml"
     for text, line in (
         ("models: {tale: {max-context: 5}}\n", "line 1: 'tale' needs the key 'model'"),
-        ("ranks: 2\nhosts: [{ssh: a}]\n", "line 1: 'ranks' contradicts 'hosts' (line 2)"),
+        ("ranks: 2\nhosts: [{ssh: a}]\n", "line 1: 'ranks' conflicts with 'hosts' (line 2)"),
         ("hosts: [{ip: a}]\n", "line 1: unknown key 'ip'; did you mean 'ips'?"),
         ("hosts: [{ips: [a]}]\n", 'the entry of rank 0 has no "ssh"'),
         (
@@ -151,7 +151,7 @@ def test_precision_draft_and_modes_of_a_card(tmp_path: Path) -> None:
     rows = {line.split()[0]: line for line in listed.out.splitlines()}
     assert "float32" in rows["plain"] and "4bit" in rows["writer"]
     assert "chat" in rows["plain"] and "chat" not in rows["writer"]
-    assert "the modes of wrong: its chat template has no thinking" in rows["wrong"]
+    assert "modes of wrong: its chat template doesn't support thinking" in rows["wrong"]
     sizes = {name: float(rows[name].split()[1]) for name in ("plain", "drafted", "writer")}
     assert sizes["writer"] < sizes["plain"] < sizes["drafted"]
 
@@ -164,13 +164,13 @@ def test_precision_draft_and_modes_of_a_card(tmp_path: Path) -> None:
         counted = dict(re.findall(r"^(hippo_\w*draft_tokens)_total (\S+)$", running.get("/metrics"), re.M))
         assert 20 < float(counted["hippo_accepted_draft_tokens"]) < float(counted["hippo_draft_tokens"])
         ask = running.client().chat.completions.create
-        with pytest.raises(openai.BadRequestError, match="this model is served for completion, and not for chat"):
+        with pytest.raises(openai.BadRequestError, match="this model is served for completion only, not for chat"):
             ask(model="writer", messages=[{"role": "user", "content": "A fox?"}])
-        with pytest.raises(openai.BadRequestError, match="the modes of wrong: its chat template has no thinking"):
+        with pytest.raises(openai.BadRequestError, match="modes of wrong: its chat template doesn't support thinking"):
             ask(model="wrong", messages=[{"role": "user", "content": "A fox?"}])
     with ranks.single([SERVE, "--modes", "thinking"]) as refused:
         assert refused.wait() == 2
-    assert refused.err == "error: the modes of story-3m: its chat template has no thinking\n"
+    assert refused.err == "error: modes of story-3m: its chat template doesn't support thinking\n"
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from tests.ranks import Rank
 from tests.terminals import CTRL_C, Terminal, terminal
 
 CHAT = [str(ranks.BIN / "hippo_mpi.chat"), "--max-tokens", "200"]
-HELP_ENDS = "and so is a line that begins with a space.\n"
+HELP_ENDS = "as is a line that begins with a space.\n"
 TURNS = ["Tell me a story about a fox.", "What does a cow say?", "Thank you!"]
 
 
@@ -82,9 +82,11 @@ def test_a_turn_that_is_too_long_is_refused_and_the_chat_goes_on() -> None:
 def test_commands_and_what_is_said_with_a_space() -> None:
     with ranks.single(CHAT, stdin=subprocess.PIPE) as running:
         assert not say(running, "/help")
-        assert running.err.count("/reset, r: begin anew") == 2 and ">>" not in running.err
+        assert running.err.count("/reset, r: start over") == 2 and ">>" not in running.err
         assert not say(running, "/hepl me")
-        assert "/hepl isn't a command: /help lists them; a space before it says it to the model" in running.err
+        assert (
+            "/hepl isn't a command (/help lists them); with a space before it, it is sent to the model" in running.err
+        )
         assert not say(running, "/reset")
         assert say(running, " h")
         assert running.process.stdin is not None
@@ -140,7 +142,7 @@ def test_a_second_ctrl_c_leaves_whatever_the_ranks_do() -> None:
             time.sleep(0.5)
             running.process.send_signal(signal.SIGINT)
         assert running.wait(25) == 130, running.err
-        assert running.err.splitlines()[-1] == "error: left by Ctrl-C"
+        assert running.err.splitlines()[-1] == "error: interrupted by Ctrl-C"
         assert not ranks.await_end(below, 5)
 
 

@@ -248,7 +248,7 @@ def test_who_asks_where_and_with_which_name(running: Server) -> None:
         ("/chat/completions", CHAT),
         ("/v1/v1/messages", MESSAGES),
         ("/models", "/v1/models"),
-        ("/fox", "/ says"),
+        ("/fox", "GET / describes"),
     ):
         lost = post(running, path, {})
         assert lost.status_code == 404 and meant in lost.json()["error"]["message"]

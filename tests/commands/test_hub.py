@@ -243,7 +243,7 @@ def test_files_that_an_index_names_elsewhere(hub: tuple[str, list[str]], tmp_pat
     index.write_text(json.dumps({"weight_map": {**named, next(iter(named)): name}}))
     with ranks.single(on_rank(tmp_path / "home", hub[0], command=PLAN)) as running:
         assert running.wait() == 2, running.err
-        assert running.err == f"error: the index of {REPO} names a weight file {name!r}, which is no file's name\n"
+        assert running.err == f"error: the index of {REPO} has an invalid file name: {name!r}\n"
     assert not list(tmp_path.rglob("*evil*"))
 
 
@@ -264,9 +264,9 @@ LOG_IN = "log in with: hf auth login"
 REFUSALS: dict[str, tuple[tuple[int, str], str]] = {
     "gated": ((403, "GatedRepo"), f"{REPO} is gated: ask for access at {{url}}/{REPO}, then {LOG_IN}"),
     "no such repo": ((404, "RepoNotFound"), f"no folder {REPO}, and {{host}} has no such repo; if it is private, {LOG_IN}"),
-    "forbidden": ((403, ""), f"{{host}} doesn't let you have {REPO}: {LOG_IN}"),
-    "too many requests": ((429, ""), f"{{host}} has had too many requests of yours: wait some minutes, or {LOG_IN}"),
-    "down": ((503, ""), f"{{host}} answers with status 503: try {REPO} again later"),
+    "forbidden": ((403, ""), f"{{host}} denies access to {REPO}: {LOG_IN}"),
+    "too many requests": ((429, ""), f"{{host}} limits your requests: wait a few minutes, or {LOG_IN}"),
+    "down": ((503, ""), f"{{host}} returned status 503: try {REPO} again later"),
 }  # fmt: skip
 
 
@@ -299,5 +299,5 @@ def test_no_network(tmp_path: Path) -> None:
 def test_offline(tmp_path: Path) -> None:
     with ranks.single(on_rank(tmp_path / "home", "http://127.0.0.1:1", offline=1)) as running:
         assert running.wait() == 2
-        line = f"no folder {REPO}, and not all of it is in the cache; unset HF_HUB_OFFLINE to download it"
+        line = f"no folder {REPO}, and the cache doesn't have all of it; unset HF_HUB_OFFLINE to download it"
         assert running.err == f"error: {line}\n"

@@ -61,8 +61,25 @@ def test_every_start_again_is_on_the_same_port(tmp_path: Path, given: list[str])
     assert stopped.stdout == "stopped\n"
     told = [line for line in log.read_text().splitlines() if line.startswith("told: ")]
     kept = ["--ranks", "1"] if "--ranks" in given else []
-    assert told[0].split() == ["told:", "--journal", "x", *given]
-    assert {tuple(line.split()) for line in told[1:]} == {("told:", "--journal", "x", *kept, "--port", "18080")}
+    logged = ("--log-file", str(log))
+    assert told[0].split() == ["told:", "--journal", "x", *given, *logged]
+    assert {tuple(line.split()) for line in told[1:]} == {
+        ("told:", "--journal", "x", *kept, "--port", "18080", *logged)
+    }
+    assert "WARNING the server exited with status 1; restarting it in 1 s" in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_start_keeps_the_log_of_those_before(tmp_path: Path) -> None:
+    """Also if its file was set aside between; a failed one shows what it has said itself, and no more."""
+    serve = folder_with(tmp_path / "hippo-mpi", 'echo "error: told $*"\nexit 2\n')
+    for word in ("first", "second"):
+        found = subprocess.run([serve, "start", word], capture_output=True, text=True, timeout=60)
+        assert found.returncode == 2 and f" {word} " in found.stderr and found.stderr.count("error: told") == 1
+    log = (tmp_path / "hippo-mpi" / ".serve" / "log").read_text()
+    assert log.index(" first ") < log.index(" second ")
+    refused = subprocess.run([serve, "start", "--log-file", "x"], capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: the log is ")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["start", "--help"], ["restart", "-h"]])
@@ -70,6 +87,6 @@ def test_help_needs_no_set_up(tmp_path: Path, words: list[str]) -> None:
     (tmp_path / "launch").symlink_to(OWN / "launch")
     found = subprocess.run([tmp_path / "launch" / "serve", *words], capture_output=True, text=True, timeout=60)
     assert (found.returncode, found.stderr) == (0, "")
-    for told in (".serve/", "log.before", "the bundled model", "exits with 3 if no server runs, as systemd does"):
+    for told in (".serve/", "log.1", "the bundled model", "exits with 3 if no server runs, as systemd does"):
         assert told in found.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"launch"}

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -124,19 +125,19 @@ def test_who_waits_for_another_model_hears_why(running: Server) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(wait, 0)]
-        why = f"{OTHER} comes after 1 answer of {FIRST}"
+        why = f"{OTHER} is next, after 1 answer of {FIRST}"
         running.await_status(lambda status: status["state"] == f"ready; {why}")
         assert list(first)[-1].choices[0].finish_reason == "length"
-        running.await_status(lambda status: str(status["state"]).startswith(f"{OTHER} is being loaded ("))
+        running.await_status(lambda status: str(status["state"]).startswith(f"loading {OTHER} ("))
         waiting.append(pool.submit(wait, 1))
         texts = [one.result(60) for one in waiting]
-    for text, comment in zip(texts, (why, rf"{OTHER} is being loaded \(\d+ s\)"), strict=True):
+    for text, comment in zip(texts, (why, rf"loading {OTHER} \(\d+ s\)"), strict=True):
         assert re.match(rf": {comment}\n\n", text), text
         assert text.endswith("data: [DONE]\n\n")
     lines = [
-        await_line(running, rf"INFO {why.replace(' comes', ' is asked for: ' + OTHER + ' comes')}"),
-        await_line(running, rf"INFO changing from {FIRST} to {OTHER}; 1 request waits for it"),
-        await_line(running, rf"INFO {OTHER} is loaded after \d+\.\d s: \S+ layer 0, \S+ layer 1; 2 requests wait"),
+        await_line(running, rf"INFO {OTHER} requested: {why}"),
+        await_line(running, rf"INFO switching from {FIRST} to {OTHER}; 1 request waits for it"),
+        await_line(running, rf"INFO loaded {OTHER} in \d+\.\d s: \S+ layer 0, \S+ layer 1; 2 requests wait"),
     ]
     places = [running.running.err.index(line) for line in lines]
     assert places == sorted(places)
@@ -145,9 +146,9 @@ def test_who_waits_for_another_model_hears_why(running: Server) -> None:
 @pytest.mark.slow
 def test_a_restart_is_logged(running: Server) -> None:
     os.kill(running.rank_pids()[1], signal.SIGKILL)
-    await_line(running, r"WARNING the ranks are gone \(rank 1 \(\S+\) died.*\); starting them again")
+    await_line(running, r"WARNING the ranks failed \(rank 1 \(\S+\) died.*\); restarting them")
     running.await_status(lambda status: status["ready"] and status["restarts"] == 1)
-    await_line(running, r"INFO \S+ is loaded after \d+\.\d s: \S+ layers? .*; no request waits")
+    await_line(running, r"INFO loaded \S+ in \d+\.\d s: \S+ layers? .*; no request waits")
 
 
 @pytest.mark.slow
@@ -164,6 +165,39 @@ def test_a_level() -> None:
     with ranks.single([SERVE, "--log-level", "loud"]) as refused:
         assert refused.wait() == 2
         assert "argument --log-level: invalid choice: 'loud'" in refused.err
+
+
+def test_the_log_goes_into_files_of_a_size(tmp_path: Path) -> None:
+    """All lines are there once, in order, those of child processes, too; the oldest file is dropped."""
+    log = tmp_path / "log"
+    log.write_text("of before\n")
+    code = f"""
+import logging, os, subprocess, sys, time
+from pathlib import Path
+from hippo_mpi.serving import logs
+logs._MAX_FILE_BYTES = 20_000
+logs.set_up_logging("info")
+logs.log_to(Path({str(log)!r}))
+child = subprocess.Popen(["sh", "-c", "read x; echo from a child >&2"], stdin=subprocess.PIPE)
+for number in range(1_200):
+    logging.getLogger("hippo_mpi.x").info("%d %s", number, "x" * 60)
+logging.shutdown()
+time.sleep(1)
+child.communicate(b"x")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    files = [log, *(log.with_name(f"log.{number}") for number in range(1, 5))]
+    assert {*tmp_path.iterdir()} == {*files}
+    text = "".join(file.read_text() for file in reversed(files))
+    numbers = [int(found) for found in re.findall(r" INFO (\d+) x", text)]
+    assert numbers == [*range(numbers[0], 1_200)] and "of before" not in text
+    assert text.endswith("from a child\n")
+
+
+def test_a_log_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with ranks.single([SERVE, "--ranks", "1", "--log-file", str(tmp_path)]) as refused:
+        assert refused.wait() == 2
+        assert refused.err == f"error: --log-file {tmp_path}: Is a directory\n"
 
 
 def test_nobody_reads_the_log() -> None:

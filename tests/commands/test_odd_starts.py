@@ -58,7 +58,7 @@ def test_a_model_that_never_loads_is_given_up() -> None:
             )
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(request, timeout=60)
-            assert "'huge' can't be loaded: its ranks have ended 2 times" in refused.value.read().decode()
+            assert "'huge' can't be loaded: its ranks failed 2 times" in refused.value.read().decode()
             running.await_ready()
             assert running.status()["model"] == "good"
 
@@ -98,8 +98,8 @@ FINE = ["--allow-origin", "*", "https://fox.example", "--allow-host", "fox.examp
         (["--ssl-keyfile", "key.pem"], "--ssl-keyfile needs --ssl-certfile"),
         (["--audit-required"], "--audit-required needs --audit-log FILE"),
         (["--audit-key", "x"], "--audit-key needs --audit-log FILE"),
-        (["--audit-log", "/nowhere/a"], "--audit-log /nowhere/a: there is no folder /nowhere"),
-        (["--journal", "/nowhere/j"], "--journal /nowhere/j: there is no folder /nowhere"),
+        (["--audit-log", "/nowhere/a"], "--audit-log /nowhere/a: no such folder: /nowhere"),
+        (["--journal", "/nowhere/j"], "--journal /nowhere/j: no such folder: /nowhere"),
         (["--journal", "."], r"--journal \. is a folder: give a file in it"),
         (["--layer-split", "40,24"], "layer split 40,24 covers 64 layers but the model has 12"),
         (["--reconnect", "5"], "--reconnect needs --journal FILE"),
@@ -130,7 +130,7 @@ def test_a_start_without_its_hosts_leaves_the_journal_alone(tmp_path: Path) -> N
     command = [SERVE, "--port", "0", "--hostfile", str(tmp_path / "hostfile"), "--journal", str(tmp_path / "journal")]
     with ranks.single(command) as running:
         assert running.wait(60) > 0
-        assert "no way in by `ssh NAME true` to 127.0.0.77 (rank 1)" in running.err
+        assert "`ssh NAME true` fails for 127.0.0.77 (rank 1)" in running.err
     assert not (tmp_path / "journal").exists()
 
 
@@ -142,4 +142,4 @@ def test_a_hostfile_for_jaccl_is_not_run_as_a_ring(tmp_path: Path) -> None:
     hostfile.write_text(json.dumps({"backend": "jaccl", "hosts": hosts}))
     with ranks.single([str(ranks.BIN / "hippo_mpi.serve"), "--port", "0", "--hostfile", str(hostfile)]) as running:
         assert running.wait() == 2
-        assert "error: the jaccl backend doesn't start: " in running.err
+        assert "error: the jaccl backend can't start: " in running.err

@@ -143,7 +143,7 @@ def test_an_answer_is_stopped_and_another_made(running: Server, url: str, browse
 def test_a_page_without_a_server() -> None:
     with ranks.single([PAGE, "--url", "http://127.0.0.1:9"]) as page:
         assert page.wait() == 2
-        assert page.err.startswith("error: no server answers at http://127.0.0.1:9: ")
+        assert page.err.startswith("error: can't use the server at http://127.0.0.1:9: ")
     with ranks.single([PAGE, "--address", "0.0.0.0"]) as page:
         assert page.wait() == 2
         assert page.err.startswith("error: others could reach 0.0.0.0")

@@ -66,8 +66,8 @@ def test_plan_as_json() -> None:
     assert (found["plan"]["max_context"], found["plan"]["assumptions"]) == (1024, [])
     stages = found["plan"]["ranks"]
     assert [stage["machine"] for stage in stages] == [
-        {"name": "a", "memory_bytes": 8 << 30, "speed": 1.0},
-        {"name": "b", "memory_bytes": 16 << 30, "speed": 2.0},
+        {"name": "a", "memory_bytes": 8 << 30, "speed": 1.0, "flops_per_byte": 30.0},
+        {"name": "b", "memory_bytes": 16 << 30, "speed": 2.0, "flops_per_byte": 30.0},
     ]
     parts = ("layer_bytes", "head_bytes", "cache_bytes", "working_bytes", "margin_bytes")
     assert [sum(stage[part] for part in parts) for stage in stages] == [8 << 30, 16 << 30]
@@ -107,7 +107,7 @@ def test_plan_from_a_config_alone(command: list[str], tmp_path: Path) -> None:
             assert running.wait() == 0, running.err
             shown.append(running.out.splitlines())
     assert [line.split()[:5] for line in shown[1][:-1]] == [line.split()[:5] for line in shown[0]]
-    assert shown[1][-1] == f"assumed: {tmp_path} has no weights: sizes are those that config.json describes"
+    assert shown[1][-1] == f"assumed: {tmp_path} has no weights: sizes are taken from config.json"
 
 
 @pytest.mark.slow
@@ -188,10 +188,10 @@ def test_simulation_as_a_table() -> None:
     [
         (["--link", "string"], "'string' is neither thunderbolt4, thunderbolt5, 10gbe, wifi nor LATENCY,BANDWIDTH"),
         (["--link", "0us,1GB/s"], "is neither"),
-        (["--link", "wifi"], "--link and --stage-times are for a simulation: add --simulate"),
+        (["--link", "wifi"], "--link and --stage-times need --simulate"),
         (["--simulate", "--concurrent", "0"], "is not a list of numbers of requests such as 1,4,16"),
         (["--simulate", "--stage-times", "nowhere.json"], "--stage-times nowhere.json can't be read: No such file"),
-        (["--simulate", "--stage-times", str(Path(__file__))], "is no output of hippo_mpi.plan --simulate --json"),
+        (["--simulate", "--stage-times", str(Path(__file__))], "is not output of hippo_mpi.plan --simulate --json"),
     ],
 )
 def test_bad_simulations(options: list[str], line: str) -> None:

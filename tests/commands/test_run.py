@@ -31,12 +31,12 @@ def refused(*options: str, expected: str) -> None:
 
 HOSTFILES = {
     "not JSON": ("[", "is not JSON"),
-    "empty": ("[]", "lists no host"),
+    "empty": ("[]", "lists no hosts"),
     "without ssh": ('[{"ips": ["127.0.0.1"]}]', 'rank 0 has no "ssh"'),
     "not an IP": ('[{"ssh": "127.0.0.1", "ips": ["mini1"]}]', "'mini1' of rank 0 is not an IP address"),
     "without addresses": (
         '[{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}, {"ssh": "127.0.0.1"}]',
-        'rank 1 (127.0.0.1) has no "ips", where the ring listens',
+        'rank 1 (127.0.0.1) has no "ips", which the ring listens on',
     ),
     "no such host": ('[{"ssh": "no-such-host.invalid", "ips": ["127.0.0.1"]}]', "no-such-host.invalid"),
 }
@@ -60,7 +60,7 @@ def test_a_host_that_does_not_answer_is_named(tmp_path: Path) -> None:
     with ranks.single([*RUN, "--hostfile", str(path)]) as running:
         assert running.wait(SECONDS) == 2
         assert re.fullmatch(
-            r"error: hostfile \S+: no way in by `ssh NAME true` to 127\.0\.0\.77 \(rank 1\): .*refused.*;"
+            r"error: hostfile \S+: `ssh NAME true` fails for 127\.0\.0\.77 \(rank 1\): .*refused.*;"
             r" 127\.0\.0\.78 \(rank 2\): .*refused.*\n",
             running.err,
         )
@@ -72,7 +72,8 @@ def test_only_commands_for_ranks_are_started(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("port", "expected"), [("70000", "70000 is not a port"), ("65535", "65535 leaves no 2 ports up to 65535")]
+    ("port", "expected"),
+    [("70000", "70000 is not a port"), ("65535", "65535 is too high: the run needs 2 ports up to 65535")],
 )
 def test_ports_that_are_none(port: str, expected: str) -> None:
     refused("--starting-port", port, expected=expected)
@@ -121,7 +122,7 @@ def test_a_rank_that_dies_before_it_can_speak_is_named(tmp_path: Path) -> None:
     )
     with ranks.single([*RUN, "--hostfile", str(path)], env=env) as running:
         assert running.wait() == 3
-        assert running.err == "error: rank 0 (127.0.0.1) was ended by signal 9\n"
+        assert running.err == "error: rank 0 (127.0.0.1) was killed by signal 9\n"
 
 
 @pytest.mark.slow

@@ -171,6 +171,9 @@ def healthy(seed: int) -> tuple[FakeCluster, Hostfile]:
             draw, count, thunderbolt=thunderbolt, chip=chip, title=title, rdma=thunderbolt == 5 and draw.random() < 0.5
         )
     )
+    for number, mac in enumerate(cluster.macs):
+        if draw.random() < 0.3:  # in the same LAN once more
+            mac.wifi = f"{mac.lan.rpartition('.')[0]}.{number + 100}/24"
     shape = draw.choice(["ring", "mesh", "LAN"])
     near = {(number, (number + 1) % count) for number in range(count if count > 2 else count - 1)}
     for one, other in {"ring": sorted(near), "mesh": list(combinations(range(count), 2)), "LAN": []}[shape]:

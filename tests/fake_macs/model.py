@@ -58,6 +58,7 @@ class FakeMac:
         thunderbolt: 4 or 5.
         rdma: whether it is on; None: macOS has no such command.
         lan: its address on Ethernet, with the length of its network.
+        wifi: the same on Wi-Fi.
         routes: interfaces by which some addresses are called, whatever networks say.
         drops_packets: whether its firewall does.
         is_python_denied: whether Python may not use the local network.
@@ -69,6 +70,7 @@ class FakeMac:
     thunderbolt: int = 5
     rdma: bool | None = False
     lan: str = "192.168.1.10/24"
+    wifi: str = ""
     model: str = "Mac16,9"
     chip: str = "Apple M4 Max"
     title: str = "Mac Studio"
@@ -166,9 +168,10 @@ class FakeCluster:
     def addresses(self, mac: int, interface: str) -> list[IPv4Interface]:
         """Of an interface as it is now: what has no cable has none, what has no fixed one gives itself one."""
         own = self.macs[mac]
-        if interface == "en0":
-            return [IPv4Interface(own.lan)] if own.lan else []
-        if interface == "en1" or not self.is_cabled(mac, interface):
+        if interface in ("en0", "en1"):
+            found = own.lan if interface == "en0" else own.wifi
+            return [IPv4Interface(found)] if found else []
+        if not self.is_cabled(mac, interface):
             return []
         service = own.service_on(interface)
         if service and service.method == "manual":
@@ -344,7 +347,7 @@ class FakeCluster:
         near = [
             (network.prefixlen, name) for network, name in self._networks(mac) if IPv4Interface(address).ip in network
         ]
-        name = self.macs[mac].routes.get(address) or max(near, default=(0, "en0"))[1]
+        name = self.macs[mac].routes.get(address) or max(near, key=lambda one: one[0], default=(0, "en0"))[1]
         return f"   route to: {address}\ndestination: {address}\n  interface: {name}\n      flags: <UP,HOST,DONE>\n"
 
     def _ibv_devices(self, own: FakeMac) -> str:

@@ -60,7 +60,7 @@ def test_an_address_of_another_host_is_refused(tmp_path: Path) -> None:
         cabled_ring(hosts, GENERATE, tmp_path, {"HIPPO_CONTROL": "192.168.99.9"}) as running,
     ):
         assert running[0].wait() == 2
-        assert "rank 0 (mini0) can't be called at 192.168.99.9: " in running[0].err
+        assert "rank 0 (mini0) can't listen on 192.168.99.9: " in running[0].err
 
 
 @pytest.mark.parametrize("fault", ["kill", "stop", "cut"])

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not CAN_MAKE or not SSHD, reason=f"{WHY_NOT}; and sshd (openssh-server)"),
     pytest.mark.timeout(120),
 ]
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def doctor(three: Cluster, *options: str) -> tuple[int, dict[str, Any]]:
@@ -35,6 +37,8 @@ def doctor(three: Cluster, *options: str) -> tuple[int, dict[str, Any]]:
         "-m",
         "hippo_mpi.cluster",
         "doctor",
+        "--timeout",
+        "40",  # on a busy machine
         "--hostfile",
         str(three.hostfile),
         "--json",
@@ -148,11 +152,23 @@ def move(three: Cluster, number: int, network: str) -> None:
     rewrite(three, lambda hosts: hosts[number].update(ips=[f"{network}.1"]))
 
 
+def firewall(three: Cluster, number: int) -> None:
+    before = three.hosts[(number - 1) % 3]
+    rules = (
+        f"table inet f {{ chain in {{ type filter hook input priority 0; ip saddr {before.cables[number]} drop; }}; }}"
+    )
+    into = ["nsenter", f"--net=/run/netns/{three.hosts[number].namespace}", "nft", "-f", "-"]
+    subprocess.run(into, input=rules, check=True, capture_output=True, text=True)
+
+
 @dataclass(frozen=True)
 class Case:
+    """A fault, and whether its fix is a command that this system can run."""
+
     check: str
     befall: Callable[[Cluster, int], None]
     hosts: tuple[int, ...] = (1, 2)
+    has_cure: bool = False
 
 
 FAULTS = {
@@ -161,12 +177,13 @@ FAULTS = {
     "a name that nobody has": Case("ssh-refused", unknown_name),
     "no such Python": Case("path-differs", no_python),
     "another version": Case("versions-differ", other_version),
-    "an address is gone": Case("address-missing", no_address, (0, 1, 2)),
-    "two networks overlap": Case("address-clash", clash, (0, 1, 2)),
-    "packets leave by the LAN": Case("wrong-interface", by_the_lan, (0, 1, 2)),
-    "a cable is out": Case("link-down", cable_out, (0, 1, 2)),
-    "MTUs differ": Case("mtu-differs", small_mtu, (0, 1, 2)),
+    "an address is gone": Case("address-missing", no_address, (0, 1, 2), has_cure=True),
+    "two networks overlap": Case("address-clash", clash, (0, 1, 2), has_cure=True),
+    "packets leave by the LAN": Case("wrong-interface", by_the_lan, (0, 1, 2), has_cure=True),
+    "a cable is out": Case("link-down", cable_out, (0, 1, 2), has_cure=True),
+    "MTUs differ": Case("mtu-differs", small_mtu, (0, 1, 2), has_cure=True),
     "a self-assigned address": Case("self-assigned", self_assigned, (1, 2)),
+    "a firewall": Case("firewall", firewall, (0, 1, 2)),
     "a VPN's address": Case("vpn-path", of_a_vpn, (1, 2)),
 }
 
@@ -195,12 +212,27 @@ def test_nothing_is_wrong_with_hosts_that_are_well(three: Cluster) -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_named_on_its_host(name: str, three: Cluster) -> None:
     case = FAULTS[name]
+    if case.befall is firewall and not shutil.which("nft", path=PATH):
+        pytest.skip("needs nft (nftables)")
     number = case.hosts[len(name) % len(case.hosts)]
     case.befall(three, number)
     code, said = doctor(three)
     assert_named(said["findings"], case, number, three)
     errors = {(one["check"], one["host"]) for one in said["findings"] if one["weight"] == "error"}
     assert code == (3 if not all(host["answered"] for host in said["hosts"]) else 2 if errors else 0)
+    if case.has_cure:
+        cure(next(one for one in said["findings"] if one["check"] == case.check), three)
+        _, said = doctor(three)
+        assert not [one for one in said["findings"] if one["check"] == case.check], said
+
+
+def cure(finding: dict[str, Any], three: Cluster) -> None:
+    """Run the command of a fix, as it is told, on the host that it names."""
+    command = re.search(r"(?:on (\S+): )?sudo ([^;]+)", finding["fix"])
+    assert command, finding
+    names = ["127.0.0.1", *(host.name for host in three.hosts[1:])]
+    host = three.hosts[names.index(command[1] or finding["host"])]
+    subprocess.run(host.command(["sh", "-c", command[2]]), check=True, capture_output=True)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +278,46 @@ def test_a_full_disk_and_a_taken_port(tmp_path: Path) -> None:
         assert {(one["check"], one["host"]) for one in said["findings"]} == {
             ("disk-full", "mini1"), ("disk-full", "mini2"), ("port-taken", "mini1"),
         }  # fmt: skip
+
+
+HUB = """
+import http.server
+class Hub(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(401)
+server = http.server.ThreadingHTTPServer(("", 18080), Hub)
+print("on", flush=True)
+server.serve_forever()
+"""
+
+
+def test_models_and_what_mpirun_is(tmp_path: Path) -> None:
+    """A hub that wants a token, one that isn't reached, a model that is too large, and an MPI that is another's."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"x" * 4096)
+    os.truncate(folder / "model.safetensors", 1 << 43)
+    (tmp_path / "here").mkdir()
+    given = f"SetEnv=HF_ENDPOINT=http://192.168.77.1:18080 HF_HOME={tmp_path / 'empty'}"
+    with cluster(tmp_path / "here", [given]) as three:
+        with ranks.single(three.hosts[0].command([sys.executable, "-c", HUB])) as hub:
+            hub.await_output("on")
+            _, said = doctor(three, "--model", "made-up/model")
+        names = {"no-internet", "hub-token"}
+        assert {(one["check"], one["host"]) for one in said["findings"] if one["check"] in names} == {
+            ("no-internet", "127.0.0.1"), ("hub-token", "mini1"), ("hub-token", "mini2"),
+        }  # fmt: skip
+        python = tmp_path / "other" / "python"
+        python.parent.mkdir()
+        python.symlink_to(sys.executable)
+        (python.parent / "mpirun").write_text("#!/bin/sh\necho HYDRA build details:\n")
+        (python.parent / "mpirun").chmod(0o755)
+        rewrite(three, lambda hosts: hosts[2].update(python=str(python)))
+        three.hostfile.write_text(three.hostfile.read_text().replace('"ring"', '"mpi"'))
+        code, said = doctor(three, "--model", str(folder))
+        found = {one["check"]: one for one in said["findings"]}
+        assert code == 2 and "8192.00 GiB" in found["memory-short"]["found"], said
+        assert found["mpi-mixed"]["host"] == "mini2" and "model-missing" not in found, said
 
 
 def test_what_was_saved_is_judged_alike_and_tells_nothing_private(three: Cluster, tmp_path: Path) -> None:

@@ -159,10 +159,10 @@ def test_a_server_that_ends_says_how_to_go_on(tmp_path: Path) -> None:
             one.result(30)
         assert ending.result(30).status_code == 503
         assert running.running.wait(20) == 0
-        assert "the server is ending; GET /v1/completions/" in stream.unnumbered
+        assert "the server is shutting down; GET /v1/completions/" in stream.unnumbered
         assert stream.id in stream.unnumbered
     with journaled(tmp_path, "--ranks", "1") as running:
-        assert "of the server before this one 2 requests go on" in running.running.err
+        assert "resuming 2 requests of the previous server" in running.running.err
         again = httpx.get(f"{running.url}/v1/chat/completions/{stored.id}", timeout=90).json()
         text = "".join(
             event["choices"][0]["delta"].get("content") or "" for event in stored.events if "choices" in event

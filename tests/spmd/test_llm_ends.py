@@ -54,14 +54,14 @@ def check_end(ended: list[ranks.Rank], code: int, line: str) -> None:
     assert not any("went on" in rank.out for rank in ended)
 
 
-LEFT_ALONE = "this rank has left a loop over answers with which rank 0 goes on"
+LEFT_ALONE = "this rank left a loop over answers that rank 0 continues"
 LEAVES = [
     ("if rank == 1: raise ValueError('mine')", 2, 1, r"rank 1 \(.*\): the script raised ValueError: mine"),
     ("if rank == 0: raise ValueError('mine')", 2, 1, "the script raised ValueError: mine"),
     ("if rank == 2: sys.exit(0)", 3, 3, rf"rank 2 \(.*\): {LEFT_ALONE}"),
     ("if rank == 1: break", 2, 3, rf"rank 1 \(.*\): {LEFT_ALONE}"),
-    ("if rank == 0: break", 2, 3, r"rank 1 \(.*\): rank 0 has left a loop over answers with which this rank goes on"),
-    ("if rank == 1: os.kill(os.getpid(), signal.SIGINT)", 2, 130, r"rank 1 \(.*\): left by Ctrl-C"),
+    ("if rank == 0: break", 2, 3, r"rank 1 \(.*\): rank 0 left a loop over answers that this rank continues"),
+    ("if rank == 1: os.kill(os.getpid(), signal.SIGINT)", 2, 130, r"rank 1 \(.*\): interrupted by Ctrl-C"),
     ("hippo_mpi.load('story-draft')", 2, 1, ".*the script raised UserError: another LLM is in use"),
 ]
 
@@ -76,7 +76,7 @@ def test_a_rank_that_leaves_the_loop_ends_all_with_a_line(what: str, num_ranks: 
 def test_rank_0_that_ends_in_the_loop_is_named_by_another() -> None:
     ended = run(looping("if rank == 0: sys.exit(0)"), 2)
     assert ended[1].process.returncode == 3
-    assert "rank 0 has left a loop" in ended[0].err + ended[1].err
+    assert "rank 0 left a loop" in ended[0].err + ended[1].err
     assert not any("went on" in rank.out for rank in ended)
 
 
@@ -134,7 +134,7 @@ def test_a_model_inside_a_loop_is_refused() -> None:
 
 def test_a_model_in_another_thread_is_refused() -> None:
     ended = run(looping(THREADED, "model, _ = hippo_mpi.load('story-draft')"), 2)
-    check_end(ended, 2, ".*a model was called in mine: call it from the thread that loaded it, MainThread")
+    check_end(ended, 2, ".*a model was called in thread mine: call it from the thread that loaded it, MainThread")
 
 
 def test_a_model_may_be_called_after_a_loop_was_left() -> None:
@@ -147,11 +147,13 @@ def test_ranks_that_make_different_calls_end_with_a_line() -> None:
     before = "other = LLM('story-draft', timeout=10).__enter__()"
     ended = run(looping("break\n    list((llm if rank == 0 else other).generate('The owl'))", before), 2)
     check_end(
-        ended, 3, r"rank 1 .*: this rank has made call 1 of generate of model 1 .*, but rank 0 call 2 .* of model 2"
+        ended,
+        3,
+        r"rank 1 .*: this rank is at generate.. call 1 on model 1 .*, but rank 0 at generate.. call 2 on model 2",
     )
     model = "model, _ = hippo_mpi.load('story-draft')"
     ended = run(looping("break\n    model(mx.array([[1]])) if rank else list(llm.generate('The owl'))", model), 2)
-    check_end(ended, 3, "rank 1 .*: this rank has made call 0 of model .*, but the rank before a step of an LLM")
+    check_end(ended, 3, "rank 1 .*: this rank is at call 0 of model .*, but the previous rank at a step of an LLM")
 
 
 def test_a_forked_child_is_no_rank() -> None:

@@ -100,7 +100,9 @@ def test_a_request_that_kills_ranks_is_given_up_alone() -> None:
             streams = pool.submit(answers, running, begun)
             begun.wait(60)
             poisoned, others = pool.submit(poison), [pool.submit(ask, number) for number in range(8)]
-            assert "the ranks failed 3 times in a row, last: rank 0 is gone" in poisoned.result(60)
+            assert "the ranks failed 3 times in a row, most recently: lost the connection to rank 0" in poisoned.result(
+                60
+            )
             assert [other.result(60) for other in others] == [3] * 8
             assert streams.result(60) == undisturbed
         assert num_restarts(running) == 3, running.running.err

@@ -15,6 +15,8 @@ import hippo_mpi
 from hippo_mpi.checkpoint import checkpoint as checkpoints
 from hippo_mpi.checkpoint.checkpoint import Checkpoint
 from hippo_mpi.config.bundled import BUNDLED_MODEL
+from hippo_mpi.errors import LaunchError
+from hippo_mpi.runtime.agreement import Introduction, given_speed, machines_of
 from tests import ranks
 from tests.local_ring import open_folder
 from tests.parity.tiny_models import make_checkpoint
@@ -53,3 +55,21 @@ def test_adapters_of_different_scales(checkpoint: Checkpoint, tmp_path: Path, mo
     assert digest("d", 10.0) != checkpoint.digest()
     monkeypatch.setattr(checkpoints, "commit_of", lambda folder: "0123")  # as of a model from the hub
     assert digest("e", 10.0) == digest("f", 10.0) != digest("g", 20.0)
+
+
+def introduced(speeds: list[tuple[float, bool]]) -> list[float]:
+    """The speeds that are planned with, of hosts whose own were measured (True) or said."""
+    told = [
+        Introduction(f"mini{i}", {}, {}, 8 << 30, speed, is_measured, 30.0)
+        for i, (speed, is_measured) in enumerate(speeds)
+    ]
+    return [machine.speed for machine in machines_of(told)]
+
+
+def test_speeds_are_relative_and_may_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert introduced([(100e9, True), (400e9, True), (380e9, True)]) == [0.25, 1.0, 1.0]
+    assert introduced([(2.0, False), (400e9, True)]) == [1.0, 0.5], "nothing was said of the other"
+    assert introduced([(1.0, False), (1.05, False)]) == [1 / 1.05, 1.0], "what is said is exact"
+    monkeypatch.setenv("HIPPO_SPEED", "0")
+    with pytest.raises(LaunchError, match="HIPPO_SPEED: 0 is not"):
+        given_speed()

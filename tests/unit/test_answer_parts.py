@@ -159,7 +159,7 @@ def test_a_model_that_is_served_for_some_modes(tokenizer: TokenizerWrapper) -> N
         (asked, ["completion", "tools"], "chat"),
         (text, ["chat", "tools"], "completion"),
     ):
-        with pytest.raises(UserError, match=f"served for {', '.join(modes)}, and not for {mode}"):
+        with pytest.raises(UserError, match=f"served for {', '.join(modes)} only, not for {mode}"):
             body.within(modes)
 
 
@@ -199,12 +199,12 @@ def test_tools_of_a_conversation(tokenizer: TokenizerWrapper) -> None:
     assert read_body(CHAT, {"messages": messages, "tools": TOOLS, "tool_choice": "none"}, SamplingParams()).tools == []
     for choice, line in (
         ("all", "tool_choice must be"),
-        ({"type": "function", "function": {"name": "x"}}, "isn't among"),
+        ({"type": "function", "function": {"name": "x"}}, "isn't in tools"),
     ):
         with pytest.raises(UserError, match=line):
             read_body(CHAT, {"messages": messages, "tools": TOOLS, "tool_choice": choice}, SamplingParams())
     with pytest.raises(UserError, match="tool_calls must be a list"):
         read_body(CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"function": "{"}]}]}, SamplingParams())
     plain = open_tokenizer(Path(BUNDLED_MODEL), [4, 0], (), False)
-    with pytest.raises(UserError, match="tools: this model's chat template has none"):
+    with pytest.raises(UserError, match="tools: this model's chat template doesn't support tools"):
         asked.encode(plain, ChatFormat())

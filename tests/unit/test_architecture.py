@@ -15,13 +15,14 @@ PACKAGE = ROOT / "hippo_mpi"
 # From the top down, the commands first; a room may import from itself and from those after it.
 ROOMS = [
     "", "library", "measure", "runtime", "offline", "serving", "protocols", "engine", "parallel", "planning", "shard", "checkpoint",
-    "tracing", "cluster", "transport", "config", "durable_files", "errors", "environment", "units",
+    "tracing", "cluster", "views", "transport", "config", "durable_files", "errors", "environment", "units",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # The page, launchers, and the front's memory run on machines and in processes where MLX has no business.
 WITHOUT_MLX = [
     *("cli", "run", "page", "audit", "serving.supervision.request_broker", "serving.supervision.supervisor"),
     *sorted(f"cluster.{path.stem}" for path in (PACKAGE / "cluster").glob("[a-z]*.py")),
+    *("cluster.verbs.sync", "cluster.sync.place", "checkpoint.hub_place"),
 ]
 
 

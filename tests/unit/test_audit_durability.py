@@ -55,7 +55,7 @@ def test_older_files_may_be_moved_away(tmp_path: Path, capsys: pytest.CaptureFix
                 file.rename(archive / file.name)
     log.close()
     assert len(moved) > 4
-    assert "lines before them are elsewhere" in verified(capsys, path)[1]
+    assert "earlier lines are in other files" in verified(capsys, path)[1]
     log = AuditLog(path, max_bytes=1000)
     for number in range(30, 40):
         log.write({"id": f"r{number}"})
@@ -63,9 +63,9 @@ def test_older_files_may_be_moved_away(tmp_path: Path, capsys: pytest.CaptureFix
     verified(capsys, path)
     key = ("--audit-key", tmp_path / "audit.jsonl.key")
     told = verified(capsys, archive / "audit.jsonl", *key)
-    assert told[0].startswith("whole: ") and told[1].startswith("these are older files")
+    assert told[0].startswith("intact: ") and told[1].startswith("these are older files")
     told = verified(capsys, archive / "audit.jsonl.2", *key)
-    assert told[1].endswith("lines before them are elsewhere")
+    assert told[1].endswith("earlier lines are in other files")
     assert sorted([*ids(archive / "audit.jsonl"), *ids(path)]) == sorted(f"r{number}" for number in range(40))
 
 
@@ -103,17 +103,17 @@ def test_a_disk_that_is_full_for_a_while(small_disk: Path, capsys: pytest.Captur
         log.write({"id": f"r{number}", "text": "x" * 9000})
     assert (log.num_lost, log.is_writable()) == (3, False)
     assert path.read_bytes() == before
-    assert verified(capsys, path)[0].startswith("whole: 1 line ")
+    assert verified(capsys, path)[0].startswith("intact: 1 line ")
     filler.unlink()
     assert log.is_writable()
     log.write({"id": "r4"})
     log.close()
     assert ids(path) == ["r0", "r4"]
-    assert verified(capsys, path)[1] == "line 2: lacks 3 requests (No space left on device)"
+    assert verified(capsys, path)[1] == "line 2: 3 requests not logged (No space left on device)"
     log = AuditLog(path)
     log.close()
     audit._run(audit.make_parser().read(["report", str(path)]))
-    assert "3 more could not be written down" in capsys.readouterr().out
+    assert "3 more could not be logged" in capsys.readouterr().out
 
 
 def test_a_disk_that_is_full_at_the_start(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,7 +190,7 @@ def test_a_torn_end_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (aside,) = tmp_path.glob("audit.jsonl.torn-*")
     assert aside.read_bytes() == tail
     assert verified(capsys, path)[1] == (
-        f"line 4: {len(tail)} bytes behind the last line, which a kill or a power cut has left, were set aside in {aside.name}"
+        f"line 4: {len(tail)} bytes after the last line, left by a kill or a power cut, were removed (copy: {aside.name})"
     )
     assert ids(path) == ["r0", "r1", "r2", "r3", "r4"]
 
@@ -200,7 +200,7 @@ def test_a_torn_log_of_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     write_old(path, 3)
     with path.open("ab") as stream:
         stream.write(b'{"time": 1.0, "id": "r3"')
-    assert "half a line (24 bytes) is behind them" in verified(capsys, path)[-2]
+    assert "an incomplete line (24 bytes) follows" in verified(capsys, path)[-2]
     write(path, 1, first=3)
     verified(capsys, path)
 
@@ -249,8 +249,8 @@ def test_a_start_without_an_anchor(tmp_path: Path, capsys: pytest.CaptureFixture
     anchor.write_bytes(anchor.read_bytes()[:100])
     write(path, 1, first=3)
     told = mistake(path)
-    assert told.startswith("line 4: no anchor was found")
-    assert verified(capsys, path, *told.split("known: ")[1].split())[0] == "whole: 5 lines in 1 file"
+    assert told.startswith("line 4: no anchor found")
+    assert verified(capsys, path, *told.split("expected: ")[1].split())[0] == "intact: 5 lines in 1 file"
 
 
 def test_a_note_comes_before_its_anchor(small_disk: Path) -> None:
@@ -269,17 +269,17 @@ def test_a_note_comes_before_its_anchor(small_disk: Path) -> None:
         writer.wait()
     filler.unlink()
     write(path, 1)
-    assert mistake(path).startswith("line 3: no anchor was found")
+    assert mistake(path).startswith("line 3: no anchor found")
 
 
 def test_what_a_start_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     path = write(tmp_path / "audit.jsonl", 2)
-    assert caplog.messages == [f"audit log {path}: a new one"]
+    assert caplog.messages == [f"audit log {path}: a new log"]
     AuditLog(path).close()
     assert re.fullmatch(
-        rf"audit log {path}: goes on after 2 lines; hippo_mpi.audit verify finds out whether they are still there, with"
-        r" --lines 2 --last-hash [0-9a-f]{64}",
+        rf"audit log {path}: continues after 2 lines; to check later that they are still there: hippo_mpi.audit"
+        r" verify --lines 2 --last-hash [0-9a-f]{64}",
         caplog.messages[1],
     )
 
@@ -289,7 +289,7 @@ def test_a_start_reads_only_the_end(tmp_path: Path) -> None:
     path = write(tmp_path / "audit.jsonl", 20, max_bytes=1500)
     (tmp_path / "audit.jsonl.1").write_bytes(b"something else\n")
     write(path, 1, first=20)
-    assert "audit.jsonl.1, line 1 is no line of an audit log" in mistake(path)
+    assert "audit.jsonl.1, line 1 is not a line of an audit log" in mistake(path)
 
 
 def test_the_end_is_on_disk_before_its_anchor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -320,7 +320,7 @@ def test_a_key_that_others_may_read(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert not caplog.records
     (tmp_path / "audit.jsonl.key").chmod(0o644)
     write(path, 1, first=1)
-    assert f"the audit log's key {path}.key is not its owner's alone: chmod 600" in caplog.text
+    assert f"other users may access the audit log's key {path}.key: chmod 600" in caplog.text
 
 
 def test_a_link_to_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,10 +340,10 @@ def test_a_key_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     log.close()
     assert not (tmp_path / "audit.jsonl.key").exists()
     verified(capsys, path, "--audit-key", key)
-    with pytest.raises(UserError, match=r"audit.jsonl.key of the audit log .* isn't there: give --audit-key"):
+    with pytest.raises(UserError, match=r"audit.jsonl.key for the audit log .* give --audit-key"):
         AuditLog(path)
     key.write_text("abc\n")
-    with pytest.raises(UserError, match="64 hexadecimal digits must stand in it"):
+    with pytest.raises(UserError, match="expected 64 hexadecimal digits"):
         AuditLog(path, key_path=key)
 
 

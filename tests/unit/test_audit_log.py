@@ -72,7 +72,7 @@ def write_old(path: Path, count: int, files: int = 1) -> None:
 def test_a_log_is_whole_over_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "audit.jsonl", 20, max_bytes=1500)
     assert (tmp_path / "audit.jsonl.3").exists()
-    assert verified(capsys, path)[0].startswith("whole: 20 lines in ")
+    assert verified(capsys, path)[0].startswith("intact: 20 lines in ")
     assert [json.loads(line)["id"] for line in lines_in(path)] == [f"r{number}" for number in range(20)]
     assert (tmp_path / "audit.jsonl.key").stat().st_mode & 0o777 == 0o600
 
@@ -103,21 +103,21 @@ def test_a_log_that_is_written_all_anew(tmp_path: Path) -> None:
     """Without the key that can't be done so that nobody sees it; its anchor can't be taken away, either."""
     path = write(tmp_path / "audit.jsonl", 6)
     write_old(path, 6)
-    assert "line 6 is not the one that the anchor tells of" in mistake(path)
+    assert "line 6 is not the one that the anchor records" in mistake(path)
     write(tmp_path / "other" if (tmp_path / "other").mkdir() else tmp_path / "other" / "audit.jsonl", 6)
     path.write_bytes((tmp_path / "other" / "audit.jsonl").read_bytes())
-    assert "was changed, or written with another key than this" in mistake(path)
+    assert "was changed, or written with a different key" in mistake(path)
     (tmp_path / "audit.jsonl.anchor").write_bytes((tmp_path / "other" / "audit.jsonl.anchor").read_bytes())
-    assert mistake(path) == f"{path}.anchor was changed, or made with another key than this"
-    with pytest.raises(UserError, match="made with another key"):
+    assert mistake(path) == f"{path}.anchor was changed, or written with a different key"
+    with pytest.raises(UserError, match="written with a different key"):
         AuditLog(path)
     assert mistake(path, "--audit-key", tmp_path / "none") == (
-        f"the key {tmp_path / 'none'} isn't there: give --audit-key"
+        f"no such key file: {tmp_path / 'none'}; give --audit-key"
     )
     (tmp_path / "audit.jsonl.key").unlink()
-    assert "line 1 can't be checked: the key isn't there" in mistake(path)
+    assert "line 1 can't be checked without the key" in mistake(path)
     write_old(path, 6)
-    assert mistake(path) == f"the key {path}.key isn't there, but {path}.anchor is: give --audit-key"
+    assert mistake(path) == f"no key file {path}.key, although {path}.anchor exists: give --audit-key"
 
 
 def forge(path: Path, keep: Callable[[str], bool]) -> None:
@@ -141,8 +141,8 @@ def test_a_log_that_is_forged_without_macs(tmp_path: Path, max_bytes: int) -> No
     path = write(tmp_path / "audit.jsonl", 10, max_bytes=max_bytes)
     forge(path, lambda line: '"r3"' not in line)
     reason = (
-        "none of the log's 9 lines has a MAC, although there is a key: they were made anew without it, or before it (then"
-        " they are verified beside the file that follows)"
+        "none of the log's 9 lines has a MAC, although there is a key: they were rewritten without it, or are older (then"
+        " verify them together with the next file)"
     )
     assert mistake(path) == reason
     with pytest.raises(UserError, match="none of the log's 9 lines has a MAC, although there is a key"):
@@ -158,7 +158,7 @@ def test_the_seal_of_a_log_of_before(tmp_path: Path, capsys: pytest.CaptureFixtu
     path, old = tmp_path / "audit.jsonl", tmp_path / "audit.jsonl.1"
     write_old(path, 4)
     AuditLog(path).close()
-    assert verified(capsys, path)[0] == "whole: 4 lines in 2 files", "until it comes the anchor holds them"
+    assert verified(capsys, path)[0] == "intact: 4 lines in 2 files", "until it comes the anchor holds them"
     write_old(old, 5)
     assert "none of the log's 5 lines has a MAC" in mistake(path)
     write_old(old, 4)
@@ -167,7 +167,7 @@ def test_the_seal_of_a_log_of_before(tmp_path: Path, capsys: pytest.CaptureFixtu
     keyed = path.read_text()
     for count in (3, 5):
         write_old(old, count)
-        assert "audit.jsonl, line 1 doesn't follow the line before" in mistake(path)
+        assert "audit.jsonl, line 1 doesn't follow the previous line" in mistake(path)
     write_old(old, 4)
     path.unlink()
     (tmp_path / "audit.jsonl.anchor").unlink()
@@ -175,7 +175,7 @@ def test_the_seal_of_a_log_of_before(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(UserError, match="none of the log's 4 lines has a MAC"):
         AuditLog(path)
     path.write_text(keyed)
-    assert "is missing or torn" in mistake(path)
+    assert "is missing or damaged" in mistake(path)
 
 
 @pytest.mark.parametrize("is_empty", [False, True])
@@ -189,17 +189,17 @@ def test_a_log_that_was_dropped_as_a_whole(
     (tmp_path / "audit.jsonl.anchor").unlink()
     if is_empty:
         path.touch()
-        assert "is missing or torn" in mistake(path)
+        assert "is missing or damaged" in mistake(path)
     write(path, 1)
-    assert "no anchor was found" in caplog.text
+    assert "no anchor found" in caplog.text
     told = mistake(path)
-    assert told.startswith("line 1: no anchor was found, though the key is older than this start: lines before it may")
-    known = told.split("known: ")[1].split()
+    assert told.startswith("line 1: no anchor found, although the key is older than this start: earlier lines may")
+    known = told.split("expected: ")[1].split()
     assert known[:3] == ["--lines", "2", "--last-hash"]
-    assert verified(capsys, path, *known)[0] == "whole: 2 lines in 1 file"
+    assert verified(capsys, path, *known)[0] == "intact: 2 lines in 1 file"
     write(path, 3, first=1)
-    assert verified(capsys, path, *known)[0] == "whole: 5 lines in 1 file"
-    assert mistake(path).startswith("line 1: no anchor was found"), "for ever, without that note"
+    assert verified(capsys, path, *known)[0] == "intact: 5 lines in 1 file"
+    assert mistake(path).startswith("line 1: no anchor found"), "for ever, without that note"
 
 
 @pytest.mark.parametrize("kept", [0, 3, 5])
@@ -209,10 +209,10 @@ def test_a_dropped_tail_is_found(tmp_path: Path, kept: int) -> None:
     count = 6 - kept
     dropped = f"its last {count} lines were dropped" if count > 1 else "its last line was dropped"
     assert mistake(path) == f"the log has {kept} of 6 lines: {dropped}"
-    with pytest.raises(UserError, match=r"lacks its line 6, of which its anchor tells: its end was dropped"):
+    with pytest.raises(UserError, match=r"lacks line 6, which its anchor records: its end was dropped"):
         AuditLog(path)
     (tmp_path / "audit.jsonl.anchor").unlink()
-    assert mistake(path) == f"{path}.anchor is missing or torn: it can't be seen whether the end was dropped"
+    assert mistake(path) == f"{path}.anchor is missing or damaged: can't check whether the end was dropped"
 
 
 def test_a_torn_last_line_is_told_as_such(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_torn_last_line_is_told_as_such(tmp_path: Path) -> None:
     whole = path.read_bytes()
     last = whole.splitlines(keepends=True)[-1]
     path.write_bytes(whole[:-1])
-    assert mistake(path) == f"the log has 5 of 6 lines, and {len(last) - 1} bytes of another: the rest was cut off"
+    assert mistake(path) == f"the log has 5 of 6 lines, and {len(last) - 1} bytes of the next: the rest was cut off"
     path.write_bytes(whole[: -len(last) - 10])
     assert mistake(path).startswith("the log has 4 of 6 lines, and ")
 
@@ -228,7 +228,7 @@ def test_a_torn_last_line_is_told_as_such(tmp_path: Path) -> None:
 def test_a_file_of_the_middle_that_is_gone(tmp_path: Path) -> None:
     path = write(tmp_path / "audit.jsonl", 20, max_bytes=1500)
     (tmp_path / "audit.jsonl.2").unlink()
-    assert "doesn't follow the line before" in mistake(path)
+    assert "doesn't follow the previous line" in mistake(path)
 
 
 def test_an_end_that_was_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,14 +238,14 @@ def test_an_end_that_was_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert noted[:3] == ["--lines", "20", "--last-hash"]
     write(path, 1, first=20, max_bytes=1500)
     for given in (noted, noted[:2], noted[2:]):
-        assert verified(capsys, path, *given)[0].startswith("whole: 21 lines in ")
+        assert verified(capsys, path, *given)[0].startswith("intact: 21 lines in ")
     (tmp_path / "new").mkdir()
     new = write(tmp_path / "new" / "audit.jsonl", 18)
     assert mistake(new, *noted) == "the log has 18 of 20 lines: its last 2 lines were dropped"
     assert mistake(new, *noted[2:]) == f"no line of the log (18 lines) has the hash {noted[3]}: its end was dropped"
     last = verified(capsys, new)[-1].split()[3]
     assert mistake(new, "--lines", 3, "--last-hash", last) == (
-        f"the hash {last} is that of line 18, not of line 3: they were not noted together"
+        f"the hash {last} is that of line 18, not of line 3: they don't belong together"
     )
     with pytest.raises(UserError, match="64 hexadecimal digits"):
         audit.make_parser().read(["verify", str(path), "--last-hash", "abc"])
@@ -256,22 +256,22 @@ def test_a_log_of_before_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[s
     """It had no key. It is verified as it was, and covered by the chain that goes on from it."""
     path = tmp_path / "audit.jsonl"
     write_old(path, 4, files)
-    assert verified(capsys, path)[0].startswith(f"whole: {4 * files} lines")
+    assert verified(capsys, path)[0].startswith(f"intact: {4 * files} lines")
     write(path, 5, first=4 * files)
     told = verified(capsys, path)
-    assert told[0] == f"whole: {4 * files + 5} lines in {files + 1} files"
+    assert told[0] == f"intact: {4 * files + 5} lines in {files + 1} files"
     assert told[1].startswith(f"{4 * files} of them were written without a key")
     assert [json.loads(line)["id"] for line in lines_in(path)] == [f"r{number}" for number in range(4 * files + 5)]
     old = tmp_path / f"audit.jsonl.{files}"
     old.write_text(old.read_text().replace("/v1/completions", "/v1/messages"))
-    assert "doesn't follow the line before" in mistake(path)
+    assert "doesn't follow the previous line" in mistake(path)
     old.unlink()
     if files > 1:
         for file in range(1, files):
             (tmp_path / f"audit.jsonl.{file}").unlink()
     assert verified(capsys, path)[:2] == [
-        "whole: 5 lines in 1 file",
-        f"the {4 * files} lines before them are elsewhere",
+        "intact: 5 lines in 1 file",
+        f"the {4 * files} earlier lines are in other files",
     ]
 
 
@@ -279,7 +279,7 @@ def test_a_broken_log_of_before_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     write_old(path, 4)
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(UserError, match=r"line 1 doesn't follow the line before.*to begin anew"):
+    with pytest.raises(UserError, match=r"line 1 doesn't follow the previous line.*to start over"):
         AuditLog(path)
     write_old(path, 4, files=3)
     (tmp_path / "audit.jsonl.1").unlink()  # archived, which needs no key
@@ -314,11 +314,11 @@ def test_texts_can_not_be_guessed(
         digest(name, "a.jsonl.key", "yes")
         assert capsys.readouterr().out == f"{found}\n"
     for name, key, text, told in (
-        ("work", "a.jsonl.key", "yes", "work is no audit log of this key"),
-        ("nothing", "a.jsonl.key", "yes", "there is no audit log"),
-        ("archive/a.jsonl", "b.jsonl.key", "yes", "is no audit log of this key"),
-        ("a.jsonl", "b.jsonl.key", "yes", "made with another key"),
-        ("a.jsonl", "none", "yes", "none isn't there: give --audit-key"),
+        ("work", "a.jsonl.key", "yes", "work was not written with this key: give --audit-key"),
+        ("nothing", "a.jsonl.key", "yes", "no such audit log"),
+        ("archive/a.jsonl", "b.jsonl.key", "yes", "was not written with this key: give --audit-key"),
+        ("a.jsonl", "b.jsonl.key", "yes", "written with a different key"),
+        ("a.jsonl", "none", "yes", "none; give --audit-key"),
         ("a.jsonl", "a.jsonl.key", "", "standard input is empty"),
     ):
         with pytest.raises(UserError, match=told):

@@ -119,9 +119,9 @@ def test_an_index_says_what_is_quantised(prefix: str, tmp_path: Path) -> None:
 
 
 def test_what_is_assumed_is_said(tmp_path: Path) -> None:
-    no_weights = f"{tmp_path} has no weights: sizes are those that config.json describes"
-    no_type = "config.json names no type of weights that MLX has, so bfloat16"
-    no_index = "no index says which weights are quantised: those that such models have quantised"
+    no_weights = f"{tmp_path} has no weights: sizes are taken from config.json"
+    no_type = "config.json has no dtype that MLX supports: bfloat16"
+    no_index = "no index lists the quantised weights: those that are usual for such models"
     quantized = GEMMA_3_TEXT | {"quantization": {"group_size": 64, "bits": 4}}
     assert assumptions(tmp_path, GEMMA_3_TEXT, None) == (no_weights, no_type)
     assert assumptions(tmp_path, GEMMA_3_TEXT, "4bit") == (no_weights, no_type)

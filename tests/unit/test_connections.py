@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from hippo_mpi.cluster.server_answers import fetch_status
 from hippo_mpi.errors import UserError
 from hippo_mpi.serve import make_parser
 from hippo_mpi.serving import server_status
@@ -27,7 +28,6 @@ from hippo_mpi.serving.addresses import is_loopback, is_untrusted, network_of, u
 from hippo_mpi.serving.api import connections
 from hippo_mpi.serving.api.http_server import HttpSettings, listen, serve_http
 from hippo_mpi.serving.logs import ANNOUNCEMENTS
-from hippo_mpi.serving.page.cluster_view import fetch_status
 from hippo_mpi.serving.supervision.request_broker import RequestBroker
 
 HEAD = b"Host: localhost\r\n\r\n"
@@ -253,7 +253,7 @@ def test_encrypted(
     cert, key = certificate
     with serving(caplog, certfile=cert, keyfile=key, max_connections=4) as running:
         assert running.url.startswith("https://127.0.0.1:")
-        with pytest.raises(UserError, match=r"doesn't answer: .*certificate.* in SSL_CERT_FILE\)"):
+        with pytest.raises(UserError, match=r"doesn't answer: .*certificate.* \(set SSL_CERT_FILE"):
             server_status.show([running.url])
         with pytest.raises(openai.APIConnectionError) as refused:
             openai.OpenAI(base_url=running.url, api_key="none", max_retries=0).models.list()

@@ -43,7 +43,7 @@ def test_a_lock_that_is_something_else(tmp_path: Path, kind: str) -> None:
         lock.mkdir()
     else:
         os.mkfifo(lock)
-    with pytest.raises(UserError, match=f"{lock} is no lock of ours: move it away, or give another file"):
+    with pytest.raises(UserError, match=f"{lock} is not a lock file of hippo_mpi: move it away, or give another file"):
         FileLock(tmp_path / "out")
     assert work.read_text() == TEXT and os.path.lexists(lock) and not (tmp_path / "nothing").exists()
     assert kind != "file" or lock.read_text() == TEXT
@@ -88,7 +88,7 @@ def test_an_anchor_that_is_a_link(tmp_path: Path) -> None:
     (tmp_path / "audit.jsonl.anchor").symlink_to("thesis.tex")
     (tmp_path / "audit.jsonl.key").write_text("0" * 64)
     (tmp_path / "audit.jsonl.key").chmod(0o600)
-    with pytest.raises(UserError, match=r"audit.jsonl.anchor is a link"):
+    with pytest.raises(UserError, match=r"audit.jsonl.anchor is a symbolic link"):
         AuditLog(tmp_path / "audit.jsonl")
     assert (tmp_path / "thesis.tex").read_text() == TEXT
 

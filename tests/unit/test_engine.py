@@ -308,19 +308,19 @@ def test_a_long_prompt_is_read_in_steps_that_suit_the_machine(
 @pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS[::2], ids=str)
 def test_a_long_prompt_stalls_nobody(checkpoint: Checkpoint, tokenizer: TokenizerWrapper, split: list[int]) -> None:
-    """While 4,096 tokens are read, every running stream goes on, at most `max_batch_tokens` of them later."""
+    """While 2,048 tokens are read, every running stream goes on, at most `max_batch_tokens` of them later."""
     bench = Bench(checkpoint, tokenizer, split, max_batch_size=8, max_batch_tokens=128)
     plans = plans_of(bench)
     goes_on = ((tokenizer.eos_token_id, -1000.0),)
     for number in range(4):
-        ask(bench, number, prompt_of(number, 8), max_tokens=300, logit_bias=goes_on)
+        ask(bench, number, prompt_of(number, 8), max_tokens=160, logit_bias=goes_on)
     while len(bench.tokens) < 4:
         bench.note(bench.engine.step())
-    ask(bench, 4, prompt_of(4, 4096), max_tokens=2)
+    ask(bench, 4, prompt_of(4, 2048), max_tokens=2)
     while 4 not in bench.tokens:
         bench.note(bench.engine.step())
     reading = [index for index, plan in enumerate(plans) if plan.slots == (4,) and plan.num_tokens > 1]
-    assert sum(plans[index].num_tokens for index in reading) == 4095
+    assert sum(plans[index].num_tokens for index in reading) == 2047
     for slot in range(4):
         between_tokens = between_steps = 0
         for plan in plans[reading[0] : reading[-1]]:
@@ -338,7 +338,7 @@ def test_a_huge_prompt_starves_no_other(checkpoint: Checkpoint, tokenizer: Token
     """Short prompts that come while it is read are answered before it is read to its end, and it isn't starved either."""
     bench = Bench(checkpoint, tokenizer, split, max_batch_size=8, max_batch_tokens=128)
     plans = plans_of(bench)
-    ask(bench, 0, prompt_of(0, 4096), max_tokens=1)
+    ask(bench, 0, prompt_of(0, 2048), max_tokens=1)
     bench.note(bench.engine.step())
     for number in range(1, 5):
         ask(bench, number, prompt_of(number, 8), max_tokens=2)
@@ -346,7 +346,7 @@ def test_a_huge_prompt_starves_no_other(checkpoint: Checkpoint, tokenizer: Token
         bench.note(bench.engine.step())
         if len(bench.tokens) == 4:
             read = sum(plan.num_tokens for plan in plans if plan.slots == (0,) and not plan.wants_logits)
-            assert read <= 4096 // 2
+            assert read <= 2048 // 2
             break
     number = 5
     while 0 not in bench.tokens:  # others keep coming

@@ -35,7 +35,7 @@ def test_comments_say_what_is_waited_for() -> None:
     async def collect() -> list[bytes]:
         return [event async for event in kept_alive(events(), 0.1, lambda: next(reasons))]
 
-    told = [b": quant is being loaded (1 s)\n\n", b": rank 1 data: failed\n\n", b": no news yet\n\n", b"data: a\n\n"]
+    told = [b": quant is being loaded (1 s)\n\n", b": rank 1 data: failed\n\n", b": still waiting\n\n", b"data: a\n\n"]
     assert asyncio.run(collect()) == told
 
 
@@ -95,7 +95,7 @@ def test_who_has_had_every_event_gets_the_last_again(after: int, got: list[bytes
 def test_a_stream_without_a_last_event_of_its_own_ends_with_a_comment() -> None:
     events = [b"event: message_start\n\n", b"event: message_stop\n\n"]
     assert told_after(events, 0) == [b"id: 1\nevent: message_stop\n\n"]
-    assert told_after(events, 1) == [b": that was all\n\n"]
+    assert told_after(events, 1) == [b": no further events\n\n"]
 
 
 def told_after(events: list[bytes], after: int) -> list[bytes]:

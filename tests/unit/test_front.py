@@ -34,20 +34,20 @@ def test_requests_wait_for_ranks_that_are_ready() -> None:
         front = RequestBroker(10, "m")
         early, other = ask(front), ask(front, "n")
         ranks = FakeRanks(front)
-        assert not front.is_ready and front.state.startswith("m is being loaded")
+        assert not front.is_ready and front.state.startswith("loading m")
         await ranks.say(fake_link.beat())
         assert not ranks.told and not front.is_ready
         await ranks.say(fake_link.ready())
         assert front.is_ready and front.was_ready and front.num_starts == 1
         assert ranks.told == [early.request] and front.about is not None
         late = ask(front)  # n comes first: it has waited
-        assert ranks.added == [0] and front.why_waiting("n") == "n comes after 1 answer of m"
+        assert ranks.added == [0] and front.why_waiting("n") == "n is next, after 1 answer of m"
         front.abort(other)
         assert ranks.added == [0, 2]
         assert front.state == "ready" and front.why_waiting("m") == ""
         front.abort(early), front.abort(late)
-        assert await ranks.end() == "rank 0 is gone"
-        assert not front.is_ready and ranks.is_closed and front.state.startswith("the ranks are gone")
+        assert await ranks.end() == "lost the connection to rank 0"
+        assert not front.is_ready and ranks.is_closed and front.state.startswith("the ranks have ended")
 
     run(work())
 
@@ -124,7 +124,7 @@ def test_no_more_than_may_wait() -> None:
     async def work() -> None:
         front = RequestBroker(2, "m")
         answers = [ask(front), ask(front, "n")]
-        with pytest.raises(Overloaded, match="2 requests are under way or wait already"):
+        with pytest.raises(Overloaded, match="2 requests are already running or waiting"):
             ask(front)
         front.abort(answers[1])
         ask(front)
@@ -152,10 +152,10 @@ def test_status_and_beats() -> None:
             "beat_s": 0,
         }  # fmt: skip
         await ranks.say(fake_link.beat(stalled_s=9.0))
-        assert front.state == front.why_stuck == "no rank has got on for 9 s" and not front.status()["ready"]
+        assert front.state == front.why_stuck == "no rank has made progress for 9 s" and not front.status()["ready"]
         await ranks.say(fake_link.beat())
         front.beat._noted_s -= 6
-        assert front.why_stuck == "rank 0 has said nothing for 6 s"
+        assert front.why_stuck == "no heartbeat from rank 0 for 6 s"
         await ranks.end()
         assert front.beat.ranks == [] and front.beat.at_s == 0 and front.why_stuck == "" and not front.status()["ready"]
 
@@ -165,19 +165,19 @@ def test_status_and_beats() -> None:
 def test_how_ranks_end() -> None:
     async def work() -> None:
         for last, why in (
-            (b"", "rank 0 is gone"),
-            (fake_link.beat()[:-3], "rank 0 is gone"),
-            (b"fox\n", "rank 0 is gone: "),
-            (b"\xff\xfe\n", "rank 0 is gone: "),
-            (b"{" * 200, "rank 0 is gone: Separator is not found, and chunk exceed the limit"),
+            (b"", "lost the connection to rank 0"),
+            (fake_link.beat()[:-3], "lost the connection to rank 0"),
+            (b"fox\n", "lost the connection to rank 0: "),
+            (b"\xff\xfe\n", "lost the connection to rank 0: "),
+            (b"{" * 200, "lost the connection to rank 0: Separator is not found, and chunk exceed the limit"),
         ):
             ranks = FakeRanks(RequestBroker(10, "m"), limit=100)
             assert (await ranks.end(last)).startswith(why)
             assert ranks.is_closed
         ranks = FakeRanks(RequestBroker(10, "m"))
-        assert await ranks.fail(ConnectionResetError("reset")) == "rank 0 is gone: reset"
+        assert await ranks.fail(ConnectionResetError("reset")) == "lost the connection to rank 0: reset"
         ranks = FakeRanks(RequestBroker(10, "m"), silence_s=0.05)
-        assert await ranks.await_end() == "rank 0 said nothing for 0 s"
+        assert await ranks.await_end() == "no message from rank 0 for 0 s"
 
     run(work())
 
@@ -213,7 +213,7 @@ def test_it_ends_when_it_is_cancelled() -> None:
 def test_what_is_no_message_is_an_end(line: bytes) -> None:
     async def work() -> None:
         ranks = FakeRanks(RequestBroker(10, "m"))
-        assert (await ranks.end(line + b"\n")).startswith("rank 0 is gone: ")
+        assert (await ranks.end(line + b"\n")).startswith("lost the connection to rank 0: ")
 
     run(work())
 
@@ -230,7 +230,7 @@ def test_an_answer_goes_on_with_the_next_ranks() -> None:
         front.abort(gone)
         await ranks.end(fake_link.output(0, 8, "c", state=4))
         lose(front)
-        assert front.state.startswith("the ranks are being started again: the test says so")
+        assert front.state.startswith("restarting the ranks: the test says so")
         assert (goes_on.num_failures, waits.num_failures) == (1, 1)
         again = await ready_ranks(front)
         first, second = again.told
@@ -267,7 +267,7 @@ def test_a_fault_in_the_middle_of_the_recovery_of_another() -> None:
         assert isinstance(behind.told[0], Request) and behind.added == [1, 0]  # a suspect, behind the others
         await behind.end(fake_link.begun(1, 0) + fake_link.taking(None))
         lose(front)
-        assert [str(one) for one in told[1:]] == ["the ranks failed 3 times in a row, last: the test says so"]
+        assert [str(one) for one in told[1:]] == ["the ranks failed 3 times in a row, most recently: the test says so"]
         assert ends == ["error"] and front.num_requests == 1 and waits.num_failures == 1
         front.fail_all(ServerEnding("the end"))
         assert front.num_requests == 0 and waits.outcome == "error: the end"
@@ -305,9 +305,9 @@ def test_ranks_that_never_become_ready_end_whoever_waits_for_their_model() -> No
             lose(front)
         assert front.num_requests == 2 and front.model == "m" and not loaded.done()
         lose(front)
-        assert waits.outcome == "error: the ranks failed 3 times in a row, last: the test says so"
+        assert waits.outcome == "error: the ranks failed 3 times in a row, most recently: the test says so"
         assert front.model == "n", "the turn of who still waits"
-        with pytest.raises(UserError, match="'m' can't be loaded: its ranks have ended 3 times while they loaded it"):
+        with pytest.raises(UserError, match="'m' can't be loaded: its ranks failed 3 times while loading it"):
             await asyncio.wait_for(loaded, HANG_S)
         ranks = await ready_ranks(front)
         assert ranks.added == numbers_of([other])

@@ -67,7 +67,7 @@ def test_mlx_gets_addresses_and_keeps_what_there_is(tmp_path: Path) -> None:
     again = read_hostfile(tmp_path / "again.json")
     assert (again.hosts, again.backend, again.envs) == (read_hostfile(path).hosts, "jaccl", ("A=1",))
     (tmp_path / "nosuch").write_text("nosuch.invalid\n")
-    with pytest.raises(UserError, match=r"the address of nosuch.invalid can't be found"):
+    with pytest.raises(UserError, match=r"can't resolve nosuch.invalid"):
         written(read_any(tmp_path / "nosuch"), "mlx")
 
 

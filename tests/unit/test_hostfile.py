@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hippo_mpi.cluster import host_checks
 from hippo_mpi.cluster.hostfile import Host, Hostfile, hostfile_of, read_hostfile
+from hippo_mpi.cluster.start_plan import start_plan
 from hippo_mpi.errors import LaunchError
 from hippo_mpi.serve import launch_plan, make_parser
 
@@ -72,8 +73,8 @@ def test_a_ring_of_cables_that_is_broken_is_told() -> None:
     ("entries", "backend", "told"),
     [
         ([{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "b"}], "ring", r'rank 1 \(b\) has no "ips"'),
-        ([{"ssh": "a", "ips": ["10.0.0.1"], "rdma": [None]}], "nccl", "no backend is called 'nccl'; there are ring,"),
-        ([{"ssh": "a", "rdma": [None]}], "jaccl", r'rank 0 \(a\) has no "ips", where ranks meet for jaccl'),
+        ([{"ssh": "a", "ips": ["10.0.0.1"], "rdma": [None]}], "nccl", "unknown backend 'nccl'; choose from ring,"),
+        ([{"ssh": "a", "rdma": [None]}], "jaccl", r'rank 0 \(a\) has no "ips", where ranks connect for jaccl'),
         (
             [{"ssh": "a", "ips": ["10.0.0.1"], "rdma": [None, "x"]}, {"ssh": "b", "rdma": ["x"]}],
             "jaccl", r"for each of 2 ranks, but rank 1 \(b\) has 1; hippo_mpi also runs with --backend ring",
@@ -82,7 +83,8 @@ def test_a_ring_of_cables_that_is_broken_is_told() -> None:
             [{"ssh": "a", "ips": ["10.0.0.1"], "rdma": [None, "x"]}, {"ssh": "b", "rdma": ["x", "x"]}],
             "jaccl", r"must be null for rank 1 itself",
         ),
-        ([{"ssh": "a"}, {"ssh": "b", "python": "~/p"}], "mpi", r'"python" of rank 1 \(b\) is not for mpi'),
+        ([{"ssh": "a"}, {"ssh": "b", "python": "~/p"}], "mpi", r'"python" of rank 1 \(b\) is not supported with mpi'),
+        ([{"ssh": "a", "speed": 2}, {"ssh": "b"}], "mpi", r'"speed" of rank 0 \(a\) is not supported with mpi'),
     ],
 )  # fmt: skip
 def test_what_a_backend_lacks_is_named(entries: list[Any], backend: str, told: str) -> None:
@@ -93,13 +95,16 @@ def test_what_a_backend_lacks_is_named(entries: list[Any], backend: str, told: s
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ([], "lists no host"),
-        ({"hosts": {}}, "lists no host"),
-        ("mini1", "lists no host"),
+        ([], "lists no hosts"),
+        ({"hosts": {}}, "lists no hosts"),
+        ("mini1", "lists no hosts"),
         ([{"ips": []}], 'rank 0 has no "ssh"'),
+        ([{"ssh": "a", "speed": 0}], r'"speed" of rank 0 \(a\) must be a number above 0'),
+        ([{"ssh": "a", "speed": "fast"}], r'"speed" of rank 0 \(a\) must be a number above 0'),
+        ([{"ssh": "a", "speed": True}], r'"speed" of rank 0 \(a\) must be a number above 0'),
         ([{"ssh": "a", "ips": "10.0.0.1"}], r'"ips" of rank 0 \(a\) must be a list'),
         ([{"ssh": "a", "ips": ["mini1"]}], "'mini1' of rank 0 is not an IP address"),
-        ({"backend": 1, "hosts": [{"ssh": "a"}]}, '"backend" is 1, and must be a name'),
+        ({"backend": 1, "hosts": [{"ssh": "a"}]}, '"backend" must be a name such as "ring", not 1'),
         ({"envs": "A=1", "hosts": [{"ssh": "a"}]}, '"envs" must be a list of "NAME=value"'),
         ({"envs": ["A B=1"], "hosts": [{"ssh": "a"}]}, '"envs" must be a list of "NAME=value"'),
     ],
@@ -174,3 +179,9 @@ def test_a_host_is_asked_by_its_own_python(monkeypatch: pytest.MonkeyPatch) -> N
     hosts = [Host("mini1", ("10.0.0.1",)), Host("mini2", ("10.0.0.2",), python="~/my hippo/python")]
     assert asyncio.run(host_checks.linked(hosts, [0, 1])) == [0, 1]
     assert commands[1][-2] == "mini2" and commands[1][-1].startswith("~/'my hippo/python' -c ")
+
+
+def test_a_host_s_speed_is_told_to_its_rank() -> None:
+    hostfile = hostfile_of([{"ssh": "a", "ips": ["10.0.0.1"], "speed": 1.5}, {"ssh": "b", "ips": ["10.0.0.2"]}], "x")
+    plan = start_plan(hostfile, "ring", ["-m", "x"], 17000)
+    assert [rank.environment for rank in plan.ranks] == [{"MLX_RANK": "0", "HIPPO_SPEED": "1.5"}, {"MLX_RANK": "1"}]

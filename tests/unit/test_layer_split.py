@@ -22,7 +22,9 @@ GIB = 1 << 30
 
 def info(work: list[float], head: float = 0.0, forbidden: dict[int, str] | None = None, size: int = 1000) -> ModelInfo:
     num = len(work)
-    return ModelInfo(num, [size] * num, work, size, head, [CacheCost(0, 10)] * num, forbidden or {}, 4096, True, 100)
+    return ModelInfo(
+        num, [size] * num, work, [0.0] * num, size, head, [CacheCost(0, 10)] * num, forbidden or {}, 4096, True, 100
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,7 +77,7 @@ def test_context_shrinks_until_it_fits() -> None:
         ((4, 3), "covers 7 layers but the model has 8; try --layer-split 4,4"),
         ((8, 0), "leaves a rank without layers"),
         ((4, 2, 2), "is for 3 ranks, but there are 2"),
-        ((3, 5), "can't be cut .because.; it can before 1, 2, 4, 5, 6, 7"),
+        ((3, 5), "can't be cut .because.; it can be cut before 1, 2, 4, 5, 6, 7"),
     ],
 )
 def test_impossible_layer_split(split: tuple[int, ...], complaint: str) -> None:

@@ -153,7 +153,7 @@ def test_a_loop_may_be_left_and_another_begun(size: int) -> None:
         left = here.loop([7, 8])
         next(left)
         second = here.tokens([3, 4], [5])
-        with pytest.raises(UserError, match="ended by a later generate"):
+        with pytest.raises(UserError, match="closed by a later generate"):
             next(left)
         next(here.loop([9]))  # and dropped
         return alone, second, here.tokens([3, 4], [5])
@@ -166,7 +166,7 @@ def test_a_loop_may_be_left_and_another_begun(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_loops_of_one_llm_in_turns_end_the_first(size: int) -> None:
     def script(here: Script) -> Any:
-        with pytest.raises(UserError, match="ended by a later generate"):
+        with pytest.raises(UserError, match="closed by a later generate"):
             list(zip(here.loop([3]), here.loop([4]), strict=True))
         first, second = here.loop([3]), here.loop([4])  # of which none is begun
         return len(list(first)), len(list(second))
@@ -205,9 +205,9 @@ def leaves(rank: int, after: int) -> Callable[[Script], Any]:
 @pytest.mark.parametrize("after", [0, 3, 9])
 def test_a_loop_that_only_some_ranks_leave_ends_the_script(after: int) -> None:
     found = run(leaves(0, after))
-    assert isinstance(found[1], RankError) and "rank 0 has left a loop" in str(found[1])
+    assert isinstance(found[1], RankError) and "rank 0 left a loop" in str(found[1])
     found = run(leaves(2, after), 3)
-    assert isinstance(found[2], RankError) and "with which rank 0 goes on" in str(found[2])
+    assert isinstance(found[2], RankError) and "that rank 0 continues" in str(found[2])
 
 
 def test_a_script_may_go_on_after_the_last_output_that_counts() -> None:
@@ -259,4 +259,4 @@ def test_ranks_that_make_different_calls_are_told() -> None:
         return here.tokens(*[[3]] * (1 + here.rank))
 
     found = run(script)
-    assert "this rank has made call 1 of generate of model 1 with 2 prompts, but rank 0" in str(found[1])
+    assert "this rank is at generate() call 1 on model 1 with 2 prompts, but rank 0 at" in str(found[1])

@@ -24,12 +24,12 @@ def loaded(error: BaseException) -> HippoError:
         (ValueError("Missing 3 parameters: \n a, b, c"), "somewhere can't be loaded: Missing 3 parameters: a, b, c"),
         (RuntimeError("[load_safetensors] Invalid json header length"), "Invalid json header"),
         (FileNotFoundError(2, "No such file", "adapters"), "No such file"),
-        (KeyError("model.layers.0.mlp.weight"), "somewhere can't be loaded: it lacks 'model.layers.0.mlp.weight'"),
+        (KeyError("model.layers.0.mlp.weight"), "somewhere can't be loaded: missing key 'model.layers.0.mlp.weight'"),
         (ModuleNotFoundError("No module", name="hf_olmo"), "needs the package hf_olmo, which isn't installed"),
         (SystemExit(1), "needs a package that isn't installed"),
         (
             TypeError("ModelArgs.__init__() missing 2 required positional arguments: 'vocab_size' and 'n_layers'"),
-            "config.json lacks 'vocab_size' and 'n_layers'",
+            "config.json is missing 'vocab_size' and 'n_layers'",
         ),
     ],
 )
@@ -47,7 +47,7 @@ def test_ours(error: Exception) -> None:
     assert isinstance(found, ForeignError) and found.exit_code == 1
     name = type(error).__name__
     assert str(found).startswith(f"somewhere can't be loaded: {name}")
-    assert str(found).endswith("; please report this, with what HIPPO_TRACEBACK=1 prints")
+    assert str(found).endswith("; please report this with the traceback that HIPPO_TRACEBACK=1 prints")
 
 
 def test_an_unknown_type_is_no_missing_package() -> None:

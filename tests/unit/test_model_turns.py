@@ -21,11 +21,11 @@ def test_a_model_comes_when_the_answers_of_the_other_are_complete() -> None:
         other = ask(front, "n")
         late = ask(front)
         assert ranks.added == numbers_of([begun]) and not front.turn_is_over.is_set()
-        assert front.state == "ready; n comes after 1 answer of m"
+        assert front.state == "ready; n is next, after 1 answer of m"
         await ranks.say(fake_link.output(0, 7, "", "stop"))
         assert front.turn_is_over.is_set() and front.state == "ready; n is next"
         assert front.take_turn() and front.model == "n" and ranks.is_closed and not front.is_ready
-        assert front.why_waiting("m").endswith("m is loaded after that")
+        assert front.why_waiting("m").endswith("m is next")
         await ranks.end()
         ranks = await ready_ranks(front)
         assert ranks.added == numbers_of([other]) and not front.turn_is_over.is_set()
@@ -70,7 +70,7 @@ def test_load() -> None:
         gone = asyncio.ensure_future(front.load("o"))
         await asyncio.sleep(0)
         gone.cancel()
-        assert not front.turn_is_over.is_set() and front.state == "ready; n comes after 1 answer of m"
+        assert not front.turn_is_over.is_set() and front.state == "ready; n is next, after 1 answer of m"
         await ranks.say(fake_link.output(0, 7, "", "stop"))
         assert front.take_turn() and front.model == "n"
         await ranks.end()
@@ -118,7 +118,7 @@ def test_a_model_that_is_refused_is_given_up() -> None:
         with pytest.raises(UserError, match="it is a fox"):
             await asyncio.wait_for(loaded, HANG_S)
         assert not front.give_up_model("there is none to return to")
-        assert ends == ["error"] and front.state.startswith("m is being loaded")
+        assert ends == ["error"] and front.state.startswith("loading m")
         ranks = await ready_ranks(front)
         assert ranks.added == numbers_of([late])
         ask(front, "n")
@@ -212,7 +212,7 @@ def test_nobody_is_left_when_a_change_fails_for_good() -> None:
             assert front.model == "n"
             lose(front)
         assert "3 times in a row" in other.outcome and front.num_requests == 0
-        assert front.give_up_model("its ranks have ended") and front.model == "m"
+        assert front.give_up_model("its ranks failed") and front.model == "m"
         ranks = await ready_ranks(front)
         assert not ranks.told
         await ranks.end()

@@ -94,22 +94,23 @@ def test_keys_of_a_command_of_its_own(config: Path) -> None:
         ("config: other.yaml\n", "line 1: unknown key 'config'"),
         ("max-tokens: many\n", "line 1: argument --max-tokens"),
         ("insecure: 1\n", "line 1: insecure must be true or false"),
-        ("- port\n", "line 1: keys and values must stand here"),
+        ("- port\n", "line 1: expected keys and values"),
         ("port: 1\ntemp: inf\n", "line 2: argument --temp: inf is not a number of at least 0"),
         ("port: 1\ntemp: .nan\n", "line 2: argument --temp: '.nan' is not a number of at least 0"),
         ("models:\n  a: {model: x,\n   temp: inf}\n", "line 3: argument --temp: inf is not"),
-        ("port: 1\nmodels: {}\n", "line 2: models has no card"),
+        ("port: 1\nmodels: {}\n", "line 2: models is empty"),
         ("port: 1\nhosts: []\n", "line 2: hosts must be a list"),
         ("hosts:\n  - {ssh: a,\n     ips: 127.0.0.1}\n", "line 3: ips must be a list"),
         ("hosts:\n  - {ssh: [a]}\n", "line 2: ssh must be a single name"),
-        ("hosts: [{ssh: !foo bar, ips: [127.0.0.1]}]\n", "line 1: '!foo' means nothing here"),
-        ("temp: !foo 1\n", "line 1: '!foo' means nothing here"),
-        ("hosts: [{ssh: {[1]: 2}}]\n", "line 1: names, or lists of names, must stand here"),
+        ("hosts:\n  - {ssh: a, speed: fast}\n", "line 2: speed: 'fast' is not a number"),
+        ("hosts: [{ssh: !foo bar, ips: [127.0.0.1]}]\n", "line 1: unsupported YAML tag '!foo'"),
+        ("temp: !foo 1\n", "line 1: unsupported YAML tag '!foo'"),
+        ("hosts: [{ssh: {[1]: 2}}]\n", "line 1: expected a name, or a list of names"),
         ("hosts: [{[1]: 2}]\n", "line 1: a key must be a name"),
         ("[1]: 2\n", "line 1: a key must be a name"),
-        ("hosts: [{ssh: a, ips: &a [*a]}]\n", "line 1: names, or lists of names, must stand here"),
+        ("hosts: [{ssh: a, ips: &a [*a]}]\n", "line 1: expected a name, or a list of names"),
         ("insecure: !!bool maybe\n", "line 1: insecure must be true or false"),
-        ('model: "a\\0b"\n', "line 1: 'a\\x00b' has a character"),
+        ('model: "a\\0b"\n', "line 1: 'a\\x00b' contains a NUL"),
         ('system-prompt: "\\ud800"\n', "line 1: '\\ud800' is not UTF-8"),
         ("stop-words: [a, -m 5]\n", "line 1: '-m 5' looks like an option"),
     ],
@@ -271,7 +272,7 @@ def test_folders_of_a_card_begin_where_it_lies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("module", [generate, plan, serve, models, page, run])
 def test_one_file_of_options(module: Any, config: Path) -> None:
     words = ["--config", str(config), "--config", str(config)]
-    with pytest.raises(UserError, match="--config: can be given once only"):
+    with pytest.raises(UserError, match="--config: can be given only once"):
         if module is serve:
             serve.read_command_line(words)
         elif module is run:
@@ -318,7 +319,7 @@ def test_a_model_that_is_none_is_told_with_those_of_the_file(config: Path) -> No
     with pytest.raises(UserError) as told:
         read(config, "--model", "nosuch")
     assert str(told.value) == (
-        f"no such model: nosuch; {config} has tale, fable; bundled are story-3m, story-draft, story-other-tokenizer"
+        f"no such model: nosuch; {config} has tale, fable; bundled models: story-3m, story-draft, story-other-tokenizer"
     )
     assert read(config, "--model", "story-3m").model == "story-3m"
     assert read(config, "--model", str(config.parent)).model == str(config.parent)
@@ -327,7 +328,7 @@ def test_a_model_that_is_none_is_told_with_those_of_the_file(config: Path) -> No
 def test_help_has_the_bundled_models_that_an_error_has() -> None:
     with pytest.raises(UserError) as told:
         find_model("nosuch", None)
-    names = str(told.value).partition("bundled are ")[2]
+    names = str(told.value).partition("bundled models: ")[2]
     (shown,) = (action.help for action in generate.make_parser()._actions if action.dest == "model")
     assert names.count(",") == 2 and f"a bundled one ({names})" in str(shown)
 
@@ -337,7 +338,7 @@ def test_links_of_one_rank_are_refused() -> None:
     folder = SimpleNamespace(source=SimpleNamespace(path=Path("models/story-3m")))
     session: Any = SimpleNamespace(options=options, agreement=SimpleNamespace(counts=[12], checkpoint=folder))
     with pytest.raises(
-        UserError, match=r"--link joins several ranks: give --machine .* ./launch/run -n 2 --command plan"
+        UserError, match=r"--link needs several ranks: give --machine .* ./launch/run -n 2 --command plan"
     ):
         plan._check(session)
     session.agreement.counts = [6, 6]
@@ -384,5 +385,5 @@ def test_the_launcher_takes_ranks_hostfile_and_backend_of_the_file(
         with pytest.raises(UserError, match=line):
             job_of(path)
     path.write_text("ranks: 2\nhosts: [{ssh: a}]\n")
-    with pytest.raises(UserError, match="line 1: 'ranks' contradicts 'hosts'"):
+    with pytest.raises(UserError, match="line 1: 'ranks' conflicts with 'hosts'"):
         job_of(path)

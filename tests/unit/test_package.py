@@ -109,7 +109,7 @@ def test_mpirun_is_found_beside_it(installed: Path, tmp_path: Path) -> None:
         env={"PATH": str(tmp_path)},
     )  # fmt: skip
     assert found.returncode == 2
-    assert found.stderr.startswith("error: --backend mpi needs mpirun, which isn't here: pip install ")
+    assert found.stderr.startswith("error: --backend mpi needs mpirun, which isn't installed: pip install ")
     (installed / "mpirun").symlink_to(Path(sys.executable).parent / "mpirun")
     assert run(installed / "hippo-mpi", "run", "--backend", "mpi", "-n", "2", "-m", "5", cwd=tmp_path).strip()
 

@@ -56,7 +56,7 @@ def test_what_is_quantised_stays_so(tmp_path: Path) -> None:
     stored = open_checkpoint(ModelSource(folder))
     assert stored_precision(stored.config) == "4bit"
     assert open_checkpoint(ModelSource(folder, precision="4bit")).weight_bytes == stored.weight_bytes
-    with pytest.raises(ModelError, match="--precision 8bit: the checkpoint is quantised to 4bit already"):
+    with pytest.raises(ModelError, match="--precision 8bit: the checkpoint is already quantised to 4bit"):
         open_checkpoint(ModelSource(folder, precision="8bit"))
     half = open_checkpoint(ModelSource(folder, precision="bfloat16"))
     assert sum(half.weight_bytes.values()) < sum(stored.weight_bytes.values())

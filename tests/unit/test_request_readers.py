@@ -85,26 +85,26 @@ def test_hints_and_neutral_values_change_nothing(read: Any, name: str) -> None:
         (chat, {"use_beam_search": True}, "use_beam_search", "use_beam_search must be false here"),
         (chat, {"top_logprobs": 2}, "top_logprobs", "top_logprobs needs logprobs"),
         (chat, {"top_k": -2}, "top_k", "top_k must be a whole number from 0"),
-        (chat, {"min_tokens": 3, "stop": "x"}, "min_tokens", "can't stand beside stop"),
-        (chat, {"add_generation_prompt": False}, "add_generation_prompt", "the contrary of continue_final_message"),
-        (chat, {"continue_final_message": True, "add_generation_prompt": False}, "continue_final_message", "needs a text"),
+        (chat, {"min_tokens": 3, "stop": "x"}, "min_tokens", "can't be combined with stop"),
+        (chat, {"add_generation_prompt": False}, "add_generation_prompt", "the opposite of continue_final_message"),
+        (chat, {"continue_final_message": True, "add_generation_prompt": False}, "continue_final_message", "needs an assistant message"),
         (chat, {"tools": [{"type": "custom"}]}, "tools", "tools must be a list"),
-        (chat, {"tool_choice": "required"}, "tool_choice", "isn't among the tools"),
+        (chat, {"tool_choice": "required"}, "tool_choice", "isn't in tools"),
         (chat, {"reasoning_effort": "huge"}, "reasoning_effort", "reasoning_effort must be one of none"),
-        (completion, {"echo": True, "stop": ["x"]}, "stop", "stop can't stand beside echo"),
+        (completion, {"echo": True, "stop": ["x"]}, "stop", "stop can't be combined with echo"),
         (completion, {"suffix": "end"}, "suffix", 'suffix must be "" here'),
         (completion, {"prompt": ["a", [1]], "top_logprobs": 1}, "top_logprobs", "unknown field"),
         (completion, {"prompt": [[]]}, "prompt", "prompt must be a string, a list of tokens, or a list of such"),
-        (completion, {"prompt": ["a", "b"]}, "prompt", "prompt must be one here, not a list of 2"),
+        (completion, {"prompt": ["a", "b"]}, "prompt", "prompt must be a single prompt here, not a list of 2"),
         (responses, {"previous_response_id": "r"}, "previous_response_id", "previous_response_id must be null here"),
         (responses, {"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens must be a whole number from 1"),
         (responses, {"include": ["message.output_text.logprobs"]}, "include", "include can't have"),
         (responses, {"text": {"format": {"type": "fairy"}}}, "text", "text must have the type"),
         (responses, {"input": []}, "input", "input must be a list of objects with role"),
-        (messages, {"stop_sequences": ["x"] * 17}, "stop_sequences", "stop_sequences takes up to 16 texts"),
+        (messages, {"stop_sequences": ["x"] * 17}, "stop_sequences", "stop_sequences can have up to 16 strings"),
         (messages, {"max_tokens": None}, "max_tokens", "max_tokens: Field required"),
-        (messages, {"output_config": {"fox": 1}}, "output_config", "output_config takes an effort and a format only"),
-        (messages, {"tools": [{"type": "web_search_20250305"}]}, "tools", "the server has none of its own"),
+        (messages, {"output_config": {"fox": 1}}, "output_config", "output_config can only have effort and format"),
+        (messages, {"tools": [{"type": "web_search_20250305"}]}, "tools", "server tools aren't supported"),
         (messages, {"mcp_servers": [{"url": "x"}]}, "mcp_servers", "mcp_servers must be [] here"),
     ],
 )  # fmt: skip
@@ -192,8 +192,8 @@ def test_codex_s_tools(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         asked = responses(tools=tools, tool_choice="auto", parallel_tool_calls=False)
     assert [tool["function"]["name"] for tool in asked.tools] == ["find_fox"]
-    assert "tools of the type 'fox_search' are left out" in caplog.text
-    with pytest.raises(FieldError, match="isn't among the tools"):
+    assert "ignoring tools of type 'fox_search'" in caplog.text
+    with pytest.raises(FieldError, match="isn't in tools"):
         responses(tools=tools[1:], tool_choice="required")
 
 
@@ -238,7 +238,7 @@ def test_hardly_any_temperature_is_none(temperature: float) -> None:
 
 def test_a_continued_answer_has_no_format() -> None:
     begun = [USER, {"role": "assistant", "content": '{"at": '}]
-    with pytest.raises(FieldError, match="continued") as caught:
+    with pytest.raises(FieldError, match="continuing") as caught:
         chat(messages=begun, continue_final_message=True, response_format={"type": "json_object"})
     assert caught.value.field == "response_format"
 
@@ -252,9 +252,9 @@ def test_parts_that_are_no_text_are_refused_whatever_else_they_hold() -> None:
 @pytest.mark.parametrize(
     ("fields", "can_keep", "why"),
     [
-        ({"store": False}, True, "an answer in the background must be stored, so store must not be false"),
-        ({"store": True}, False, "an answer in the background must be stored, and this server has no --journal"),
-        ({}, False, "an answer in the background must be stored, and this server has no --journal"),
+        ({"store": False}, True, "background responses must be stored, so store can't be false"),
+        ({"store": True}, False, "background responses must be stored, and this server has no --journal"),
+        ({}, False, "background responses must be stored, and this server has no --journal"),
     ],
 )
 def test_answers_in_the_background_are_stored(fields: dict[str, Any], can_keep: bool, why: str) -> None:

@@ -66,7 +66,7 @@ def test_a_rank_falls_silent(make: Make, silent: int) -> None:
     for rank in others if silent == 0 else ranks[:1]:
         rank.age_word_of(silent)
     line = await_ends(others, 1 if silent == 0 else 0)
-    assert re.match(rf"rank {silent} \(h{silent}\) answered last 6\d\.\d s ago; it was starting, and rank", line)
+    assert re.match(rf"rank {silent} \(h{silent}\) sent no heartbeat for 6\d\.\d s; it was starting, and rank", line)
 
 
 @pytest.mark.parametrize("error", [UserError("a"), RankError("b"), ForeignError("c")])
@@ -144,7 +144,7 @@ def test_an_end_in_the_middle_of_a_frame(make: Make, sent: bytes, then: str) -> 
         ranks[1].die()
     else:
         ranks[0].age_word_of(1)
-    assert ("died" if then == "dies" else "answered last") in await_ends(ranks[:1], 0)
+    assert ("died" if then == "dies" else "sent no heartbeat for") in await_ends(ranks[:1], 0)
 
 
 def test_a_frame_in_two_parts(make: Make) -> None:
@@ -175,7 +175,7 @@ def test_nobody_gets_on(make: Make, size: int) -> None:
     assert ranks[0].stalled_s == 0
     ranks[0].age_progress()
     line = await_ends(ranks, 0)
-    assert re.match(r"no rank got on for 6\d s: rank 0 \(h0\) is waiting for step 3", line)
+    assert re.match(r"no rank made progress for 6\d s: rank 0 \(h0\) is waiting for step 3", line)
     assert line.count("is waiting for step 3") == size
 
 
@@ -191,7 +191,7 @@ def test_nothing_is_due_while_idle(make: Make) -> None:
     some_beats()
     assert ranks[0].end is None
     ranks[0].age_progress()
-    assert "no rank got on" in await_ends(ranks, 0)
+    assert "no rank made progress" in await_ends(ranks, 0)
 
 
 def test_nothing_is_due_in_a_pause(make: Make) -> None:
@@ -206,7 +206,7 @@ def test_nothing_is_due_in_a_pause(make: Make) -> None:
     some_beats()
     assert rank.end is None and rank.doing == "waiting for step 1"
     rank.age_progress()
-    assert "no rank got on" in str(rank.await_end())
+    assert "no rank made progress" in str(rank.await_end())
 
 
 def test_what_one_rank_does_is_progress_of_all(make: Make) -> None:
@@ -232,7 +232,7 @@ def test_a_step_as_long_as_the_longest_is_let_be(make: Make) -> None:
     some_beats()
     assert ranks[0].end is None and ranks[0].stalled_s > TIMEOUT_S + 189
     ranks[0].age_progress(11)
-    assert "no rank got on for 26" in await_ends(ranks, 0)
+    assert "no rank made progress for 26" in await_ends(ranks, 0)
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -68,7 +68,9 @@ class AboutEndpoints:
                 if why := broker.why_stuck:
                     return why
                 if time.monotonic() - began_s > _DEEP_TIMEOUT_S:
-                    return f"no token came within {_DEEP_TIMEOUT_S:.0f} s; requests under way or waiting: {broker.num_requests}"
+                    return (
+                        f"no token within {_DEEP_TIMEOUT_S:.0f} s; requests running or waiting: {broker.num_requests}"
+                    )
                 await asyncio.sleep(_POLL_INTERVAL_S)
         finally:
             if own is not None:

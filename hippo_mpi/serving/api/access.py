@@ -147,7 +147,7 @@ class Access:
             HTTPException: it needs a key and has no valid one.
         """
         if not self.has_key(request):
-            raise HTTPException(401, "this server needs an API key: Authorization: Bearer KEY")
+            raise HTTPException(401, "missing or unknown API key: send it in the header Authorization: Bearer KEY")
 
     def check_admin(self, request: Request) -> None:
         """Check that a request may change the model.
@@ -156,7 +156,7 @@ class Access:
             HTTPException: it may not.
         """
         if self._rules.admin_keys and not any(_is_one_of(key, self._rules.admin_keys) for key in _keys_of(request)):
-            raise HTTPException(403, "another model is loaded now, and only a key of --admin-key-file may change that")
+            raise HTTPException(403, "another model is loaded, and only a key of --admin-key-file may change it")
 
     # ---- rates
 
@@ -169,9 +169,9 @@ class Access:
         client = self._client(request)
         wait_s = max(self._requests.wait_s(client), self._tokens.wait_s(client))
         if wait_s > 0:
-            seconds = math.ceil(wait_s)
-            headers = {"Retry-After": str(seconds)}
-            raise HTTPException(429, f"this key has had its requests or tokens for now: wait {seconds} s", headers)
+            seconds, who = math.ceil(wait_s), client.partition(" ")[0] or "client"
+            why = f"rate limit of requests or tokens per minute reached for this {who}: try again in {seconds} s"
+            raise HTTPException(429, why, {"Retry-After": str(seconds)})
         self._requests.spend(client, 1)
 
     def count_tokens(self, request: Request, number: int) -> None:
@@ -197,7 +197,7 @@ class Access:
             (rules.max_requests, "this server", "--max-batch-size and --max-queue"),
         ):
             if limit and count > limit:
-                why = f"{field} asks for {count} answers at once, and {whose} may have {limit} ({options})"
+                why = f"{field} asks for {count} answers at once; the limit of {whose} is {limit} ({options})"
                 raise FieldError(field, why)
 
     def take_places(self, request: Request, count: int) -> None:
@@ -210,12 +210,12 @@ class Access:
         taken = self._places[client]
         if rules.requests_per_key and taken + count > rules.requests_per_key:
             who, limit = client.partition(" ")[0], rules.requests_per_key
-            has = f"{count_of(taken, 'request')} under way or waiting"
-            why = f"this {who} has {has}, and may have {limit} at once: try again later"
+            has = f"{count_of(taken, 'request')} running or waiting"
+            why = f"this {who} has {has}; its limit is {limit}: try again later"
             raise HTTPException(429, why, _RETRY_AFTER)
         if rules.max_requests and self._places.total() + count > rules.max_requests:
-            has = f"{count_of(self._places.total(), 'request')} under way or waiting"
-            why = f"this server has {has}, and may have {rules.max_requests} at once: try again later"
+            has = f"{count_of(self._places.total(), 'request')} running or waiting"
+            why = f"this server has {has}; its limit is {rules.max_requests}: try again later"
             raise HTTPException(429, why, _RETRY_AFTER)
         self._places[client] += count
         held = self._held_by(request) or _Held(client)
@@ -259,7 +259,7 @@ class Access:
         """
         given = body.pop("cache_salt", None)
         if given is not None and not (isinstance(given, str) and 0 < len(given) <= _MAX_SALT_CHARS):
-            raise FieldError("cache_salt", f"cache_salt must be a text of 1 to {_MAX_SALT_CHARS} characters")
+            raise FieldError("cache_salt", f"cache_salt must be a string of 1 to {_MAX_SALT_CHARS} characters")
         key = self.key_of(request) if self._rules.keys and not self._rules.shares_prefixes else ""
         if not key and given is None:
             return ""

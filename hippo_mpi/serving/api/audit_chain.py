@@ -29,7 +29,7 @@ from hippo_mpi.units import count_of
 FIRST = "0" * 64
 """The previous hash of a log's very first line."""
 _ANCHOR_BYTES = 512  # one disk sector, which is written completely or not at all
-_BROKEN = "doesn't follow the line before: one was changed, dropped or moved"
+_BROKEN = "doesn't follow the previous line: a line was changed, dropped or moved"
 _SEALED = re.compile(rb'(.*), "mac": "([0-9a-f]{64})"\}', re.DOTALL)
 
 
@@ -78,7 +78,7 @@ def read_key(path: Path) -> ChainKey | None:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the audit log's key {path} can't be read: {error}") from None
     if not re.fullmatch("[0-9a-f]{64}", text):
-        raise UserError(f"{path} is no key of an audit log: 64 hexadecimal digits must stand in it")
+        raise UserError(f"{path} is not an audit log's key: expected 64 hexadecimal digits")
     return ChainKey(bytes.fromhex(text))
 
 
@@ -149,7 +149,7 @@ def read_anchor(log: Path, key: ChainKey) -> Anchor | None:
     except OSError as error:
         raise UserError(f"the audit log's anchor {path} can't be read: {error.strerror}") from None
     if not key.is_sealed(data, b"anchor"):
-        raise UserError(f"{path} was changed, or made with another key than this")
+        raise UserError(f"{path} was changed, or written with a different key")
     return anchor
 
 
@@ -231,7 +231,7 @@ class Chain:
             fields = json.loads(line)
             previous = fields["previous"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            return "is no line of an audit log"
+            return "is not a line of an audit log"
         if "mac" not in fields:
             if self.is_keyed:
                 return "has no MAC: it was added"
@@ -255,11 +255,15 @@ class Chain:
     def _mistake_of_mac(self, number: int, line: bytes, fields: dict[str, Any]) -> str | None:
         was_keyed, self.is_keyed = self.is_keyed, True
         if self.key is None:  # a mistake of the first line with a MAC only
-            return None if was_keyed else "can't be checked: the key isn't there (--audit-key)"
+            return None if was_keyed else "can't be checked without the key (--audit-key)"
         if not self.key.is_sealed(line):
-            return "was changed, or written with another key than this"
+            return "was changed, or written with a different key"
         if ("file" in fields) != (number == 1):
-            return "is not where it was written: lines before it were dropped" if number == 1 else "begins another file"
+            return (
+                "is not where it was written: earlier lines were dropped"
+                if number == 1
+                else "belongs at the start of a file"
+            )
         return None
 
 
@@ -293,7 +297,7 @@ def read_chain(
                 chain.noted_at = chain.num_lines
             is_same = not anchor or chain.num_lines != anchor.num_lines or chain.last_hash == anchor.last_hash
             if not is_same and not chain.mistakes:
-                chain.mistakes.append(f"{path}, line {number} is not the one that the anchor tells of")
+                chain.mistakes.append(f"{path}, line {number} is not the one that the anchor records")
     if not chain.mistakes and (mistake := _missing(chain, anchor, last_hash, num_lines)):
         chain.mistakes.append(mistake)
     return chain
@@ -307,21 +311,21 @@ def _missing(chain: Chain, anchor: Anchor | None, last_hash: str | None, num_lin
     is_sealed = chain.is_keyed or (anchor is not None and chain.num_lines == anchor.num_lines)
     if chain.key and chain.num_unkeyed and not is_sealed:
         return (
-            f"none of the log's {count_of(chain.num_unkeyed, 'line')} has a MAC, although there is a key: they were made anew"
-            " without it, or before it (then they are verified beside the file that follows)"
+            f"none of the log's {count_of(chain.num_unkeyed, 'line')} has a MAC, although there is a key: they were rewritten"
+            " without it, or are older (then verify them together with the next file)"
         )
     if last_hash is None or (last_hash == FIRST and not num_lines):
         return None
     if not chain.noted_at:
         return f"no line of the log ({chain.num_lines:,} lines) has the hash {last_hash}: its end was dropped"
     if num_lines is not None and chain.noted_at != num_lines:
-        return f"the hash {last_hash} is that of line {chain.noted_at}, not of line {num_lines}: they were not noted together"
+        return f"the hash {last_hash} is that of line {chain.noted_at}, not of line {num_lines}: they don't belong together"
     return None
 
 
 def _dropped(chain: Chain, wanted: int) -> str:
     has = f"the log has {chain.num_lines:,} of {wanted:,} lines"
     if chain.torn_bytes:
-        return f"{has}, and {chain.torn_bytes:,} bytes of another: the rest was cut off"
+        return f"{has}, and {chain.torn_bytes:,} bytes of the next: the rest was cut off"
     count = wanted - chain.num_lines
     return f"{has}: {f'its last {count} lines were' if count > 1 else 'its last line was'} dropped"

@@ -113,7 +113,7 @@ class AuditLog:
         except OSError as error:
             self.num_lost += 1
             self._reason = str(error.strerror)
-            lacks = f"it lacks {count_of(self.num_lost, 'request')} by now, which are answered all the same"
+            lacks = f"{count_of(self.num_lost, 'request')} answered without being logged so far"
             self._complain(f"can't be written ({error.strerror}): {lacks}")
 
     def is_writable(self) -> bool:
@@ -142,7 +142,7 @@ class AuditLog:
         before = self._written
         notes = list(self._notes)
         if lost := self.num_lost - before.num_noted:
-            notes.append({"note": f"lacks {count_of(lost, 'request')} ({self._reason})", "lost": lost})
+            notes.append({"note": f"{count_of(lost, 'request')} not logged ({self._reason})", "lost": lost})
         end, data = before.end, b""
         for record in (*notes, *records):
             begins = {"file": end.file} if end.end == 0 else {}
@@ -152,7 +152,7 @@ class AuditLog:
             end = end.followed_by(line)
         self._write_whole(data)
         if lost:
-            _log.warning("audit log %s goes on; it lacks %s", self._path, count_of(lost, "request"))
+            _log.warning("audit log %s can be written again; %s not logged", self._path, count_of(lost, "request"))
         self._written = _Written(end, before.num_requests + len(records), self.num_lost)
         self._notes = []
         self._is_dirty.set()
@@ -210,7 +210,7 @@ class AuditLog:
             sync_folder(self._path.parent)
             self._sync()
         except OSError as error:
-            self._complain(f"grows: no new file can be begun ({error.strerror})")
+            self._complain(f"can't be rotated, and keeps growing ({error.strerror})")
 
     def _keep_syncing(self) -> None:
         while not self._is_closed.is_set():
@@ -225,7 +225,7 @@ class AuditLog:
             with self._sync_lock:
                 self._bring_to_disk()
         except OSError as error:
-            self._complain(f"can't be brought to disk ({error.strerror})")
+            self._complain(f"can't be synced to disk ({error.strerror})")
 
     def _bring_to_disk(self) -> None:
         """Sync all lines to disk, and only then the anchor, so that it never has a line that a power cut has taken.
@@ -254,10 +254,10 @@ class AuditLog:
 def _told(end: Anchor) -> str:
     """Return where an audit log goes on, for the server's log: whoever keeps that can verify this end later."""
     if not end.num_lines:
-        return "a new one"
+        return "a new log"
     return (
-        f"goes on after {count_of(end.num_lines, 'line')}; hippo_mpi.audit verify finds out whether they are still there,"
-        f" with --lines {end.num_lines} --last-hash {end.last_hash}"
+        f"continues after {count_of(end.num_lines, 'line')}; to check later that they are still there: hippo_mpi.audit"
+        f" verify --lines {end.num_lines} --last-hash {end.last_hash}"
     )
 
 

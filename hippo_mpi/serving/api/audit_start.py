@@ -28,7 +28,7 @@ from hippo_mpi.serving.api.audit_chain import (
 )
 
 _log = logging.getLogger(__name__)
-_GAP = "no anchor was found, though the key is older than this start: lines before it may have been dropped unseen"
+_GAP = "no anchor found, although the key is older than this start: earlier lines may have been dropped unnoticed"
 
 
 def find_end(log: Path, key_path: Path) -> tuple[ChainKey, Anchor, list[dict[str, Any]]]:
@@ -46,29 +46,29 @@ def find_end(log: Path, key_path: Path) -> tuple[ChainKey, Anchor, list[dict[str
     """
     key = read_key(key_path)
     if key is None and anchor_path_of(log).exists():
-        raise UserError(f"the key {key_path} of the audit log {log} isn't there: give --audit-key, or {_anew(log)}")
+        raise UserError(f"no key file {key_path} for the audit log {log}: give --audit-key, or {_anew(log)}")
     if key and key_path.stat().st_mode & 0o077:
-        _log.warning("the audit log's key %s is not its owner's alone: chmod 600", key_path)
+        _log.warning("other users may access the audit log's key %s: chmod 600", key_path)
     anchor = read_anchor(log, key) if key else None
     if key and anchor:
         end = _after_anchor(log, key, anchor)
         return key, end, _set_tail_aside(log, end)
     chain = read_chain(files_of(log), key)
     if chain.mistakes:
-        raise UserError(f"{chain.mistakes[0]}: look with hippo_mpi.audit verify, or {_anew(log)}")
+        raise UserError(f"{chain.mistakes[0]}: see hippo_mpi.audit verify, or {_anew(log)}")
     end = _end_of(chain, log)
     notes = _set_tail_aside(log, end)
     if key:
         _log.warning("audit log %s: %s", log, _GAP)
         notes.append({"note": _GAP, "gap": True})
     if chain.num_unkeyed and not chain.is_keyed:
-        _log.info("audit log %s: its %d lines have no key; from here on there is one", log, chain.num_lines)
+        _log.info("audit log %s: its %d lines have no MACs; new ones will", log, chain.num_lines)
         end = _numbered(log, end)
     return key or make_key(key_path), end, notes
 
 
 def _anew(log: Path) -> str:
-    return f"set {log}* aside to begin anew"
+    return f"move {log}* away to start over"
 
 
 def _after_anchor(log: Path, key: ChainKey, anchor: Anchor) -> Anchor:
@@ -76,8 +76,8 @@ def _after_anchor(log: Path, key: ChainKey, anchor: Anchor) -> Anchor:
     files = files_of(log, anchor.file)
     if anchor.end and (not files or not _has_line(files[0], anchor)):
         raise UserError(
-            f"the audit log {log} lacks its line {anchor.num_lines:,}, of which its anchor tells: its end was dropped or"
-            f" changed; look with hippo_mpi.audit verify, or {_anew(log)}"
+            f"the audit log {log} lacks line {anchor.num_lines:,}, which its anchor records: its end was dropped or"
+            f" changed; see hippo_mpi.audit verify, or {_anew(log)}"
         )
     chain = Chain(key, anchor.num_lines, anchor.last_hash, is_keyed=True)
     end = replace(anchor, file=max([anchor.file, *(number + 1 for number in numbers_of(log))]))
@@ -90,7 +90,9 @@ def _after_anchor(log: Path, key: ChainKey, anchor: Anchor) -> Anchor:
                 break
             end = end.followed_by(line[:-1])
         if path != log and end.end < path.stat().st_size:
-            raise UserError(f"{path} has more than its lines: look with hippo_mpi.audit verify, or {_anew(log)}")
+            raise UserError(
+                f"{path} has unexpected data after its last valid line: see hippo_mpi.audit verify, or {_anew(log)}"
+            )
     return end if log.exists() else replace(end, start=0, end=0)
 
 
@@ -113,12 +115,12 @@ def _set_tail_aside(log: Path, end: Anchor) -> list[dict[str, Any]]:
     if not num_bytes:
         return []
     aside = log.with_name(f"{log.name}.torn-{time.time_ns()}")
-    note = f"{num_bytes} bytes behind the last line, which a kill or a power cut has left, were set aside"
+    note = f"{num_bytes} bytes after the last line, left by a kill or a power cut, were removed"
     with contextlib.suppress(OSError), log.open("rb") as stream:  # on a full disk it is only cut off
         stream.seek(end.end)
         with aside.open("xb") as copy:
             copy.write(stream.read())
-        note += f" in {aside.name}"
+        note += f" (copy: {aside.name})"
     os.truncate(log, end.end)
     _log.warning("audit log %s: %s", log, note)
     return [{"note": note}]

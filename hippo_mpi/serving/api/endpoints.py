@@ -159,7 +159,7 @@ class Api:
         salt = self._access.cache_salt(request, body)
         question = read_question(url, body, model.defaults, self.exchanges.can_keep)
         if self._settings.needs_audit and self._audit and not self._audit.is_writable():
-            raise HTTPException(503, "the audit log can't be written, and this server answers nothing without it")
+            raise HTTPException(503, "the audit log can't be written, and this server requires it (--audit-required)")
         total = self._num_answers(request, question)
         record = await self._record(request, url, body, question, model, salt)
         if model.name != self._broker.model:
@@ -203,7 +203,7 @@ class Api:
     async def _check_fits(self, model: ServedModel) -> None:
         """Raise a UserError for a model that doesn't fit these machines, while the present one still runs."""
         if self._broker.machines:
-            await self._catalogue.plan(model, self._broker.machines)
+            await self._catalogue.beside(partial(model.plan, self._broker.machines))
 
     async def _prepare(
         self, request: Request, asked: GenerationRequest, model: ServedModel

@@ -52,7 +52,7 @@ async def kept_alive(
             yield _comment(why)
         while True:
             if not (await asyncio.wait({pending}, timeout=silence_s))[0]:
-                yield _comment(why_waiting() or "no news yet")
+                yield _comment(why_waiting() or "still waiting")
             elif (event := pending.result()) is None:
                 return
             else:
@@ -86,7 +86,7 @@ async def numbered(events: AsyncIterator[bytes], after: int, is_cut: Callable[[]
             yield b"id: %d\n%b" % (number, event)
         number += 1
     if not has_come:
-        yield b"id: %d\n%b" % (number - 1, event) if event == DONE else _comment("that was all")
+        yield b"id: %d\n%b" % (number - 1, event) if event == DONE else _comment("no further events")
 
 
 async def _next(events: AsyncIterator[bytes]) -> bytes | None:

@@ -85,7 +85,7 @@ class Exchange:
         if self.is_over:
             return
         if isinstance(told, ServerEnding) and self.journal is not None:
-            goes_on = f"GET {self.record.url}/{self.record.id} goes on with this answer after its next start"
+            goes_on = f"GET {self.record.url}/{self.record.id} continues this answer after the server's restart"
             self.ending = ServerEnding(f"{told}; {goes_on}")
             self._wake()
             return

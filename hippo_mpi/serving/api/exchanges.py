@@ -185,13 +185,13 @@ class Exchanges:
             self._live[record.id] = exchange
             if num_deaths > _MAX_DEATHS:  # it may be what kills the servers
                 exchange.tell(
-                    0, RankError(f"the server has died {num_deaths} times over this, without a token between")
+                    0, RankError(f"the server died {num_deaths} times on this request without producing a token")
                 )
                 continue
             exchange.patience_s = None if can_wait else _RECONNECT_TIMEOUT_S
             self._bring_back(exchange)
         if self._live:
-            _log.info("of the server before this one %d requests go on", len(self._live))
+            _log.info("resuming %d requests of the previous server", len(self._live))
 
     def _bring_back(self, exchange: Exchange) -> None:
         record = exchange.record

@@ -54,14 +54,14 @@ class Gate:
     def _check_host(self, request: Request) -> None:
         host = _host_of(request.headers.get("host", ""))
         if self._hosts and host and host not in self._hosts:
-            raise HTTPException(403, f"the Host header asks for {host!r}: start the server with --allow-host {host}")
+            raise HTTPException(403, f"host {host!r} is not allowed: start the server with --allow-host {host}")
 
     def _check_origin(self, request: Request) -> None:
         origin = request.headers.get("origin")
         if origin is None or "*" in self._origins or origin in self._origins:
             return
         if origin.partition("://")[2].lower() != request.headers.get("host", "").lower():
-            why = f"pages of {origin!r} may not ask: start the server with --allow-origin {origin}"
+            why = f"origin {origin!r} is not allowed: start the server with --allow-origin {origin}"
             raise HTTPException(403, why)
 
 

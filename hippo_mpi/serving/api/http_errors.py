@@ -46,7 +46,7 @@ async def http_error(request: Request, error: Exception) -> Response:
     has_no_route = status == 404 and text == HTTPStatus.NOT_FOUND.phrase
     if has_no_route:
         meant = _meant(request)
-        text = f"there is no {request.url.path} here; {f'did you mean {meant}?' if meant else '/ says what there is'}"
+        text = f"unknown URL {request.url.path}; {f'did you mean {meant}?' if meant else 'GET / describes this server'}"
     if _speaks_anthropic(request):
         kind = _ANTHROPIC_KINDS.get(status, "invalid_request_error")
         return JSONResponse(messages_error(Exception(text), kind), status, error.headers)
@@ -77,7 +77,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 async def _broken(request: Request, _: Exception) -> Response:
     """Return the response to a bug of ours, whose traceback is in the log; middleware doesn't see this response."""
-    error = HippoError("a mistake of the server's: please report it, with the traceback in its log")
+    error = HippoError("internal error: please report it with the traceback in the server's log")
     body = messages_error(error) if _speaks_anthropic(request) else error_of(error)
     return JSONResponse(body, 500, id_headers(request_id(request)))
 

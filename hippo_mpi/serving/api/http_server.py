@@ -68,9 +68,7 @@ class HttpSettings:
 
 def _check_certificate(certfile: Path, keyfile: Path | None) -> None:
     def refuse() -> str:
-        raise UserError(
-            f"the private key for --ssl-certfile {certfile} has a password: give one without (openssl pkey)"
-        )
+        raise UserError(f"the private key for --ssl-certfile {certfile} has a password: remove it (openssl pkey)")
 
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, refuse)
@@ -127,8 +125,8 @@ async def serve_http(app: Starlette, broker: RequestBroker, settings: HttpSettin
 async def _end_answers(server: uvicorn.Server, broker: RequestBroker) -> None:
     while not server.should_exit:
         await asyncio.sleep(0.1)
-    _log.info("the server is ending; requests that are told so: %d", broker.num_requests)
-    broker.fail_all(ServerEnding("the server is ending"))
+    _log.info("shutting down; requests running or waiting: %d", broker.num_requests)
+    broker.fail_all(ServerEnding("the server is shutting down"))
 
 
 async def _announce(broker: RequestBroker) -> None:

@@ -170,7 +170,7 @@ class Journal:
             try:
                 record, lines = read_record(text), _lines(self._writer, number)
             except (msgspec.DecodeError, ValueError, RecursionError) as error:  # written by another version
-                _log.warning("a request in the journal %s can't be read, and is forgotten: %r", self.path, error)
+                _log.warning("dropping an unreadable request from the journal %s: %r", self.path, error)
                 self._writer.execute("UPDATE requests SET expires = 0 WHERE number = ?", (number,))
                 continue
             deaths = 1 if len(lines) > lines_before else deaths + 1
@@ -194,7 +194,7 @@ class Journal:
         if version == _VERSION:
             return
         if version or self._writer.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            raise sqlite3.DatabaseError("it is another program's, or another version's: set it aside")
+            raise sqlite3.DatabaseError("it belongs to another program or version: move it away")
         self._writer.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {_VERSION}; COMMIT;")
 
     def _put(self, name: str, statement: str, values: Sequence[Any], then: Then) -> None:
@@ -231,7 +231,9 @@ class Journal:
             self._writer.execute("COMMIT")
         except sqlite3.Error as error:
             self._torn |= {one.name for one in batch}
-            _log.error("the journal can't be written (%s): a restart would make the rest of these answers anew", error)
+            _log.error(
+                "the journal can't be written (%s): a restart would generate the rest of these answers again", error
+            )
             with contextlib.suppress(sqlite3.Error):
                 self._writer.execute("ROLLBACK")
         if any(one.statement == _FORGET for one in batch):
@@ -251,7 +253,7 @@ class Journal:
             self._writer.execute("COMMIT")
         except (OSError, sqlite3.Error) as error:
             is_tidy = True  # try again at the next sweep
-            _log.warning("the journal can't be tidied: %s", error)
+            _log.warning("can't delete expired answers from the journal: %s", error)
             with contextlib.suppress(sqlite3.Error):
                 self._writer.execute("ROLLBACK")
         self._next_sweep_s = time.monotonic() + _SWEEP_INTERVAL_S if is_tidy else 0.0
@@ -288,7 +290,7 @@ class Journal:
             before_s = time.monotonic() - _DISK_TIMEOUT_S
             late = [one for one in self._waiting if one.put_s < before_s]
             if late:
-                _log.warning("the journal's disk doesn't answer: answers go on without it")
+                _log.warning("the journal's disk doesn't respond: answers continue without it")
                 self._tell(late)
 
 
@@ -315,7 +317,7 @@ def _locked(path: Path) -> IO[bytes]:
         lock_file = lock.open("ab")
         fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another server has the journal {path}: each needs one of its own") from None
+        raise UserError(f"the journal {path} is in use by another server: each needs its own") from None
     except OSError as error:
         raise UserError(f"the journal {path} can't be used: {error.strerror}") from None
     return lock_file

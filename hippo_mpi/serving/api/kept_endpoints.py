@@ -73,8 +73,8 @@ class KeptEndpoints:
         name = request.path_params["id"]
         exchange = await self._exchanges.find(name, self._owner_of(request))
         if exchange is None or exchange.record.url != url or self._catalogue.find(exchange.record.model) is None:
-            why = "it may have expired" if self._exchanges.can_keep else "without --journal this server keeps none"
-            raise _NotKept(f"there is no answer {name[:80]!r} here: {why}")
+            why = "it may have expired" if self._exchanges.can_keep else "this server keeps none without --journal"
+            raise _NotKept(f"no answer with id {name[:80]!r}: {why}")
         return exchange
 
     async def _get(self, request: Request, exchange: Exchange) -> Response:
@@ -99,7 +99,7 @@ class KeptEndpoints:
 
     async def _cancel(self, request: Request, exchange: Exchange) -> Response:
         if not exchange.record.is_background:
-            raise UserError("only a response in the background can be cancelled: the others end with their client")
+            raise UserError("only background responses can be cancelled: others end when their client disconnects")
         self._exchanges.abort(exchange)
         await exchange.settle()
         question, model = await self._question(exchange)
@@ -132,7 +132,7 @@ def _starting_after(request: Request) -> int | None:
     given = query.get("starting_after", last)
     if wants_stream == "false" and last is None:
         if "starting_after" in query:
-            raise FieldError("starting_after", "starting_after is for stream=true")
+            raise FieldError("starting_after", "starting_after needs stream=true")
         return None
     if given is None:
         return -1

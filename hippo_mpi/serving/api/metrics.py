@@ -25,26 +25,28 @@ class Metrics:
         def gauge(name: str, text: str, value: Callable[[], float]) -> None:
             Gauge(name, text, registry=self.registry).set_function(value)
 
-        gauge("hippo_requests", "Requests under way or waiting.", lambda: broker.num_requests)
-        gauge("hippo_ready", "1 while ranks answer.", lambda: float(broker.is_ready and not broker.why_stuck))
-        gauge("hippo_restarts", "How often the ranks were started again.", lambda: broker.num_restarts)
+        gauge("hippo_requests", "Requests running or waiting.", lambda: broker.num_requests)
+        gauge("hippo_ready", "1 while the ranks are ready.", lambda: float(broker.is_ready and not broker.why_stuck))
+        gauge("hippo_restarts", "Restarts of the ranks after failures.", lambda: broker.num_restarts)
         if audit is not None:
             gauge("hippo_audit_lost_requests", "Requests that aren't in the audit log.", lambda: audit.num_lost)
-        self._ended = Counter("hippo_answers", "Answers that have ended.", ["finish_reason"], registry=self.registry)
+        self._ended = Counter("hippo_answers", "Finished answers.", ["finish_reason"], registry=self.registry)
         self._tokens = Counter("hippo_generated_tokens", "Tokens generated.", registry=self.registry)
-        self._prompt = Counter("hippo_prompt_tokens", "Prompt tokens of ended answers.", registry=self.registry)
-        self._cached = Counter("hippo_cached_tokens", "Those of them that were cached.", registry=self.registry)
-        self._draft = Counter("hippo_draft_tokens", "Proposed by a draft model.", registry=self.registry)
-        self._accepted = Counter("hippo_accepted_draft_tokens", "Those of them accepted.", registry=self.registry)
+        self._prompt = Counter("hippo_prompt_tokens", "Prompt tokens of finished answers.", registry=self.registry)
+        self._cached = Counter("hippo_cached_tokens", "Prompt tokens found in a cache.", registry=self.registry)
+        self._draft = Counter("hippo_draft_tokens", "Tokens proposed by a draft model.", registry=self.registry)
+        self._accepted = Counter(
+            "hippo_accepted_draft_tokens", "Draft tokens that were accepted.", registry=self.registry
+        )
         self._first = Histogram(
             "hippo_first_token_seconds",
-            "From request to first token.",
+            "Time from request to first token.",
             buckets=_FIRST_BUCKETS_S,
             registry=self.registry,
         )
         self._between = Histogram(
             "hippo_token_seconds",
-            "Between two tokens of an answer.",
+            "Time between two tokens of an answer.",
             buckets=_BETWEEN_BUCKETS_S,
             registry=self.registry,
         )
@@ -76,11 +78,11 @@ class _Ranks(Collector):
         self._broker = broker
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        busy = CounterMetricFamily("hippo_rank_busy_seconds", "Time that a rank has worked.", labels=["rank"])
-        hop = CounterMetricFamily("hippo_hop_seconds", "Time that arrays took to a rank.", labels=["rank"])
-        hops = CounterMetricFamily("hippo_hops", "Messages with arrays to a rank.", labels=["rank"])
-        cache = GaugeMetricFamily("hippo_cache_bytes", "KV caches of a rank.", labels=["rank"])
-        in_flight = GaugeMetricFamily("hippo_steps_in_flight", "Steps that are on their way round the ring.")
+        busy = CounterMetricFamily("hippo_rank_busy_seconds", "Time that a rank was busy.", labels=["rank"])
+        hop = CounterMetricFamily("hippo_hop_seconds", "Time that arrays took to reach a rank.", labels=["rank"])
+        hops = CounterMetricFamily("hippo_hops", "Messages with arrays sent to a rank.", labels=["rank"])
+        cache = GaugeMetricFamily("hippo_cache_bytes", "Size of a rank's KV caches.", labels=["rank"])
+        in_flight = GaugeMetricFamily("hippo_steps_in_flight", "Steps in flight.")
         for rank, status in enumerate(self._broker.beat.ranks):
             if status is None:
                 continue

@@ -39,27 +39,27 @@ _BOOLEAN: _Schema = {"type": "boolean"}
 _SALT: _Schema = {"type": "string", "minLength": 1, "maxLength": 256}
 _CHOICE: _Schema = {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]}
 _ERRORS = {
-    400: "The body is wrong: the message names the field.",
-    401: "No API key, or an unknown one.",
-    403: "A page of another origin, or another name of the server; or only an admin key may change the model.",
-    404: "There is no such model, or no answer of this id that this key has asked for.",
+    400: "Invalid body: the message names the field.",
+    401: "Missing or unknown API key.",
+    403: "Origin or Host not allowed, or only an admin key may change the model.",
+    404: "No such model, or this key has no answer with this id.",
     408: "The body took too long.",
     413: "The body is too large.",
-    415: "The body isn't said to be application/json.",
-    429: "Too many requests wait, or this key has had its share: see Retry-After.",
-    503: "The ranks can't be brought back.",
+    415: "The Content-Type isn't application/json.",
+    429: "Too many waiting requests, or a rate limit reached: see Retry-After.",
+    503: "The ranks can't be restarted.",
 }
 
 
 def openapi_object(models: Sequence[str]) -> dict[str, Any]:
     """Return the OpenAPI description of a server of these models."""
     gets = {
-        "/": "What this is.",
-        "/health": "Whether the front lives; with deep=1, whether ranks make tokens (503 if not).",
-        "/ready": "Whether ranks answer (503 if not), and why not.",
-        "/metrics": "For Prometheus.",
-        "/openapi.json": "This.",
-        "/v1/models": "The catalogue.",
+        "/": "What this server is.",
+        "/health": "Whether the front is alive; with deep=1, whether the ranks produce tokens (503 if not).",
+        "/ready": "Whether the ranks are ready (503 if not), and why not.",
+        "/metrics": "Metrics for Prometheus.",
+        "/openapi.json": "This description.",
+        "/v1/models": "The models of the catalogue.",
         "/v1/models/{model}": "One of its models.",
     }
     paths: dict[str, Any] = {path: {"get": _operation(path, text)} for path, text in gets.items()}
@@ -69,7 +69,7 @@ def openapi_object(models: Sequence[str]) -> dict[str, Any]:
         paths[f"{path}/{{id}}"] = _of_kept(path)
     paths[f"{RESPONSES}/{{id}}/cancel"] = {
         "parameters": [_ID],
-        "post": _operation(f"{RESPONSES}/cancel", "End a response that is made in the background."),
+        "post": _operation(f"{RESPONSES}/cancel", "Cancel a background response."),
     }
     for path, body in _bodies({"type": "string", "enum": list(models)}).items():
         content = {"application/json": {"schema": body}}
@@ -84,13 +84,13 @@ def openapi_object(models: Sequence[str]) -> dict[str, Any]:
 
 def _of_kept(path: str) -> dict[str, Any]:
     """Return the path item of an answer that a server with a journal keeps."""
-    get = _operation(f"{path}/get", "An answer by its id; or its events, behind one of them.")
+    get = _operation(f"{path}/get", "An answer by its id, or its events after a given one.")
     get["parameters"] = [
         _parameter("query", "stream", {"enum": ["true", "false"]}),
         _parameter("query", "starting_after", {"type": "integer", "minimum": 0, "maximum": 999_999_999}),
         _parameter("header", "Last-Event-ID", {"type": "integer", "minimum": 0, "maximum": 999_999_999}),
     ]
-    return {"parameters": [_ID], "get": get, "delete": _operation(f"{path}/delete", "Forget an answer.")}
+    return {"parameters": [_ID], "get": get, "delete": _operation(f"{path}/delete", "Delete an answer.")}
 
 
 def _bodies(model: _Schema) -> dict[str, _Schema]:

@@ -127,15 +127,15 @@ def read_question(url: str, given: dict[str, Any], defaults: SamplingParams, can
     if url == RESPONSES:
         is_background = _flag(body, "background")
         if is_background and not (can_keep and wants_store):
-            why = ", so store must not be false" if can_keep else ", and this server has no --journal"
-            raise FieldError("background", f"an answer in the background must be stored{why}")
+            why = ", so store can't be false" if can_keep else ", and this server has no --journal"
+            raise FieldError("background", f"background responses must be stored{why}")
         asked = read_responses_body(body, defaults)
         return Question(url, [asked], 1, is_stream, StreamOptions(), is_stored, is_background)
     options = StreamOptions.read(body.get("stream_options"), is_stream)
     count = _num_choices(body)
     every = read_prompts(url, body, defaults)
     if is_stream and every[0].echo:
-        raise FieldError("echo", "echo must be false here, with stream: true")
+        raise FieldError("echo", "echo can't be combined with stream: true")
     return Question(url, every, count, is_stream, options, is_stored)
 
 

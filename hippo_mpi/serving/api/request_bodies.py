@@ -24,7 +24,7 @@ from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
 _T = TypeVar("_T")
 _LONG_BODY_BYTES = 1 << 16
 _MAX_DEPTH = 200  # of a body; templates and json.dumps recurse, too, and fail at depths that json.loads still accepts
-_TOO_DEEP = f"the body is nested more than {_MAX_DEPTH} deep"
+_TOO_DEEP = f"the body is nested more than {_MAX_DEPTH} levels deep"
 _NICE = 10  # priority of the thread for long prompts
 
 
@@ -80,7 +80,7 @@ async def read_json(request: Request, settings: ApiSettings) -> dict[str, Any]:
         if "\\u" in text:
             json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise UserError("half of a surrogate pair in a text") from None
+        raise UserError("unpaired surrogate in a string of the body") from None
     except ValueError:
         raise UserError("the body is not JSON in UTF-8") from None
     except RecursionError:

@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-import urllib.error
-import urllib.request
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from hippo_mpi.config.serve_options import API_KEYS
 from hippo_mpi.units import show_bytes
 
 COLUMNS = ("rank", "host", "layers", "weights", "resident", "KV caches", "busy", "hop")
 _LOOK_INTERVAL_S = 1.0
 _MAX_LOOKS = 120  # that are remembered
-_REQUEST_TIMEOUT_S = 5.0
-
-
-def own_key() -> str:
-    """Return the first API key in the environment; "none" if it has none."""
-    return os.environ.get(API_KEYS, "").split(",")[0].strip() or "none"
-
-
-def fetch_status(url: str) -> dict[str, Any]:
-    """Return the body of GET /ready of the server at `url`, ready or not.
-
-    Raises:
-        OSError: it doesn't answer.
-        ValueError: its answer isn't JSON.
-    """
-    request = urllib.request.Request(f"{url}/ready", headers={"Authorization": f"Bearer {own_key()}"})
-    try:
-        with urllib.request.urlopen(request, timeout=_REQUEST_TIMEOUT_S) as answer:
-            return dict(json.loads(answer.read()))
-    except urllib.error.HTTPError as error:  # status 503: the body says why it isn't ready
-        return dict(json.loads(error.read()))
 
 
 @dataclass(frozen=True)
@@ -88,10 +62,10 @@ class ClusterView:
         """The state of the server in a sentence or two."""
         status = self._status
         if not status.get("ready"):
-            return f"Not ready: {status.get('state', 'nothing is known yet')}. Answers that have begun go on by themselves."
+            return f"Not ready: {status.get('state', 'unknown')}. Answers in progress will continue by themselves."
         count, requests = len(status.get("ranks", [])), status.get("requests", 0)
         silent = status.get("silent_hosts") or []
-        without = f" Without {', '.join(silent)}, who doesn't answer." if silent else ""
+        without = f" Without {', '.join(silent)} (no answer)." if silent else ""
         on = f"{status['model']}, {count} rank{'s' * (count != 1)}, " if count else ""
         following = status.get("state", "").partition("; ")[2]  # a model that is loaded next
         then = f" {following}." if following else ""

@@ -114,7 +114,7 @@ def _add_chat(client: openai.OpenAI, models: list[str]) -> None:
             gr.Textbox("", label="System prompt", render=False),
             gr.Slider(0, 2, 0.0, step=0.05, label="Temperature", render=False),
             gr.Slider(0.05, 1, 1.0, step=0.05, label="Top p", render=False),
-            gr.Slider(1, 4096, 256, step=1, label="Most tokens", render=False),
+            gr.Slider(1, 4096, 256, step=1, label="Max tokens", render=False),
             gr.Number(None, label="Seed", precision=0, render=False),
         ],
         additional_inputs_accordion=gr.Accordion("Model and sampling", open=False, render=False),

@@ -7,12 +7,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_config
@@ -28,8 +28,10 @@ from hippo_mpi.errors import UserError
 from hippo_mpi.planning.costs import ModelInfo
 from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
 from hippo_mpi.planning.model_costs import model_info
+from hippo_mpi.serving.supervision.balance import BetterSplit, better_split
 from hippo_mpi.shard.slot_caches import KVSettings
 
+_P = TypeVar("_P")
 _log = logging.getLogger(__name__)
 
 
@@ -81,7 +83,7 @@ class ServedModel:
         info = model_info(open_checkpoint(self.source), KVSettings.from_options(self.options))
         if draft := ModelSource.of_draft(self.options):
             info = info.with_draft(model_info(open_checkpoint(draft), KVSettings()), self.options.num_draft_tokens)
-        _log.info("%s was read for planning, in %.1f s", self.name, time.monotonic() - began_s)
+        _log.info("read %s for planning in %.1f s", self.name, time.monotonic() - began_s)
         return info
 
     @property
@@ -99,7 +101,7 @@ class ServedModel:
         }
         found = ["completion", *(mode for mode, is_there in has.items() if is_there)]
         if missing := [mode for mode in self.options.modes if mode not in found]:
-            raise UserError(f"the modes of {self.name}: its chat template has no {' and no '.join(missing)}")
+            raise UserError(f"modes of {self.name}: its chat template doesn't support {' or '.join(missing)}")
         return [mode for mode in found if mode in allowed]
 
     @property
@@ -117,34 +119,43 @@ class ServedModel:
         usable = split if split and len(split) == len(machines) else None
         return plan_split(self.info, machines, self.options.max_context, usable)
 
+    def better_split(
+        self, machines: Sequence[Machine], counts: Sequence[int], max_context: int, worked_s: Sequence[float]
+    ) -> BetterSplit | None:
+        """Return a faster split than the one with these layers per rank, by what each has worked; None: there is none."""
+        return better_split(plan_split(self.info, machines, max_context, counts), worked_s)
+
 
 class Catalogue:
     """Models by name; the first is served first."""
 
     def __init__(self, models: Iterable[ServedModel]) -> None:
         self._models = {model.name: model for model in models}
-        self._to_plan: queue.Queue[tuple[Future[LayerSplit], ServedModel, Sequence[Machine]]] = queue.Queue()
+        self._to_plan: queue.Queue[Callable[[], None]] = queue.Queue()
         self._planner: threading.Thread | None = None
 
-    async def plan(self, model: ServedModel, machines: Sequence[Machine]) -> LayerSplit:
-        """Run `ServedModel.plan` beside the event loop.
+    async def beside(self, plan: Callable[[], _P]) -> _P:
+        """Return what a method of a model's returns that plans; it runs beside the event loop.
 
         It runs in a thread that never ends: the end of a thread that has used MLX crashes the process.
         """
         if self._planner is None:
             self._planner = threading.Thread(target=self._plan_all, name="hippo-planner", daemon=True)
             self._planner.start()
-        found: Future[LayerSplit] = Future()
-        self._to_plan.put((found, model, machines))
+        found: Future[_P] = Future()
+
+        def note() -> None:
+            try:
+                found.set_result(plan())
+            except Exception as error:  # whoever waits for it raises it
+                found.set_exception(error)
+
+        self._to_plan.put(note)
         return await asyncio.wrap_future(found)
 
     def _plan_all(self) -> None:
         while True:
-            found, model, machines = self._to_plan.get()
-            try:
-                found.set_result(model.plan(machines))
-            except Exception as error:  # whoever waits for it raises it
-                found.set_exception(error)
+            self._to_plan.get()()
 
     @property
     def names(self) -> list[str]:

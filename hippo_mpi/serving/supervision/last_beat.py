@@ -48,6 +48,6 @@ class LastBeat:
         if self._beat is None:
             return ""
         if self._beat.stalled_s:
-            return f"no rank has got on for {self._beat.stalled_s:.0f} s"
+            return f"no rank has made progress for {self._beat.stalled_s:.0f} s"
         silent_s = self.uptime_s - self._noted_s
-        return f"rank 0 has said nothing for {silent_s:.0f} s" if silent_s > _MAX_SILENT_S else ""
+        return f"no heartbeat from rank 0 for {silent_s:.0f} s" if silent_s > _MAX_SILENT_S else ""

@@ -11,6 +11,7 @@ from hippo_mpi.engine.messages import ErrorMessage, OutputMessage
 from hippo_mpi.engine.request import Request
 from hippo_mpi.planning.layer_split import Machine
 from hippo_mpi.transport.rank_status import RankStatus
+from hippo_mpi.units import show_layers
 
 MAX_LINE_BYTES = 64 << 20  # a prompt of some million tokens
 FRONT = "HIPPO_FRONT"
@@ -57,6 +58,11 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     vocab_size: int
     ranks: list[RankPart] = []
     machines: list[Machine] = []
+
+    @property
+    def where(self) -> str:
+        """Say which layers are on which host."""
+        return ", ".join(f"{rank.host} {show_layers(*rank.layers)}" for rank in self.ranks)
 
 
 class Taking(msgspec.Struct, tag="taking", frozen=True):

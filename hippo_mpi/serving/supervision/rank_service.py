@@ -89,7 +89,7 @@ class RankService:
                 self._connection.sendall(lines)
         except OSError as error:
             self._inbox.put(None)
-            raise RankError(f"the front is gone: {error}") from None
+            raise RankError(f"lost the connection to the front: {error}") from None
 
     def _read(self) -> None:
         with self._connection.makefile("rb") as lines:

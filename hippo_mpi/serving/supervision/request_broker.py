@@ -40,7 +40,7 @@ from hippo_mpi.serving.supervision.messages import (
 )
 from hippo_mpi.serving.supervision.suspects import is_suspect, may_begin
 from hippo_mpi.serving.supervision.wanted_models import WantedModels
-from hippo_mpi.units import count_of, show_layers, waiting_requests
+from hippo_mpi.units import count_of, waiting_requests
 
 _log = logging.getLogger(__name__)
 _ANY = 1 << 31  # tokens of a context or a vocabulary: more than any model has
@@ -71,8 +71,11 @@ class RequestBroker:
         self._wanted = WantedModels()
         self.turn_is_over = asyncio.Event()
         self._abouts: dict[str, Ready] = {}
+        self.layer_splits: dict[str, list[int]] = {}
+        """Layers per rank with which a model is to be started, where work has shown that they are better."""
+        self._new_split: list[int] | None = None  # for the present model, once its running answers have ended
         self.machines: list[Machine] = []  # memory budgets of the ranks that were ready last
-        self._set_state(f"{model} is being loaded")
+        self._set_state(f"loading {model}")
         self.num_starts = 0
         self.num_restarts = 0  # after failures
         self.silent_hosts: list[str] = []  # hosts that the present ranks run without
@@ -117,7 +120,7 @@ class RequestBroker:
     def why_waiting(self, model: str) -> str:
         """Say why a request for a model isn't running; empty if it is, or only queues for the loaded model."""
         if not self.is_ready:
-            return self.state if model == self.model else f"{self.state}; {model} is loaded after that"
+            return self.state if model == self.model else f"{self.state}; {model} is next"
         return "" if model == self.model else self._turn_of(model)
 
     def status(self) -> dict[str, object]:
@@ -137,7 +140,7 @@ class RequestBroker:
 
     def _turn_of(self, model: str) -> str:
         count = len(self._begun)
-        return f"{model} comes after {count_of(count, 'answer')} of {self.model}" if count else f"{model} is next"
+        return f"{model} is next, after {count_of(count, 'answer')} of {self.model}" if count else f"{model} is next"
 
     def _set_state(self, state: str) -> None:
         self._state, self._state_since_s = state, time.monotonic()
@@ -157,7 +160,7 @@ class RequestBroker:
             UserError: the request can never be answered.
         """
         if len(self._answers) >= self._most_requests:
-            raise Overloaded(f"{self._most_requests} requests are under way or wait already")
+            raise Overloaded(f"{self._most_requests} requests are already running or waiting")
         about = self._abouts.get(model)
         limits = (about.max_context, about.vocab_size) if about else (_ANY, _ANY)
         check_request(prompt, sampling, *limits)
@@ -204,6 +207,11 @@ class RequestBroker:
         self._advance()
         await loaded
 
+    def take_split(self, counts: list[int]) -> None:
+        """Start the ranks anew with other layers, as soon as the running answers have ended."""
+        self._new_split = counts
+        self._advance()
+
     # ---- whose turn it is
 
     def _advance(self) -> None:
@@ -211,7 +219,7 @@ class RequestBroker:
         if self._writer is None:
             return
         self._wanted.answer(self.model)
-        if self._next_model() is None:
+        if self._next_model() is None and self._new_split is None:
             self._begin_all()
         elif not self._begun:
             self.turn_is_over.set()
@@ -219,7 +227,7 @@ class RequestBroker:
     def _note_wanted(self, model: str) -> None:
         """Log, once per turn, that a requested model waits for the running answers of another."""
         if model != self.model and self._begun and self._next_model() is None:
-            _log.info("%s is asked for: %s", model, self.why_waiting(model))
+            _log.info("%s requested: %s", model, self.why_waiting(model))
 
     def _next_model(self) -> str | None:
         """Return the model that is waited for longest, if it isn't the present one."""
@@ -240,18 +248,24 @@ class RequestBroker:
         self._advance()
 
     def take_turn(self) -> bool:
-        """Switch to the next model if it is its turn; return whether it is."""
+        """Switch to the next model, or to another split of this one, if it is its turn; return whether it is."""
         is_due = self.turn_is_over.is_set() or not any(a.model == self.model for a in self._answers.values())
         self.turn_is_over.clear()
-        other = self._next_model()
-        if other is None or not is_due:
+        other, split = self._next_model(), self._new_split
+        if (other is None and split is None) or not is_due:
             self._advance()
             return False
-        self._model_before, self.model = self.model, other
-        self._was_loaded, self._num_failed_starts = False, 0
-        waiting = sum(answer.model == other for answer in self._answers.values())
-        _log.info("changing from %s to %s; %s for it", self._model_before, other, waiting_requests(waiting))
-        self._set_state(f"{other} is being loaded")
+        if split is not None:
+            self.layer_splits[self.model], self._new_split = split, None
+        if other is None:
+            other = self.model
+            _log.info("restarting %s with the layer split %s", other, ",".join(map(str, split or ())))
+        else:
+            self._model_before, self.model = self.model, other
+            self._was_loaded, self._num_failed_starts = False, 0
+            waiting = sum(answer.model == other for answer in self._answers.values())
+            _log.info("switching from %s to %s; %s for it", self._model_before, other, waiting_requests(waiting))
+        self._set_state(f"loading {other}")
         if self._writer is not None:
             self._writer.close()  # the ranks end
             self._writer = None
@@ -267,10 +281,10 @@ class RequestBroker:
         for answer in list(self._answers.values()):
             if answer.model == self.model:
                 self._fail(answer, error)
-        _log.warning("%s; back to %s", error, self._model_before)
+        _log.warning("%s; going back to %s", error, self._model_before)
         self.model, self._model_before = self._model_before, None
         self._num_failed_starts = 0
-        self._set_state(f"{self.model} is being loaded")
+        self._set_state(f"loading {self.model}")
         return True
 
     # ---- the ranks
@@ -281,10 +295,12 @@ class RequestBroker:
         A request with more than `most_failures` consecutive failures is given up: it is what makes ranks fail. Failures
         to start count against every request that waits.
         """
-        self._set_state(f"the ranks are being started again: {why}")
+        self._set_state(f"restarting the ranks: {why}")
         self._num_failed_starts += not self.was_ready
+        if not self.was_ready:
+            self.layer_splits.pop(self.model, None)
         if self._num_failed_starts > most_failures:
-            in_vain = f"its ranks have ended {self._num_failed_starts} times while they loaded it, last: {why}"
+            in_vain = f"its ranks failed {self._num_failed_starts} times while loading it, most recently: {why}"
             self._wanted.answer(self.model, UserError(f"the model {self.model!r} can't be loaded: {in_vain}"))
         at_work = {*self._at_work, *({self._taking} - {None})}
         for number, answer in list(self._answers.items()):
@@ -294,11 +310,11 @@ class RequestBroker:
             answer.num_failed_starts += not self.was_ready
             count = max(answer.num_failures, answer.num_failed_starts)
             if count > most_failures:
-                error = RankError(f"the ranks failed {count} times in a row, last: {why}")
-                _log.warning("request %d is given up: %s", number, error)
+                error = RankError(f"the ranks failed {count} times in a row, most recently: {why}")
+                _log.warning("gave up on request %d: %s", number, error)
                 self._fail(answer, error)
             elif is_suspect(answer.num_failures):
-                _log.warning("request %d was at work in the last %d failures", number, answer.num_failures)
+                _log.warning("request %d was running in each of the last %d failures", number, answer.num_failures)
         self._end_life()
 
     def _end_life(self) -> None:
@@ -324,16 +340,16 @@ class RequestBroker:
                 async with asyncio.timeout(silence_s):  # Python 3.11's wait_for loses cancellations
                     line = await reader.readline()
                 if not line.endswith(b"\n"):
-                    return "rank 0 is gone"
+                    return "lost the connection to rank 0"
                 self._take(read_report(line), writer)
         except TimeoutError:
-            return f"rank 0 said nothing for {silence_s:.0f} s"
+            return f"no message from rank 0 for {silence_s:.0f} s"
         except (OSError, ValueError, msgspec.DecodeError) as error:
-            return f"rank 0 is gone: {error}"
+            return f"lost the connection to rank 0: {error}"
         finally:
             if self._writer is writer:
                 self._writer = None
-                self._set_state("the ranks are gone")
+                self._set_state("the ranks have ended")
             self.beat.note(None)
             self._begun.clear()
             writer.close()
@@ -367,15 +383,11 @@ class RequestBroker:
         for answer in self._answers.values():
             answer.num_failed_starts = 0
         self.num_starts += 1
-        self._log_start(about)
+        took_s = time.monotonic() - self._state_since_s
+        waiting = sum(answer.model == self.model for answer in self._answers.values())
+        _log.info("loaded %s in %.1f s: %s; %s", self.model, took_s, about.where, waiting_requests(waiting))
         self._begin_all()
         self._advance()
-
-    def _log_start(self, about: Ready) -> None:
-        took_s = time.monotonic() - self._state_since_s
-        ranks = ", ".join(f"{rank.host} {show_layers(*rank.layers)}" for rank in about.ranks)
-        waiting = sum(answer.model == self.model for answer in self._answers.values())
-        _log.info("%s is loaded after %.1f s: %s; %s", self.model, took_s, ranks, waiting_requests(waiting))
 
     def _note(self, told: OutputMessage) -> None:
         self.has_progressed, self.heard_s = True, time.monotonic()

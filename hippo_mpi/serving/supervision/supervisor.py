@@ -24,7 +24,7 @@ from hippo_mpi.cluster.host_checks import linked, reachable
 from hippo_mpi.cluster.hostfile import Host, Hostfile
 from hippo_mpi.cluster.hosts import installed
 from hippo_mpi.cluster.start_plan import START, start_plan
-from hippo_mpi.environment import STATUS_FILE, TERMINAL
+from hippo_mpi.environment import LOG_LINES, STATUS_FILE, TERMINAL
 from hippo_mpi.errors import ForeignError, HippoError, UserError
 from hippo_mpi.serving.supervision.messages import FRONT, MAX_LINE_BYTES
 from hippo_mpi.serving.supervision.request_broker import RequestBroker
@@ -119,11 +119,12 @@ class RankGroup:
             STATUS_FILE: str(self._status_file),
             **key.environment,
             TERMINAL: str(int(sys.stderr.isatty())),
+            LOG_LINES: "1",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             _TUNABLES: os.environ.get(_TUNABLES, _KEEP_MEMORY),
         }
         if plan.hostfile:
-            given = {name: env[name] for name in (FRONT, STATUS_FILE, _TUNABLES)}
+            given = {name: env[name] for name in (FRONT, STATUS_FILE, LOG_LINES, _TUNABLES)}
             self._ports = HeldPorts(sum(max(1, len(host.ips)) for host in plan.hostfile.hosts))
             if plan.backend == "mpi":
                 self._start_mpi(plan, env, given | key.passed_on)
@@ -196,7 +197,7 @@ class RankGroup:
         finally:  # a launcher's children may outlive it
             self._signal(signal.SIGKILL)
             for left in await self._await_ends(_DIE_S):
-                _log.error("process %d of a rank doesn't end, even killed: it may wait for a device, or a disk", left)
+                _log.error("rank process %d didn't exit even after SIGKILL: it may wait for a device or a disk", left)
             if self._ports is not None:
                 self._ports.close()
 
@@ -273,11 +274,11 @@ class Supervisor:
                 failures = 0
                 continue
             failures = 1 if broker.has_progressed else failures + 1
-            in_vain = f"its ranks have ended {failures} times while they loaded it, last: {why}"
+            in_vain = f"its ranks failed {failures} times while loading it, most recently: {why}"
             if failures > self._max_restarts and broker.give_up_model(in_vain):
                 failures = 0
                 continue
-            _log.warning("the ranks are gone (%s); starting them again", why)
+            _log.warning("the ranks failed (%s); restarting them", why)
             broker.lose_ranks(why, self._max_restarts)
             broker.take_turn()
             broker.num_restarts += 1
@@ -313,7 +314,7 @@ class Supervisor:
                 connected.cancel()
                 ended.cancel()
         if connected.cancelled() or not connected.done():
-            return self._why(group) if group.has_ended else f"no rank came within {self._start_s:.0f} s"
+            return self._why(group) if group.has_ended else f"no rank connected within {self._start_s:.0f} s"
         serving = asyncio.ensure_future(broker.serve_ranks(*connected.result(), self._silence_s))
         try:
             is_turned = await self._until_turn({ended, serving})
@@ -327,7 +328,7 @@ class Supervisor:
             return None
         if not broker.was_ready and group.has_ended:
             return self._why(group)
-        seen = serving.result() if serving.done() and not serving.cancelled() else "a rank has ended"
+        seen = serving.result() if serving.done() and not serving.cancelled() else "a rank exited"
         return group.last_words or seen
 
     async def _until_turn(self, lives: set[asyncio.Future[Any]]) -> bool:
@@ -357,7 +358,7 @@ class Supervisor:
             living = found if silent else None
             self._broker.silent_hosts = silent
             if silent:
-                _log.warning("starting without %s: no answer from there", ", ".join(silent))
+                _log.warning("starting without %s: no answer", ", ".join(silent))
         plan = await self._make_plan(self._broker.model, living)
         where = (
             ", ".join(host.ssh for host in plan.hostfile.hosts) if plan.hostfile else f"this machine ({plan.num_local})"
@@ -377,10 +378,10 @@ class Supervisor:
         if code in (UserError.exit_code, ForeignError.exit_code):  # the next start would end alike
             if not self._broker.num_starts:
                 kind = UserError if code == UserError.exit_code else ForeignError
-                raise kind("the ranks didn't start; they said why")
+                raise kind("the ranks didn't start; see their error above")
             # A mistake of ours may not come again; nor may what is wrong with a model that could be loaded before, such as
             # a disk that is full now.
             refused = code == UserError.exit_code and self._broker.about is None
-            if refused and self._broker.give_up_model("its ranks refuse it; the server's log says why"):
+            if refused and self._broker.give_up_model("its ranks reject it; see the server's log"):
                 return None
         return group.last_words or f"exit status {code}"
