@@ -48,8 +48,10 @@ def set_up(path: Path, names: Sequence[str], agrees: Agrees, say: Say, timeout_s
         cluster = _look(reached, ask(hostfile, (), timeout_s), say)
         project, environment = Project(cluster), Environment(cluster)
         check_room(cluster, [project, environment])
-        last = FirstRun(cluster, file, [project.bundle.name, *environment.mark])
-        steps: list[Step] = [Addresses(cluster), project, environment, Link(cluster), last]
+        copies: list[Step] = [project, environment]
+        is_anew = any(step.describe() for step in copies)
+        last = FirstRun(cluster, file, [project.bundle.name, *environment.mark], is_anew)
+        steps = [Addresses(cluster), *copies, Link(cluster), last]
         if not _is_agreed(steps, agrees):
             return False
         try:

@@ -259,11 +259,17 @@ class Link:
 
 @dataclass
 class FirstRun:
-    """Some tokens from all ranks, and the hostfile after it."""
+    """Some tokens from all ranks, and the hostfile after it.
+
+    Args:
+        marks: what the ranks consist of; in the hostfile they say that a run was made with it.
+        is_anew: whether to run although the hostfile says so.
+    """
 
     cluster: Cluster
     file: MadeHostfile
     marks: Sequence[str]
+    is_anew: bool
     name: str = "first run"
     _alone: subprocess.Popen[bytes] | None = None
 
@@ -273,7 +279,9 @@ class FirstRun:
 
     def describe(self) -> dict[str, list[str]]:
         """Return that the hostfile will be written, if it isn't yet after a run like this one."""
-        return {} if self.file.text == self._wanted else {THIS_MACHINE: [f"write {self.file.path}"]}
+        return (
+            {} if self.file.text == self._wanted and not self.is_anew else {THIS_MACHINE: [f"write {self.file.path}"]}
+        )
 
     def start_alone(self) -> None:
         """Start on this machine alone, if there is something to compare with it later."""

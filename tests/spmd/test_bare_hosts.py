@@ -67,6 +67,9 @@ def test_from_a_bare_host_to_a_first_token_and_back(shell: str, tmp_path: Path) 
         again = bare.cluster("setup", "--yes")
         assert (again.returncode, again.stderr) == (0, "") and "as they were" in again.stdout
         assert host.state() == ready and hostfile.stat() == written
+        well = bare.cluster("doctor", "--hostfile", "hosts.json", "--timeout", "60", "--json")
+        errors = [one for one in json.loads(well.stdout)["findings"] if one["weight"] == "error"]
+        assert [one for one in errors if one["check"] != "stale-ranks"] == [], errors
         lost = bare.cluster("setup", "nosuch.invalid", "--yes")
         assert lost.returncode == 3 and re.fullmatch(r"error: ssh-refused on nosuch\.invalid: .*\n", lost.stderr), lost
 
