@@ -23,6 +23,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.errors import FieldError, UserError, install_hint
+from hippo_mpi.transport.processes import give_way
 
 _MAX_KEPT = 32  # compiled grammars; one of 3,000 properties takes some MB
 _COMPILE_TIMEOUT_S = 60.0  # grammar_check.py has shown that it takes seconds, but others may be queued before it
@@ -252,6 +253,7 @@ class Grammars:
             self._kept.pop(compiling.grammar, None)
 
     def _compile_all(self) -> None:
+        give_way()
         while True:
             compiling = self._todo.get()
             if compiling.matcher.set_running_or_notify_cancel():

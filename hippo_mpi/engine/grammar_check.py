@@ -27,7 +27,7 @@ from hippo_mpi.errors import FieldError, RankError
 
 MAX_SCHEMA_BYTES = 128 << 10
 _CPU_LIMIT_S = 5.0  # a schema of 500 properties takes 0.03
-_WALL_TIME_FACTOR = 4  # times the CPU limit, as a busy machine takes longer to give a process that much CPU time
+_WALL_TIME_FACTOR = 8  # times the CPU limit, as a busy machine takes longer to give a process of low priority so much
 _MAX_PROCESSES = 2  # so that one slow grammar doesn't keep others waiting
 _MAX_REMEMBERED = 1024  # grammars, by their digests
 _POLL_INTERVAL_S = 0.05  # between looks at whether the answer is still wanted

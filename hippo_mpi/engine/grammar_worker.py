@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import signal
 import sys
 
 from llguidance import LLMatcher
 
+_NICE = 10  # ranks of this machine come first
+
 
 def main() -> None:
     """Answer each line of standard input with one line on standard output, until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that started this one
     limit_s = float(sys.argv[1])
+    os.nice(_NICE)
     for line in sys.stdin.buffer:
         used = resource.getrusage(resource.RUSAGE_SELF)
         soft = math.ceil(used.ru_utime + used.ru_stime + limit_s)

@@ -1,4 +1,4 @@
-"""Other processes of this host: their command lines, and the end of ranks that can't end themselves.
+"""Processes of this host: their command lines and priorities, and the end of ranks that can't end themselves.
 
 mlx.launch waits forever for a rank that a signal has stopped, because no SIGTERM ends it. So whoever ends a run must
 kill such ranks. MPI's launchers do that themselves.
@@ -10,8 +10,11 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
+import threading
 from pathlib import Path
 
+_NICE = 10  # of threads that give way
 MPI_LAUNCHERS = {"mpirun", "mpiexec", "prterun", "orterun"}
 
 
@@ -55,3 +58,9 @@ def kill_stopped_ranks(launcher: int) -> None:
 def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGKILL)
+
+
+def give_way() -> None:
+    """Give this thread a lower priority than ranks, on systems where threads have priorities of their own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -147,7 +147,7 @@ def test_a_kill_loses_nothing(tmp_path: Path) -> None:
     prompts = [f"Tell me a story about a {animal}." for animal in ("fox", "bear", "cow", "hen", "dog", "cat") * 4]
     source, output = tmp_path / "prompts", tmp_path / "out"
     source.write_text("".join(f"{prompt}\n" for prompt in prompts))
-    command = [BATCH, str(source), "-o", str(output), "--max-batch-size", "4"]
+    command = [BATCH, str(source), "-o", str(output), "--max-batch-size", "4", "--max-tokens", "80"]
     kept = 0
     for _ in range(3):
         with ranks.ring([command] * 2) as running:
@@ -165,7 +165,7 @@ def test_a_kill_loses_nothing(tmp_path: Path) -> None:
     err = run(*command[1:])
     assert f"({kept} of them earlier)" in err
     found = records(output)
-    wanted = dict(zip(prompts[:6], reference(prompts[:6], 256), strict=True))
+    wanted = dict(zip(prompts[:6], reference(prompts[:6], 80), strict=True))
     assert [text_of(found[f"line-{number + 1}"]) for number in range(len(prompts))] == [wanted[p] for p in prompts]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -142,4 +143,4 @@ def test_a_hostfile_for_jaccl_is_not_run_as_a_ring(tmp_path: Path) -> None:
     hostfile.write_text(json.dumps({"backend": "jaccl", "hosts": hosts}))
     with ranks.single([str(ranks.BIN / "hippo_mpi.serve"), "--port", "0", "--hostfile", str(hostfile)]) as running:
         assert running.wait() == 2
-        assert "error: the jaccl backend can't start: " in running.err
+        assert re.search(r"ERROR rank \d: the jaccl backend can't start: ", running.err)

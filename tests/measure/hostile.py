@@ -109,7 +109,7 @@ def _report(found: Stage, normal: Normal, before: dict, quiet_s: float, hostile_
         print(f"  {line}")
     restarts = found.running.status()["restarts"]
     for line in found.running.running.err.splitlines():
-        if "the ranks failed" in line or line.startswith("error:"):
+        if "the ranks failed" in line or line.startswith("error:") or " ERROR " in line:
             print(f"  {line}")
     found.running.await_status(lambda status: status["requests"] == 0)
     print(f"  before: {before}\n  after:  {found.count()}")

@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
-import os
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,12 +18,12 @@ from starlette.requests import ClientDisconnect, Request
 from hippo_mpi.engine.grammar_check import MAX_SCHEMA_BYTES
 from hippo_mpi.errors import UserError
 from hippo_mpi.serving.supervision.catalogue import Catalogue, ServedModel
+from hippo_mpi.transport.processes import give_way
 
 _T = TypeVar("_T")
 _LONG_BODY_BYTES = 1 << 16
 _MAX_DEPTH = 200  # of a body; templates and json.dumps recurse, too, and fail at depths that json.loads still accepts
 _TOO_DEEP = f"the body is nested more than {_MAX_DEPTH} levels deep"
-_NICE = 10  # priority of the thread for long prompts
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class Tokenizing:
     """
 
     def __init__(self) -> None:
-        self._for_long = ThreadPoolExecutor(1, "hippo-tokenizing", _give_way)
+        self._for_long = ThreadPoolExecutor(1, "hippo-tokenizing", give_way)
 
     async def run(self, request: Request, work: Callable[[], _T]) -> _T:
         """Run `work` in a thread and return its result; the request's content-length decides in which.
@@ -163,12 +161,6 @@ class Tokenizing:
             return await unless_gone(request, asyncio.wrap_future(begun))
         finally:
             begun.cancel()  # directly: cancelling the wrapped future reaches it only later, when it may be running
-
-
-def _give_way() -> None:
-    """Give this thread a lower priority than ranks, on systems where threads have priorities of their own."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _without_leftovers(work: Callable[[], _T]) -> _T:
