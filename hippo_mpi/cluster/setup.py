@@ -94,7 +94,8 @@ def _by_ssh(topology: Topology, probed: Sequence[Probed]) -> Topology:
             # The first rank listens where the last one's ssh sees it, since that one calls it.
             ours, theirs = IPv4Address(words[0]), IPv4Address(words[2])
             own = probed[0].facts
-            if own and own.interface_of(str(ours)):
+            is_of_vpn = not (theirs.is_private or theirs.is_global)  # 100.64.0.0/10, as Tailscale's
+            if own and own.interface_of(str(ours)) and not is_of_vpn:
                 addresses |= {THIS_MACHINE: str(ours), host.host.ssh: str(theirs)}
     hosts = (
         replace(host, ips=(addresses.get(host.ssh) or host.ips[0],)) if host.ips else host
