@@ -141,6 +141,13 @@ def test_names_of_strangers_are_shown_without_their_tricks() -> None:
     assert shown("\u202egpj\x07\n\x9b") == r"\u202egpj\x07\n\x9b" and len(shown("x" * 10_000)) < 400
 
 
+@pytest.mark.skipif(sys.platform != "darwin", reason="needs dns-sd, of macOS")
+def test_apple_s_dns_sd_is_run() -> None:
+    command = [sys.executable, "-m", "hippo_mpi.cluster", "find", "--timeout", "3", "--json"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (0, "") and isinstance(json.loads(found.stdout), list)
+
+
 def test_what_runs_through_a_login_shell_is_quoted_for_any() -> None:
     """One pair of single quotes, and nothing within that fish, dash or csh would change."""
     assert not set("'\\`\n!") & set(session._FIND)
