@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import secrets
 import statistics
 import subprocess
@@ -171,9 +172,7 @@ class Environment:
     def _do(self, host: str, say: Say) -> None:
         began_s = time.monotonic()
         if host in self._reasons:
-            self.cluster.sessions[host].call(
-                agent.install, _PIP_S, name=self._wanted[host], link="venv", requirements=self._requirements
-            )
+            self._install(host)
             how = "installed by pip"
         else:
             assert self._bundle
@@ -184,6 +183,17 @@ class Environment:
             self.name,
             f"Python {self.cluster.said[host].version}; {how}, {time.monotonic() - began_s:.1f} s; imports",
         )
+
+    def _install(self, host: str) -> None:
+        try:
+            self.cluster.sessions[host].call(
+                agent.install, _PIP_S, name=self._wanted[host], link="venv", requirements=self._requirements
+            )
+        except LaunchError as error:
+            if not self._reasons[host].startswith("Python"):
+                raise
+            own = platform.python_version()
+            raise LaunchError(f"{error}; with Python {own} there, as here, packages would be copied instead") from None
 
     @property
     def mark(self) -> list[str]:
