@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import secrets
+import shlex
 import statistics
 import subprocess
 import time
@@ -160,7 +161,7 @@ class Environment:
 
     def _line(self, host: str) -> str:
         if reason := self._reasons.get(host):
-            return f"pip install {' '.join(self._requirements)}, into {FOLDER}/venv (not copied: {reason})"
+            return f"pip install {shlex.join(self._requirements)}, into {FOLDER}/venv (not copied: {reason})"
         assert self._bundle
         return f"copy {count_of(len(self._packages), 'package')} of this machine's Python to {FOLDER}/venv: {show_bytes(self._bundle.size)}"
 
@@ -192,7 +193,7 @@ class Environment:
         except LaunchError as error:
             if not self._reasons[host].startswith("Python"):
                 raise
-            own = platform.python_version()
+            own = platform.python_version().rpartition(".")[0]
             raise LaunchError(f"{error}; with Python {own} there, as here, packages would be copied instead") from None
 
     @property
