@@ -131,7 +131,7 @@ class Bare:
 
 @contextlib.contextmanager
 def bare_hosts(
-    count: int, folder: Path, shell: str = "/bin/bash", profile: str = "", size: str = "2g", has_key: bool = True
+    count: int, folder: Path, shell: str = "/bin/bash", profile: str = "", size: str = "4g", has_key: bool = True
 ) -> Iterator[Bare]:
     """So many bare hosts, in a LAN with this machine.
 

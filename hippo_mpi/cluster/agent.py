@@ -49,7 +49,8 @@ def hello() -> dict[str, Any]:
 
 def _is_whole(folder: str, name: str) -> bool:
     path = os.path.join(folder, name)
-    return os.path.islink(path) and os.path.isdir(path)
+    inside = _python_of(path) if name == "venv" else path  # whose Python may be gone, after a change of the system's
+    return os.path.islink(path) and os.path.exists(inside)
 
 
 def add_key(line: str) -> bool:

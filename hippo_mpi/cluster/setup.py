@@ -16,8 +16,9 @@ from hippo_mpi.cluster.made_hostfile import MadeHostfile
 from hippo_mpi.cluster.reaching import Say, at_all, sessions
 from hippo_mpi.cluster.remote import ask
 from hippo_mpi.cluster.session import MAX_COMMAND, Session, shown
-from hippo_mpi.cluster.setup_steps import Addresses, Cluster, Environment, FirstRun, Link, Project, Step
+from hippo_mpi.cluster.setup_steps import Addresses, Cluster, Environment, FirstRun, Link, Project, Step, check_room
 from hippo_mpi.cluster.topology import Topology, topology_of
+from hippo_mpi.durable_files import check_place
 from hippo_mpi.errors import LaunchError, RankError
 from hippo_mpi.transport.ports import THIS_MACHINE
 
@@ -36,8 +37,9 @@ def set_up(path: Path, names: Sequence[str], agrees: Agrees, say: Say, timeout_s
 
     Raises:
         RankError: a host can't be reached.
-        LaunchError: something else is in the way; what was done stays, and another call goes on from there.
+        UserError: something else is in the way; what was done stays, and another call goes on from there.
     """
+    check_place(path, "--hostfile")
     file = MadeHostfile(path)
     hostfile = file.with_hosts(names)
     if len(hostfile.hosts) < 2:
@@ -45,8 +47,11 @@ def set_up(path: Path, names: Sequence[str], agrees: Agrees, say: Say, timeout_s
     with sessions([host.ssh for host in hostfile.hosts], agrees, say) as reached:
         cluster = _look(reached, ask(hostfile, (), timeout_s), say)
         project, environment = Project(cluster), Environment(cluster)
-        last = FirstRun(cluster, file, [project.bundle.name, *environment.mark])
-        steps: list[Step] = [Addresses(cluster), project, environment, Link(cluster), last]
+        check_room(cluster, [project, environment])
+        copies: list[Step] = [project, environment]
+        is_anew = any(step.describe() for step in copies)
+        last = FirstRun(cluster, file, [project.bundle.name, *environment.mark], is_anew)
+        steps = [Addresses(cluster), *copies, Link(cluster), last]
         if not _is_agreed(steps, agrees):
             return False
         try:
@@ -89,7 +94,8 @@ def _by_ssh(topology: Topology, probed: Sequence[Probed]) -> Topology:
             # The first rank listens where the last one's ssh sees it, since that one calls it.
             ours, theirs = IPv4Address(words[0]), IPv4Address(words[2])
             own = probed[0].facts
-            if own and own.interface_of(str(ours)):
+            is_of_vpn = not (theirs.is_private or theirs.is_global)  # 100.64.0.0/10, as Tailscale's
+            if own and own.interface_of(str(ours)) and not is_of_vpn:
                 addresses |= {THIS_MACHINE: str(ours), host.host.ssh: str(theirs)}
     hosts = (
         replace(host, ips=(addresses.get(host.ssh) or host.ips[0],)) if host.ips else host

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import secrets
+import shlex
 import statistics
 import subprocess
 import time
@@ -103,6 +105,10 @@ class Project:
     def _what(self) -> str:
         return f"{count_of(len(self.bundle.files), 'file')}, {show_bytes(self.bundle.size)}"
 
+    def needs(self, host: str) -> int:
+        """Return the bytes that will be copied to a host."""
+        return self.bundle.size if host in self._missing else 0
+
     def describe(self) -> dict[str, list[str]]:
         """Return what is copied."""
         return {host: [f"copy this project to {FOLDER}: {self._what}"] for host in self._missing}
@@ -145,13 +151,17 @@ class Environment:
     def _missing(self) -> list[str]:
         return [h for h in self.cluster.others if self.cluster.said[h].links.get("venv") != self._wanted[h]]
 
+    def needs(self, host: str) -> int:
+        """Return the bytes that will be on a host, as far as is known."""
+        return self._bundle.size if self._bundle and host in self._missing else 0
+
     def describe(self) -> dict[str, list[str]]:
         """Return what is copied or installed."""
         return {host: [self._line(host)] for host in self._missing}
 
     def _line(self, host: str) -> str:
         if reason := self._reasons.get(host):
-            return f"pip install {' '.join(self._requirements)}, into {FOLDER}/venv (not copied: {reason})"
+            return f"pip install {shlex.join(self._requirements)}, into {FOLDER}/venv (not copied: {reason})"
         assert self._bundle
         return f"copy {count_of(len(self._packages), 'package')} of this machine's Python to {FOLDER}/venv: {show_bytes(self._bundle.size)}"
 
@@ -163,9 +173,7 @@ class Environment:
     def _do(self, host: str, say: Say) -> None:
         began_s = time.monotonic()
         if host in self._reasons:
-            self.cluster.sessions[host].call(
-                agent.install, _PIP_S, name=self._wanted[host], link="venv", requirements=self._requirements
-            )
+            self._install(host)
             how = "installed by pip"
         else:
             assert self._bundle
@@ -177,10 +185,35 @@ class Environment:
             f"Python {self.cluster.said[host].version}; {how}, {time.monotonic() - began_s:.1f} s; imports",
         )
 
+    def _install(self, host: str) -> None:
+        try:
+            self.cluster.sessions[host].call(
+                agent.install, _PIP_S, name=self._wanted[host], link="venv", requirements=self._requirements
+            )
+        except LaunchError as error:
+            if not self._reasons[host].startswith("Python"):
+                raise
+            own = platform.python_version().rpartition(".")[0]
+            raise LaunchError(f"{error}; with Python {own} there, as here, packages would be copied instead") from None
+
     @property
     def mark(self) -> list[str]:
         """Return what tells the environments of all hosts from others."""
         return sorted(set(self._wanted.values()))
+
+
+def check_room(cluster: Cluster, steps: Sequence[Project | Environment]) -> None:
+    """Check that all hosts have room for what is to be copied.
+
+    Raises:
+        LaunchError: one hasn't.
+    """
+    for host in cluster.others:
+        free, needed = cluster.said[host].free_bytes, int(_ROOM * sum(step.needs(host) for step in steps))
+        if free < needed:
+            raise LaunchError(
+                f"{host} has {show_bytes(free)} free in its home folder, and {show_bytes(needed)} are needed: make room"
+            )
 
 
 def _tell_done(step: Step, hosts: Sequence[str], missing: Sequence[str], say: Say) -> None:
@@ -190,11 +223,6 @@ def _tell_done(step: Step, hosts: Sequence[str], missing: Sequence[str], say: Sa
 
 
 def _send(cluster: Cluster, host: str, bundle: packing.Bundle, link: str, is_environment: bool) -> None:
-    free, needed = cluster.said[host].free_bytes, int(_ROOM * bundle.size)
-    if free < needed:
-        raise LaunchError(
-            f"{host} has {show_bytes(free)} free in {FOLDER}, and needs {show_bytes(needed)}: make room, and try again"
-        )
     cluster.sessions[host].send(
         agent.receive, bundle.chunks(), _COPY_S, name=bundle.name, link=link, is_environment=is_environment
     )
@@ -242,11 +270,17 @@ class Link:
 
 @dataclass
 class FirstRun:
-    """Some tokens from all ranks, and the hostfile after it."""
+    """Some tokens from all ranks, and the hostfile after it.
+
+    Args:
+        marks: what the ranks consist of; in the hostfile they say that a run was made with it.
+        is_anew: whether to run although the hostfile says so.
+    """
 
     cluster: Cluster
     file: MadeHostfile
     marks: Sequence[str]
+    is_anew: bool
     name: str = "first run"
     _alone: subprocess.Popen[bytes] | None = None
 
@@ -256,7 +290,9 @@ class FirstRun:
 
     def describe(self) -> dict[str, list[str]]:
         """Return that the hostfile will be written, if it isn't yet after a run like this one."""
-        return {} if self.file.text == self._wanted else {THIS_MACHINE: [f"write {self.file.path}"]}
+        return (
+            {} if self.file.text == self._wanted and not self.is_anew else {THIS_MACHINE: [f"write {self.file.path}"]}
+        )
 
     def start_alone(self) -> None:
         """Start on this machine alone, if there is something to compare with it later."""

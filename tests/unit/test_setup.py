@@ -11,19 +11,24 @@ import sysconfig
 import tarfile
 from dataclasses import replace
 from importlib.metadata import distribution
+from ipaddress import IPv4Interface
 from pathlib import Path
 
 import pytest
 from mlx._distributed_utils.common import Hostfile as MlxHostfile
 
-from hippo_mpi.cluster import discovery, fitting, packing, session
+from hippo_mpi.cluster import discovery, fitting, packing, session, setup
+from hippo_mpi.cluster.address_plan import AddressPlan
+from hippo_mpi.cluster.facts import Interface, Probed, read_facts
 from hippo_mpi.cluster.fitting import There
 from hippo_mpi.cluster.hostfile import Host, Hostfile, read_hostfile
 from hippo_mpi.cluster.made_hostfile import MadeHostfile
 from hippo_mpi.cluster.session import shown
+from hippo_mpi.cluster.topology import Topology
 from hippo_mpi.cluster.verbs import find
 from hippo_mpi.errors import LaunchError
 from hippo_mpi.runtime.source_digest import source_digest
+from tests.unit.test_checks import raw
 
 ABI = sysconfig.get_config_var("SOABI")
 DEBIAN = There("Linux", "x86_64", sys.version_info[:3], ABI, "2.36", "")
@@ -136,9 +141,39 @@ def test_names_of_strangers_are_shown_without_their_tricks() -> None:
     assert shown("\u202egpj\x07\n\x9b") == r"\u202egpj\x07\n\x9b" and len(shown("x" * 10_000)) < 400
 
 
+@pytest.mark.skipif(sys.platform != "darwin", reason="needs dns-sd, of macOS")
+def test_apple_s_dns_sd_is_run() -> None:
+    command = [sys.executable, "-m", "hippo_mpi.cluster", "find", "--timeout", "3", "--json"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (0, "") and isinstance(json.loads(found.stdout), list)
+
+
 def test_what_runs_through_a_login_shell_is_quoted_for_any() -> None:
     """One pair of single quotes, and nothing within that fish, dash or csh would change."""
     assert not set("'\\`\n!") & set(session._FIND)
+
+
+# ---- addresses
+
+
+@pytest.mark.parametrize(
+    ("came_by", "wanted"),
+    [
+        ("192.168.1.11 50000 192.168.1.12 22", ["192.168.1.11", "192.168.1.12"]),
+        ("100.70.0.1 50000 100.70.0.2 22", ["172.17.0.1", "172.17.0.1"]),  # a VPN's are no better than any
+        ("fe80::1 50000 fe80::2 22", ["172.17.0.1", "172.17.0.1"]),
+        ("198.51.100.1 50000 192.168.1.12 22", ["172.17.0.1", "172.17.0.1"]),  # through another machine
+        ("nonsense", ["172.17.0.1", "172.17.0.1"]),
+    ],
+)
+def test_without_cables_ranks_are_where_ssh_goes(came_by: str, wanted: list[str]) -> None:
+    """A network that both have, such as one for containers, needn't lead from one to the other."""
+    hosts = (Host("127.0.0.1", ("172.17.0.1",)), Host("mini2", ("172.17.0.1",)))
+    topology = Topology((), (0,), Hostfile(hosts, backend="ring"), AddressPlan())
+    here = Interface("eth0", (IPv4Interface("192.168.1.11/24"), IPv4Interface("100.70.0.1/32")))
+    facts = replace(read_facts(raw()), interfaces=(here,), environment={"SSH_CONNECTION": came_by})
+    probed = [Probed(host, facts) for host in hosts]
+    assert [host.ips[0] for host in setup._by_ssh(topology, probed).hostfile.hosts] == wanted
 
 
 # ---- the hostfile
