@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from hippo_mpi.cluster.server_answers import fetch_status, own_key
+from hippo_mpi.cluster.top.server_answers import fetch_status, own_key
 from hippo_mpi.config import checks
 from hippo_mpi.config.parser import Once, OptionsParser, option
 from hippo_mpi.config.serve_options import API_KEYS, ServeOptions

@@ -19,11 +19,11 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hippo_mpi.cluster.doctor import first_error
+from hippo_mpi.cluster.doctor.doctor import first_error
 from hippo_mpi.cluster.hostfile import Host, Hostfile, hostfile_of, read_hostfile
 from hippo_mpi.cluster.hosts import check_hosts, installed, knock
-from hippo_mpi.cluster.launch import Launch
-from hippo_mpi.cluster.start_plan import StartPlan, start_plan
+from hippo_mpi.cluster.starting.launch import Launch
+from hippo_mpi.cluster.starting.start_plan import StartPlan, start_plan
 from hippo_mpi.config import checks
 from hippo_mpi.config.bundled import BUNDLED
 from hippo_mpi.config.parser import OptionsParser, option, read_given

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from hippo_mpi.cluster.hostfile import Host
-from hippo_mpi.cluster.start_plan import quoted
+from hippo_mpi.cluster.starting.start_plan import quoted
 from hippo_mpi.transport.ports import FIRST, LAST, THIS_MACHINE
 from hippo_mpi.transport.run_key import SSH, RunKey
 

@@ -6,8 +6,8 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 
-from hippo_mpi.cluster.checks import stale_ranks
-from hippo_mpi.cluster.facts import Probed
+from hippo_mpi.cluster.asking.facts import Probed
+from hippo_mpi.cluster.doctor.checks import stale_ranks
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.transport.run_key import SSH
 

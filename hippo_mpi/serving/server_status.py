@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from hippo_mpi.cluster.server_answers import fetch_status
+from hippo_mpi.cluster.top.server_answers import fetch_status
 from hippo_mpi.config.parser import OptionsParser, option
 from hippo_mpi.config.serve_options import API_KEYS
 from hippo_mpi.errors import UserError, print_error

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from hippo_mpi.cluster import probe
-from hippo_mpi.cluster.facts import Probed, read_facts
+from hippo_mpi.cluster.asking import probe
+from hippo_mpi.cluster.asking.facts import Probed, read_facts
+from hippo_mpi.cluster.cabling.topology import Topology, topology_of
 from hippo_mpi.cluster.hostfile import Host, Hostfile
-from hippo_mpi.cluster.topology import Topology, topology_of
 from tests.fake_macs.model import GIB, FakeCable, FakeCluster, FakeMac
 
 VERSIONS = {"Python": "3.12.1", "hippo-mpi": "0.1.0", "mlx": "0.32.4", "mlx-lm": "0.32.2"}

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hippo_mpi.cluster import probe
+from hippo_mpi.cluster.asking import probe
 from tests.fake_macs.model import FakeCluster
 
 ROOT = Path(__file__).parents[2]

@@ -64,7 +64,7 @@ def _end(three: Cluster, what: str, draw: random.Random) -> float:
         os.kill(pids[1 + draw.randrange(2)], signal.SIGSTOP)
         if what == _ENDS[0]:
             names = [(pid, Path(f"/proc/{pid}/cmdline").read_bytes()) for pid in _launchers(running.process.pid)]
-            os.kill(next(pid for pid, name in names if b"hippo_mpi.cluster.start\0" in name), signal.SIGKILL)
+            os.kill(next(pid for pid, name in names if b"hippo_mpi.cluster.starting.start\0" in name), signal.SIGKILL)
         else:
             subprocess.run(["ip", "netns", "del", f"{three.hosts[0].namespace.rpartition('-')[0]}-lan"], check=True)
             pids = pids[1:]

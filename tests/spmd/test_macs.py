@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from hippo_mpi.cluster import remote
+from hippo_mpi.cluster.asking import remote
+from hippo_mpi.cluster.cabling.topology import topology_of
 from hippo_mpi.cluster.hostfile import Hostfile, hostfile_of
-from hippo_mpi.cluster.topology import topology_of
 from tests.cabled_hosts import CAN_MAKE, SSHD, WHY_NOT
 from tests.fake_macs.draw import apply
 from tests.fake_macs.hosts import MacHosts, mac_hosts
@@ -148,7 +148,7 @@ def ask(three: MacHosts, hostfile: Hostfile) -> Any:
     path.write_text(hostfile.to_json())
     script = (
         "import pickle, sys; from pathlib import Path; from hippo_mpi.cluster.hostfile import read_hostfile;"
-        "from hippo_mpi.cluster.remote import ask;"
+        "from hippo_mpi.cluster.asking.remote import ask;"
         f"Path({str(saved)!r}).write_bytes(pickle.dumps(ask(read_hostfile(Path({str(path)!r})), (), 200)))"
     )
     found = run(three, [sys.executable, "-c", script])

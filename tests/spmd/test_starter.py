@@ -129,7 +129,9 @@ def test_nothing_outlives_the_starter(who: str, tmp_path: Path) -> None:
         if who == "all of the machine":
             subprocess.run(["ip", "netns", "del", f"{three.hosts[0].namespace.rpartition('-')[0]}-lan"], check=True)
         below = ranks.descendants(running.process.pid)
-        starters = [pid for pid in below if b"hippo_mpi.cluster.start\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        starters = [
+            pid for pid in below if b"hippo_mpi.cluster.starting.start\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
         for pid in {"run": [running.process.pid], "starter": starters}.get(who, []):
             os.kill(pid, signal.SIGKILL)
         assert not ranks.await_end([pids[2]] if "machine" in who else pids, GONE_S + 0.5)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from hippo_mpi.cluster import agent, changes
+from hippo_mpi.cluster.setting_up import agent, changes
 from tests.small_disk import fill, small_disk
 
 KEY = "ssh-ed25519 AAAA somebody@somewhere"
@@ -230,7 +230,7 @@ def test_a_record_that_cannot_be_read_is_not_overwritten(home: Path, monkeypatch
 def test_the_agent_ends_when_nothing_comes_any_more() -> None:
     """Its starter's machine may be gone without a word."""
     code = (
-        "import io, os; from hippo_mpi.cluster import agent, changes; agent.SILENCE_S = 1; import signal;"
+        "import io, os; from hippo_mpi.cluster.setting_up import agent, changes; agent.SILENCE_S = 1; import signal;"
         "signal.signal(signal.SIGALRM, agent._fall_silent); read, _ = os.pipe();"
         "agent._Chunks(os.fdopen(read, 'rb')).read(5)"
     )

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from hippo_mpi.cluster.checks import NAMES, diagnose
-from hippo_mpi.cluster.doctor import exit_code, lines_of, read_saved
-from hippo_mpi.cluster.facts import Facts, Interface, Probed, Process, Reach, read_facts
+from hippo_mpi.cluster.asking.facts import Facts, Interface, Probed, Process, Reach, read_facts
+from hippo_mpi.cluster.doctor.checks import NAMES, diagnose
+from hippo_mpi.cluster.doctor.doctor import exit_code, lines_of, read_saved
 from hippo_mpi.cluster.hostfile import Host
 from hippo_mpi.errors import UserError
 

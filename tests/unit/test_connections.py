@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from hippo_mpi.cluster.server_answers import fetch_status
+from hippo_mpi.cluster.top.server_answers import fetch_status
 from hippo_mpi.errors import UserError
 from hippo_mpi.serve import make_parser
 from hippo_mpi.serving import server_status

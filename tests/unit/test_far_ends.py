@@ -15,23 +15,25 @@ from pathlib import Path
 
 import pytest
 
-from hippo_mpi.cluster import far_end
-from hippo_mpi.cluster.far_end import read_netstat, read_proc_net_dev
-from hippo_mpi.cluster.host_program import HostLost, HostProgram, _command, _modules
 from hippo_mpi.cluster.hostfile import Host
+from hippo_mpi.cluster.programs import far_end
+from hippo_mpi.cluster.programs.far_end import read_netstat, read_proc_net_dev
+from hippo_mpi.cluster.programs.host_program import HostLost, HostProgram, _command, _modules
 from tests import ranks
 
 HERE = Host("127.0.0.1")
 START_S = ranks.LIMIT_S
 
 
-@pytest.mark.parametrize("name", ["far_end", "link_end", "top_end"])
+@pytest.mark.parametrize("name", ["programs.far_end", "link.link_end", "top.top_end"])
 def test_they_are_python_3_8_and_import_nothing_of_ours_but_each_other(name: str) -> None:
-    tree = ast.parse((Path(far_end.__file__).parent / f"{name}.py").read_text(), feature_version=(3, 8))
+    tree = ast.parse(
+        (Path(far_end.__file__).parents[1] / f"{name.replace('.', '/')}.py").read_text(), feature_version=(3, 8)
+    )
     ours = {
         node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "hippo" in (node.module or "")
     }
-    assert ours <= {"hippo_mpi.cluster.far_end"}
+    assert ours <= {"hippo_mpi.cluster.programs.far_end"}
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Match)]
 
 
@@ -60,7 +62,7 @@ utun0*     1380  <Link#12>                        0     0          0        7   
 async def program(host: Host = HERE) -> AsyncIterator[HostProgram]:
     running = HostProgram(host)
     try:
-        await running.start("link_end", START_S)
+        await running.start("link.link_end", START_S)
         yield running
     finally:
         await running.close()
@@ -115,7 +117,7 @@ def test_a_program_ends_with_its_input_and_one_that_is_killed_is_lost() -> None:
 
 def test_a_lifeline_ends_a_program_and_so_does_silence() -> None:
     """Whatever its starter does; here with little patience."""
-    sources = [(name, text.replace("SILENCE_S = 10.0", "SILENCE_S = 3.0")) for name, text in _modules("link_end")]
+    sources = [(name, text.replace("SILENCE_S = 10.0", "SILENCE_S = 3.0")) for name, text in _modules("link.link_end")]
     started = [
         subprocess.Popen(_command(HERE, START_S), stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)
     ]
@@ -146,7 +148,7 @@ def test_a_host_that_never_speaks_is_given_up(tmp_path: Path, monkeypatch: pytes
         began_s = time.monotonic()
         try:
             with pytest.raises(HostLost) as lost:
-                await one.start("link_end", limit_s)
+                await one.start("link.link_end", limit_s)
             assert time.monotonic() - began_s < START_S
             return str(lost.value)
         finally:
@@ -188,7 +190,7 @@ def test_a_host_may_answer_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     async def run() -> None:
         one = HostProgram(Host("mini9"), heard.append)
         try:
-            await one.start("link_end", START_S)
+            await one.start("link.link_end", START_S)
             with pytest.raises(OSError, match=r"^\?\[2Jgone$"):
                 await one.ask(START_S, do="counters")
             with pytest.raises(HostLost, match="mini9 is lost"):

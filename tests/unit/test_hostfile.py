@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hippo_mpi.cluster import host_checks
 from hippo_mpi.cluster.hostfile import Host, Hostfile, hostfile_of, read_hostfile
-from hippo_mpi.cluster.start_plan import start_plan
+from hippo_mpi.cluster.starting.start_plan import start_plan
 from hippo_mpi.errors import LaunchError
 from hippo_mpi.serve import launch_plan, make_parser
 

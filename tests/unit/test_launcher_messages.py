@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hippo_mpi.cluster.launcher_messages import LauncherMessages
+from hippo_mpi.cluster.starting.launcher_messages import LauncherMessages
 
 RULE = "-" * 74
 WARNING = "\x1b[33m[WARN] Node with rank {} exited with code 2 \x1b[0m\n"

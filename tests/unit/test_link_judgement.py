@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from hippo_mpi.cluster.facts import Facts, Interface, Probed
-from hippo_mpi.cluster.findings import Finding
-from hippo_mpi.cluster.host_program import visible
+from hippo_mpi.cluster.asking.facts import Facts, Interface, Probed
+from hippo_mpi.cluster.doctor.findings import Finding
 from hippo_mpi.cluster.hostfile import Host
-from hippo_mpi.cluster.link import Links, addresses_of, pairs_of
-from hippo_mpi.cluster.link_checks import findings_of
-from hippo_mpi.cluster.link_cost import Cost, Way, cost_of
-from hippo_mpi.cluster.link_kinds import WIFI, LinkKind, ethernet, kinds_of, macos_kinds, thunderbolt
-from hippo_mpi.cluster.link_measure import Measured, Pair, Rate, RoundTrips, Traffic
-from hippo_mpi.cluster.link_report import lines_of, to_json
+from hippo_mpi.cluster.link.link import Links, addresses_of, pairs_of
+from hippo_mpi.cluster.link.link_checks import findings_of
+from hippo_mpi.cluster.link.link_cost import Cost, Way, cost_of
+from hippo_mpi.cluster.link.link_kinds import WIFI, LinkKind, ethernet, kinds_of, macos_kinds, thunderbolt
+from hippo_mpi.cluster.link.link_measure import Measured, Pair, Rate, RoundTrips, Traffic
+from hippo_mpi.cluster.link.link_report import lines_of, to_json
+from hippo_mpi.cluster.programs.host_program import visible
 from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.errors import UserError
 

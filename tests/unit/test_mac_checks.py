@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from hippo_mpi.cluster.checks import NAMES, diagnose
-from hippo_mpi.cluster.findings import ERROR, INFO, Finding
+from hippo_mpi.cluster.doctor.checks import NAMES, diagnose
+from hippo_mpi.cluster.doctor.findings import ERROR, INFO, Finding
 from hippo_mpi.cluster.hostfile import Hostfile
 from tests.fake_macs.draw import ask, healthy, names_of
 from tests.fake_macs.model import GIB, FakeCluster, FakeMac

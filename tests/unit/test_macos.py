@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from hippo_mpi.cluster.address_plan import networks
-from hippo_mpi.cluster.checks import diagnose
-from hippo_mpi.cluster.doctor import lines_of
-from hippo_mpi.cluster.facts import Probed, Reach, read_facts
+from hippo_mpi.cluster.asking.facts import Probed, Reach, read_facts
+from hippo_mpi.cluster.asking.macos import MacFacts, read_mac, read_power, read_rdma_devices, read_routes, read_services
+from hippo_mpi.cluster.asking.rdma import has_thunderbolt_5
+from hippo_mpi.cluster.cabling.address_plan import networks
+from hippo_mpi.cluster.cabling.topology import Topology, topology_of
+from hippo_mpi.cluster.doctor.checks import diagnose
+from hippo_mpi.cluster.doctor.doctor import lines_of
 from hippo_mpi.cluster.hostfile import Hostfile
-from hippo_mpi.cluster.macos import MacFacts, read_mac, read_power, read_rdma_devices, read_routes, read_services
-from hippo_mpi.cluster.rdma import has_thunderbolt_5
-from hippo_mpi.cluster.topology import Topology, topology_of
 from tests.fake_macs.draw import apply, ask, healthy, raw
 from tests.fake_macs.model import GIB, FakeCable, FakeCluster, FakeMac, FakeService
 

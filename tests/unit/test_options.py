@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hippo_mpi import batch, benchmark, chat, generate, models, page, plan, run, serve
 from hippo_mpi.checkpoint.hub import find_model
-from hippo_mpi.cluster.start_plan import StartPlan
+from hippo_mpi.cluster.starting.start_plan import StartPlan
 from hippo_mpi.config.parser import OptionsParser, changed
 from hippo_mpi.config.yaml_file import expanded, read_card, read_catalogue, read_config, read_start
 from hippo_mpi.errors import HippoError, UserError

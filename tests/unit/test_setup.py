@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 from mlx._distributed_utils.common import Hostfile as MlxHostfile
 
-from hippo_mpi.cluster import discovery, fitting, packing, session, setup
-from hippo_mpi.cluster.address_plan import AddressPlan
-from hippo_mpi.cluster.facts import Interface, Probed, read_facts
-from hippo_mpi.cluster.fitting import There
+from hippo_mpi.cluster.asking.facts import Interface, Probed, read_facts
+from hippo_mpi.cluster.cabling.address_plan import AddressPlan
+from hippo_mpi.cluster.cabling.topology import Topology
 from hippo_mpi.cluster.hostfile import Host, Hostfile, read_hostfile
-from hippo_mpi.cluster.made_hostfile import MadeHostfile
-from hippo_mpi.cluster.session import shown
-from hippo_mpi.cluster.topology import Topology
+from hippo_mpi.cluster.setting_up import discovery, fitting, packing, session, setup
+from hippo_mpi.cluster.setting_up.fitting import There
+from hippo_mpi.cluster.setting_up.made_hostfile import MadeHostfile
+from hippo_mpi.cluster.setting_up.session import shown
 from hippo_mpi.cluster.verbs import find
 from hippo_mpi.errors import LaunchError
 from hippo_mpi.runtime.source_digest import source_digest

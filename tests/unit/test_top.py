@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from hippo_mpi.cluster.facts import Probed
+from hippo_mpi.cluster.asking.facts import Probed
 from hippo_mpi.cluster.hostfile import Host
-from hippo_mpi.cluster.server_answers import fetch_status, fetch_tokens
-from hippo_mpi.cluster.top import data_interfaces
-from hippo_mpi.cluster.top_end import busy_share, read_ioreg, read_meminfo, read_ps, read_stat, read_vm_stat
-from hippo_mpi.cluster.top_state import HostState, ServerState, read_sample
-from hippo_mpi.cluster.top_view import screen, to_object
+from hippo_mpi.cluster.top.server_answers import fetch_status, fetch_tokens
+from hippo_mpi.cluster.top.top import data_interfaces
+from hippo_mpi.cluster.top.top_end import busy_share, read_ioreg, read_meminfo, read_ps, read_stat, read_vm_stat
+from hippo_mpi.cluster.top.top_state import HostState, ServerState, read_sample
+from hippo_mpi.cluster.top.top_view import screen, to_object
 from tests.unit.test_link_judgement import two_hosts
 
 SAID: dict[str, Any] = {

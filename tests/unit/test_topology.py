@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hippo_mpi.cluster.topology import Topology, topology_of
+from hippo_mpi.cluster.cabling.topology import Topology, topology_of
 from tests.fake_macs.draw import apply, ask, ask_mlx, names_of, random_graph
 from tests.fake_macs.model import FakeCluster
 

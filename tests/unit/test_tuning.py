@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hippo_mpi.cluster import agent, tuning
-from hippo_mpi.cluster.address_plan import Command
-from hippo_mpi.cluster.tuning import Setting, settings_of
+from hippo_mpi.cluster.cabling.address_plan import Command
+from hippo_mpi.cluster.setting_up import agent, tuning
+from hippo_mpi.cluster.setting_up.tuning import Setting, settings_of
 from hippo_mpi.cluster.verbs.tune import table
 
 GIB = 1 << 30

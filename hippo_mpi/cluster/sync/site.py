@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from hippo_mpi.cluster.hostfile import Host
-from hippo_mpi.cluster.start_plan import quoted
+from hippo_mpi.cluster.starting.start_plan import quoted
 from hippo_mpi.cluster.sync.frames import Data, FrameError, Frames, Header
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.transport.run_key import SSH

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hippo_mpi.cluster import doctor
-from hippo_mpi.cluster.checks import NAMES, diagnose
-from hippo_mpi.cluster.remote import ask
+from hippo_mpi.cluster.asking.remote import ask
+from hippo_mpi.cluster.doctor import doctor
+from hippo_mpi.cluster.doctor.checks import NAMES, diagnose
 from hippo_mpi.cluster.verbs.host_options import HostOptions, hosts_meant
 from hippo_mpi.config import checks
 from hippo_mpi.config.parser import option

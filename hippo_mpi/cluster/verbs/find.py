@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from hippo_mpi.cluster.discovery import Announced, browse
-from hippo_mpi.cluster.facts import Facts
+from hippo_mpi.cluster.asking.facts import Facts
+from hippo_mpi.cluster.asking.remote import ask
 from hippo_mpi.cluster.hostfile import hostfile_of
-from hippo_mpi.cluster.remote import ask
-from hippo_mpi.cluster.session import shown
+from hippo_mpi.cluster.setting_up.discovery import Announced, browse
+from hippo_mpi.cluster.setting_up.session import shown
 from hippo_mpi.config import checks
 from hippo_mpi.config.parser import option
 from hippo_mpi.transport.ports import THIS_MACHINE

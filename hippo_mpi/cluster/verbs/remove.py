@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hippo_mpi.cluster.removing import take_away
+from hippo_mpi.cluster.setting_up.removing import take_away
 from hippo_mpi.cluster.verbs.host_options import HOSTFILE, agreement_of, tell
 from hippo_mpi.config.parser import option
 

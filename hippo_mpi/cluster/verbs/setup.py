@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hippo_mpi.cluster.setup import set_up
+from hippo_mpi.cluster.setting_up.setup import set_up
 from hippo_mpi.cluster.verbs.host_options import HOSTFILE, agreement_of, tell
 from hippo_mpi.config import checks
 from hippo_mpi.config.parser import option

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.live import Live
 
-from hippo_mpi.cluster.top import Watch
-from hippo_mpi.cluster.top_view import screen, to_object
+from hippo_mpi.cluster.top.top import Watch
+from hippo_mpi.cluster.top.top_view import screen, to_object
 from hippo_mpi.cluster.verbs.host_options import HostOptions, hosts_meant
 from hippo_mpi.config.parser import option
 from hippo_mpi.errors import RankError, UserError, unread

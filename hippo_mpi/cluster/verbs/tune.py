@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hippo_mpi.cluster import agent
-from hippo_mpi.cluster.address_plan import Command
-from hippo_mpi.cluster.carrying_out import carry_out, lines_of
-from hippo_mpi.cluster.fitting import There
-from hippo_mpi.cluster.reaching import at_all, one_after_the_other, sessions
-from hippo_mpi.cluster.removing import entries_of, undo
-from hippo_mpi.cluster.removing import lines_of as undoing
-from hippo_mpi.cluster.session import MAX_COMMAND, Session, shown
-from hippo_mpi.cluster.tuning import READ, Setting, settings_of
+from hippo_mpi.cluster.cabling.address_plan import Command
+from hippo_mpi.cluster.setting_up import agent
+from hippo_mpi.cluster.setting_up.carrying_out import carry_out, lines_of
+from hippo_mpi.cluster.setting_up.fitting import There
+from hippo_mpi.cluster.setting_up.reaching import at_all, one_after_the_other, sessions
+from hippo_mpi.cluster.setting_up.removing import entries_of, undo
+from hippo_mpi.cluster.setting_up.removing import lines_of as undoing
+from hippo_mpi.cluster.setting_up.session import MAX_COMMAND, Session, shown
+from hippo_mpi.cluster.setting_up.tuning import READ, Setting, settings_of
 from hippo_mpi.cluster.verbs.host_options import HostOptions, agreement_of, hosts_meant, tell
 from hippo_mpi.config import checks
 from hippo_mpi.config.parser import option

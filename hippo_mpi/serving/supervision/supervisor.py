@@ -23,7 +23,7 @@ from typing import Any
 from hippo_mpi.cluster.host_checks import linked, reachable
 from hippo_mpi.cluster.hostfile import Host, Hostfile
 from hippo_mpi.cluster.hosts import installed
-from hippo_mpi.cluster.start_plan import START, start_plan
+from hippo_mpi.cluster.starting.start_plan import START, start_plan
 from hippo_mpi.environment import LOG_LINES, STATUS_FILE, TERMINAL
 from hippo_mpi.errors import ForeignError, HippoError, UserError
 from hippo_mpi.serving.supervision.messages import FRONT, MAX_LINE_BYTES
