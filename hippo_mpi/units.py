@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers, and texts that come from elsewhere, as people read them."""
 
 from __future__ import annotations
 
@@ -26,3 +26,9 @@ def show_layers(start: int, stop: int) -> str:
 def waiting_requests(count: int) -> str:
     """Return how many requests wait, in words."""
     return f"{'no' if not count else f'{count:,}'} request{' waits' if count < 2 else 's wait'}"
+
+
+def visible(text: object, most: int = 300) -> str:
+    """Return a text from another machine as a line that a terminal can be given: no control characters, not too long."""
+    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(text))
+    return line if len(line) <= most else f"{line[:most]}..."

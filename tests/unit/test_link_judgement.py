@@ -18,9 +18,9 @@ from hippo_mpi.cluster.link.link_cost import Cost, Way, cost_of
 from hippo_mpi.cluster.link.link_kinds import WIFI, LinkKind, ethernet, kinds_of, macos_kinds, thunderbolt
 from hippo_mpi.cluster.link.link_measure import Measured, Pair, Rate, RoundTrips, Traffic
 from hippo_mpi.cluster.link.link_report import lines_of, to_json
-from hippo_mpi.cluster.programs.host_program import visible
 from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.errors import UserError
+from hippo_mpi.units import visible
 
 PORTS = """
 Hardware Port: Ethernet
@@ -219,4 +219,4 @@ def test_the_cost_is_predicted_for_the_slowest_link() -> None:
 
 
 def test_what_comes_from_elsewhere_is_shown_without_control_characters() -> None:
-    assert visible("ok\x1b[2J\r\n" + "x" * 500) == "ok?[2J??" + "x" * 192
+    assert visible("ok\x1b[2J\r\n" + "x" * 500, 20) == r"ok\x1b[2J\r\nxxxxxxx..."

@@ -24,10 +24,10 @@ from hippo_mpi.cluster.hostfile import Host, Hostfile, read_hostfile
 from hippo_mpi.cluster.setting_up import discovery, fitting, packing, session, setup
 from hippo_mpi.cluster.setting_up.fitting import There
 from hippo_mpi.cluster.setting_up.made_hostfile import MadeHostfile
-from hippo_mpi.cluster.setting_up.session import shown
 from hippo_mpi.cluster.verbs import find
 from hippo_mpi.errors import LaunchError
 from hippo_mpi.runtime.source_digest import source_digest
+from hippo_mpi.units import visible
 from tests.unit.test_checks import raw
 
 ABI = sysconfig.get_config_var("SOABI")
@@ -138,7 +138,7 @@ def test_names_of_strangers_are_shown_without_their_tricks() -> None:
     assert all(line.isprintable() and len(line) < 400 for line in lines)
     assert r"a\x1b[31mb" in "".join(lines) and lines[-1] == "to set one up: ./launch/cluster setup mini2.local"
     assert [line.endswith("not a name for ssh: leave it") for line in lines[1:4]] == [False, True, True]
-    assert shown("\u202egpj\x07\n\x9b") == r"\u202egpj\x07\n\x9b" and len(shown("x" * 10_000)) < 400
+    assert visible("\u202egpj\x07\n\x9b") == r"\u202egpj\x07\n\x9b" and len(visible("x" * 10_000)) < 400
 
 
 @pytest.mark.skipif(sys.platform != "darwin", reason="needs dns-sd, of macOS")

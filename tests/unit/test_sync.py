@@ -24,9 +24,9 @@ from hippo_mpi.cluster.sync.needs import Needs
 from hippo_mpi.cluster.sync.pieces import missing, pieces_to_move
 from hippo_mpi.cluster.sync.place import Place, told
 from hippo_mpi.cluster.sync.session import state_of
-from hippo_mpi.cluster.sync.site import clean
 from hippo_mpi.cluster.verbs.sync import ranks_by_host
 from hippo_mpi.errors import UserError
+from hippo_mpi.units import visible
 from hippo_mpi.views.spans import Span, merged, num_bytes, recorded, spans_here
 from hippo_mpi.views.view import is_view, note_of, sample_of_files, views_folder
 from tests.small_disk import fill as fill_disk
@@ -161,7 +161,7 @@ def test_spans_that_are_in_no_file(spans: Any) -> None:
 
 
 def test_a_terminal_obeys_nothing_of_another_host() -> None:
-    assert clean("\x1b[2J\x07evil\r\n" + "x" * 1000) == f"[2J evil {'x' * 291}"
+    assert visible("\x1b[2J\x07evil\r\n" + "x" * 1000, 19) == r"\x1b[2J\x07evil\r\n..."
 
 
 # ---- on the other host

@@ -64,7 +64,7 @@ def test_a_host_that_takes_fewer_programs_is_asked_through_those(tmp_path: Path)
 def test_a_program_that_dies_takes_its_site_along(tmp_path: Path) -> None:
     """With its last words, from which a terminal has nothing to fear."""
     here = site(tmp_path)
-    with pytest.raises(LostError, match=r"^out of \[2J memory$"):
+    with pytest.raises(LostError, match=r"^out of\\x1b\[2J memory$"):
         here.ask({"op": "die"})
     with pytest.raises(LostError, match="memory"):
         here.ask({"op": "x"})

@@ -95,7 +95,7 @@ def test_a_server_and_its_ranks() -> None:
     said = to_object([state("a"), state("b")], server, 10.5)
     assert said["hosts"][1]["layers"] == [12, 24] and said["server"]["tokens_per_s"] == 25.0
     server.hear({"ready": False, "state": "loading \x1b[2J", "running": 0, "waiting": 0})
-    assert server.line == "not ready: loading ?[2J; 0 running, 0 waiting" and not server.ranks
+    assert server.line == r"not ready: loading \x1b[2J; 0 running, 0 waiting" and not server.ranks
     server.hear({"running": "x", "waiting": 0})
     assert server.line == "its answer can't be read"
 

@@ -16,7 +16,7 @@ from hippo_mpi.cluster.doctor.findings import ERROR, INFO, Finding
 from hippo_mpi.cluster.hostfile import Host, Hostfile
 from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.transport.ports import THIS_MACHINE
-from hippo_mpi.units import show_bytes
+from hippo_mpi.units import show_bytes, visible
 
 _SAVED = ("error", "noise", "asked_s", "took_s", "raw", "backend", "envs", "model")
 _TIMEOUT_S = 5.0  # for hosts to answer after a run that has failed
@@ -40,17 +40,12 @@ def lines_of(hosts: Sequence[Probed], findings: Sequence[Finding]) -> Iterator[s
     width = max(len(host.host.ssh) for host in hosts)
     for host in hosts:
         about = _line_of(host.facts) if host.facts else f"is not known: {host.error}"
-        yield _printable(f"{host.host.ssh:{width}}  {about}")
+        yield visible(f"{host.host.ssh:{width}}  {about}")
     for one in findings:
-        yield _printable(f"{one.weight}: {one.check} on {one.host}: {one.found}")
-        yield _printable(f"  {one.fix}")
+        yield visible(f"{one.weight}: {one.check} on {one.host}: {one.found}")
+        yield visible(f"  {one.fix}")
     if all(one.weight == INFO for one in findings):
         yield "nothing is wrong"
-
-
-def _printable(text: str) -> str:
-    """Return a text without what a terminal would obey: other hosts have written parts of it."""
-    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def _line_of(facts: Facts) -> str:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from hippo_mpi.cluster.asking.facts import Facts, Probed
 from hippo_mpi.cluster.link.link_kinds import LinkKind, kinds_of
 from hippo_mpi.cluster.link.link_measure import Measured, Pair, measure_alone, measure_at_once
-from hippo_mpi.cluster.programs.host_program import HostLost, HostProgram, visible
+from hippo_mpi.cluster.programs.host_program import HostLost, HostProgram
 from hippo_mpi.transport.ports import THIS_MACHINE
+from hippo_mpi.units import visible
 
 
 @dataclass(frozen=True)

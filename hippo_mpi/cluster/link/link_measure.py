@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hippo_mpi.cluster.link.link_end import CONNECT_S, WAIT_S
-from hippo_mpi.cluster.programs.host_program import HostLost, HostProgram, visible
+from hippo_mpi.cluster.programs.host_program import HostLost, HostProgram
+from hippo_mpi.units import visible
 
 SIZES = (64, 8 << 10)
 STREAMS = (1, 4)

@@ -25,6 +25,7 @@ from hippo_mpi.cluster.starting.start_plan import quoted
 from hippo_mpi.errors import RankError
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.transport.run_key import SSH
+from hippo_mpi.units import visible
 
 _MARK, _NO_PYTHON = "hippo-program-begins", "hippo-no-python"  # what comes before is what a shell prints at each login
 _PYTHONS = ("python3", "python3.12", "python3.11", "/opt/homebrew/bin/python3", "/usr/local/bin/python3")
@@ -44,11 +45,6 @@ _END_S = 2.0
 
 class HostLost(RankError):
     """A host on which a program couldn't be started, or doesn't answer any more."""
-
-
-def visible(text: str, limit: int = 200) -> str:
-    """Return a text that came from elsewhere as one that a terminal only shows: without control characters, and short."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:limit])
 
 
 class HostProgram:

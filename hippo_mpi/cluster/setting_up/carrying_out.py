@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 from hippo_mpi.cluster.cabling.address_plan import Command
 from hippo_mpi.cluster.setting_up import agent
-from hippo_mpi.cluster.setting_up.session import Session, shown
+from hippo_mpi.cluster.setting_up.session import Session
 from hippo_mpi.errors import LaunchError
 from hippo_mpi.transport.ports import THIS_MACHINE
+from hippo_mpi.units import visible
 
 _COMMANDS_S = 120.0
 
@@ -39,7 +40,7 @@ def carry_out(session: Session, commands: Sequence[Command], of: str) -> None:
         check_terminal(session.name, told)
     failed = session.call(agent.apply, commands=sent, of=of, runs=not through_sudo, timeout_s=_COMMANDS_S)
     if failed:
-        raise LaunchError(f"{session.name}: {shown(failed)}; what was done before it can be undone")
+        raise LaunchError(f"{session.name}: {visible(failed)}; what was done before it can be undone")
     if through_sudo:
         run_by_sudo(session.name, [one.do for one in commands])
         session.call(agent.confirm, commands=sent)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from hippo_mpi.cluster.setting_up import agent
-from hippo_mpi.cluster.setting_up.session import Session, shown
+from hippo_mpi.cluster.setting_up.session import Session
 from hippo_mpi.errors import HippoError, LaunchError, RankError
+from hippo_mpi.units import visible
 
 _T = TypeVar("_T")
 _SSH_S = 10.0
@@ -111,7 +112,7 @@ def _give_key(session: Session, agrees: Callable[[str], bool], say: Say) -> None
     if _lets_in(session.name):  # only its fingerprint was new
         return
     line = _public_key(session.name, agrees)
-    print(f"{session.name}: adds to ~/.ssh/authorized_keys: {shown(line)}")
+    print(f"{session.name}: adds to ~/.ssh/authorized_keys: {visible(line)}")
     if not agrees("let this machine in by that key? [y/N] "):
         raise LaunchError(
             f"ranks are started by ssh without a password; give {session.name} a key: ssh-copy-id {session.name}"

@@ -11,9 +11,10 @@ from hippo_mpi.cluster.setting_up import agent
 from hippo_mpi.cluster.setting_up.carrying_out import check_terminal, needs_password, run_by_sudo
 from hippo_mpi.cluster.setting_up.made_hostfile import MadeHostfile
 from hippo_mpi.cluster.setting_up.reaching import Say, sessions
-from hippo_mpi.cluster.setting_up.session import MAX_COMMAND, Session, shown
+from hippo_mpi.cluster.setting_up.session import MAX_COMMAND, Session
 from hippo_mpi.errors import LaunchError
 from hippo_mpi.transport.ports import THIS_MACHINE
+from hippo_mpi.units import visible
 
 _UNDO_S = 300.0
 
@@ -39,7 +40,7 @@ def take_away(path: Path, name: str, agrees: Callable[[str], bool], say: Say) ->
         if rest != file.text:
             lines.append((THIS_MACHINE, f"{'write' if rest else 'remove'} {path}"))
         for one, line in lines:
-            print(f"  {'here' if one == THIS_MACHINE else one}: {shown(line, MAX_COMMAND)}")
+            print(f"  {'here' if one == THIS_MACHINE else one}: {visible(line, MAX_COMMAND)}")
         if lines and not agrees("do this? [y/N] "):
             return False
         for one in among:
@@ -94,11 +95,11 @@ def _undo(session: Session, entries: Sequence[dict[str, Any]], of: Sequence[str]
     answer = session.call(agent.undo, _UNDO_S, of=list(of), is_root_done=through_sudo)
     if answer["failed"]:
         raise LaunchError(
-            f"{session.name}: {shown('; '.join(answer['failed']))}; it stays in the record, for the next call"
+            f"{session.name}: {visible('; '.join(answer['failed']))}; it stays in the record, for the next call"
         )
     if any(entry["of"] in of for entry in entries):
         left = (
-            f"; left in ~/.hippo-mpi, since it isn't setup's: {shown(', '.join(answer['left']))}"
+            f"; left in ~/.hippo-mpi, since it isn't setup's: {visible(', '.join(answer['left']))}"
             if answer["left"]
             else ""
         )

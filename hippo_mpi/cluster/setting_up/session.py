@@ -21,6 +21,7 @@ from hippo_mpi.cluster.setting_up import agent, changes
 from hippo_mpi.errors import LaunchError, RankError
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.transport.run_key import SSH
+from hippo_mpi.units import visible
 
 _MARK = b"hippo-agent-begins"  # what comes before it is what a shell prints at each login
 _NO_PYTHON = b"hippo-agent-has-no-python"
@@ -28,7 +29,6 @@ _CONNECT_S = 10
 _START_S = 30.0  # to connect, and to find a Python there
 _PROMPT_S = 300.0  # for a person to compare a fingerprint and to type a password
 _MAX_LINE = 1 << 22
-_MAX_SHOWN = 300
 MAX_COMMAND = 100_000
 """Characters of a command that is about to be run; it is shown as a whole."""
 CHUNK = 1 << 20
@@ -50,12 +50,6 @@ _FIND = (
     f'then exec "$p" -c "{_BOOT}"; fi; done; done; echo {_NO_PYTHON.decode()}'
 )
 _MODULES = (changes, agent)
-
-
-def shown(text: object, most: int = _MAX_SHOWN) -> str:
-    """Return what came from elsewhere as text of one line that a terminal can be given: no control characters, not long."""
-    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(text))
-    return line if len(line) <= most else f"{line[:most]}..."
 
 
 def _program() -> bytes:
@@ -157,8 +151,8 @@ class Session:
             if "error" not in answer:
                 return answer["result"]
         except (ValueError, TypeError, KeyError):
-            raise RankError(f"{self.name} gave an answer that can't be read: {shown(line[:80])}") from None
-        raise LaunchError(f"{self.name}: {shown(answer['error'])}")
+            raise RankError(f"{self.name} gave an answer that can't be read: {visible(line[:80])}") from None
+        raise LaunchError(f"{self.name}: {visible(answer['error'])}")
 
     def _has_output(self) -> bool:
         assert self._agent and self._agent.stdout
@@ -203,8 +197,8 @@ class Session:
             return f"no way into {self.name}: ssh has ended with status {status}, and says above why; the same command tries again"
         last = next((line.strip() for line in reversed(lines) if line.strip()), f"ssh ended with status {status}")
         for finding in diagnose([Probed(Host(self.name), error=last)], ["ssh-refused", "ssh-host-key"]):
-            return f"{finding.check} on {self.name}: {shown(finding.found.rstrip('.'))}; {finding.fix}"
-        return f"{self.name}: {shown(last)}"
+            return f"{finding.check} on {self.name}: {visible(finding.found.rstrip('.'))}; {finding.fix}"
+        return f"{self.name}: {visible(last)}"
 
     def close(self) -> None:
         """End the agent."""

@@ -16,7 +16,7 @@ from hippo_mpi.cluster.setting_up import agent
 from hippo_mpi.cluster.setting_up.fitting import There
 from hippo_mpi.cluster.setting_up.made_hostfile import MadeHostfile
 from hippo_mpi.cluster.setting_up.reaching import Say, at_all, sessions
-from hippo_mpi.cluster.setting_up.session import MAX_COMMAND, Session, shown
+from hippo_mpi.cluster.setting_up.session import MAX_COMMAND, Session
 from hippo_mpi.cluster.setting_up.setup_steps import (
     Addresses,
     Cluster,
@@ -30,6 +30,7 @@ from hippo_mpi.cluster.setting_up.setup_steps import (
 from hippo_mpi.durable_files import check_place
 from hippo_mpi.errors import LaunchError, RankError
 from hippo_mpi.transport.ports import THIS_MACHINE
+from hippo_mpi.units import visible
 
 Agrees = Callable[[str], bool]
 
@@ -81,13 +82,13 @@ def _look(reached: Mapping[str, Session], probed: Sequence[Probed], say: Say) ->
     """
     for host in probed:
         if host.facts is None:
-            raise RankError(f"{host.host.ssh} doesn't say what it is: {shown(host.error)}")
+            raise RankError(f"{host.host.ssh} doesn't say what it is: {visible(host.error)}")
     for finding in diagnose(probed, ["names-same"]):
         raise LaunchError(f"{finding.found}: {finding.fix}")
     said = at_all(list(reached), lambda name: There.read(reached[name].call(agent.hello)))
     for name, one in said.items():
         if name != THIS_MACHINE:
-            say(name, "reached", shown(f"{one.system} {one.release}, {one.machine}, Python {one.version}"))
+            say(name, "reached", visible(f"{one.system} {one.release}, {one.machine}, Python {one.version}"))
     topology = topology_of(probed)
     if topology.plan.why_not:
         raise LaunchError(topology.plan.why_not)
@@ -117,5 +118,5 @@ def _is_agreed(steps: Sequence[Step], agrees: Agrees) -> bool:
     """Print what would be changed, and ask, if anything would."""
     wanted = [(host, line) for step in steps for host, lines in step.describe().items() for line in lines]
     for host, line in wanted:
-        print(f"  {'here' if host == THIS_MACHINE else host}: {shown(line, MAX_COMMAND)}")
+        print(f"  {'here' if host == THIS_MACHINE else host}: {visible(line, MAX_COMMAND)}")
     return not wanted or agrees("do this? [y/N] ")

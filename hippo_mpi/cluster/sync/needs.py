@@ -13,9 +13,10 @@ from typing import Any
 
 from hippo_mpi.cluster.hostfile import Host
 from hippo_mpi.cluster.sync.model_files import ModelFiles, check_name, read_spans
-from hippo_mpi.cluster.sync.site import clean, command_of
+from hippo_mpi.cluster.sync.site import command_of
 from hippo_mpi.errors import ForeignError, RankError, UserError, error_with_status
 from hippo_mpi.transport.ports import THIS_MACHINE
+from hippo_mpi.units import visible
 from hippo_mpi.views.spans import Span
 
 _MODULE = "hippo_mpi.runtime.model_needs"
@@ -55,7 +56,7 @@ def ask_needs(question: Mapping[str, Any], environment: Mapping[str, str]) -> Ne
     )
     if ended.returncode:
         lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-        line = lines[-1].removeprefix("error: ") if lines else f"{_MODULE}: {clean(ended.stderr[-300:])}"
+        line = lines[-1].removeprefix("error: ") if lines else f"{_MODULE}: {visible(ended.stderr[-300:])}"
         raise error_with_status(ended.returncode if ended.returncode > 0 else ForeignError.exit_code, line)
     found = json.loads(ended.stdout)
     files = ModelFiles.from_object(found["files"])
@@ -94,7 +95,7 @@ def _introduce(host: Host, timeout_s: float, environment: Mapping[str, str]) -> 
         raise UserError(f"{command[0]} can't be started: {error.strerror}") from None
     lines = [line for line in ended.stderr.decode(errors="replace").splitlines() if line.strip()]
     if ended.returncode:
-        why = clean(lines[-1]) if lines else f"exit status {ended.returncode}"
+        why = visible(lines[-1]) if lines else f"exit status {ended.returncode}"
         kind = RankError if ended.returncode == _SSH_FAILED and host.ssh != THIS_MACHINE else UserError
         raise kind(f"{host.ssh} doesn't say what it is: {why}")
     try:
@@ -104,4 +105,4 @@ def _introduce(host: Host, timeout_s: float, environment: Mapping[str, str]) -> 
             raise ValueError
         return {"host": host.ssh, "given_speed": host.speed, **numbers, "memory_bytes": int(numbers["memory_bytes"])}
     except (ValueError, KeyError, TypeError, IndexError, OverflowError):
-        raise UserError(f"{host.ssh} says of itself what can't be read: {clean(repr(ended.stdout[-200:]))}") from None
+        raise UserError(f"{host.ssh} says of itself what can't be read: {visible(repr(ended.stdout[-200:]))}") from None

@@ -14,11 +14,11 @@ from hippo_mpi.cluster.sync.frames import PIECE_BYTES
 from hippo_mpi.cluster.sync.model_files import read_spans
 from hippo_mpi.cluster.sync.needs import Needs
 from hippo_mpi.cluster.sync.pieces import missing, pieces_to_move
-from hippo_mpi.cluster.sync.site import LostError, RefusalError, Site, clean, command_of
+from hippo_mpi.cluster.sync.site import LostError, RefusalError, Site, command_of
 from hippo_mpi.cluster.sync.transfer import HERE, HOSTS, HUB, Transfer
 from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.transport.ports import THIS_MACHINE
-from hippo_mpi.units import show_bytes
+from hippo_mpi.units import show_bytes, visible
 from hippo_mpi.views.spans import Span, merged, num_bytes
 
 _HUB = "-m hippo_mpi.checkpoint.hub_place"
@@ -152,7 +152,7 @@ class SyncSession:
         try:
             state.opened = {
                 "free": int(answer["free"]), "small": dict(answer["small"]), "is_kept": answer["is_kept"] is True,
-                "is_made": answer["is_made"] is True, "folder": clean(str(answer["folder"])),
+                "is_made": answer["is_made"] is True, "folder": visible(str(answer["folder"])),
             }  # fmt: skip
             state.here = read_spans(answer["here"], self._needs.files.sizes)
         except (KeyError, TypeError, ValueError):

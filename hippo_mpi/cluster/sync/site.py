@@ -14,6 +14,7 @@ from hippo_mpi.cluster.starting.start_plan import quoted
 from hippo_mpi.cluster.sync.frames import Data, FrameError, Frames, Header
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.transport.run_key import SSH
+from hippo_mpi.units import visible
 
 MAX_STREAMS = 4
 _SILENCE_S = 30.0  # without a byte; places say something every second
@@ -21,7 +22,6 @@ _LAST_WORDS_S = 0.2
 _END_S = 2.0  # for a program, from the end of its input to SIGKILL
 _SSH_FAILED = 255
 _MAX_STDERR_BYTES = 4096
-_MAX_TOLD = 300
 _PLACE = "-m hippo_mpi.cluster.sync.place"
 # A cut is seen within 15 s; this cipher is the fastest wherever a processor has AES.
 _SETTINGS = "ServerAliveInterval=5 ServerAliveCountMax=3 LogLevel=ERROR Compression=no Ciphers=^aes128-gcm@openssh.com"
@@ -33,12 +33,6 @@ class LostError(Exception):
 
 class RefusalError(Exception):
     """A site can't do what was asked; it says why."""
-
-
-def clean(text: str) -> str:
-    """Return what another host says, in characters that a terminal doesn't obey."""
-    shown = "".join(character if character.isprintable() else " " for character in text)
-    return " ".join(shown.split())[:_MAX_TOLD]
 
 
 def command_of(host: Host, words: str = _PLACE, connect_s: float = 10.0) -> list[str]:
@@ -87,7 +81,7 @@ class _Stream:
         self.close(at_once=True)
         self._reader.join(_END_S)
         lines = [line for line in self._said.decode(errors="replace").splitlines() if line.strip()]
-        return clean(lines[-1]) if lines else str(error)
+        return visible(lines[-1]) if lines else str(error)
 
     def close(self, at_once: bool = False) -> None:
         assert self._process.stdin
@@ -144,7 +138,7 @@ class Site:
             self._idle.append(stream)
             self._changed.notify()
         if "error" in answer:
-            raise RefusalError(clean(str(answer["error"])))
+            raise RefusalError(visible(str(answer["error"])))
         return answer, piece
 
     def close(self, at_once: bool = False) -> None:

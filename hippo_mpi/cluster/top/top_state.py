@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hippo_mpi.cluster.programs.host_program import visible
+from hippo_mpi.units import visible
 
 SILENT_S = 1.5  # hosts speak every second
 _LOOPBACK = ("lo", "lo0")

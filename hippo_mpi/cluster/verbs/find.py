@@ -10,10 +10,10 @@ from hippo_mpi.cluster.asking.facts import Facts
 from hippo_mpi.cluster.asking.remote import ask
 from hippo_mpi.cluster.hostfile import hostfile_of
 from hippo_mpi.cluster.setting_up.discovery import Announced, browse
-from hippo_mpi.cluster.setting_up.session import shown
 from hippo_mpi.config import checks
 from hippo_mpi.config.parser import option
 from hippo_mpi.transport.ports import THIS_MACHINE
+from hippo_mpi.units import visible
 
 _WIDTH = 64  # of what is shown of a name
 
@@ -65,7 +65,7 @@ def lines_of(found: Sequence[Announced], here: Facts | None) -> Iterator[str]:
         return
     rows = [("host", "address", "link", "called")]
     rows += [
-        (shown(one.host)[:_WIDTH], one.address, shown(link_of(one, here))[:_WIDTH], shown(one.service)[:_WIDTH])
+        (visible(one.host)[:_WIDTH], one.address, visible(link_of(one, here))[:_WIDTH], visible(one.service)[:_WIDTH])
         for one in found
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]

@@ -12,14 +12,14 @@ from hippo_mpi.cluster.setting_up.fitting import There
 from hippo_mpi.cluster.setting_up.reaching import at_all, one_after_the_other, sessions
 from hippo_mpi.cluster.setting_up.removing import entries_of, undo
 from hippo_mpi.cluster.setting_up.removing import lines_of as undoing
-from hippo_mpi.cluster.setting_up.session import MAX_COMMAND, Session, shown
+from hippo_mpi.cluster.setting_up.session import MAX_COMMAND, Session
 from hippo_mpi.cluster.setting_up.tuning import READ, Setting, settings_of
 from hippo_mpi.cluster.verbs.host_options import HostOptions, agreement_of, hosts_meant, tell
 from hippo_mpi.config import checks
 from hippo_mpi.config.parser import option
 from hippo_mpi.errors import UserError
 from hippo_mpi.transport.ports import THIS_MACHINE
-from hippo_mpi.units import count_of
+from hippo_mpi.units import count_of, visible
 
 TUNE = "tune"
 
@@ -71,7 +71,7 @@ def table(found: Mapping[str, Sequence[Setting]]) -> list[str]:
         for one in settings:
             needs = "sudo" if one.command and one.command.needs_root else ""
             lasts = one.lasts if one.wanted else ""
-            rows.append((name, one.name, shown(one.now), one.wanted or "as it is", lasts, needs, one.why))
+            rows.append((name, one.name, visible(one.now), one.wanted or "as it is", lasts, needs, one.why))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -79,7 +79,7 @@ def table(found: Mapping[str, Sequence[Setting]]) -> list[str]:
 def _apply(reached: Mapping[str, Session], commands: Mapping[str, Sequence[Command]], is_yes: bool) -> None:
     for name, some in commands.items():
         for line in lines_of(some):
-            print(f"  {_who(name)}: {shown(line, MAX_COMMAND)}")
+            print(f"  {_who(name)}: {visible(line, MAX_COMMAND)}")
     if not agreement_of(is_yes)("do this? [y/N] "):
         print("nothing was changed")
         return
@@ -95,7 +95,7 @@ def _undo(reached: Mapping[str, Session], is_yes: bool) -> int:
     entries = at_all(list(reached), lambda name: entries_of(reached[name]))
     lines = [(name, line) for name in reached for line in undoing([one for one in entries[name] if one["of"] == TUNE])]
     for name, line in lines:
-        print(f"  {_who(name)}: {shown(line, MAX_COMMAND)}")
+        print(f"  {_who(name)}: {visible(line, MAX_COMMAND)}")
     if lines and not agreement_of(is_yes)("do this? [y/N] "):
         print("nothing was changed")
         return 0
