@@ -75,9 +75,10 @@ def rewrite(three: Cluster, change: Callable[[list[dict[str, Any]]], None]) -> N
 
 def no_sshd(three: Cluster, number: int) -> None:
     own = f"ListenAddress={three.hosts[number].lan}".encode()
+    folder = str(three.hostfile.parent).encode()  # other tests have hosts of the same addresses
     for path in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if path.name.isdigit() and own in (path / "cmdline").read_bytes():
+            if path.name.isdigit() and all(one in (path / "cmdline").read_bytes() for one in (own, folder)):
                 os.kill(int(path.name), signal.SIGKILL)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from hippo_mpi.cluster.asking.facts import Facts, Interface, Probed, Process, Reach, read_facts
 from hippo_mpi.cluster.doctor.checks import NAMES, diagnose
-from hippo_mpi.cluster.doctor.doctor import exit_code, lines_of, read_saved
+from hippo_mpi.cluster.doctor.doctor import exit_code, lines_of, read_saved, save
 from hippo_mpi.cluster.hostfile import Host
 from hippo_mpi.errors import UserError
 
@@ -159,6 +159,18 @@ def test_addresses_of_six_are_none_that_a_ring_has() -> None:
         healthy(3), 1, own={"fe80::1": "Address family not supported"}, reached={"fe80::2": Reach(None, "no")}
     )
     assert {one.check for one in diagnose(hosts)} == {"address-missing", "link-down"}
+
+
+def test_numbers_with_many_digits_are_no_ids(tmp_path: Path) -> None:
+    answer = {**raw(), "clock": 1000.1234567890123456}
+    answer["outputs"]["addresses"]["out"] += "0123456789abcdef 0x0123456789ABCDEF"
+    hosts = [
+        Probed(Host("mini2"), read_facts(answer), asked_s=0.1234567890123456, took_s=2.2345678901234567e-05, raw=answer)
+    ]
+    save(hosts, tmp_path / "report.json")
+    (again,) = read_saved(tmp_path / "report.json")
+    assert (again.asked_s, again.took_s) == (hosts[0].asked_s, hosts[0].took_s)
+    assert "89abcdef" not in (tmp_path / "report.json").read_text().lower()
 
 
 NO_FACTS = json.dumps(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -92,9 +92,18 @@ def save(hosts: Sequence[Probed], path: Path) -> None:
         return numbers.setdefault(found[0], f"{found.lastgroup}-{len(numbers)}")
 
     try:
-        path.write_text(_PRIVATE.sub(number_of, json.dumps(asked, indent=1)))
+        path.write_text(json.dumps(_replaced(asked, number_of), indent=1))
     except OSError as error:
         raise UserError(f"--save {path}: {error.strerror}") from None
+
+
+def _replaced(value: Any, number_of: Callable[[re.Match[str]], str]) -> Any:
+    """Return a value of JSON in whose texts what is private is replaced; numbers and names of fields stay."""
+    if isinstance(value, str):
+        return _PRIVATE.sub(number_of, value)
+    if isinstance(value, dict):
+        return {name: _replaced(one, number_of) for name, one in value.items()}
+    return [_replaced(one, number_of) for one in value] if isinstance(value, list | tuple) else value
 
 
 def read_saved(path: Path) -> list[Probed]:
