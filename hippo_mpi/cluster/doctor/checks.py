@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from hippo_mpi.cluster.asking.facts import Facts, Probed, Process
 from hippo_mpi.cluster.asking.remote import NO_PYTHON
-from hippo_mpi.cluster.doctor.doctor import address_checks, cable_checks, mac_checks, model_checks, rdma_checks
+from hippo_mpi.cluster.doctor import address_checks, cable_checks, mac_checks, model_checks, rdma_checks
 from hippo_mpi.cluster.doctor.findings import ERROR, WARNING, WEIGHTS, Check, Finding, known
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.units import count_of, show_bytes

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hippo_mpi.cluster.asking.remote import ask
+from hippo_mpi.cluster.doctor import doctor
 from hippo_mpi.cluster.doctor.checks import NAMES, diagnose
-from hippo_mpi.cluster.doctor.doctor import doctor
 from hippo_mpi.cluster.verbs.host_options import HostOptions, hosts_meant
 from hippo_mpi.config import checks
 from hippo_mpi.config.parser import option

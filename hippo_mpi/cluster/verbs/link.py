@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from hippo_mpi.cluster.asking.facts import Probed
 from hippo_mpi.cluster.asking.remote import ask
+from hippo_mpi.cluster.doctor import doctor
 from hippo_mpi.cluster.doctor.checks import diagnose
-from hippo_mpi.cluster.doctor.doctor import doctor
 from hippo_mpi.cluster.doctor.findings import Finding
-from hippo_mpi.cluster.link.link import link, link_report
+from hippo_mpi.cluster.link import link, link_report
 from hippo_mpi.cluster.link.link_checks import findings_of
 from hippo_mpi.cluster.link.link_cost import cost_of
 from hippo_mpi.cluster.verbs.host_options import HostOptions, hosts_meant

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from hippo_mpi.cluster import stop
 from hippo_mpi.cluster.asking.remote import ask
+from hippo_mpi.cluster.doctor import doctor
 from hippo_mpi.cluster.doctor.checks import diagnose
-from hippo_mpi.cluster.doctor.doctor import doctor
 from hippo_mpi.cluster.verbs.host_options import HostOptions, agrees, hosts_meant
 from hippo_mpi.config.parser import option
 from hippo_mpi.errors import RankError, print_error
