@@ -83,11 +83,17 @@ def _python(hosts: Sequence[Probed]) -> Iterator[Finding]:
             continue  # which is said already
         if not facts.versions:
             where = host.host.python or "the path that this machine has"
-            fix = 'set up the project there, and name its Python in the hostfile: "python": "~/hippo/.venv/bin/python"'
+            fix = (
+                f"./launch/cluster setup {host.host.ssh} copies this machine's; if it has its own, name it in the hostfile:"
+                ' "python": "~/hippo/.venv/bin/python"'
+            )
             yield Finding("path-differs", host.host.ssh, f"{where} is no Python: {facts.versions_error}", fix)
         elif not facts.versions.get("hippo-mpi"):
             yield Finding(
-                "python-missing", host.host.ssh, "its Python has no hippo_mpi", "set up the project there: ./launch/run"
+                "python-missing",
+                host.host.ssh,
+                "its Python has no hippo_mpi",
+                f"./launch/cluster setup {host.host.ssh}",
             )
 
 
@@ -161,7 +167,7 @@ def _room(hosts: Sequence[Probed]) -> Iterator[Finding]:
             fix = "end what takes it, or expect fewer layers there"
             yield Finding("memory-taken", host.host.ssh, found, fix, WARNING)
         if 0 <= facts.open_files < _MIN_OPEN_FILES:
-            fix = "raise it for ssh sessions, such as in /etc/security/limits.conf"
+            fix = f"./launch/cluster tune {host.host.ssh} --apply"
             yield Finding("open-files", host.host.ssh, f"a process may open {facts.open_files} files", fix, WARNING)
 
 
