@@ -6,8 +6,10 @@ second chunk and in decode; after a trim; with bfloat16 and 4-bit weights; with 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,15 @@ SAMPLE_OF_ROWS = SAMPLE - {"rwkv7", "kimi_k3"}
 def every(names: list[str], sample: set[str] = SAMPLE) -> Any:
     marks = [pytest.param(n, marks=() if n in sample else pytest.mark.slow, id=n) for n in names]
     return pytest.mark.parametrize("name", marks)
+
+
+_folder = tempfile.TemporaryDirectory(prefix="hippo-models-")
+
+
+@functools.cache
+def opened(name: str) -> Checkpoint:
+    """A type's checkpoint in float32, made and traced once for all tests of this process."""
+    return open_folder(tiny_models.make_checkpoint(name, Path(_folder.name) / name))
 
 
 def splits(checkpoint: Checkpoint) -> list[list[int]]:
@@ -154,12 +165,12 @@ def assert_same(ours: mx.array, theirs: mx.array, what: str) -> None:
         raise AssertionError(f"{what}: logits differ by up to {distance}")
 
 
-def assert_parity(folder: Path, name: str, trims: bool = False) -> None:
-    tokens = tokens_for(name)
+def assert_parity(checkpoint: Checkpoint, name: str, cut: list[list[int]], trims: bool = False) -> None:
+    """The same logits as mlx-lm's, for each of these splits."""
+    folder, tokens = checkpoint.source.path, tokens_for(name)
     _, _, expected = reference(folder, name, tokens)
-    checkpoint = open_folder(folder)
-    assert splits(checkpoint), "this model can't be cut at all"
-    for split in splits(checkpoint):
+    assert cut, "this model can't be cut at all"
+    for split in cut:
         ring = LocalRing(make_stages(checkpoint, split))
         for (position, count), theirs in zip(steps(name), expected, strict=True):
             ours = ring.logits(tokens[position : position + count], position)
@@ -182,18 +193,18 @@ def fails_upstream(name: str, capability: str) -> bool:
 
 @every(NAMES)
 def test_float32(name: str, tmp_path: Path) -> None:
-    folder = tiny_models.make_checkpoint(name, tmp_path)
     if name in UNCUT:
         with pytest.raises(ForeignError, match=UNCUT[name]):
-            make_stages(open_folder(folder), [2, 4])
+            make_stages(open_folder(tiny_models.make_checkpoint(name, tmp_path)), [2, 4])
         return
-    assert_parity(folder, name, trims=not fails_upstream(name, "trim"))
+    assert_parity(opened(name), name, splits(opened(name)), trims=not fails_upstream(name, "trim"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in UNCUT and not fails_upstream(n, "bfloat16")])
 def test_bfloat16(name: str, tmp_path: Path) -> None:
-    assert_parity(tiny_models.make_checkpoint(name, tmp_path, dtype=mx.bfloat16), name)
+    checkpoint = open_folder(tiny_models.make_checkpoint(name, tmp_path, dtype=mx.bfloat16))
+    assert_parity(checkpoint, name, [most_stages(checkpoint)])
 
 
 @pytest.mark.slow
@@ -201,7 +212,8 @@ def test_bfloat16(name: str, tmp_path: Path) -> None:
 def test_4_bit(name: str, tmp_path: Path) -> None:
     """A sample: test_depth.py has every type in 4 bits."""
     dtype = mx.float32 if fails_upstream(name, "quantized-bfloat16") else mx.bfloat16
-    assert_parity(tiny_models.make_checkpoint(name, tmp_path, dtype=dtype, quantize_bits=4), name)
+    checkpoint = open_folder(tiny_models.make_checkpoint(name, tmp_path, dtype=dtype, quantize_bits=4))
+    assert_parity(checkpoint, name, splits(checkpoint))
 
 
 def run_stages(stages: list[Stage], tokens: mx.array, caches: list[list[Any]]) -> mx.array:
@@ -240,10 +252,10 @@ BATCHED = [
 
 
 @every(BATCHED, SAMPLE_OF_ROWS)
-def test_ragged_batch(name: str, tmp_path: Path) -> None:
+def test_ragged_batch(name: str) -> None:
     """Two rows of different length are prefilled alone, then decoded together."""
-    folder = tiny_models.make_checkpoint(name, tmp_path)
-    model, _ = load_model(folder)
+    checkpoint = opened(name)
+    model, _ = load_model(checkpoint.source.path)
     rows = [tokens_for(name, seed=1)[:6], tokens_for(name, seed=2)[:9]]
     last = mx.array([[11], [12]])
 
@@ -261,7 +273,6 @@ def test_ragged_batch(name: str, tmp_path: Path) -> None:
         return logits
 
     theirs = decoded(whole, lambda t, caches: whole(t, merged(caches)), lambda: make_prompt_cache(model))
-    checkpoint = open_folder(folder)
     stages = make_stages(checkpoint, most_stages(checkpoint))
     ours = decoded(
         lambda t, cache: run_stages(stages, t, cache),
@@ -303,9 +314,9 @@ def regrouped(ring: LocalRing, name: str) -> list[mx.array]:
 
 
 @every([n for n in BATCHED if not fails_upstream(n, "batch")], SAMPLE_OF_ROWS)
-def test_regrouping(name: str, tmp_path: Path) -> None:
+def test_regrouping(name: str) -> None:
     """Rows that join, leave, part and are copied give the same logits on one stage and on several."""
-    checkpoint = open_folder(tiny_models.make_checkpoint(name, tmp_path))
+    checkpoint = opened(name)
     theirs = regrouped(LocalRing(make_stages(checkpoint, [checkpoint.flow.num_layers])), name)
     ours = regrouped(LocalRing(make_stages(checkpoint, most_stages(checkpoint))), name)
     for step, (our, their) in enumerate(zip(ours, theirs, strict=True)):
@@ -313,9 +324,9 @@ def test_regrouping(name: str, tmp_path: Path) -> None:
 
 
 @every([n for n in NAMES if n not in UNCUT and not fails_upstream(n, "chunk")], SAMPLE_OF_ROWS)
-def test_batching_is_found_out(name: str, tmp_path: Path) -> None:
+def test_batching_is_found_out(name: str) -> None:
     """Models whose rows mlx-lm can't run together, or runs together wrongly, are known before a request comes."""
-    checkpoint = open_folder(tiny_models.make_checkpoint(name, tmp_path))
+    checkpoint = opened(name)
     can_batch = model_info(checkpoint, KVSettings()).can_batch
     assert can_batch or fails_upstream(name, "batch")
     if can_batch:
@@ -334,9 +345,9 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> TokenizerWrapper:
 
 
 @every([n for n in NAMES if n not in UNCUT and not fails_upstream(n, "trim")], SAMPLE_OF_ROWS)
-def test_drafts_change_no_token(name: str, tmp_path: Path, words: TokenizerWrapper) -> None:
+def test_drafts_change_no_token(name: str, words: TokenizerWrapper) -> None:
     """Right ones and wrong ones, unless the model is found to be unable to take tokens back."""
-    checkpoint = open_folder(tiny_models.make_checkpoint(name, tmp_path))
+    checkpoint = opened(name)
     split, prompt, chance = splits(checkpoint)[0], tokens_for(name)[:3], random.Random(0)
 
     plain: list[int | None] = []

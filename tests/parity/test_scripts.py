@@ -14,6 +14,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 from mlx_lm.utils import load_model
 
 from hippo_mpi.checkpoint.adapters import adapt
+from hippo_mpi.checkpoint.checkpoint import Checkpoint
 from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.library.pipelined import find_dataflow, take_stage
@@ -30,6 +31,7 @@ from tests.parity.test_every_model import (
     assert_same,
     every,
     fails_upstream,
+    opened,
     splits,
     steps,
     tokens_for,
@@ -87,26 +89,27 @@ def script_for(name: str) -> Callable[[nn.Module], list[mx.array]]:
     return script
 
 
-def assert_parity(folder: Path, name: str) -> None:
+def assert_parity(checkpoint: Checkpoint, name: str) -> None:
+    folder = checkpoint.source.path
     whole, _ = load_model(folder)
     script = script_for(name)
     expected = script(whole)
     # Every cut is tried in test_every_model.py; more than two ranks, which all make all logits, with a sample.
-    split = (max if name in SAMPLE else min)((one for one in splits(open_folder(folder)) if len(one) > 1), key=len)
+    split = (max if name in SAMPLE else min)((one for one in splits(checkpoint) if len(one) > 1), key=len)
     for rank, found in enumerate(run_script(script, pipelined(stages_of(folder, split)))):
         for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
             assert_same(ours, theirs, f"split {split}, rank {rank}, result {number}")
 
 
 @every([name for name in NAMES if name not in UNCUT], SAMPLE - SLOW)
-def test_float32(name: str, tmp_path: Path) -> None:
-    assert_parity(tiny_models.make_checkpoint(name, tmp_path), name)
+def test_float32(name: str) -> None:
+    assert_parity(opened(name), name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in sorted(SAMPLE - SLOW) if not fails_upstream(n, "bfloat16")])
 def test_bfloat16(name: str, tmp_path: Path) -> None:
-    assert_parity(tiny_models.make_checkpoint(name, tmp_path, dtype=mx.bfloat16), name)
+    assert_parity(open_folder(tiny_models.make_checkpoint(name, tmp_path, dtype=mx.bfloat16)), name)
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba2", "deepseek_v3"])
