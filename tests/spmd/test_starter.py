@@ -198,7 +198,7 @@ def test_a_python_that_is_not_there_is_told(tmp_path: Path) -> None:
         with three.run("--max-tokens", "3") as running:
             assert running.wait() == 3
         assert "/no/such/python" in running.err and re.search(
-            r"error: rank [12] \(mini[12]\) ended with status 12[67]", running.err
+            r"error: rank [12] \(mini[12]\) exited with status 12[67]", running.err
         )
         assert time.monotonic() - began_s < 30
 
