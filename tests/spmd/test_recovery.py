@@ -139,7 +139,7 @@ def test_requests_wait_while_ranks_start_again() -> None:
     with server("--timeout", str(TIMEOUT_S)) as running:
         os.kill(running.rank_pids()[0], signal.SIGKILL)
         running.await_status(lambda status: not status["ready"])
-        assert "the ranks are" in running.status()["state"]
+        assert "the ranks" in running.status()["state"]
         answer = running.client().completions.create(model=MODEL, prompt="A fox", max_tokens=5)
         assert answer.usage is not None and answer.usage.completion_tokens == 5
 
