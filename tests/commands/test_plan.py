@@ -49,7 +49,7 @@ def test_plan_for_other_machines() -> None:
 def test_plan_that_does_not_fit_says_what_is_missing() -> None:
     with ranks.single([PLAN, "--machine", "a:0.1", "--machine", "b:0.1"]) as running:
         assert running.wait() == 2
-    assert "MiB are missing" in running.err
+    assert "MiB more memory needed" in running.err
     assert "more ranks, a quantised model or a shorter --max-context" in running.err
 
 
@@ -128,7 +128,7 @@ def test_a_giant_is_planned_in_little_memory(tmp_path: Path) -> None:
 
 
 def test_a_config_alone_is_enough_for_a_plan_only(tmp_path: Path) -> None:
-    for command, line in (([GENERATE], "has no model*.safetensors"), ([PLAN, "--simulate"], "has no weights")):
+    for command, line in (([GENERATE], "has no model*.safetensors"), ([PLAN, "--simulate"], "has none: give --stage-times")):
         with ranks.single([*command, "--model", str(config_alone(tmp_path))]) as running:
             assert running.wait() == 2
         assert f"{tmp_path} {line}" in running.err
