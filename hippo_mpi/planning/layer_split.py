@@ -18,9 +18,8 @@ _WORKING_BYTES = 256 << 20
 _CACHE_STEP_TOKENS = 256  # mlx-lm's caches grow by this many tokens at a time
 # Prompt tokens for each token of an answer: what is asked is longer than what is said, above all by agents and of documents.
 _PROMPT_SHARE = 4
-_GPU_FLOPS_PER_BYTE = (
-    30.0  # 16-bit operations of Apple's GPUs in the time in which they read a byte: M1 to M4 have 25 to 40
-)
+# Operations of a GPU in the time in which it reads a byte; Apple's M1 to M4 have 30 to 40 by their nominal figures.
+_GPU_FLOPS_PER_BYTE = 30.0
 _PREFIX_SHARE = 8  # kept prefixes may take one part in this many of the room for caches
 
 

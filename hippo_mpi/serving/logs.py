@@ -32,7 +32,7 @@ class _LogFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._max_bytes = path, _MAX_FILE_BYTES
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             os.dup2(self._fd, 2)
@@ -41,14 +41,23 @@ class _LogFile:
 
     def rotate(self) -> None:
         """Set the file aside if it is full: FILE.1 is the newest of those before."""
-        if os.fstat(self._fd).st_size < _MAX_FILE_BYTES:
+        size = os.fstat(self._fd).st_size
+        if size < self._max_bytes:
+            return
+        copy = self._path.with_name(f"{self._path.name}.new")
+        try:
+            shutil.copyfile(self._path, copy)
+        except OSError:  # a full disk: all goes on in this file, and nothing that is there is lost
+            copy.unlink(missing_ok=True)
+            self._max_bytes = size + _MAX_FILE_BYTES
             return
         before = [self._path.with_name(f"{self._path.name}.{number}") for number in range(1, _FILES_BEFORE + 1)]
         for older, newer in zip(reversed(before), [*reversed(before[:-1]), None], strict=True):
             if newer is not None and newer.exists():
                 os.replace(newer, older)
-        shutil.copyfile(self._path, before[0])
+        os.replace(copy, before[0])
         os.ftruncate(self._fd, 0)
+        self._max_bytes = _MAX_FILE_BYTES
 
 
 class _StderrHandler(logging.Handler):

@@ -54,16 +54,14 @@ def service_of(words: Sequence[str], system: str = platform.system(), home: Path
         UserError: a word can't be written there.
     """
     home = Path.home() if home is None else home
-    if any(ord(char) < 32 for word in (*words, os.getcwd()) for char in word):
-        raise UserError("options of a service can't have control characters")
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    if any(ord(char) < 32 for word in (*words, os.getcwd(), *environment.values()) for char in word):
+        raise UserError("options of a service can't have control characters")
     command = [sys.executable, "-m", "hippo_mpi.serve", *words]
     is_mac = system == "Darwin"
     state = home / ("Library/Application Support" if is_mac else ".local/state") / NAME
-    if not {word.partition("=")[0] for word in words} & {
-        "--journal",
-        "--config",
-    }:  # a file of options says by itself where
+    given = {word.partition("=")[0] for word in words}
+    if not given & {"--journal", "--config"}:  # a file of options says by itself where
         command += ["--journal", str(state / "journal")]
     return (_launchd if is_mac else _systemd)(command, environment, home, state)
 

@@ -194,6 +194,33 @@ child.communicate(b"x")
     assert text.endswith("from a child\n")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
+def test_a_log_file_on_a_full_disk_loses_nothing_of_before(tmp_path: Path) -> None:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100k", "none", str(tmp_path)], capture_output=True
+    ).returncode:
+        pytest.skip("can't mount a tmpfs here")
+    try:
+        log, older = tmp_path / "log", tmp_path / "log.1"
+        older.write_text("older\n")
+        code = f"""
+import logging, time
+from pathlib import Path
+from hippo_mpi.serving import logs
+logs._MAX_FILE_BYTES = 60_000
+logs.set_up_logging("info")
+logs.log_to(Path({str(log)!r}))
+for number in range(900):
+    logging.getLogger("hippo_mpi.x").info("%d %s", number, "x" * 60)
+time.sleep(1)
+"""
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+        assert older.read_text() == "older\n" and " INFO 0 x" in log.read_text()
+        assert {path.name for path in tmp_path.iterdir()} == {"log", "log.1"}
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
 def test_a_log_file_that_cannot_be_written(tmp_path: Path) -> None:
     with ranks.single([SERVE, "--ranks", "1", "--log-file", str(tmp_path)]) as refused:
         assert refused.wait() == 2

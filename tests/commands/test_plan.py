@@ -128,7 +128,10 @@ def test_a_giant_is_planned_in_little_memory(tmp_path: Path) -> None:
 
 
 def test_a_config_alone_is_enough_for_a_plan_only(tmp_path: Path) -> None:
-    for command, line in (([GENERATE], "has no model*.safetensors"), ([PLAN, "--simulate"], "has none: give --stage-times")):
+    for command, line in (
+        ([GENERATE], "has no model*.safetensors"),
+        ([PLAN, "--simulate"], "has none: give --stage-times"),
+    ):
         with ranks.single([*command, "--model", str(config_alone(tmp_path))]) as running:
             assert running.wait() == 2
         assert f"{tmp_path} {line}" in running.err

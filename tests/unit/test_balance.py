@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hippo_mpi.errors import ModelError
 from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
 from hippo_mpi.planning.machine import measured_speeds
-from hippo_mpi.serving.supervision.balance import WorkWindow, better_split
+from hippo_mpi.serving.supervision import rebalancing
+from hippo_mpi.serving.supervision.balance import BetterSplit, WorkWindow, better_split, may_be_better
 from hippo_mpi.serving.supervision.request_broker import RequestBroker
 from tests.unit import fake_link
 from tests.unit.fake_link import numbers_of, ready_ranks, run
@@ -97,3 +104,41 @@ def test_a_split_is_taken_between_requests() -> None:
         assert front.layer_splits == {}
 
     run(work())
+
+
+def test_a_model_that_cannot_be_planned_any_more_ends_no_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its folder has gone; once it is back the better split is told, and once only."""
+    monkeypatch.setattr(rebalancing, "_LOOK_S", 0.01)
+    caplog.set_level("INFO")
+    plans: list[BetterSplit | None] = [None, BetterSplit([4, 8], 0.3)]
+    taken: list[list[int]] = []
+
+    def plan(*_: object) -> BetterSplit | None:
+        if len(plans) > 1 and plans.pop(0) is None:
+            raise ModelError("no such model folder")
+        return plans[-1]
+
+    async def beside(planned: Callable[[], BetterSplit | None]) -> BetterSplit | None:
+        return planned()
+
+    parts = [SimpleNamespace(layers=(0, 6)), SimpleNamespace(layers=(6, 12))]
+    broker = SimpleNamespace(
+        model="m", num_starts=1, is_ready=True, take_split=taken.append, beat=SimpleNamespace(ranks=[]),
+        about=SimpleNamespace(ranks=parts, machines=[], max_context=4096),
+    )  # fmt: skip
+    catalogue = SimpleNamespace(find=lambda name: SimpleNamespace(name=name, better_split=plan), beside=beside)
+
+    async def work() -> None:
+        watch = asyncio.ensure_future(rebalancing.watch_balance(cast(Any, broker), cast(Any, catalogue), is_taken=True))
+        for minute in range(5):
+            broker.beat.ranks = [SimpleNamespace(busy_s=61.0 * minute), SimpleNamespace(busy_s=20.0 * minute)]
+            await asyncio.sleep(0.2)
+            assert not watch.done()
+        watch.cancel()
+
+    run(work())
+    assert "can't be planned: no such model folder" in caplog.text
+    assert taken == [[4, 8]]
+    assert not may_be_better([60.0, 55.0, 56.0]) and may_be_better([60.0, 20.0])
