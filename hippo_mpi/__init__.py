@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hippo_mpi.library.loading import load as load
     from hippo_mpi.library.pipelined import enable as enable
     from hippo_mpi.library.pipelined import pipeline as pipeline
+    from hippo_mpi.library.sharded import shard as shard
 
 _HOMES = {
     "LLM": "library.llm",
@@ -30,6 +31,7 @@ _HOMES = {
     "enable": "library.pipelined",
     "load": "library.loading",
     "pipeline": "library.pipelined",
+    "shard": "library.sharded",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -25,7 +25,7 @@ def pipelined(stages: Sequence[Stage]) -> list[nn.Module]:
 
     for rank, stage in enumerate(stages):
         channel = LocalChannel(queues[rank], queues[(rank + 1) % size], let_others_run)
-        route_calls(stage, Peer(stage, channel, rank, size, lambda doing, activity=None: None))
+        route_calls(stage.model, Peer(stage, channel, rank, size, lambda doing, activity=None: None))
     return [stage.model for stage in stages]
 
 

@@ -17,6 +17,7 @@ from hippo_mpi.checkpoint.adapters import adapt
 from hippo_mpi.checkpoint.checkpoint import hold_weights
 from hippo_mpi.errors import ForeignError, HippoError, LaunchError, UserError
 from hippo_mpi.parallel.peer import Peer
+from hippo_mpi.parallel.sharded_peer import ShardedPeer
 from hippo_mpi.planning.costs import CacheCost, ModelInfo
 from hippo_mpi.planning.layer_split import Machine, plan_split
 from hippo_mpi.shard.stage import Stage
@@ -100,9 +101,8 @@ def connect(stage: Stage, ring: ScriptRing) -> None:
     share_random_state(ring)
     if not stage.is_whole:
         name = f"{ring.next_number()} ({type(stage.model).__module__.rpartition('.')[2]})"
-        route_calls(
-            stage, Peer(stage, ring.channel, ring.world.rank, ring.world.size, ring.control.progress, name), ring
-        )
+        peer = Peer(stage, ring.channel, ring.world.rank, ring.world.size, ring.control.progress, name)
+        route_calls(stage.model, peer, ring)
     ring.control.idle()
 
 
@@ -119,15 +119,15 @@ def _random_key() -> list[int]:
     return key
 
 
-def route_calls(stage: Stage, peer: Peer, ring: ScriptRing | None = None) -> None:
-    """Make calls of the stage's model go through all ranks.
+def route_calls(model: nn.Module, peer: Peer | ShardedPeer, ring: ScriptRing | None = None) -> None:
+    """Make calls of a model go through all ranks.
 
     Args:
-        stage: its model gets a class of its own.
+        model: gets a class of its own.
         peer: this rank's side of a call.
         ring: ends all ranks if a call fails; None: the call raises.
     """
-    model, kind = stage.model, type(stage.model)
+    kind = type(model)
     signature = inspect.signature(kind.__call__)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
@@ -176,19 +176,24 @@ def find_dataflow(model: nn.Module) -> Dataflow:
         ModelError: the model can't be cut.
         ForeignError: the model's own code raises something.
     """
-    weights = tree_flatten(model.parameters())
-    leaves = {name: leaf(weight.shape, weight.dtype) for name, weight in weights}
-    model.update(tree_unflatten(list(leaves.items())))
-    try:
-        twin = copy.deepcopy(model, {id(array): array for array in leaves.values()})
-    finally:
-        model.update(tree_unflatten(weights))
+    twin = blank_twin(model)
     try:
         return trace(twin)
     except HippoError:
         raise
     except Exception as error:  # whatever a model's own code raises
         raise ForeignError.caused_by(error, f"{type(model).__module__} can't be run") from error
+
+
+def blank_twin(model: nn.Module) -> nn.Module:
+    """Return a copy of a model whose weights hold nothing, and leave the model as it was."""
+    weights = tree_flatten(model.parameters())
+    leaves = {name: leaf(weight.shape, weight.dtype) for name, weight in weights}
+    model.update(tree_unflatten(list(leaves.items())))
+    try:
+        return copy.deepcopy(model, {id(array): array for array in leaves.values()})
+    finally:
+        model.update(tree_unflatten(weights))
 
 
 def split_evenly(
@@ -227,16 +232,29 @@ def _agree(ring: ScriptRing, model: nn.Module, flow: Dataflow, layer_split: Sequ
     """
     weights = tree_flatten(model.parameters())
     counts = split_evenly(flow, {name: weight.nbytes for name, weight in weights}, ring.world.size, layer_split)
-    structure = repr([(name, weight.shape, str(weight.dtype)) for name, weight in sorted(weights)])
-    mine = {
-        "model": f"{type(model).__module__} {hashlib.sha256(structure.encode()).hexdigest()[:16]} {flow.digest()}",
-        "layer split": ",".join(map(str, counts)),
-        "versions": " ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "hippo-mpi")),
-    }
-    all_ranks = ring.control.gather(mine)
-    for rank, other in enumerate(all_ranks or ()):
-        for what in mine:
-            if other[what] != mine[what]:
-                raise LaunchError(f"rank 0 and rank {rank} have different {what}: {mine[what]} and {other[what]}")
-    ring.control.meet()
+    check_same(ring, {"model": f"{structure_of(model)} {flow.digest()}", "layer split": ",".join(map(str, counts))})
     return counts
+
+
+def structure_of(model: nn.Module) -> str:
+    """Return a model's code and a short hash of the names, shapes and types of its weights."""
+    weights = sorted((name, weight.shape, str(weight.dtype)) for name, weight in tree_flatten(model.parameters()))
+    return f"{type(model).__module__} {hashlib.sha256(repr(weights).encode()).hexdigest()[:16]}"
+
+
+def check_same(ring: ScriptRing, mine: dict[str, str]) -> None:
+    """Check that all ranks say the same, and have the same versions of what they run.
+
+    Args:
+        ring: the ranks.
+        mine: what this rank says, by name.
+
+    Raises:
+        LaunchError: they don't.
+    """
+    mine = {**mine, "versions": " ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "hippo-mpi"))}
+    for rank, other in enumerate(ring.control.gather(mine) or ()):
+        for what in mine:
+            if other.get(what) != mine[what]:
+                raise LaunchError(f"rank 0 and rank {rank} have different {what}: {mine[what]} and {other.get(what)}")
+    ring.control.meet()

@@ -1,0 +1,111 @@
+"""Splitting every layer of a model over ranks: which rank holds what of it, proved layer by layer.
+
+`plan_shards` proposes a split of each layer (`width_split.py`) and tries it at the model's own sizes
+(`shard_check.py`). A layer that doesn't pass stays whole on every rank, which is right in any case.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+from hippo_mpi.shard.dependence import Call, ProbedModel
+from hippo_mpi.shard.shard_check import Trial, difference, is_right
+from hippo_mpi.shard.sharded_layers import shard_layer
+from hippo_mpi.shard.width_split import LayerShards, split_layer
+from hippo_mpi.transport.collective import Collective
+
+_PROBED_TOKENS = 3
+# A prompt, a token behind it, and several rows: the passes of `tracing.trace`.
+_TRIED_PASSES = ((1, 5, True), (1, 1, False), (2, 3, True))
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """How a model is split over ranks by the width of its layers.
+
+    Args:
+        layers: how each layer is split.
+        refused: of layers that could have been split, why they stay whole, by number.
+    """
+
+    layers: tuple[LayerShards, ...]
+    refused: dict[int, str]
+
+    def digest(self) -> str:
+        """Return a short hash, for ranks to compare."""
+        text = repr([(sorted(layer.columns.items()), sorted(layer.rows.items())) for layer in self.layers])
+        text += repr([sorted(layer.narrowings.items()) for layer in self.layers])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def plan_shards(model: nn.Module, shares: Sequence[float], on_progress: Callable[[], None] = lambda: None) -> ShardPlan:
+    """Find how the layers of a model are split over ranks.
+
+    Args:
+        model: a twin with no weights (`tracing.graph.leaf`), which can't be used afterwards.
+        shares: of the work, by rank; their sum is 1.
+        on_progress: called after each layer.
+    """
+    mx.disable_compile()  # compiled functions would keep the graphs of noise
+    try:
+        return _Planner(model, shares, on_progress).plan()
+    finally:
+        mx.enable_compile()
+
+
+class _Planner:
+    def __init__(self, model: nn.Module, shares: Sequence[float], on_progress: Callable[[], None]) -> None:
+        self._probe, self._shares, self._on_progress = ProbedModel(model), shares, on_progress
+        self._calls = self._probe.calls(make_prompt_cache(model), 1, _PROBED_TOKENS)
+        cache: list[Any] = []
+        self._passes = []
+        for num_rows, num_tokens, begins in _TRIED_PASSES:
+            cache = make_prompt_cache(model) if begins else cache
+            self._passes.append((self._probe.calls(cache, num_rows, num_tokens), begins))
+        self._found: dict[str, LayerShards] = {}
+
+    def plan(self) -> ShardPlan:
+        layers: dict[int, LayerShards] = {}
+        refused = {}
+        for number, call in enumerate(self._calls):
+            if call.layer not in layers:  # a model may go through its layers several times
+                shards, off = self._try(call, number)
+                layers[call.layer] = shards if is_right(off) else LayerShards()
+                if not is_right(off):
+                    refused[call.layer] = f"its output would be off by {off:.1g} of its largest value"
+                self._on_progress()
+        return ShardPlan(tuple(layers.get(index, LayerShards()) for index in range(len(self._probe.layers))), refused)
+
+    def _try(self, call: Call, number: int) -> tuple[LayerShards, float]:
+        """Return a layer's split, and by how much its outputs are off."""
+        layer = self._probe.layers[call.layer]
+        kind = _signature(layer, call)
+        if kind not in self._found:
+            self._found[kind] = split_layer(self._probe, call, self._shares)
+        shards = self._found[kind]
+        trials = [Trial(calls[number], begins) for calls, begins in self._passes]
+        return shards, difference(layer, shards, len(self._shares), trials)
+
+
+def shard_model(model: nn.Module, plan: ShardPlan, rank: int, collective: Collective) -> None:
+    """Reduce a model to a rank's part of each layer, in place and lazily; embedding, norm and head stay whole."""
+    for layer, shards in zip(model.layers, plan.layers, strict=True):
+        shard_layer(layer, shards, rank, collective)
+
+
+def _signature(layer: nn.Module, call: Call) -> str:
+    """Return what a layer's split depends on: classes, settings, sizes."""
+    parts: list[Any] = [call.shares_cache, [type(cache).__name__ for cache in call.caches]]
+    for path, module in layer.named_modules():
+        settings = sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str | tuple))
+        parts.append((path, [kind.__qualname__ for kind in type(module).__mro__], settings))
+    parts += [(name, array.shape, str(array.dtype)) for name, array in tree_flatten(layer.parameters())]
+    return repr(parts)
