@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from hippo_mpi.shard.dependence import Call, ProbedModel
+from hippo_mpi.shard.linear_layers import plain_kind
 from hippo_mpi.shard.shard_check import Trial, difference, is_right
 from hippo_mpi.shard.sharded_layers import shard_layer
 from hippo_mpi.shard.width_split import LayerShards, split_layer
@@ -70,7 +72,7 @@ class _Planner:
         for num_rows, num_tokens, begins in _TRIED_PASSES:
             cache = make_prompt_cache(model) if begins else cache
             self._passes.append((self._probe.calls(cache, num_rows, num_tokens), begins))
-        self._found: dict[str, LayerShards] = {}
+        self._found: dict[str, list[LayerShards]] = defaultdict(list)
 
     def plan(self) -> ShardPlan:
         layers: dict[int, LayerShards] = {}
@@ -85,27 +87,41 @@ class _Planner:
         return ShardPlan(tuple(layers.get(index, LayerShards()) for index in range(len(self._probe.layers))), refused)
 
     def _try(self, call: Call, number: int) -> tuple[LayerShards, float]:
-        """Return a layer's split, and by how much its outputs are off."""
+        """Return a layer's split, and by how much its outputs are off.
+
+        What was found for a layer of the same structure is tried first.
+        """
         layer = self._probe.layers[call.layer]
-        kind = _signature(layer, call)
-        if kind not in self._found:
-            self._found[kind] = split_layer(self._probe, call, self._shares)
-        shards = self._found[kind]
         trials = [Trial(calls[number], begins) for calls, begins in self._passes]
+        kind = _structure(layer, call)
+        for shards in self._found[kind]:
+            off = difference(layer, shards, len(self._shares), trials)
+            if is_right(off):
+                return shards, off
+        shards = split_layer(self._probe, call, self._shares)
+        self._found[kind].append(shards)
         return shards, difference(layer, shards, len(self._shares), trials)
 
 
-def shard_model(model: nn.Module, plan: ShardPlan, rank: int, collective: Collective) -> None:
-    """Reduce a model to a rank's part of each layer, in place and lazily; embedding, norm and head stay whole."""
+def shard_model(
+    model: nn.Module, plan: ShardPlan, rank: int, collective: Collective, absent: float = 0.0
+) -> None:
+    """Reduce a model to a rank's part of each layer, in place and lazily; embedding, norm and head stay whole.
+
+    Args:
+        model: changed in place.
+        plan: from `plan_shards`.
+        rank: whose part.
+        collective: adds up over the ranks.
+        absent: what stands for outputs of other ranks; no rank's code may use them.
+    """
     for layer, shards in zip(model.layers, plan.layers, strict=True):
-        shard_layer(layer, shards, rank, collective)
+        shard_layer(layer, shards, rank, collective, absent)
 
 
-def _signature(layer: nn.Module, call: Call) -> str:
-    """Return what a layer's split depends on: classes, settings, sizes."""
+def _structure(layer: nn.Module, call: Call) -> str:
+    """Return what layers have in common that are likely to be split alike: classes and sizes."""
     parts: list[Any] = [call.shares_cache, [type(cache).__name__ for cache in call.caches]]
-    for path, module in layer.named_modules():
-        settings = sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str | tuple))
-        parts.append((path, [kind.__qualname__ for kind in type(module).__mro__], settings))
-    parts += [(name, array.shape, str(array.dtype)) for name, array in tree_flatten(layer.parameters())]
+    parts += [(path, plain_kind(module).__qualname__) for path, module in layer.named_modules()]
+    parts += [(name, array.shape) for name, array in tree_flatten(layer.parameters())]
     return repr(parts)
