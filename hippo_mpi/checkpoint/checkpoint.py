@@ -124,14 +124,13 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     return Checkpoint(source, config, flow, sizes, matrices, shares, assumed)
 
 
-def load_stage_weights(
+def load_weights(
     checkpoint: Checkpoint,
-    start: int,
-    stop: int,
+    wanted: set[str],
     on_progress: Callable[[int], None] = lambda done_bytes: None,
-    shares_head: bool = False,
+    change: Callable[[nn.Module], None] = lambda model: None,
 ) -> nn.Module:
-    """Load a model with the weights of layers [start, stop); every other weight is absent.
+    """Load a model with some of its weights; every other weight is absent.
 
     From the hub, only these weights are downloaded.
 
@@ -139,10 +138,9 @@ def load_stage_weights(
 
     Args:
         checkpoint: the model's structure.
-        start: first layer; with 0, embedding, norm and head are loaded too.
-        stop: the layer after the last one.
+        wanted: names of weights.
         on_progress: called with the bytes read so far.
-        shares_head: whether norm and head are loaded in any case.
+        change: called with the model before weights are read, as by cutting them.
 
     Raises:
         ModelError: a file is missing, or can't be downloaded or read.
@@ -151,10 +149,11 @@ def load_stage_weights(
     if not has_weights(folder):
         raise ModelError(f"{folder} has no model*.safetensors: it can be planned, but not run")
     if is_view(folder):
-        fetch(folder, checkpoint.stage_arrays(start, stop, shares_head), lambda: on_progress(0))
+        fetch(folder, _stored_arrays(checkpoint.source, wanted), lambda: on_progress(0))
     model, _ = open_lazily(checkpoint.source)
+    change(model)
     with loading_errors(folder, "can't be read"):
-        hold_weights(model, checkpoint.flow.stage_weights(start, stop, shares_head), on_progress)
+        hold_weights(model, wanted, on_progress)
     return model
 
 

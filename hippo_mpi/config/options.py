@@ -139,8 +139,19 @@ class RankOptions(DeadlineOptions):
     """How ranks share the work."""
 
     GROUP: ClassVar = "ranks"
+    parallel: str = option(
+        "pipeline",
+        "pipeline: each rank holds some layers; tensor: each holds a part of every layer, which is faster for few"
+        " requests over a fast link",
+        choices=("pipeline", "tensor"),
+    )
     layer_split: tuple[int, ...] | None = option(
         None, "layers per rank, such as 14,10; default: planned", check=checks.counts
+    )
+    width_split: tuple[int, ...] | None = option(
+        None,
+        "with --parallel tensor: parts of each layer per rank, such as 5,3; default: by speed",
+        check=checks.counts,
     )
     max_context: int | None = option(
         None, "maximum length of prompt and answer together; default: the model's, or what fits", check=checks.positive

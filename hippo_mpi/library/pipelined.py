@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from hippo_mpi.checkpoint.adapters import adapt
 from hippo_mpi.checkpoint.checkpoint import hold_weights
@@ -22,8 +21,8 @@ from hippo_mpi.planning.costs import CacheCost, ModelInfo
 from hippo_mpi.planning.layer_split import Machine, plan_split
 from hippo_mpi.shard.stage import Stage
 from hippo_mpi.tracing.dataflow import Dataflow
-from hippo_mpi.tracing.graph import leaf
 from hippo_mpi.tracing.trace import trace
+from hippo_mpi.tracing.twin import blank_twin
 from hippo_mpi.transport.pulse import Activity
 from hippo_mpi.transport.script_ring import Group, ScriptRing, join
 
@@ -183,17 +182,6 @@ def find_dataflow(model: nn.Module) -> Dataflow:
         raise
     except Exception as error:  # whatever a model's own code raises
         raise ForeignError.caused_by(error, f"{type(model).__module__} can't be run") from error
-
-
-def blank_twin(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose weights hold nothing, and leave the model as it was."""
-    weights = tree_flatten(model.parameters())
-    leaves = {name: leaf(weight.shape, weight.dtype) for name, weight in weights}
-    model.update(tree_unflatten(list(leaves.items())))
-    try:
-        return copy.deepcopy(model, {id(array): array for array in leaves.values()})
-    finally:
-        model.update(tree_unflatten(weights))
 
 
 def split_evenly(

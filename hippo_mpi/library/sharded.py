@@ -7,14 +7,12 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
 from hippo_mpi.checkpoint.adapters import adapt
 from hippo_mpi.errors import HippoError, UserError
 from hippo_mpi.library.pipelined import (
     START_TIMEOUT_S,
     TIMEOUT_S,
-    blank_twin,
     check_same,
     route_calls,
     share_random_state,
@@ -22,9 +20,12 @@ from hippo_mpi.library.pipelined import (
 )
 from hippo_mpi.parallel.sharded_peer import ShardedPeer
 from hippo_mpi.shard.tensor import ShardPlan, plan_shards, shard_model
+from hippo_mpi.tracing.twin import blank_twin
 from hippo_mpi.transport.collective import RankCollective
 from hippo_mpi.transport.pulse import Activity
 from hippo_mpi.transport.script_ring import Group, ScriptRing, join
+
+_TRYING = "trying how the layers can be split"
 
 
 def shard(
@@ -59,8 +60,8 @@ def shard(
     ring = join(group, start_timeout, timeout)
     size = ring.world.size
     if size == 1:
-        return ShardPlan((), {})
-    ring.control.progress("trying how the layers can be split", Activity.COMPUTING)
+        return ShardPlan(1, (), {})
+    ring.control.progress(_TRYING, Activity.COMPUTING)
     try:
         if getattr(model, "is_pipelined", False):
             raise UserError("this model is already split over the ranks")
@@ -85,15 +86,11 @@ def shard(
 
 def _plan(ring: ScriptRing, model: nn.Module, shares: Sequence[float]) -> ShardPlan:
     adapt(model, str(getattr(model, "model_type", "")))
-    fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
-    model.update_modules(tree_unflatten(fused))
-    plan = plan_shards(
-        blank_twin(model),
-        shares,
-        lambda: ring.control.progress("trying how the layers can be split", Activity.COMPUTING),
-    )
-    check_same(ring, {"model": structure_of(model), "split": plan.digest()})
-    return plan
+    check_same(ring, {"model": structure_of(model), "shares": str(shares)})
+    plan = None
+    if ring.world.rank == 0:
+        plan = plan_shards(blank_twin(model), shares, lambda: ring.control.progress(_TRYING, Activity.COMPUTING))
+    return ring.control.share(plan, ShardPlan)
 
 
 def _checked(shares: Sequence[float] | None, size: int) -> list[float]:

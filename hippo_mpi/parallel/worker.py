@@ -104,7 +104,8 @@ class Leader:
         plan = None if step is None else step.plan
         if plan is not None and not plan.has_rows:
             rearrange(self.caches, plan)
-            self._announce(plan, [])
+            if not self._stage.is_alone:
+                self._channel.announce(encode(plan), [])
             mx.eval(self.caches.moved())
             return None
         begun, self._ahead = self._ahead, None
@@ -155,6 +156,8 @@ class Leader:
 
     def _build(self, step: Step, ids: mx.array) -> _Built:
         plan = step.plan
+        if self._stage.is_sharded:  # before the first sum, in which the others take part
+            self._channel.announce(encode(plan), [])
         rearrange(self.caches, plan)
         cache = self.caches.at(plan.slots, plan.positions, plan.counts)
         built = _Built(step, self._stage.forward(ids, cache, plan.wants_logits))

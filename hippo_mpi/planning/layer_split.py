@@ -89,6 +89,11 @@ class LayerSplit:
         """True if every stage fits into its machine's memory."""
         return all(stage.margin_bytes >= 0 for stage in self.stages)
 
+    @property
+    def is_by_width(self) -> bool:
+        """True if each rank holds a part of every layer."""
+        return len(self.stages) > 1 and self.stages[1].start == 0
+
     def cache_room(self, max_rows: int) -> tuple[int, int | None]:
         """Return how many sequences may run at once, and how many tokens they may have together (None: any number).
 
@@ -124,7 +129,8 @@ class LayerSplit:
     def table(self) -> str:
         """Return the plan as a text table with a line per rank."""
         head = f"{'rank':>4}  {'host':<16} {'layers':<9} {'weights':>9} {'KV cache':>9} {'memory':>9} {'margin':>9} {'work':>5}"
-        lines = [f"{count_of(self.info.num_layers, 'layer')}, context of {self.max_context:,} tokens", head]
+        how = f", each split over {len(self.stages)} ranks" if self.is_by_width else ""
+        lines = [f"{count_of(self.info.num_layers, 'layer')}{how}, context of {self.max_context:,} tokens", head]
         for rank, stage in enumerate(self.stages):
             layers = f"{stage.start}-{stage.stop - 1}" + ("+head" if rank == 0 and len(self.stages) > 1 else "")
             lines.append(
@@ -191,7 +197,7 @@ def plan_split(
         if bounds is not None and split.fits:
             return split
         if max_context is not None or context <= 2048:
-            raise PlanError(_does_not_fit(split))
+            raise PlanError(does_not_fit(split))
         context = max(2048, context // 2)
 
 
@@ -299,7 +305,8 @@ def _too_many_ranks(info: ModelInfo, num_ranks: int) -> str:
     )
 
 
-def _does_not_fit(split: LayerSplit) -> str:
+def does_not_fit(split: LayerSplit) -> str:
+    """Return the error for a plan that needs more memory than there is."""
     missing = sum(max(0, -stage.margin_bytes) for stage in split.stages)
     return (
         f"the model doesn't fit: {show_bytes(missing)} more memory needed; more ranks, a quantised model or a shorter"

@@ -7,6 +7,7 @@ says it in one line, and all end with the same status.
 from __future__ import annotations
 
 import os
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,18 +15,22 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint
+from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint, open_lazily
 from hippo_mpi.config.checks import above_0
 from hippo_mpi.environment import SPEED
-from hippo_mpi.errors import HippoError, LaunchError, error_with_status
+from hippo_mpi.errors import HippoError, LaunchError, UserError, error_with_status
 from hippo_mpi.planning.costs import ModelInfo
 from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
 from hippo_mpi.planning.machine import available_bytes, measured_speeds, usual_flops_per_byte
 from hippo_mpi.planning.model_costs import model_info
+from hippo_mpi.planning.width_plan import plan_widths, width_shares
 from hippo_mpi.runtime.source_digest import source_digest
 from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.shard.tensor import ShardPlan, plan_shards
+from hippo_mpi.tracing.twin import blank_twin
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.layout import Layout
+from hippo_mpi.transport.pulse import Activity
 from hippo_mpi.transport.world import World
 
 _EQUAL_SPEED = 1.1  # speeds closer than this are taken for the same: a measurement isn't better
@@ -62,6 +67,8 @@ class PlanConstraints:
     layer_split: tuple[int, ...] | None
     max_context: int | None
     num_draft_tokens: int = 0
+    is_tensor: bool = False  # whether each rank holds a part of every layer
+    width_split: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class _Plan:
     max_context: int
     can_batch: bool | None
     vocab_size: int
+    shards: ShardPlan | None = None
 
 
 @dataclass
@@ -93,11 +101,12 @@ class Agreement:
     vocab_size: int
     split: LayerSplit | None
     draft: DraftModel | None = None
+    shards: ShardPlan | None = None  # how each layer is split, if it is
 
     @property
     def layout(self) -> Layout:
         """Return how the ranks share the model."""
-        return Layout(len(self.counts))
+        return Layout(len(self.counts)) if self.shards is None else Layout(1, shards=self.shards.num_ranks)
 
     def layers_of(self, rank: int) -> tuple[int, int]:
         """Return the layers [start, stop) of a rank."""
@@ -146,25 +155,48 @@ def negotiate(
     except HippoError as error:
         introduction.error, introduction.exit_code = str(error), error.exit_code
     introductions = control.gather(introduction)
-    split = draft = None
+    split = draft = shards = None
     if introductions is not None:
         try:
             _compare(introductions)
             assert checkpoint is not None
             info, draft = model_info(checkpoint, settings, shares_head), _open_draft(find_draft())
             info = info.with_draft(draft.info, constraints.num_draft_tokens) if draft else info
-            split = plan_split(
-                info, machines or machines_of(introductions), constraints.max_context, constraints.layer_split
-            )
+            split, shards = _planned(checkpoint, info, machines or machines_of(introductions), constraints, control)
         except HippoError as error:
             control.fail(error)
     plan = None
     if split is not None:
         can_batch = None if split.info.can_batch else False
-        plan = _Plan(split.counts, split.max_context, can_batch, split.info.vocab_size)
+        counts = split.counts if shards is None else [split.info.num_layers]
+        plan = _Plan(counts, split.max_context, can_batch, split.info.vocab_size, shards)
     plan = control.share(plan, _Plan)
     assert checkpoint is not None
     return Agreement(checkpoint, **vars(plan), split=split, draft=draft)
+
+
+def _planned(
+    checkpoint: Checkpoint, info: ModelInfo, machines: list[Machine], constraints: PlanConstraints, control: Control
+) -> tuple[LayerSplit, ShardPlan | None]:
+    """Return which rank holds what; if each holds a part of every layer, also how layers are split."""
+    layer_split, width_split = constraints.layer_split, constraints.width_split
+    if constraints.is_tensor and layer_split is not None:
+        raise UserError(
+            "--layer-split is for --parallel pipeline; with tensor, --width-split 5,3 gives parts of each layer"
+        )
+    if width_split is not None and not constraints.is_tensor:
+        raise UserError("--width-split is for --parallel tensor; in a pipeline, --layer-split gives layers per rank")
+    if constraints.is_tensor and len(machines) > 1:
+        shares = width_shares(machines, width_split)
+        model, _ = open_lazily(checkpoint.source)
+        doing = "trying how the layers can be split"
+        shards = plan_shards(blank_twin(model), shares, lambda: control.progress(doing, Activity.COMPUTING))
+        for layer, why in shards.refused.items():
+            sys.stderr.write(f"layer {layer} stays whole on every rank: {why}\n")
+        if not shards.is_whole:
+            return plan_widths(info, machines, shards.bytes_of(model.layers), constraints.max_context), shards
+        sys.stderr.write("no layer of this model can be split over ranks: each rank gets some layers instead\n")
+    return plan_split(info, machines, constraints.max_context, layer_split), None
 
 
 def _open_draft(source: ModelSource | None) -> DraftModel | None:

@@ -143,7 +143,9 @@ def _with_model(joined: _Joined[_R], body: Callable[[Session[_R]], int], machine
         control.progress("listing the hub's files")
 
     num_draft_tokens = options.num_draft_tokens if isinstance(options, DraftOptions) else 0
-    constraints = PlanConstraints(options.layer_split, options.max_context, num_draft_tokens)
+    constraints = PlanConstraints(
+        options.layer_split, options.max_context, num_draft_tokens, options.parallel == "tensor", options.width_split
+    )
     agreement = negotiate(
         world,
         control,

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from hippo_mpi.errors import HippoError, error_with_status
+from hippo_mpi.parallel.sharded_follower import ShardedFollower
 from hippo_mpi.parallel.timeline import Timeline
 from hippo_mpi.parallel.worker import Follower, Leader
 from hippo_mpi.planning.machine import peak_resident_bytes
 from hippo_mpi.runtime.agreement import Agreement
+from hippo_mpi.shard.sharded_stage import ShardedStage, load_sharded_stage
 from hippo_mpi.shard.slot_caches import KVSettings
-from hippo_mpi.shard.stage import load_stage
+from hippo_mpi.shard.stage import Stage, load_stage
 from hippo_mpi.transport.channel import RingChannel
+from hippo_mpi.transport.collective import RankCollective
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.pulse import Activity
 from hippo_mpi.transport.rank_status import RankStatistics, RankStatus
@@ -49,6 +52,7 @@ class Pipeline:
         agreement.layout.check(world.size)
         start, stop = self._layers = agreement.layers_of(world.rank)
         checkpoint = agreement.checkpoint
+        # Of a split layer, whole tensors are read.
         self.weight_bytes = sum(checkpoint.weight_bytes[name] for name in checkpoint.stage_weights(start, stop))
 
         def loaded(done: int) -> None:
@@ -61,16 +65,25 @@ class Pipeline:
         try:
             if mx.metal.is_available():
                 mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-            self.stage = load_stage(checkpoint, start, stop, loaded)
+            self.stage = self._load(loaded)
         except HippoError as caught:
             error = caught
         self._agree_that_loaded(error)
         self.channel = RingChannel(world, control, agreement.layout)
         self.timeline = Timeline(self._progress)
         self._settings = settings
-        self._worker: Leader | Follower | None = None
+        self._worker: Leader | Follower | ShardedFollower | None = None
         self._cache_bytes, self._counted_at = 0, 0.0
         control.own_status = self._status
+
+    def _load(self, on_progress: Callable[[int], None]) -> Stage:
+        checkpoint, shards = self.agreement.checkpoint, self.agreement.shards
+        if shards is None:
+            return load_stage(checkpoint, *self._layers, on_progress)
+        collective = RankCollective(self.world, is_lazy=mx.default_device() == mx.cpu)
+        self.control.meet()  # from here on, all ranks are at the same sum
+        collective.choose()
+        return load_sharded_stage(checkpoint, shards, self.world.rank, collective, on_progress)
 
     def _agree_that_loaded(self, error: HippoError | None) -> None:
         gathered = self.control.gather(
@@ -91,7 +104,13 @@ class Pipeline:
         """Run rank 0's steps until it calls `release`."""
         layout = self.agreement.layout
         is_last = layout.place(self.world.rank).stage == layout.stages - 1
-        self._worker = follower = Follower(self.stage, self.channel, self._settings, is_last, self.timeline)
+        follower: Follower | ShardedFollower
+        if isinstance(self.stage, ShardedStage):
+            is_last = self.world.rank == self.world.size - 1
+            follower = ShardedFollower(self.stage, self.channel, self._settings, is_last, self.timeline)
+        else:
+            follower = Follower(self.stage, self.channel, self._settings, is_last, self.timeline)
+        self._worker = follower
         while follower.follow() is not None:
             pass
 

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from greenlet import getcurrent, greenlet
 
-from hippo_mpi.checkpoint.checkpoint import Checkpoint, load_stage_weights
+from hippo_mpi.checkpoint.checkpoint import Checkpoint, load_weights
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.tracing import nested_arrays
 from hippo_mpi.tracing.dataflow import (
@@ -59,6 +59,7 @@ class Stage:
         self.holds_head = start == 0 or shares_head
         self.run_model = partial(type(model).__call__, model)  # the model's own code, whatever its class becomes
         self.is_whole = stop - start == flow.num_layers
+        self.is_sharded = False  # whether other ranks take part in each layer
         self.crossing = {cut: crossing(flow, cut) for cut in range(1, len(flow.calls) + 1)}
         self._running: Forward | None = None
         if not self.is_whole:
@@ -75,6 +76,11 @@ class Stage:
             options: further arguments of the model's own code.
         """
         return Forward(self, tokens, cache, wants_logits, options)
+
+    @property
+    def is_alone(self) -> bool:
+        """True if no other rank takes part in steps."""
+        return self.is_whole and not self.is_sharded
 
     def is_local(self, layer: int) -> bool:
         """Return whether this stage holds a layer."""
@@ -171,7 +177,7 @@ class Forward:
         if self.stage.is_local(index):
             for path in call.prepared:
                 if (number, path) in self._held:
-                    _put(inputs, path, self._held[number, path])
+                    replace_argument(inputs, path, self._held[number, path])
             result = real(layer, *inputs["args"], **inputs["kwargs"])
             if index == self.stage.stop - 1:
                 self._keep_outputs(number, result, inputs)
@@ -189,11 +195,11 @@ class Forward:
     def _keep_outputs(self, number: int, result: Any, inputs: dict[str, Any]) -> None:
         for call, path in self.stage.crossing[number + 1]:
             if call == number:
-                self._held[call, path] = _own(_get({"return": result, **inputs}, path))
+                self._held[call, path] = _own(argument({"return": result, **inputs}, path))
 
     def _keep_prepared(self, number: int, call: LayerCall, inputs: dict[str, Any]) -> None:
         for path in call.prepared:
-            self._held[number, path] = _own(_get(inputs, path))
+            self._held[number, path] = _own(argument(inputs, path))
 
     def _collect(self, cut: int) -> list[mx.array] | None:
         """Return the arrays that the next stage needs; None if this is the result and no logits are wanted."""
@@ -228,7 +234,7 @@ class Forward:
             if isinstance(returned, ReturnedArray):
                 return array(returned.path)
             if isinstance(returned, ArgumentRef):
-                return _get(inputs, returned.path)
+                return argument(inputs, returned.path)
             if isinstance(returned, ReturnedSequence):
                 items = [build(item) for item in returned.items]
                 return returned.kind(*items) if hasattr(returned.kind, "_fields") else returned.kind(items)
@@ -236,7 +242,7 @@ class Forward:
 
         for path in call.outputs:
             if path[0] != "return":
-                _put(inputs, path, array(path))
+                replace_argument(inputs, path, array(path))
         return build(call.returns)
 
 
@@ -270,35 +276,36 @@ def _own(array: mx.array) -> mx.array:
     return mx.stop_gradient(array)
 
 
-def _get(root: Any, path: Path) -> Any:
+def argument(root: Any, path: Path) -> Any:
+    """Return what lies at a path inside the arguments, or the result, of a layer's call."""
     for key in path:
         is_indexed = isinstance(root, dict | list | tuple)
         root = cast(Any, root)[key] if is_indexed else getattr(root, str(key))
     return root
 
 
-def _put(inputs: dict[str, Any], path: Path, value: Any) -> None:
+def replace_argument(inputs: dict[str, Any], path: Path, value: Any) -> None:
     """Set an argument, or an array inside one."""
     if len(path) == 2 and path[0] == "args":
         values = list(inputs["args"])
         values[int(path[1])] = value
         inputs["args"] = tuple(values)
     else:
-        nested_arrays.assign(_get(inputs, path[:-1]), path[-1], value)
+        nested_arrays.assign(argument(inputs, path[:-1]), path[-1], value)
 
 
 def _apply(effect: CacheEffect, inputs: dict[str, Any], rows_tokens: tuple[int, int]) -> None:
     """Do to a cache what the real layer does to it, with rows of width 0."""
-    cache = _get(inputs, effect.cache)
+    cache = argument(inputs, effect.cache)
     if cache is None:
         return
 
-    def argument(value: Any) -> Any:
+    def filled(value: Any) -> Any:
         if isinstance(value, Shape):
             return mx.zeros(value(*rows_tokens), value.dtype)
         return value(*rows_tokens) if isinstance(value, Dim) else value
 
-    getattr(cache, effect.method)(*(argument(value) for value in effect.arguments))
+    getattr(cache, effect.method)(*(filled(value) for value in effect.arguments))
 
 
 def load_stage(
@@ -321,5 +328,5 @@ def load_stage(
     Raises:
         ModelError: a file can't be read or downloaded.
     """
-    model = load_stage_weights(checkpoint, start, stop, on_progress, shares_head)
+    model = load_weights(checkpoint, checkpoint.flow.stage_weights(start, stop, shares_head), on_progress)
     return Stage(model, checkpoint.flow, start, stop, shares_head)

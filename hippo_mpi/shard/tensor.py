@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from hippo_mpi.shard.dependence import Call, ProbedModel
-from hippo_mpi.shard.linear_layers import plain_kind
+from hippo_mpi.shard.linear_layers import linear_layers, num_bytes, plain_kind
 from hippo_mpi.shard.shard_check import Trial, difference, is_right
 from hippo_mpi.shard.sharded_layers import shard_layer
 from hippo_mpi.shard.width_split import LayerShards, split_layer
@@ -34,28 +33,40 @@ class ShardPlan:
     """How a model is split over ranks by the width of its layers.
 
     Args:
+        num_ranks: over how many ranks.
         layers: how each layer is split.
         refused: of layers that could have been split, why they stay whole, by number.
     """
 
+    num_ranks: int
     layers: tuple[LayerShards, ...]
     refused: dict[int, str]
 
-    def digest(self) -> str:
-        """Return a short hash, for ranks to compare."""
-        text = repr([(sorted(layer.columns.items()), sorted(layer.rows.items())) for layer in self.layers])
-        text += repr([sorted(layer.narrowings.items()) for layer in self.layers])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    @property
+    def is_whole(self) -> bool:
+        """True if no layer is split."""
+        return not any(layer.columns for layer in self.layers)
+
+    def bytes_of(self, layers: Sequence[nn.Module]) -> list[int]:
+        """Return the bytes of all layers' weights that each rank holds."""
+        held = [0.0] * self.num_ranks
+        for layer, shards in zip(layers, self.layers, strict=True):
+            total = sum(array.nbytes for _, array in tree_flatten(layer.parameters()))
+            linear = sum(num_bytes(one) for one in linear_layers(layer).values())
+            for rank in range(self.num_ranks):
+                held[rank] += total - linear * (1 - shards.held_share(layer, rank))
+        return [round(size) for size in held]
 
 
 def plan_shards(model: nn.Module, shares: Sequence[float], on_progress: Callable[[], None] = lambda: None) -> ShardPlan:
     """Find how the layers of a model are split over ranks.
 
     Args:
-        model: a twin with no weights (`tracing.graph.leaf`), which can't be used afterwards.
+        model: a twin with no weights (`tracing.graph.leaf`), which can't be used afterwards; adapters are fused.
         shares: of the work, by rank; their sum is 1.
         on_progress: called after each layer.
     """
+    fuse_adapters(model)
     mx.disable_compile()  # compiled functions would keep the graphs of noise
     try:
         return _Planner(model, shares, on_progress).plan()
@@ -84,7 +95,8 @@ class _Planner:
                 if not is_right(off):
                     refused[call.layer] = f"its output would be off by {off:.1g} of its largest value"
                 self._on_progress()
-        return ShardPlan(tuple(layers.get(index, LayerShards()) for index in range(len(self._probe.layers))), refused)
+        found = tuple(layers.get(index, LayerShards()) for index in range(len(self._probe.layers)))
+        return ShardPlan(len(self._shares), found, refused)
 
     def _try(self, call: Call, number: int) -> tuple[LayerShards, float]:
         """Return a layer's split, and by how much its outputs are off.
@@ -103,9 +115,7 @@ class _Planner:
         return shards, difference(layer, shards, len(self._shares), trials)
 
 
-def shard_model(
-    model: nn.Module, plan: ShardPlan, rank: int, collective: Collective, absent: float = 0.0
-) -> None:
+def shard_model(model: nn.Module, plan: ShardPlan, rank: int, collective: Collective, absent: float = 0.0) -> None:
     """Reduce a model to a rank's part of each layer, in place and lazily; embedding, norm and head stay whole.
 
     Args:
@@ -115,8 +125,15 @@ def shard_model(
         collective: adds up over the ranks.
         absent: what stands for outputs of other ranks; no rank's code may use them.
     """
+    fuse_adapters(model)
     for layer, shards in zip(model.layers, plan.layers, strict=True):
         shard_layer(layer, shards, rank, collective, absent)
+
+
+def fuse_adapters(model: nn.Module) -> None:
+    """Add the weights of LoRA adapters to those of the linear layers that they change, lazily."""
+    fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
+    model.update_modules(tree_unflatten(fused))
 
 
 def _structure(layer: nn.Module, call: Call) -> str:

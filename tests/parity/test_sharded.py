@@ -5,26 +5,18 @@ Outputs of other ranks are NaN where the code sees zeros otherwise, so that a ra
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import pytest
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, open_lazily
-from hippo_mpi.library.pipelined import blank_twin
-from hippo_mpi.shard.dependence import ProbedModel
-from hippo_mpi.shard.shard_check import Trial, difference, is_right
-from hippo_mpi.shard.sharded_layers import shard_layer
 from hippo_mpi.shard.tensor import ShardPlan, plan_shards, shard_model
-from hippo_mpi.shard.width_split import LayerShards, split_layer
+from hippo_mpi.tracing.twin import blank_twin
 from hippo_mpi.transport.collective import LocalCollective, run_ranks
-from tests.parity.test_every_model import NAMES, UNCUT, every, fails_upstream, opened, steps, tokens_for
+from tests.parity.test_every_model import NAMES, UNCUT, every, opened, steps, tokens_for
 
 # Sums are made in another order. Long recurrences, and stand-ins for kernels of a GPU, add up what comes of that.
 BOUND = 1e-5

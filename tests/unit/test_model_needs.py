@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from hippo_mpi.checkpoint.checkpoint import ModelSource, load_stage_weights, open_checkpoint
+from hippo_mpi.checkpoint.checkpoint import ModelSource, load_weights, open_checkpoint
 from hippo_mpi.checkpoint.hub import find_model
 from hippo_mpi.cluster.sync.model_files import ModelFiles
 from hippo_mpi.cluster.sync.place import Place
@@ -78,8 +78,8 @@ def test_a_synced_folder_is_found_by_what_was_typed_and_is_the_same_model(
     assert synced_view("models/tale") is None and synced_view("/home/bob/models/tale") is None
     here, there = (open_checkpoint(ModelSource(folder)) for folder in (BUNDLED_MODEL, place.folder))
     assert here.digest() == there.digest()
-    load_stage_weights(there, 5, 12)
+    load_weights(there, there.flow.stage_weights(5, 12))
     with pytest.raises(
         ModelError, match=r"layers of /home/anna/models/tale aren't on this host: run hippo_mpi\.cluster sync"
     ):
-        load_stage_weights(there, 4, 12)
+        load_weights(there, there.flow.stage_weights(4, 12))

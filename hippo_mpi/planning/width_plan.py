@@ -1,0 +1,64 @@
+"""Plans for ranks of which each holds a part of every layer: what each holds, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hippo_mpi.errors import PlanError
+from hippo_mpi.planning.costs import ModelInfo
+from hippo_mpi.planning.layer_split import LayerSplit, Machine, StagePlan, does_not_fit
+from hippo_mpi.units import count_of
+
+
+def width_shares(machines: Sequence[Machine], width_split: Sequence[int] | None) -> list[float]:
+    """Return each rank's share of every layer: as it was asked for, or by speed.
+
+    Raises:
+        PlanError: it was asked for another number of ranks, or for nothing of a layer.
+    """
+    parts = [machine.speed for machine in machines] if width_split is None else list(width_split)
+    text = ",".join(map(str, parts))
+    if len(parts) != len(machines):
+        raise PlanError(
+            f"width split {text} is for {count_of(len(parts), 'rank')}, but there are {len(machines)}; try"
+            f" --width-split {','.join('1' for _ in machines)}"
+        )
+    if min(parts) <= 0:
+        raise PlanError(f"width split {text} leaves a rank nothing of each layer")
+    return [part / sum(parts) for part in parts]
+
+
+def plan_widths(
+    info: ModelInfo, machines: Sequence[Machine], held_bytes: Sequence[int], max_context: int | None = None
+) -> LayerSplit:
+    """Return what each rank holds if every layer is split.
+
+    Args:
+        info: costs of the model.
+        machines: by rank.
+        held_bytes: weights of layers, by rank.
+        max_context: tokens of cache to plan for; None: the model's own limit, or the largest half, quarter ... of it
+            that fits. Caches count as if they were whole: those of some models are.
+
+    Raises:
+        PlanError: a rank's part doesn't fit.
+    """
+    context = max_context or info.max_positions or 4096
+    while True:
+        split = _split(info, machines, held_bytes, context)
+        if split.fits:
+            return split
+        if max_context is not None or context <= 2048:
+            raise PlanError(does_not_fit(split))
+        context = max(2048, context // 2)
+
+
+def _split(info: ModelInfo, machines: Sequence[Machine], held_bytes: Sequence[int], context: int) -> LayerSplit:
+    caches = sum(cache.bytes_at(context) for cache in info.caches)
+    total = sum(held_bytes)
+    stages = []
+    for rank, (machine, held) in enumerate(zip(machines, held_bytes, strict=True)):
+        head = info.head_bytes if rank == 0 else 0
+        work = (held + (info.head_work if rank == 0 else 0.0)) / machine.speed
+        stages.append(StagePlan(machine, 0, info.num_layers, held + head, caches, work, held / total))
+    return LayerSplit(stages, context, info)

@@ -1,0 +1,85 @@
+"""All layers of a model, of each of which this rank holds a part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from hippo_mpi.checkpoint.checkpoint import Checkpoint, load_weights
+from hippo_mpi.shard.stage import Forward, Stage, argument, replace_argument
+from hippo_mpi.shard.tensor import ShardPlan, shard_model
+from hippo_mpi.tracing.dataflow import Dataflow
+from hippo_mpi.transport.collective import RankCollective
+
+
+class ShardedStage(Stage):
+    """A part of every layer of `model`, ready to run steps that all ranks take together.
+
+    Rank 0 embeds; what it makes of the tokens for the layers is shared by a sum to which others add zeros.
+
+    Args:
+        model: an mlx-lm model, reduced to this rank's part.
+        flow: what `trace` found for the same model.
+        leads: whether this is rank 0, which holds embedding, norm and head.
+        collective: what the layers add up with.
+    """
+
+    def __init__(self, model: nn.Module, flow: Dataflow, leads: bool, collective: RankCollective) -> None:
+        super().__init__(model, flow, 0, flow.num_layers)
+        self.is_sharded, self.leads, self.holds_head = True, leads, leads
+        self.collective = collective
+        self._next_call = 0
+        for layer in model.layers:
+            layer.__class__ = self._sharing(type(layer))
+
+    def forward(self, tokens: mx.array, cache: list[Any], wants_logits: bool = True, **options: Any) -> Forward:
+        """Begin a step; other ranks than the first look at the shape of the tokens only."""
+        self._next_call = 0
+        self.collective.begin()
+        return super().forward(tokens, cache, wants_logits, **options)
+
+    def _sharing(self, kind: type) -> type:
+        """Return a subclass of a layer's class that is given what rank 0 has made of the tokens."""
+
+        def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            inputs: dict[str, Any] = {"args": args, "kwargs": kwargs}
+            prepared = self.flow.calls[self._next_call].prepared
+            self._next_call += 1
+            for path in sorted(prepared, key=repr):
+                own = argument(inputs, path)
+                replace_argument(inputs, path, self.collective.sum(own if self.leads else mx.zeros_like(own)))
+            return kind.__call__(layer, *inputs["args"], **inputs["kwargs"])
+
+        return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def load_sharded_stage(
+    checkpoint: Checkpoint,
+    plan: ShardPlan,
+    rank: int,
+    collective: RankCollective,
+    on_progress: Callable[[int], None] = lambda done_bytes: None,
+) -> ShardedStage:
+    """Load a rank's part of every layer of a model; on rank 0 also embedding, norm and head.
+
+    Weights are read tensor by tensor and cut, so that at most one whole tensor is held beside the rank's own part.
+
+    Args:
+        checkpoint: the model's structure, from `open_checkpoint`.
+        plan: from `plan_shards`.
+        rank: whose part.
+        collective: what the layers add up with.
+        on_progress: called with the bytes read so far.
+
+    Raises:
+        ModelError: a file can't be read or downloaded.
+    """
+    flow, leads = checkpoint.flow, rank == 0
+    wanted = flow.stage_weights(0, flow.num_layers)
+    if not leads:
+        wanted = wanted - flow.head_weights
+    model = load_weights(checkpoint, wanted, on_progress, lambda model: shard_model(model, plan, rank, collective))
+    return ShardedStage(model, flow, leads, collective)
