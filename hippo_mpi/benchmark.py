@@ -47,7 +47,7 @@ class _LoadOptions:
     pipeline_only: bool = option(False, "skip whole models, standalone and as replicas")
     compare: str | None = option(
         None,
-        "also measure mlx-lm's own batch generation: on rank 0, and over all ranks if its model type has a pipeline",
+        "also measure mlx-lm's own batch generation: on rank 0, and over all ranks if it can split the model type",
         choices=("mlx-lm",),
     )
 

@@ -63,7 +63,7 @@ def _rate_table(benchmark: dict[str, Any]) -> str:
         others = [decode[mode][count][0] for mode in decode if mode in ("standalone", "replicas")]
         for mode in decode:
             rate, low, high = decode[mode][count]
-            ratio = f"{rate / max(others):>17.3f}" if mode == "pipeline" and others and max(others) else ""
+            ratio = f"{rate / max(others):>17.3f}" if mode in ("pipeline", "tensor") and others and max(others) else ""
             lines.append(
                 f"{count:>7}  {mode:<15} {rate:>7.1f} ({low:.1f}-{high:.1f}) tok/s {prompt[mode][count][0]:>8.1f} tok/s"
                 f" {first[mode][count][0]:>10.3f} s  {ratio}"

@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.measure.hop_times import Hop, echo, time_ring
-from hippo_mpi.measure.load_test import Load, Measured, has_mlx_lm_pipeline, load_mlx_lm_part, measure, measure_mlx_lm
+from hippo_mpi.measure.load_test import Load, Measured, load_mlx_lm_part, measure, measure_mlx_lm
 from hippo_mpi.parallel.timeline import Mark
 from hippo_mpi.parallel.worker import Leader
 from hippo_mpi.planning.machine import available_bytes
@@ -27,9 +27,9 @@ _MARGIN = 1.2  # free memory that a whole model needs besides a rank's part, as 
 
 class _Mode(Enum):
     RING = "ring"
-    PIPELINE = "pipeline"
+    TOGETHER = "together"
     REPLICAS = "replicas"
-    MLX_LM_PIPELINE = "mlx-lm pipeline"
+    MLX_LM_TOGETHER = "mlx-lm together"
     END = "end"
 
 
@@ -57,7 +57,7 @@ class Bench:
         tokenizer: the model's.
         prefill_chunk: prompt tokens per step; None: chosen by the number of stages.
         has_whole: whether to load the whole model on every rank too, if there is room for it.
-        has_mlx_lm: whether to measure mlx-lm too: on rank 0, and its own pipeline if the model type has one.
+        has_mlx_lm: whether to measure mlx-lm too: on rank 0, and its own pipeline, or tensor parallelism, if the model type has it.
     """
 
     def __init__(
@@ -76,8 +76,10 @@ class Bench:
         self.whole: Stage | None = None
         self._mlx_lm_part: Any = None
         checkpoint = part.agreement.checkpoint
-        if has_mlx_lm and part.world.size > 1 and has_mlx_lm_pipeline(checkpoint):
-            self._mlx_lm_part = load_mlx_lm_part(checkpoint, part.world.group, self._loading)
+        is_tensor = part.agreement.shards is not None
+        self._mode = "tensor" if is_tensor else "pipeline"
+        if has_mlx_lm and part.world.size > 1:
+            self._mlx_lm_part = load_mlx_lm_part(checkpoint, part.world.group, is_tensor, self._loading)
         if self._has_room(has_whole):
             self.whole = load_stage(checkpoint, 0, checkpoint.flow.num_layers, lambda done_bytes: self._loading())
 
@@ -99,11 +101,11 @@ class Bench:
         while (order := self._control.next_report(_Order)).mode is not _Mode.END:
             if order.mode is _Mode.RING:
                 echo(self._part.channel)
-            elif order.mode is _Mode.PIPELINE:
+            elif order.mode is _Mode.TOGETHER:
                 self._part.timeline.start()
                 self._part.follow()
                 self._control.gather(_Marks(self._part.timeline.stop()))
-            elif order.mode is _Mode.MLX_LM_PIPELINE:
+            elif order.mode is _Mode.MLX_LM_TOGETHER:
                 self._run_mlx_lm_part(order.loads[0])
             else:
                 self._control.gather(self._alone(order.loads[self._world.rank]))
@@ -116,12 +118,12 @@ class Bench:
 
     def modes(self) -> dict[str, Callable[[Load], Measured]]:
         """Return the possible measurements by name; each takes a load and returns its rates."""
-        modes: dict[str, Callable[[Load], Measured]] = {"pipeline": self._pipelined}
+        modes: dict[str, Callable[[Load], Measured]] = {self._mode: self._together}
         if self.whole is not None:
             modes = {"standalone": self._alone, **modes}
             modes |= {"replicas": self._replicas} if self._world.size > 1 else {}
             modes |= {"mlx-lm": self._mlx_lm} if self._has_mlx_lm else {}
-        return modes | ({"mlx-lm pipeline": self._mlx_lm_pipeline} if self._mlx_lm_part is not None else {})
+        return modes | ({f"mlx-lm {self._mode}": self._mlx_lm_together} if self._mlx_lm_part is not None else {})
 
     def ring(self) -> list[Hop]:
         """Time messages around the ring."""
@@ -149,8 +151,8 @@ class Bench:
         first_s = statistics.median(one.first_token_s for one in replicas)
         return Measured(sum(one.prompt_tps for one in replicas), sum(one.decode_tps for one in replicas), first_s)
 
-    def _pipelined(self, load: Load) -> Measured:
-        self._order(_Mode.PIPELINE)
+    def _together(self, load: Load) -> Measured:
+        self._order(_Mode.TOGETHER)
         self._part.timeline.start()
         measured = self._measure(self._part.leader(), load)
         self._part.release()
@@ -164,9 +166,9 @@ class Bench:
         assert self.whole is not None
         return measure_mlx_lm(self.whole.model, load, self._measuring_mlx_lm)
 
-    def _mlx_lm_pipeline(self, load: Load) -> Measured:
-        """Measure mlx-lm's continuous batching with mlx-lm's own pipeline over all ranks."""
-        self._order(_Mode.MLX_LM_PIPELINE, [load])
+    def _mlx_lm_together(self, load: Load) -> Measured:
+        """Measure mlx-lm's continuous batching split over all ranks by mlx-lm itself."""
+        self._order(_Mode.MLX_LM_TOGETHER, [load])
         return self._run_mlx_lm_part(load)
 
     def _run_mlx_lm_part(self, load: Load) -> Measured:

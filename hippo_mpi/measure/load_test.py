@@ -58,22 +58,30 @@ def measure(engine: Engine, load: Load) -> Measured:
     return clock.result()
 
 
-def has_mlx_lm_pipeline(checkpoint: Checkpoint) -> bool:
-    """Return whether mlx-lm itself can split this model type by layers."""
-    model, _ = open_lazily(checkpoint.source)
-    return hasattr(getattr(model, "model", None), "pipeline")
+def mlx_lm_splitter(model: Any, is_tensor: bool) -> Callable[[Any], None] | None:
+    """Return mlx-lm's own method that splits a model of this type over a group; None if it has none.
+
+    Args:
+        model: a lazily loaded model.
+        is_tensor: whether each layer is to be split; otherwise each rank gets some layers.
+    """
+    return getattr(model, "shard", None) if is_tensor else getattr(getattr(model, "model", None), "pipeline", None)
 
 
-def load_mlx_lm_part(checkpoint: Checkpoint, group: Any, progress: Callable[[], None]) -> Any:
-    """Load this rank's layers of a model with mlx-lm's own pipeline.
+def load_mlx_lm_part(checkpoint: Checkpoint, group: Any, is_tensor: bool, progress: Callable[[], None]) -> Any:
+    """Load this rank's part of a model, split by mlx-lm itself; None if mlx-lm can't.
 
     Args:
         checkpoint: the model.
         group: of `mx.distributed`.
+        is_tensor: whether each layer is split; otherwise each rank gets some layers.
         progress: called after every weight.
     """
     model, _ = open_lazily(checkpoint.source)
-    model.model.pipeline(group)
+    split = mlx_lm_splitter(model, is_tensor)
+    if split is None:
+        return None
+    split(group)
     for _, array in tree_flatten(model.parameters()):
         mx.eval(array)
         progress()

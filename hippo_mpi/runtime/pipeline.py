@@ -20,6 +20,7 @@ from hippo_mpi.shard.stage import Stage, load_stage
 from hippo_mpi.transport.channel import RingChannel
 from hippo_mpi.transport.collective import RankCollective
 from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.pulse import Activity
 from hippo_mpi.transport.rank_status import RankStatistics, RankStatus
 from hippo_mpi.transport.world import World
@@ -69,7 +70,7 @@ class Pipeline:
         except HippoError as caught:
             error = caught
         self._agree_that_loaded(error)
-        self.channel = RingChannel(world, control, agreement.layout)
+        self.channel = RingChannel(world, control, Layout(world.size))  # also where ranks share layers
         self.timeline = Timeline(self._progress)
         self._settings = settings
         self._worker: Leader | Follower | ShardedFollower | None = None
