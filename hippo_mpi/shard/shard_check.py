@@ -46,7 +46,9 @@ class Trial:
 
 
 def difference(layer: nn.Module, shards: LayerShards, num_ranks: int, trials: Sequence[Trial]) -> float:
-    """Return by how much the ranks' layer differs from the whole one, relative to its largest value; NaN if it is NaN.
+    """Return by how much the ranks' layer differs from the whole one, relative to its largest value.
+
+    NaN if there is NaN, infinity if the code doesn't run on a part.
 
     Args:
         layer: a twin with no weights, of which copies are made.
@@ -70,8 +72,11 @@ def difference(layer: nn.Module, shards: LayerShards, num_ranks: int, trials: Se
             found, caches[rank] = _outputs(parts[rank], trial.call, caches[rank])
             return found
 
-        for found in run_ranks([partial(run, rank) for rank in range(num_ranks)]):
-            worst = max(worst, _difference(wanted, found), key=_badness)
+        try:
+            found = run_ranks([partial(run, rank) for rank in range(num_ranks)])
+        except Exception:  # whatever the model's code raises when shapes don't fit
+            return float("inf")
+        worst = max(worst, *(_difference(wanted, outputs) for outputs in found), key=_badness)
     return worst
 
 

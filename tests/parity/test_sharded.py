@@ -5,23 +5,35 @@ Outputs of other ranks are NaN where the code sees zeros otherwise, so that a ra
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from hippo_mpi.checkpoint.checkpoint import Checkpoint, open_lazily
+from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint, open_lazily
+from hippo_mpi.config.bundled import BUNDLED_MODELS
+from hippo_mpi.shard.dependence import ProbedModel
+from hippo_mpi.shard.shard_check import Trial, difference, is_right
 from hippo_mpi.shard.tensor import ShardPlan, plan_shards, shard_model
+from hippo_mpi.shard.width_split import LayerShards, split_layer
 from hippo_mpi.tracing.twin import blank_twin
 from hippo_mpi.transport.collective import LocalCollective, run_ranks
+from tests.local_ring import open_folder
+from tests.parity import tiny_models
+from tests.parity.test_depth import make_adapter
 from tests.parity.test_every_model import NAMES, UNCUT, every, opened, steps, tokens_for
+from tests.real_shapes import CONFIGS, make_sparse_checkpoint
 
 # Sums are made in another order. Long recurrences, and stand-ins for kernels of a GPU, add up what comes of that.
 BOUND = 1e-5
 BOUNDS = {"falcon_mamba": 1e-4, "muse_spark": 1e-3}
-SPREAD = ["llama", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_next", "phi3", "story"]
 PASSES = [(1, 5, True), (1, 1, False), (2, 3, True)]
 
 
@@ -55,14 +67,14 @@ def run(model: nn.Module, name: str) -> list[mx.array]:
     return found
 
 
-def assert_close(checkpoint: Checkpoint, name: str, plan: ShardPlan, num_ranks: int) -> None:
+def assert_close(checkpoint: Checkpoint, name: str, plan: ShardPlan, num_ranks: int, bound: float = BOUND) -> None:
     whole, _ = open_lazily(checkpoint.source)
     wanted = run(whole, name)
     parts = parts_of(checkpoint, plan, num_ranks)
     for rank, found in enumerate(run_ranks([partial(run, part, name) for part in parts])):
         for step, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
             off = float(mx.abs(ours - theirs).max() / mx.abs(theirs).max())
-            assert off <= BOUNDS.get(name, BOUND), f"rank {rank}, step {step}: off by {off}"
+            assert off <= BOUNDS.get(name, bound), f"rank {rank}, step {step}: off by {off}"
             assert bool((ours.argmax(-1) == theirs.argmax(-1)).all()), f"rank {rank}, step {step}: another token"
 
 
@@ -72,3 +84,165 @@ def test_two_ranks(name: str) -> None:
     plan = plan_of(checkpoint, (0.5, 0.5))
     assert not plan.refused
     assert_close(checkpoint, name, plan, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shares", [(0.5, 0.3, 0.2), (0.25, 0.25, 0.25, 0.25), (0.7, 0.3)], ids=["3", "4", "7:3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_next", "phi3", "gemma3n", "mamba2"]
+)
+def test_more_ranks_and_unequal_shares(name: str, shares: tuple[float, ...]) -> None:
+    """The tiny models have 4 heads, 2 of keys and values: with 3 and 4 ranks, some are held twice."""
+    checkpoint = opened(name)
+    plan = plan_of(checkpoint, shares)
+    assert not plan.refused
+    assert_close(checkpoint, name, plan, len(shares))
+
+
+def test_three_heads_over_two_ranks() -> None:
+    """mlx-lm's own `shard` is off by a fifth here, without an error: it cuts through a head."""
+    checkpoint = open_checkpoint(ModelSource(BUNDLED_MODELS / "story-draft", precision="float32"))
+    assert checkpoint.config["num_attention_heads"] == 3
+    plan = plan_of(checkpoint, (0.5, 0.5))
+    model, _ = open_lazily(checkpoint.source)
+    held = plan.bytes_of(model.layers)
+    assert max(held) < 0.54 * sum(
+        array.nbytes for layer in model.layers for _, array in tree_flatten(layer.parameters())
+    )
+    assert_close(checkpoint, "llama", plan, 2)
+
+
+def test_caches_and_weights_are_as_small_as_the_share() -> None:
+    checkpoint = opened("llama-full")
+    plan = plan_of(checkpoint, (0.5, 0.5))
+    whole, _ = open_lazily(checkpoint.source)
+    parts = parts_of(checkpoint, plan, 2)
+    run(whole, "llama-full")
+
+    def kept(model: nn.Module) -> int:
+        cache = make_prompt_cache(model)
+        mx.eval(model(mx.array([[1, 2, 3]]), cache=cache))
+        return sum(entry.nbytes for entry in cache)
+
+    assert run_ranks([partial(kept, part) for part in parts]) == [kept(whole) // 2] * 2
+    sizes = [sum(array.nbytes for _, array in tree_flatten(part.parameters())) for part in parts]
+    head = whole.model.embed_tokens.weight.nbytes  # which is the head, too
+    layers = sum(array.nbytes for layer in whole.layers for _, array in tree_flatten(layer.parameters()))
+    assert all(size < head + 0.52 * layers for size in sizes)
+
+
+class Attempt:
+    """A layer of a model, with a right split and what tries another one."""
+
+    def __init__(self, name: str, layer: int) -> None:
+        model, _ = open_lazily(opened(name).source)
+        self.probe = ProbedModel(blank_twin(model))
+        call = self.probe.calls(make_prompt_cache(self.probe.model), 1, 3)[layer]
+        self.shards = split_layer(self.probe, call, (0.5, 0.5))
+        self._trials, cache = [], []
+        for num_rows, num_tokens, begins in PASSES:
+            cache = make_prompt_cache(self.probe.model) if begins else cache
+            self._trials.append(Trial(self.probe.calls(cache, num_rows, num_tokens)[layer], begins))
+        self._layer = self.probe.layers[layer]
+
+    def is_right(self, shards: LayerShards) -> bool:
+        return is_right(difference(self._layer, shards, 2, self._trials))
+
+
+def test_wrong_splits_are_seen() -> None:
+    """What is tried before a start must find every mistake that detection could make."""
+    attempt = Attempt("llama", 0)
+    right = attempt.shards
+    assert attempt.is_right(right)
+    attention = right.narrowings["self_attn.o_proj"]
+    assert {name for name, _ in attention.changes} == {"n_heads", "n_kv_heads"}
+
+    def changed(**parts: Any) -> LayerShards:
+        return dataclasses.replace(right, **parts)
+
+    heads = dataclasses.replace(attention, changes=(("n_heads", (1, 1)), ("n_kv_heads", (1, 1))))
+    assert not attempt.is_right(changed(narrowings={**right.narrowings, "self_attn.o_proj": heads}))
+    padded = changed(narrowings={})
+    assert attempt.is_right(padded)  # zeros for the others' outputs are right, too
+    shifted = (((0, 48),), ((48, 64),))
+    assert right.rows["self_attn.q_proj"] == (((0, 32),), ((32, 64),))
+    assert not attempt.is_right(changed(rows={**right.rows, "self_attn.q_proj": shifted}, narrowings={}))
+    swapped = right.rows["mlp.gate_proj"][::-1]
+    assert not attempt.is_right(changed(rows={**right.rows, "mlp.gate_proj": swapped}))
+    columns = {**right.columns, "mlp.down_proj": (0, 32, 128)}
+    assert not attempt.is_right(changed(columns=columns))
+
+
+def test_a_sum_that_is_left_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = Attempt("llama", 0)
+    monkeypatch.setattr(LocalCollective, "sum", lambda self, part: part)
+    assert not attempt.is_right(attempt.shards)
+
+
+def test_a_router_that_disagrees_is_seen() -> None:
+    """On one rank, a linear layer that chooses experts differs by a constant."""
+    attempt = Attempt("mixtral", 0)
+    assert attempt.is_right(attempt.shards)
+    rows = {**attempt.shards.rows, "block_sparse_moe.gate": (((0, 2),), ((2, 4),))}
+    assert not attempt.is_right(dataclasses.replace(attempt.shards, rows=rows))
+
+
+def test_a_layer_that_does_not_pass_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(probe: ProbedModel, call: Any, shares: Sequence[float]) -> LayerShards:
+        right = split_layer(probe, call, shares)
+        return (
+            right
+            if call.layer != 2
+            else dataclasses.replace(right, columns={**right.columns, "mlp.down_proj": (0, 1, 128)})
+        )
+
+    monkeypatch.setattr("hippo_mpi.shard.tensor.split_layer", wrong)
+    monkeypatch.setattr("hippo_mpi.shard.tensor._structure", lambda layer, call: str(call.layer))
+    checkpoint = opened("llama")
+    plan = plan_of(checkpoint, (0.5, 0.5))
+    assert list(plan.refused) == [2]
+    assert plan.layers[2] == LayerShards()
+    assert_close(checkpoint, "llama", plan, 2)
+
+
+def test_what_picks_positions_stays_whole() -> None:
+    """Which positions an attention picks of thousands can't be seen on the few of a trial."""
+    plan = plan_of(opened("deepseek_v32"), (0.5, 0.5))
+    assert not any("self_attn" in path for layer in plan.layers for path in layer.columns)
+    assert any("mlp" in path for layer in plan.layers for path in layer.columns)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt_oss"])
+def test_4_bits(name: str, tmp_path: Path) -> None:
+    """Columns of quantised weights are cut between groups."""
+    checkpoint = open_folder(tiny_models.make_checkpoint(name, tmp_path, quantize_bits=4))
+    plan = plan_of(checkpoint, (0.5, 0.5))
+    assert not plan.refused
+    assert_close(checkpoint, name, plan, 2)
+
+
+def test_adapters_are_added_to_the_weights(tmp_path: Path) -> None:
+    folder = tiny_models.make_checkpoint("llama", tmp_path / "model")
+    make_adapter(folder, tmp_path / "adapter", 6)
+    checkpoint = open_checkpoint(ModelSource(folder, str(tmp_path / "adapter")))
+    plan = plan_of(checkpoint, (0.5, 0.5))
+    assert not plan.refused
+    assert plan.layers[0].columns
+    assert_close(checkpoint, "llama", plan, 2, bound=1e-4)  # the whole model has them beside the weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Qwen3-4B", "Qwen3-235B-A22B", "Gemma-3-27B"])
+def test_real_shapes(name: str, tmp_path: Path) -> None:
+    """At the sizes that people run, nothing is multiplied: this takes seconds and some hundred megabytes."""
+    make_sparse_checkpoint(CONFIGS[name], tmp_path)
+    model, _ = open_lazily(ModelSource(tmp_path))
+    layers = model.layers
+    plan = plan_shards(blank_twin(model), (0.5, 0.5))
+    assert not plan.refused
+    total = sum(array.nbytes for layer in layers for _, array in tree_flatten(layer.parameters()))
+    assert all(size < 0.52 * total for size in plan.bytes_of(layers))
+    assert len([path for layer in plan.layers for path in layer.narrowings if "attn" in path or "mlp" in path]) >= len(
+        layers
+    )

@@ -1,0 +1,127 @@
+"""Real ranks of which each holds a part of every layer: token for token what mlx-lm generates, and ends that have names."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
+
+from tests import ranks
+from tests.parity import tiny_models
+from tests.parity.test_scripts import in_batches
+from tests.servers import server
+from tests.spmd.test_faults import DEATH_S, TIMEOUT_S, assert_ended, endless
+from tests.spmd.test_library import BATCH, GENERATES, PROMPT, run
+from tests.tiny_tokenizer import save_tokenizer
+
+SHARDS = GENERATES.replace("model.pipeline(group)", "hippo_mpi.shard(model, group)")
+TENSOR = ["--parallel", "tensor"]
+
+
+def expected_tokens(folder: Path, num_tokens: int) -> list[int]:
+    model, _ = load_model(folder)
+    return [token for token, _ in generate_step(mx.array(PROMPT), model, max_tokens=num_tokens)]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_ranks", "backend", "options"),
+    [
+        ("llama", 2, "ring", []), ("gpt_oss", 2, "mpi", []), ("gemma3n", 2, "ring", []), ("talkie", 2, "ring", []),
+        ("mixtral", 3, "ring", ["--width-split", "3,2,1"]), ("nanbeige-loops", 2, "mpi", []), ("dbrx", 2, "ring", []),
+    ],
+)  # fmt: skip
+def test_200_tokens_are_those_of_mlx_lm(
+    name: str, num_ranks: int, backend: str, options: list[str], tmp_path: Path
+) -> None:
+    folder = tiny_models.make_checkpoint(name, tmp_path)
+    save_tokenizer(folder)
+    command = [
+        str(ranks.BIN / "hippo_mpi.generate"), "--model", str(folder), "--json", "--ignore-chat-template",
+        "--prompt", " ".join(f"w{token}" for token in PROMPT), "--max-tokens", "200", "--max-context", "256", *TENSOR, *options,
+    ]  # fmt: skip
+    if backend == "ring":
+        with ranks.ring([command] * num_ranks) as running:
+            codes, first = [rank.wait() for rank in running], running[0]
+            assert not any(rank.out for rank in running[1:])
+    else:
+        with ranks.single(ranks.mpirun(num_ranks, command)) as first:
+            codes = [first.wait()]
+    assert not any(codes), first.err
+    assert json.loads(first.out)["token_ids"] == expected_tokens(folder, 200)
+
+
+@pytest.mark.parametrize(("name", "num_ranks", "backend"), [("gemma3_text", 2, "ring"), ("qwen3_moe", 2, "mpi")])
+def test_scripts(name: str, num_ranks: int, backend: str, tmp_path: Path) -> None:
+    folder = tiny_models.make_checkpoint(name, tmp_path)
+    model, _ = load_model(folder)
+    expected = f"{expected_tokens(folder, 12)} {in_batches(model, *BATCH)}\n"
+    ended = run(SHARDS, num_ranks, backend, folder, (PROMPT, *BATCH))
+    assert not any(rank.process.returncode for rank in ended), ended[0].err
+    assert "".join(rank.out for rank in ended) == expected * num_ranks
+    assert not any("[ring]" in rank.err for rank in ended)  # sums that nobody waited for at the end
+
+
+ASTRAY = """
+import sys
+from pathlib import Path
+import hippo_mpi
+import mlx.core as mx
+from mlx_lm.utils import load_model
+
+group = mx.distributed.init()
+model, _ = load_model(Path(sys.argv[1]), lazy=True)
+hippo_mpi.shard(model, group, timeout=4)
+model(mx.ones((1, 3 + group.rank()), mx.int32))
+"""
+
+
+def test_calls_that_differ_are_named(tmp_path: Path) -> None:
+    ended = run(ASTRAY, 2, "ring", tiny_models.make_checkpoint("llama", tmp_path))
+    assert all(rank.process.returncode == 3 for rank in ended)
+    said = "".join(rank.err for rank in ended)
+    assert "with tokens (1, 3)" in said and "with tokens (1, 4)" in said
+
+
+@pytest.mark.parametrize("backend", ["ring", "mpi"])
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_gone_inside_a_sum_is_named(fault: signal.Signals, victim: int, backend: str) -> None:
+    command = [*endless(), *TENSOR]
+    limit_s = DEATH_S if fault == signal.SIGKILL else TIMEOUT_S
+    if backend == "ring":
+        with ranks.ring([command] * 2) as running:
+            running[0].await_output()
+            running[victim].process.send_signal(fault)
+            assert_ended(running, limit_s, f"rank {victim} (", [1 - victim])
+        return
+    with ranks.single(ranks.mpirun(2, command)) as launcher:
+        launcher.await_output()
+        os.kill(ranks.await_rank(launcher, victim), fault)
+        assert launcher.wait(limit_s + 10) != 0
+        if fault == signal.SIGSTOP:  # of a death, mpirun itself speaks
+            assert f"rank {victim} (" in launcher.err
+
+
+def test_a_server_goes_on_after_a_rank_was_killed() -> None:
+    """Answers that were at work come back whole: the same tokens, each once."""
+    asked: dict[str, Any] = {"model": "default", "max_tokens": 150, "temperature": 0, "stream": True}
+    asked["messages"] = [{"role": "user", "content": "Tell me a story about a fox."}]
+
+    def text_of(stream: Any) -> str:
+        return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+    with server("--ranks", "2", *TENSOR) as here:
+        client = here.client()
+        undisturbed = text_of(client.chat.completions.create(**asked))
+        stream = iter(client.chat.completions.create(**asked))
+        first = next(stream)
+        os.kill(here.rank_pids()[-1], signal.SIGKILL)
+        assert text_of([first, *stream]) == undisturbed
+        assert here.status()["restarts"] == 1
