@@ -30,7 +30,7 @@ from hippo_mpi.planning.layer_split import Machine
 from hippo_mpi.planning.machine import longest_chunk
 from hippo_mpi.runtime.entry import run
 from hippo_mpi.runtime.session import Session
-from hippo_mpi.shard.stage import load_stage
+from hippo_mpi.sharding.stage import load_stage
 
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _BYTES_PER_S = {"Gbit/s": 1e9 / 8, "Mbit/s": 1e6 / 8, "GB/s": 1e9, "MB/s": 1e6}

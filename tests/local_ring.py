@@ -14,8 +14,8 @@ from hippo_mpi.errors import DesyncError
 from hippo_mpi.parallel.step import Step, StepResult, run_step
 from hippo_mpi.parallel.step_plan import Returns, StepPlan
 from hippo_mpi.parallel.worker import Follower, Leader
-from hippo_mpi.shard.slot_caches import KVSettings
-from hippo_mpi.shard.stage import Stage, load_stage
+from hippo_mpi.sharding.slot_caches import KVSettings
+from hippo_mpi.sharding.stage import Stage, load_stage
 from hippo_mpi.transport.channel import Channel, LocalChannel, Queue
 
 

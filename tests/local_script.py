@@ -11,7 +11,7 @@ from greenlet import getcurrent, greenlet
 
 from hippo_mpi.library.pipelined import route_calls
 from hippo_mpi.parallel.peer import Peer
-from hippo_mpi.shard.stage import Stage
+from hippo_mpi.sharding.stage import Stage
 from hippo_mpi.transport.channel import LocalChannel, Queue
 
 

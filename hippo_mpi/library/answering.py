@@ -26,7 +26,7 @@ from hippo_mpi.parallel.worker import Follower
 from hippo_mpi.runtime.agreement import Agreement
 from hippo_mpi.runtime.assembly import room_for_many
 from hippo_mpi.runtime.pipeline import Pipeline
-from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.sharding.slot_caches import KVSettings
 from hippo_mpi.transport.script_ring import RingLoop, ScriptRing
 
 Outputs = Generator[RequestOutput, None, None]

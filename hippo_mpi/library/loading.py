@@ -16,8 +16,8 @@ from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.errors import HippoError
 from hippo_mpi.library.pipelined import START_TIMEOUT_S, TIMEOUT_S, connect
 from hippo_mpi.runtime.agreement import Agreement, PlanConstraints, negotiate
-from hippo_mpi.shard.slot_caches import KVSettings
-from hippo_mpi.shard.stage import load_stage
+from hippo_mpi.sharding.slot_caches import KVSettings
+from hippo_mpi.sharding.stage import load_stage
 from hippo_mpi.transport.script_ring import Group, ScriptRing, join
 
 

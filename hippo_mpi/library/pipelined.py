@@ -19,7 +19,7 @@ from hippo_mpi.parallel.peer import Peer
 from hippo_mpi.parallel.sharded_peer import ShardedPeer
 from hippo_mpi.planning.costs import CacheCost, ModelInfo
 from hippo_mpi.planning.layer_split import Machine, plan_split
-from hippo_mpi.shard.stage import Stage
+from hippo_mpi.sharding.stage import Stage
 from hippo_mpi.tracing.dataflow import Dataflow
 from hippo_mpi.tracing.trace import trace
 from hippo_mpi.tracing.twin import blank_twin

@@ -19,7 +19,7 @@ from hippo_mpi.library.pipelined import (
     structure_of,
 )
 from hippo_mpi.parallel.sharded_peer import ShardedPeer
-from hippo_mpi.shard.tensor import ShardPlan, plan_shards, shard_model
+from hippo_mpi.sharding.tensor import ShardPlan, plan_shards, shard_model
 from hippo_mpi.tracing.twin import blank_twin
 from hippo_mpi.transport.collective import RankCollective
 from hippo_mpi.transport.pulse import Activity

@@ -18,8 +18,8 @@ from hippo_mpi.parallel.timeline import Mark
 from hippo_mpi.parallel.worker import Leader
 from hippo_mpi.planning.machine import available_bytes
 from hippo_mpi.runtime.pipeline import Pipeline
-from hippo_mpi.shard.slot_caches import KVSettings
-from hippo_mpi.shard.stage import Stage, load_stage
+from hippo_mpi.sharding.slot_caches import KVSettings
+from hippo_mpi.sharding.stage import Stage, load_stage
 from hippo_mpi.transport.rank_status import RankStatistics
 
 _MARGIN = 1.2  # free memory that a whole model needs besides a rank's part, as a multiple of its weights

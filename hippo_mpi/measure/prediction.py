@@ -17,8 +17,8 @@ import mlx.core as mx
 
 from hippo_mpi.errors import UserError
 from hippo_mpi.parallel.schedule import Action, actions, simulate
-from hippo_mpi.shard.slot_caches import KVSettings, SlotCaches
-from hippo_mpi.shard.stage import Stage
+from hippo_mpi.sharding.slot_caches import KVSettings, SlotCaches
+from hippo_mpi.sharding.stage import Stage
 from hippo_mpi.tracing.dataflow import Dataflow
 
 _TRIALS, _PROMPT_TRIALS = 5, 3

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from hippo_mpi.errors import DesyncError
-from hippo_mpi.shard.stage import Forward, Stage
+from hippo_mpi.sharding.stage import Forward, Stage
 from hippo_mpi.transport.channel import Channel
 from hippo_mpi.transport.pulse import Activity, Progress
 

@@ -7,8 +7,8 @@ import mlx.core as mx
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.parallel.step_plan import StepPlan, decode
 from hippo_mpi.parallel.worker import rearrange
-from hippo_mpi.shard.sharded_stage import ShardedStage
-from hippo_mpi.shard.slot_caches import KVSettings, SlotCaches
+from hippo_mpi.sharding.sharded_stage import ShardedStage
+from hippo_mpi.sharding.slot_caches import KVSettings, SlotCaches
 from hippo_mpi.transport.channel import Channel
 from hippo_mpi.transport.pulse import Activity, Progress
 

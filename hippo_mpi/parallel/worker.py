@@ -17,8 +17,8 @@ import mlx.core as mx
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.parallel.step import SlotLimits, Step, StepResult
 from hippo_mpi.parallel.step_plan import StepPlan, decode, encode
-from hippo_mpi.shard.slot_caches import KVSettings, SlotCaches
-from hippo_mpi.shard.stage import Forward, Stage
+from hippo_mpi.sharding.slot_caches import KVSettings, SlotCaches
+from hippo_mpi.sharding.stage import Forward, Stage
 from hippo_mpi.transport.channel import Channel, Message
 from hippo_mpi.transport.pulse import Activity, Progress
 

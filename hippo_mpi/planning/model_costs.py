@@ -11,7 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, open_lazily
 from hippo_mpi.checkpoint.model_errors import running_errors
 from hippo_mpi.planning.costs import CacheCost, ModelInfo, total_cost
-from hippo_mpi.shard.slot_caches import KVSettings, cache_bytes, merged
+from hippo_mpi.sharding.slot_caches import KVSettings, cache_bytes, merged
 from hippo_mpi.tracing.dataflow import Dataflow
 from hippo_mpi.tracing.graph import leaf
 from hippo_mpi.tracing.observer import all_caches

@@ -25,8 +25,8 @@ from hippo_mpi.planning.machine import available_bytes, measured_speeds, usual_f
 from hippo_mpi.planning.model_costs import model_info
 from hippo_mpi.planning.width_plan import plan_widths, width_shares
 from hippo_mpi.runtime.source_digest import source_digest
-from hippo_mpi.shard.slot_caches import KVSettings
-from hippo_mpi.shard.tensor import ShardPlan, plan_shards
+from hippo_mpi.sharding.slot_caches import KVSettings
+from hippo_mpi.sharding.tensor import ShardPlan, plan_shards
 from hippo_mpi.tracing.twin import blank_twin
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.layout import Layout

@@ -19,7 +19,7 @@ from hippo_mpi.offline.conversation import Conversation
 from hippo_mpi.runtime.agreement import Agreement
 from hippo_mpi.runtime.pipeline import Pipeline
 from hippo_mpi.runtime.session import Session
-from hippo_mpi.shard.stage import load_stage
+from hippo_mpi.sharding.stage import load_stage
 
 _MLX_LM_CHUNK = 2048  # tokens of a prompt that mlx-lm reads in a step
 

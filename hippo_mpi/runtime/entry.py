@@ -18,7 +18,7 @@ from hippo_mpi.offline.progress import Progress
 from hippo_mpi.planning.layer_split import Machine
 from hippo_mpi.runtime.agreement import PlanConstraints, compare_ranks, negotiate
 from hippo_mpi.runtime.session import Session
-from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.sharding.slot_caches import KVSettings
 from hippo_mpi.transport.console import LentConsole, borrow_console
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.launcher import Launcher

@@ -24,7 +24,7 @@ from hippo_mpi.planning.layer_split import check_layer_split, plan_split
 from hippo_mpi.planning.machine import available_bytes, measured_speeds
 from hippo_mpi.planning.model_costs import model_info
 from hippo_mpi.runtime.agreement import Introduction, machines_of
-from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.sharding.slot_caches import KVSettings
 from hippo_mpi.views.spans import Span, header_bytes, merged, spans_of
 from hippo_mpi.views.view import NOTE, SMALL_FILES, is_view, note_of, sample_of_files
 

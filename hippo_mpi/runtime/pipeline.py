@@ -14,9 +14,9 @@ from hippo_mpi.parallel.timeline import Timeline
 from hippo_mpi.parallel.worker import Follower, Leader
 from hippo_mpi.planning.machine import peak_resident_bytes
 from hippo_mpi.runtime.agreement import Agreement
-from hippo_mpi.shard.sharded_stage import ShardedStage, load_sharded_stage
-from hippo_mpi.shard.slot_caches import KVSettings
-from hippo_mpi.shard.stage import Stage, load_stage
+from hippo_mpi.sharding.sharded_stage import ShardedStage, load_sharded_stage
+from hippo_mpi.sharding.slot_caches import KVSettings
+from hippo_mpi.sharding.stage import Stage, load_stage
 from hippo_mpi.transport.channel import RingChannel
 from hippo_mpi.transport.collective import RankCollective
 from hippo_mpi.transport.control import Control

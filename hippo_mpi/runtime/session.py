@@ -12,7 +12,7 @@ from hippo_mpi.offline.conversation import write
 from hippo_mpi.offline.progress import Progress
 from hippo_mpi.runtime.agreement import Agreement
 from hippo_mpi.runtime.pipeline import Pipeline
-from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.sharding.slot_caches import KVSettings
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.launcher import Launcher
 from hippo_mpi.transport.world import World

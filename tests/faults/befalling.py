@@ -51,7 +51,7 @@ def _count(*_: object) -> None:
             used = slots._count - len(slots._free) - dropped
             found |= {"slots": used, "dropped": dropped, "kept": len(slots._prefixes._kept)}
             found["at work"] = len(one.running) + one.num_waiting
-        elif kind == "hippo_mpi.shard.slot_caches.SlotCaches":
+        elif kind == "hippo_mpi.sharding.slot_caches.SlotCaches":
             found["caches"] = found.get("caches", 0) + len(one._groups)
     path = os.path.join(os.environ["HIPPO_COUNTS"], f"{os.getpid()}.json")
     with open(f"{path}.new", "w") as file:

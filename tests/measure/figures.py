@@ -218,7 +218,7 @@ _SHAPE = """
 import sys, time
 from pathlib import Path
 from hippo_mpi.checkpoint.checkpoint import ModelSource, open_checkpoint
-from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.sharding.slot_caches import KVSettings
 from hippo_mpi.planning.layer_split import Machine, plan_split
 from hippo_mpi.planning.model_costs import model_info
 from hippo_mpi.planning.machine import peak_resident_bytes

@@ -30,8 +30,8 @@ from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.errors import ForeignError, UserError
 from hippo_mpi.parallel.step_plan import Returns, StepPlan
 from hippo_mpi.planning.model_costs import model_info
-from hippo_mpi.shard.slot_caches import KVSettings
-from hippo_mpi.shard.stage import Forward, Stage
+from hippo_mpi.sharding.slot_caches import KVSettings
+from hippo_mpi.sharding.stage import Forward, Stage
 from hippo_mpi.transport.channel import Message
 from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity import tiny_models

@@ -9,7 +9,7 @@ import pytest
 
 from hippo_mpi.planning.layer_split import Machine, plan_split
 from hippo_mpi.planning.model_costs import model_info
-from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.sharding.slot_caches import KVSettings
 from tests import real_shapes
 from tests.local_ring import open_folder
 

@@ -18,7 +18,7 @@ from hippo_mpi.checkpoint.checkpoint import Checkpoint
 from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.library.pipelined import find_dataflow, take_stage
-from hippo_mpi.shard.stage import Stage
+from hippo_mpi.sharding.stage import Stage
 from hippo_mpi.tracing.graph import num_nodes
 from tests.local_ring import open_folder
 from tests.local_script import pipelined, run_script

@@ -19,10 +19,10 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint, open_lazily
 from hippo_mpi.config.bundled import BUNDLED_MODELS
-from hippo_mpi.shard.dependence import ProbedModel
-from hippo_mpi.shard.shard_check import Trial, difference, is_right
-from hippo_mpi.shard.tensor import ShardPlan, plan_shards, shard_model
-from hippo_mpi.shard.width_split import LayerShards, split_layer
+from hippo_mpi.sharding.dependence import ProbedModel
+from hippo_mpi.sharding.shard_check import Trial, difference, is_right
+from hippo_mpi.sharding.tensor import ShardPlan, plan_shards, shard_model
+from hippo_mpi.sharding.width_split import LayerShards, split_layer
 from hippo_mpi.tracing.twin import blank_twin
 from hippo_mpi.transport.collective import LocalCollective, run_ranks
 from tests.local_ring import open_folder
@@ -196,8 +196,8 @@ def test_a_layer_that_does_not_pass_stays_whole(monkeypatch: pytest.MonkeyPatch)
             else dataclasses.replace(right, columns={**right.columns, "mlp.down_proj": (0, 1, 128)})
         )
 
-    monkeypatch.setattr("hippo_mpi.shard.tensor.split_layer", wrong)
-    monkeypatch.setattr("hippo_mpi.shard.tensor._structure", lambda layer, call: str(call.layer))
+    monkeypatch.setattr("hippo_mpi.sharding.tensor.split_layer", wrong)
+    monkeypatch.setattr("hippo_mpi.sharding.tensor._structure", lambda layer, call: str(call.layer))
     checkpoint = opened("llama")
     plan = plan_of(checkpoint, (0.5, 0.5))
     assert list(plan.refused) == [2]

@@ -54,7 +54,10 @@ def test_200_tokens_are_those_of_mlx_lm(
         with ranks.single(ranks.mpirun(num_ranks, command)) as first:
             codes = [first.wait()]
     assert not any(codes), first.err
-    assert json.loads(first.out)["token_ids"] == expected_tokens(folder, 200)
+    answer = json.loads(first.out)
+    found = answer["token_ids"]
+    assert found == expected_tokens(folder, 200)[: len(found)]
+    assert len(found) == 200 or answer["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize(("name", "num_ranks", "backend"), [("gemma3_text", 2, "ring"), ("qwen3_moe", 2, "mpi")])
@@ -111,7 +114,7 @@ def test_a_rank_that_is_gone_inside_a_sum_is_named(fault: signal.Signals, victim
 
 def test_a_server_goes_on_after_a_rank_was_killed() -> None:
     """Answers that were at work come back whole: the same tokens, each once."""
-    asked: dict[str, Any] = {"model": "default", "max_tokens": 150, "temperature": 0, "stream": True}
+    asked: dict[str, Any] = {"model": "story-3m", "max_tokens": 150, "temperature": 0, "stream": True}
     asked["messages"] = [{"role": "user", "content": "Tell me a story about a fox."}]
 
     def text_of(stream: Any) -> str:

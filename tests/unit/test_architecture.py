@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hippo_mpi"
 # From the top down, the commands first; a room may import from itself and from those after it.
 ROOMS = [
-    "", "library", "measure", "runtime", "offline", "serving", "protocols", "engine", "parallel", "planning", "shard", "checkpoint",
+    "", "library", "measure", "runtime", "offline", "serving", "protocols", "engine", "parallel", "planning", "sharding", "checkpoint",
     "tracing", "cluster", "views", "transport", "config", "durable_files", "errors", "environment", "units",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))

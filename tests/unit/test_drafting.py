@@ -23,7 +23,7 @@ from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.engine.request import Propose, Request, RequestOutput, SamplingParams, Sequence
 from hippo_mpi.engine.text import encode, open_tokenizer
 from hippo_mpi.errors import UserError
-from hippo_mpi.shard.stage import load_stage
+from hippo_mpi.sharding.stage import load_stage
 from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity.tiny_models import make_checkpoint
 from tests.tiny_tokenizer import save_tokenizer

@@ -12,7 +12,7 @@ from hippo_mpi.errors import PlanError
 from hippo_mpi.planning.costs import CacheCost, ModelInfo
 from hippo_mpi.planning.layer_split import Machine, plan_split
 from hippo_mpi.planning.model_costs import model_info
-from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.sharding.slot_caches import KVSettings
 from tests.local_ring import open_folder
 from tests.parity import tiny_models
 from tests.parity.tiny_models import make_checkpoint

@@ -14,7 +14,7 @@ from hippo_mpi.errors import DesyncError, UserError
 from hippo_mpi.parallel.schedule import actions
 from hippo_mpi.parallel.step import Step
 from hippo_mpi.parallel.step_plan import StepPlan, decode
-from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.sharding.slot_caches import KVSettings
 from hippo_mpi.transport.channel import LocalChannel, Message
 from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity import tiny_models

@@ -29,7 +29,7 @@ from hippo_mpi.planning.costs import ModelInfo
 from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
 from hippo_mpi.planning.model_costs import model_info
 from hippo_mpi.serving.supervision.balance import BetterSplit, better_split
-from hippo_mpi.shard.slot_caches import KVSettings
+from hippo_mpi.sharding.slot_caches import KVSettings
 
 _P = TypeVar("_P")
 _log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from hippo_mpi.shard.linear_layers import Range, linear_layers, num_inputs, num_outputs
+from hippo_mpi.sharding.linear_layers import Range, linear_layers, num_inputs, num_outputs
 from hippo_mpi.tracing import nested_arrays
 from hippo_mpi.tracing.nested_arrays import Opaque
 from hippo_mpi.tracing.observer import all_caches, caches_among

@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, load_weights
-from hippo_mpi.shard.stage import Forward, Stage, argument, replace_argument
-from hippo_mpi.shard.tensor import ShardPlan, shard_model
+from hippo_mpi.sharding.stage import Forward, Stage, argument, replace_argument
+from hippo_mpi.sharding.tensor import ShardPlan, shard_model
 from hippo_mpi.tracing.dataflow import Dataflow
 from hippo_mpi.transport.collective import RankCollective
 
@@ -79,7 +79,7 @@ def load_sharded_stage(
     """
     flow, leads = checkpoint.flow, rank == 0
     wanted = flow.stage_weights(0, flow.num_layers)
-    if not leads:
+    if not leads and flow.num_rounds == 1:  # a model that loops over its layers may use its norm in between
         wanted = wanted - flow.head_weights
     model = load_weights(checkpoint, wanted, on_progress, lambda model: shard_model(model, plan, rank, collective))
     return ShardedStage(model, flow, leads, collective)

@@ -13,9 +13,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from hippo_mpi.shard.linear_layers import Range, linear_layers, num_outputs, take_columns, take_rows
-from hippo_mpi.shard.narrowing import narrow
-from hippo_mpi.shard.width_split import LayerShards
+from hippo_mpi.sharding.linear_layers import Range, linear_layers, num_outputs, take_columns, take_rows
+from hippo_mpi.sharding.narrowing import narrow
+from hippo_mpi.sharding.width_split import LayerShards
 from hippo_mpi.transport.collective import Collective
 
 

@@ -18,8 +18,8 @@ from itertools import pairwise
 import mlx.nn as nn
 import numpy as np
 
-from hippo_mpi.shard.dependence import Call, ProbedModel, Reach
-from hippo_mpi.shard.linear_layers import (
+from hippo_mpi.sharding.dependence import Call, ProbedModel, Reach
+from hippo_mpi.sharding.linear_layers import (
     Range,
     column_unit,
     linear_layers,
@@ -28,7 +28,7 @@ from hippo_mpi.shard.linear_layers import (
     num_outputs,
     plain_kind,
 )
-from hippo_mpi.shard.narrowing import Narrowing, Rows, find_narrowing, innermost
+from hippo_mpi.sharding.narrowing import Narrowing, Rows, find_narrowing, innermost
 
 _MIN_SHARE = 0.02  # of a layer's weights: splitting a smaller one would cost more than it saves
 _MAX_RUNS = 96  # of a layer, to find the rows of one linear layer; beyond, some are held twice

@@ -20,10 +20,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from hippo_mpi.shard.dependence import Call
-from hippo_mpi.shard.linear_layers import linear_layers, num_inputs, num_outputs, plain_kind
-from hippo_mpi.shard.sharded_layers import shard_layer
-from hippo_mpi.shard.width_split import LayerShards
+from hippo_mpi.sharding.dependence import Call
+from hippo_mpi.sharding.linear_layers import linear_layers, num_inputs, num_outputs, plain_kind
+from hippo_mpi.sharding.sharded_layers import shard_layer
+from hippo_mpi.sharding.width_split import LayerShards
 from hippo_mpi.tracing import nested_arrays
 from hippo_mpi.tracing.nested_arrays import Opaque
 from hippo_mpi.transport.collective import LocalCollective, run_ranks

@@ -18,8 +18,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from hippo_mpi.shard.dependence import Call, ProbedModel
-from hippo_mpi.shard.linear_layers import Range, linear_layers, num_outputs
+from hippo_mpi.sharding.dependence import Call, ProbedModel
+from hippo_mpi.sharding.linear_layers import Range, linear_layers, num_outputs
 
 _MAX_TRIES = 200
 _MAX_CHANGES = 5

@@ -16,11 +16,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from hippo_mpi.shard.dependence import Call, ProbedModel
-from hippo_mpi.shard.linear_layers import linear_layers, num_bytes, plain_kind
-from hippo_mpi.shard.shard_check import Trial, difference, is_right
-from hippo_mpi.shard.sharded_layers import shard_layer
-from hippo_mpi.shard.width_split import LayerShards, split_layer
+from hippo_mpi.sharding.dependence import Call, ProbedModel
+from hippo_mpi.sharding.linear_layers import linear_layers, num_bytes, plain_kind
+from hippo_mpi.sharding.shard_check import Trial, difference, is_right
+from hippo_mpi.sharding.sharded_layers import shard_layer
+from hippo_mpi.sharding.width_split import LayerShards, split_layer
 from hippo_mpi.transport.collective import Collective
 
 _PROBED_TOKENS = 3
