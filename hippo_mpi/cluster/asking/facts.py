@@ -19,6 +19,8 @@ from hippo_mpi.cluster.asking.macos import (
 )
 from hippo_mpi.cluster.hostfile import Host
 
+HAS_NO_PYTHON = "no Python"
+"""What is wrong with a host on which the probe can't run."""
 _AT_ONCE_S = 0.2  # far less than it takes to find out that nobody answers
 
 
