@@ -21,6 +21,10 @@ from hippo_mpi.cluster.hostfile import Host
 
 HAS_NO_PYTHON = "no Python"
 """What is wrong with a host on which the probe can't run."""
+# What Docker, Podman, Kubernetes, libvirt, LXD, Incus, VMware, VirtualBox and macOS make for what runs on the host itself.
+_OF_GUESTS = re.compile(
+    r"(docker|podman|cni|cbr|virbr|lxcbr|lxdbr|incusbr|kube-bridge|weave|vmnet|vboxnet)\d*|cni-\w+|br-[0-9a-f]{12}|bridge1\d\d"
+)
 _AT_ONCE_S = 0.2  # far less than it takes to find out that nobody answers
 
 
@@ -31,6 +35,11 @@ class Interface:
     name: str
     addresses: tuple[ipaddress.IPv4Interface, ...]
     mtu: int | None = None
+
+    @property
+    def is_of_guests(self) -> bool:
+        """Return True if it leads to containers or virtual machines on the host itself, and to no other host."""
+        return bool(_OF_GUESTS.fullmatch(self.name))
 
 
 @dataclass(frozen=True)
