@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from hippo_mpi.cluster.asking.linux import LinuxFacts, read_linux
 from hippo_mpi.cluster.asking.macos import (
     Footprint,
     MacFacts,
@@ -97,6 +98,7 @@ class Facts:
         mpi: what mpirun calls itself; None: not asked, or there is none.
         model: bytes of the model's weights, and how many of them are here; None: not asked.
         hub: what the hub answers, a status or an error; None: not asked.
+        linux: what only Linux says; None: it is another system.
     """
 
     system: str
@@ -129,6 +131,7 @@ class Facts:
     mpi: str | None = None
     model: tuple[int, int] | None = None
     hub: str | None = None
+    linux: LinuxFacts | None = None
 
     def interface_of(self, address: str) -> Interface | None:
         """Return the interface that has an address."""
@@ -199,6 +202,7 @@ def read_facts(raw: dict[str, Any]) -> Facts:
         _output(outputs, "mpi").partition("\n")[0] or None,
         (int(raw["model"]["size"]), int(raw["model"]["here"])) if raw.get("model") else None,
         _output(outputs, "hub").strip() or None,
+        read_linux(_printed(outputs)) if is_linux else None,
     )  # fmt: skip
 
 

@@ -48,6 +48,16 @@ try: print(urllib.request.urlopen(request, timeout=5).status)
 except urllib.error.HTTPError as error: print(error.code)
 except OSError as error: print(error)
 """
+# Each line behind the name of its file; that there are none is no failure.
+SUPPLIES = "cd /; grep -s . sys/class/power_supply/*/uevent; true"
+HEAT = """cd /; cd sys/class/thermal &&
+grep -s . */type */cur_state */max_state */temp */trip_point_*_type */trip_point_*_temp; true
+"""
+SLEEP = """cd /
+ls -l etc/systemd/system/sleep.target etc/systemd/system/suspend.target 2>/dev/null | sed -n 's|.*-> /dev/null$|masked|p'
+for of in usr/lib etc; do grep -hs '^ *IdleAction' $of/systemd/logind.conf; done
+for of in usr/lib run etc; do grep -hs '^ *IdleAction' $of/systemd/logind.conf.d/*.conf; done; true
+"""
 COMMANDS = {
     "Linux": {
         "addresses": ["ip", "-j", "addr"],
@@ -57,6 +67,10 @@ COMMANDS = {
         "processes": ["ps", "-A", "-ww", "-o", "pid=,ppid=,user=,etime=,args="],
         "machine": ["cat", "/etc/machine-id"],
         "firewall": ["sh", "-c", "PATH=$PATH:/usr/sbin:/sbin nft list ruleset"],
+        "links": ["ip", "-j", "-d", "link"],
+        "sleep": ["sh", "-c", SLEEP],
+        "supplies": ["sh", "-c", SUPPLIES],
+        "heat": ["sh", "-c", HEAT],
         "governor": ["cat", GOVERNOR + "scaling_driver", GOVERNOR + "scaling_governor"],
     },
     "Darwin": {

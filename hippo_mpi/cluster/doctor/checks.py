@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from hippo_mpi.cluster.asking.facts import HAS_NO_PYTHON, Facts, Probed, Process
-from hippo_mpi.cluster.doctor import address_checks, cable_checks, mac_checks, model_checks, rdma_checks
+from hippo_mpi.cluster.doctor import address_checks, cable_checks, linux_checks, mac_checks, model_checks, rdma_checks
 from hippo_mpi.cluster.doctor.findings import ERROR, WARNING, WEIGHTS, Check, Finding, known
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.units import count_of, show_bytes
@@ -188,7 +188,7 @@ def _environment(hosts: Sequence[Probed]) -> Iterator[Finding]:
 
 CHECKS: tuple[Check, ...] = (
     _ssh, *mac_checks.BEFORE, _python, _versions, *cable_checks.CHECKS, *address_checks.CHECKS, *rdma_checks.CHECKS,
-    *model_checks.CHECKS, _stale_ranks, _room, _ssh_noise, _login_shell, *mac_checks.AFTER, _names, _environment,
+    *model_checks.CHECKS, _stale_ranks, _room, _ssh_noise, _login_shell, *mac_checks.AFTER, *linux_checks.CHECKS, _names, _environment,
 )  # fmt: skip
 """Causes before what they lead to."""
 NAMES = (
