@@ -85,7 +85,7 @@ def two_hosts(ips: bool = True) -> list[Probed]:
 
 def measured(there: float, back: float, median_s: float = 1e-4, p99_s: float = 2e-4, by: str = "tb0") -> Measured:
     """With these Gbit/s."""
-    times = RoundTrips(median_s, p99_s, p99_s, 400)
+    times = RoundTrips(median_s, p99_s, p99_s, 400, median_s)
     traffic = Traffic(1 << 30, {by: 1 << 30, "lo": 1000}, {by: 1 << 30})
     rates = (Rate(there * 1e9 / 8, there * 1e9 / 8, there * 1e9 / 9), Rate(back * 1e9 / 8, back * 1e9 / 8))
     return Measured(Pair(0, 1, "10.205.0.2"), "", {64: times, 8192: times}, *rates, traffic, traffic, times)
