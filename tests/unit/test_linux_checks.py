@@ -66,6 +66,7 @@ TREES: dict[str, tuple[dict[str, str], str, str]] = {
         {f"{SUPPLIES}/AC/uevent": f"{OUTLET}0\n", f"{SUPPLIES}/BAT0/uevent": f"{BATTERY}Discharging\n", LOGIND: SUSPENDS},
         "sleeps", "it runs on its battery",
     ),
+    "has but a battery": ({f"{SUPPLIES}/BAT0/uevent": f"{BATTERY}Discharging\n"}, "sleeps", "it runs on its battery"),
     "is slowed down": ({**device(0, "Fan", 1), **device(1, "Processor", 3), **device(2, "Processor", 4)}, "hot", "Processor is slowed by 4 of 10 steps"),
     "an ARM board is": (device(0, "thermal-cpufreq-0", 1), "hot", "thermal-cpufreq-0 is slowed by 1 of 10 steps"),
     "is too hot": (zone("acpitz", "passive", 96, 95), "hot", "acpitz is at 96 °C, and heat slows it from 95 on"),

@@ -62,12 +62,14 @@ class Reach:
         why: why it isn't there; empty: it is.
         interface: by which interface; None: unknown.
         is_denied: whether macOS keeps Python, and not every program, from it.
+        is_on_link: whether the other end of the link says that it has the address, though it isn't there for calls.
     """
 
     source: str | None
     why: str
     interface: str | None = None
     is_denied: bool = False
+    is_on_link: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Facts:
         model: bytes of the model's weights, and how many of them are here; None: not asked.
         hub: what the hub answers, a status or an error; None: not asked.
         linux: what only Linux says; None: it is another system.
+        called: for addresses where a program of ours has listened, why it couldn't be called; empty: it could.
     """
 
     system: str
@@ -132,6 +135,7 @@ class Facts:
     model: tuple[int, int] | None = None
     hub: str | None = None
     linux: LinuxFacts | None = None
+    called: dict[str, str] = field(default_factory=dict)
 
     def interface_of(self, address: str) -> Interface | None:
         """Return the interface that has an address."""
@@ -203,6 +207,7 @@ def read_facts(raw: dict[str, Any]) -> Facts:
         (int(raw["model"]["size"]), int(raw["model"]["here"])) if raw.get("model") else None,
         _output(outputs, "hub").strip() or None,
         read_linux(_printed(outputs)) if is_linux else None,
+        {str(address): str(why) for address, why in raw.get("called", {}).items()},
     )  # fmt: skip
 
 
@@ -268,13 +273,18 @@ def _reach(one: dict[str, Any]) -> Reach:
     interface = re.search(r"interface: (\S+)", str(one.get("route", {}).get("out", "")))
     is_at_once = float(one.get("seconds", _AT_ONCE_S)) < _AT_ONCE_S
     is_denied = is_at_once and one.get("nc", {}).get("status") == 0
-    return Reach(one["source"], one["why"], interface[1] if interface else None, is_denied)
+    is_on_link = '"REACHABLE"' in str(one.get("neighbor", {}).get("out", ""))
+    return Reach(one["source"], one["why"], interface[1] if interface else None, is_denied, is_on_link)
 
 
 def _linux_firewall(outputs: dict[str, Any]) -> bool | None:
-    """Read `nft list ruleset`, which only root may ask: whether a chain of incoming packets drops any."""
+    """Read `nft list ruleset`, which only root may ask: whether a chain of incoming packets drops any.
+
+    For others, whether a firewall is said to be on.
+    """
     if outputs.get("firewall", {}).get("status") != 0:
-        return None
+        said = _output(outputs, "firewall services").split()
+        return True if "ENABLED=yes" in said or "active" in said else None
     chains = re.split(r"^\s*chain ", _output(outputs, "firewall"), flags=re.MULTILINE)
     return any("hook input" in chain and bool(re.search(r"\b(drop|reject)\b", chain)) for chain in chains)
 

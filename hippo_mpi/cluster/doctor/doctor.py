@@ -13,6 +13,7 @@ from hippo_mpi.cluster.asking.facts import Facts, Probed, read_facts
 from hippo_mpi.cluster.asking.remote import ask
 from hippo_mpi.cluster.doctor.checks import diagnose
 from hippo_mpi.cluster.doctor.findings import ERROR, INFO, Finding
+from hippo_mpi.cluster.doctor.listening import with_calls
 from hippo_mpi.cluster.hostfile import Host, Hostfile
 from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.transport.ports import THIS_MACHINE
@@ -31,8 +32,13 @@ def first_error(hostfile: Hostfile) -> Finding | None:
     """Return what keeps ranks of several hosts from working, after a run that has failed; None if nothing is found."""
     if all(host.ssh == THIS_MACHINE for host in hostfile.hosts):
         return None
-    found = diagnose(ask(hostfile, (), _TIMEOUT_S))
+    found = diagnose(examine(hostfile, (), _TIMEOUT_S))
     return found[0] if found and found[0].weight == ERROR else None
+
+
+def examine(hostfile: Hostfile, ports: Sequence[int], timeout_s: float, model: str | None = None) -> list[Probed]:
+    """Ask hosts everything; the arguments are those of `ask`."""
+    return with_calls(ask(hostfile, ports, timeout_s, model), timeout_s)
 
 
 def lines_of(hosts: Sequence[Probed], findings: Sequence[Finding]) -> Iterator[str]:
