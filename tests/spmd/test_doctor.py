@@ -402,6 +402,32 @@ def test_models_and_what_mpirun_is(tmp_path: Path) -> None:
         assert found["mpi-mixed"]["host"] == "mini2" and "model-missing" not in found, said
 
 
+def config_with_caches_of(num_bytes: int) -> str:
+    """A model whose weights are small beside its KV caches for 2,048 tokens."""
+    layers, heads = 6, 64
+    config = {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": heads, "num_key_value_heads": heads,
+        "head_dim": 8 * (num_bytes // (8 * layers * heads * 2048 * 2 * 2)), "num_hidden_layers": layers, "rms_norm_eps": 1e-5,
+        "vocab_size": 256, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    return json.dumps(config)
+
+
+def test_caches_are_a_part_of_what_must_fit(three: Cluster, tmp_path: Path) -> None:
+    """The planner is asked, from whom a run would have its layers; by what was saved it needn't be asked again."""
+    model, saved = tmp_path / "model", tmp_path / "report.json"
+    model.mkdir()
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for num_bytes, is_short in ((1 << 28, False), (4 * total, True)):
+        (model / "config.json").write_text(config_with_caches_of(num_bytes))
+        code, said = doctor(three, "--model", str(model), "--save", str(saved), "--check", "memory-short")
+        assert (code, [one["check"] for one in said["findings"]]) == ((2, ["memory-short"]) if is_short else (0, []))
+    assert re.match(r"the model doesn't fit: .* more memory needed for 2,048 tokens of context;", said["findings"][0]["found"])
+    shutil.rmtree(model)
+    command = [sys.executable, "-m", "hippo_mpi.cluster", "doctor", "--from", str(saved), "--json", "--check", "memory-short"]
+    assert json.loads(subprocess.run(command, capture_output=True, text=True).stdout)["findings"] == said["findings"]
+
+
 def test_what_was_saved_is_judged_alike_and_tells_nothing_private(three: Cluster, tmp_path: Path) -> None:
     small_mtu(three, 1)
     saved = tmp_path / "report.json"

@@ -162,6 +162,7 @@ class Probed:
         backend: that the hostfile asks for.
         envs: that it gives to every rank.
         model: that the ranks are to run.
+        shortage: why it doesn't fit into the memory of all hosts; empty: it does; None: unknown.
     """
 
     host: Host
@@ -174,6 +175,7 @@ class Probed:
     backend: str | None = None
     envs: tuple[str, ...] = ()
     model: str | None = None
+    shortage: str | None = None
 
 
 def read_facts(raw: dict[str, Any]) -> Facts:
