@@ -276,7 +276,9 @@ def test_faults_in_pairs(first: str, second: str, three: Cluster) -> None:
 def test_firewalls_that_let_ranks_through(three: Cluster, tmp_path: Path) -> None:
     """Their hosts are called once more, and what came of it is kept with the rest."""
     for host in three.hosts:
-        nft(host, "table inet f { chain in { type filter hook input priority 0; tcp dport 9 reject with tcp reset; }; }")
+        nft(
+            host, "table inet f { chain in { type filter hook input priority 0; tcp dport 9 reject with tcp reset; }; }"
+        )
     saved = tmp_path / "report.json"
     code, said = doctor(three, "--save", str(saved))
     assert (code, [one for one in said["findings"] if one["check"] == "firewall"]) == (0, [])
@@ -422,9 +424,21 @@ def test_caches_are_a_part_of_what_must_fit(three: Cluster, tmp_path: Path) -> N
         (model / "config.json").write_text(config_with_caches_of(num_bytes))
         code, said = doctor(three, "--model", str(model), "--save", str(saved), "--check", "memory-short")
         assert (code, [one["check"] for one in said["findings"]]) == ((2, ["memory-short"]) if is_short else (0, []))
-    assert re.match(r"the model doesn't fit: .* more memory needed for 2,048 tokens of context;", said["findings"][0]["found"])
+    assert re.match(
+        r"the model doesn't fit: .* more memory needed for 2,048 tokens of context;", said["findings"][0]["found"]
+    )
     shutil.rmtree(model)
-    command = [sys.executable, "-m", "hippo_mpi.cluster", "doctor", "--from", str(saved), "--json", "--check", "memory-short"]
+    command = [
+        sys.executable,
+        "-m",
+        "hippo_mpi.cluster",
+        "doctor",
+        "--from",
+        str(saved),
+        "--json",
+        "--check",
+        "memory-short",
+    ]
     assert json.loads(subprocess.run(command, capture_output=True, text=True).stdout)["findings"] == said["findings"]
 
 

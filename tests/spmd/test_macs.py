@@ -160,7 +160,7 @@ def ask(three: MacHosts, hostfile: Hostfile) -> Any:
 def test_a_python_that_only_opens_a_window_is_not_started(three: MacHosts, monkeypatch: pytest.MonkeyPatch) -> None:
     """macOS's own python3, without the command line tools: there is no xcode-select here."""
     monkeypatch.setattr(find_python, "_PYTHONS", ("python3",))
-    script = find_python.script_of("exec \"$python\" -c 'print(\"asked\")'", "/no/such/python")
+    script = find_python.script_of('exec "$python" -c \'print("asked")\'', "/no/such/python")
     path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
     found = subprocess.run(three.hosts[0].command(["env", path, "sh", "-c", script]), capture_output=True, text=True)
     assert found.stdout.splitlines()[-1] == find_python.NO_PYTHON, found

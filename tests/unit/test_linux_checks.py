@@ -49,7 +49,12 @@ def device(number: int, kind: str, step: int) -> dict[str, str]:
 
 
 def zone(kind: str, trip: str, degrees: int, limit: int) -> dict[str, str]:
-    found = {"type": kind, "temp": str(1000 * degrees), "trip_point_0_type": trip, "trip_point_0_temp": str(1000 * limit)}
+    found = {
+        "type": kind,
+        "temp": str(1000 * degrees),
+        "trip_point_0_type": trip,
+        "trip_point_0_temp": str(1000 * limit),
+    }
     return {f"{THERMAL}/thermal_zone0/{name}": f"{value}\n" for name, value in found.items()}
 
 
@@ -130,7 +135,7 @@ def test_random_bridges() -> None:
         count = draw.randrange(2, 7)
         cables = [(node, draw.randrange(node)) for node in range(1, count)]  # a tree, and perhaps a cable more
         for _ in range(has_ring := draw.randrange(2)):
-            cables.append(tuple(draw.sample(range(count), 2)))  # type: ignore[arg-type]
+            cables.append(tuple(draw.sample(range(count), 2)))
         num_rings += has_ring
         hosts = with_bridges([sum(node in ends for ends in cables) for node in range(count)], [False] * count)
         found = [(one.check, one.weight) for one in diagnose(hosts)]
@@ -159,7 +164,9 @@ def test_bridges_of_linux() -> None:
     assert read_linux({"links": json.dumps(LINKS)}).bridges == (LinuxBridge("br0", ("eth0",), False),)
 
 
-@pytest.mark.parametrize("text", ["", "{", "7", "[1]", "[{}]", '[{"ifname": "br0", "linkinfo": {"info_kind": "bridge"}}]', "\x00/uevent:="])
+@pytest.mark.parametrize(
+    "text", ["", "{", "7", "[1]", "[{}]", '[{"ifname": "br0", "linkinfo": {"info_kind": "bridge"}}]', "\x00/uevent:="]
+)
 def test_what_can_not_be_read_is_unknown(text: str) -> None:
     found = read_linux(dict.fromkeys(("links", "sleep", "supplies", "heat"), text))
     assert found in (LinuxFacts(), LinuxFacts(bridges=()))

@@ -27,7 +27,10 @@ def host(*interfaces: str) -> Facts:
 
 @pytest.mark.parametrize("name", GUESTS)
 def test_bridges_to_what_runs_on_a_host_are_no_lan(name: str) -> None:
-    one, other = host(f"{name} 172.17.0.1/16", "en0 192.168.1.7/24"), host(f"{name} 172.17.0.1/16", "en0 192.168.1.8/24")
+    one, other = (
+        host(f"{name} 172.17.0.1/16", "en0 192.168.1.7/24"),
+        host(f"{name} 172.17.0.1/16", "en0 192.168.1.8/24"),
+    )
     assert lan_addresses([one, other]) == ["192.168.1.7", "192.168.1.8"]
     assert lan_addresses([one, host(f"{name} 172.17.0.2/16", "en0 10.0.0.8/24")]) == ["192.168.1.7", "10.0.0.8"]
     assert lan_addresses([one, host(f"{name} 172.17.0.1/16")]) == ["192.168.1.7", None]

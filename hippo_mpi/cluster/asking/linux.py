@@ -16,7 +16,16 @@ _GUEST_PORT = re.compile(r"(veth|vnet|tap|tun|fwpr|fwln|lxc|cali|macvtap)")
 # What slows down for heat; fans, and limits of power that somebody has set, are other cooling devices.
 _SLOWED = re.compile(r"(thermal-)?(cpufreq|devfreq)-|Processor$|cpu")
 _SET_BY_PROGRAMS = "x86_pkg_temp"  # whose trips only tell thermald that the temperature has changed
-_IDLE_ACTIONS = ("suspend", "hibernate", "hybrid-sleep", "suspend-then-hibernate", "sleep", "poweroff", "halt", "reboot")
+_IDLE_ACTIONS = (
+    "suspend",
+    "hibernate",
+    "hybrid-sleep",
+    "suspend-then-hibernate",
+    "sleep",
+    "poweroff",
+    "halt",
+    "reboot",
+)
 _IDLE_TIME = "30min"  # logind's own
 
 
@@ -70,7 +79,11 @@ def _bridges(text: str) -> tuple[LinuxBridge, ...] | None:
         for one in links:
             about = one.get("linkinfo", {})
             if about.get("info_kind") == "bridge" and "UP" in one["flags"]:
-                ports = [str(port["ifname"]) for port in links if port.get("master") == one["ifname"] and "LOWER_UP" in port["flags"]]
+                ports = [
+                    str(port["ifname"])
+                    for port in links
+                    if port.get("master") == one["ifname"] and "LOWER_UP" in port["flags"]
+                ]
                 outward = tuple(port for port in ports if not _GUEST_PORT.match(port))
                 found.append(LinuxBridge(str(one["ifname"]), outward, bool(about["info_data"]["stp_state"])))
         return tuple(found)
