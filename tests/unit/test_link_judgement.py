@@ -220,3 +220,8 @@ def test_the_cost_is_predicted_for_the_slowest_link() -> None:
 
 def test_what_comes_from_elsewhere_is_shown_without_control_characters() -> None:
     assert visible("ok\x1b[2J\r\n" + "x" * 500, 20) == r"ok\x1b[2J\r\nxxxxxxx..."
+
+
+def test_the_fastest_round_trip_is_told_beside_the_typical_one() -> None:
+    times = RoundTrips.of([0.003, 0.001, 0.002, 0.009, 0.002])
+    assert (times.least_s, times.median_s, times.p99_s, times.count) == (0.001, 0.002, 0.009, 5)

@@ -75,8 +75,9 @@ def test_the_best_one_is_taken(there: dict[str, int], wanted: str, folder: Path)
     assert found_by("sh", folder, str(folder / "first")) == (f"{folder / wanted} it runs" if wanted else NO_PYTHON)
 
 
-def test_a_program_is_read_from_standard_input() -> None:
-    """Looking for a Python eats none of it."""
-    script = script_of('exec "$python" -', sys.executable)
+def test_a_program_is_read_from_standard_input(folder: Path) -> None:
+    """Looking for a Python eats none of it, though one that is none reads all that there is."""
+    put(folder, "first", 6).write_text("#!/bin/sh\nwhile read -r line; do :; done; exit 1\n")
+    script = f"PATH={Path(sys.executable).parent}:$PATH; " + script_of('exec "$python" -', str(folder / "first"))
     ended = subprocess.run(["sh", "-c", script], input="print('it runs')", capture_output=True, text=True, timeout=30)
     assert (ended.stdout, ended.stderr) == ("it runs\n", "")
