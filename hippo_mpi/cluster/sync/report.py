@@ -68,6 +68,13 @@ class SyncProgress:
                 told = [f"{name} {show_bytes(done)} of {show_bytes(total)}" for name, done, total in rows if total]
                 sys.stderr.write(f"{', '.join(told)}\n")
 
+    def tell(self, line: str) -> None:
+        """Show a line, above the bars."""
+        if self._bars:
+            self._bars.console.print(line, markup=False, highlight=False)
+        elif self._is_shown:
+            sys.stderr.write(f"{line}\n")
+
     def __enter__(self) -> SyncProgress:
         if self._bars:
             self._bars.start()
@@ -100,7 +107,8 @@ def lines_of(session: SyncSession, needs: Needs) -> Iterator[str]:
     moved = [f"{show_bytes(count)} {_SOURCES[kind]}" for kind, count in session.num_bytes.items() if count]
     if moved:
         rate = sum(state.came for state in session.hosts) / 1e6 / max(session.took_s, 1e-3)
-        yield f"{', '.join(moved)}, in {session.took_s:.1f} s: {rate:.0f} MB/s"
+        direct = f" ({show_bytes(session.direct)} straight from host to host)" if session.direct else ""
+        yield f"{', '.join(moved)}{direct}, in {session.took_s:.1f} s: {rate:.0f} MB/s"
     if needs.counts and len(needs.counts) > 1:
         yield f"run with --layer-split {','.join(map(str, needs.counts))}: another split may need other bytes"
 
@@ -118,7 +126,8 @@ def to_json(session: SyncSession, needs: Needs) -> str:
     files = needs.files
     return json.dumps({
         "model": files.model, "commit": files.commit, "total": sum(files.sizes.values()), "layer_split": needs.counts,
-        "sources": session.num_bytes, "seconds": round(session.took_s, 3), "hosts": hosts,
+        "sources": session.num_bytes, "direct": session.direct, "detours": session.detours,
+        "seconds": round(session.took_s, 3), "hosts": hosts,
     }, indent=1)  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from hippo_mpi.cluster.hostfile import Host
 from hippo_mpi.cluster.sync.frames import PIECE_BYTES
+from hippo_mpi.cluster.sync.links import Links
 from hippo_mpi.cluster.sync.model_files import read_spans
 from hippo_mpi.cluster.sync.needs import Needs
 from hippo_mpi.cluster.sync.pieces import missing, pieces_to_move
@@ -87,6 +88,9 @@ class SyncSession:
         here = command_of(Host(THIS_MACHINE), _HUB)
         self._hub = Site("the hub", here, errand, timeout_s, environment) if needs.files.repo else None
         self.num_bytes = {HERE: 0, HOSTS: 0, HUB: 0}
+        self.direct = 0
+        self.detours: list[str] = []
+        """What links failed, a line each."""
         self.took_s = 0.0
 
     def open(self) -> None:
@@ -107,22 +111,29 @@ class SyncSession:
         self._on_all(self._prepare)
         self._on_all(self._open)
 
-    def fill(self, on_arrival: Callable[[int, int], None]) -> None:
+    def fill(self, on_arrival: Callable[[int, int], None], on_detour: Callable[[str], None]) -> None:
         """Move what hosts lack.
 
         Args:
             on_arrival: called with the number of a host and the size of each piece that is on its disk.
+            on_detour: told, in one line, that a link between two hosts has failed.
         """
+
+        def detour(line: str) -> None:
+            self.detours.append(line)
+            on_detour(line)
+
         pieces = pieces_to_move(
             [state.lacks for state in self.hosts],
             [{} if state.error else state.here for state in self.hosts],
             PIECE_BYTES,
         )
-        transfer = Transfer(self._sites, self._needs.folder, self._hub, on_arrival)
+        links = Links(self._sites, [state.host.ips for state in self.hosts], detour)
+        transfer = Transfer(self._sites, self._needs.folder, self._hub, links, on_arrival)
         began_s = time.monotonic()
         transfer.run(pieces)
         self.took_s = time.monotonic() - began_s
-        self.num_bytes = transfer.num_bytes
+        self.num_bytes, self.direct = transfer.num_bytes, transfer.direct
         for number, state in enumerate(self.hosts):
             state.came = transfer.arrived[number]
             if number in transfer.failures:

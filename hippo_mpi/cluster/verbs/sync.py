@@ -58,7 +58,7 @@ def run(options: Options) -> int:
             session.verify()
         session.prepare()
         with SyncProgress(with_this, not options.json) as progress:
-            session.fill(progress.arrive)
+            session.fill(progress.arrive, progress.tell)
     finally:
         session.close()
     print(to_json(session, needs) if options.json else "\n".join(lines_of(session, needs)))
