@@ -17,6 +17,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from hippo_mpi.cluster.sync.frames import PIECE_BYTES
@@ -25,6 +26,7 @@ from hippo_mpi.views.spans import header_bytes, num_bytes, spans_here
 from tests import ranks
 from tests.cabled_hosts import CAN_MAKE, SSHD, WHY_NOT, Host, cabled_hosts, cut, rated, reached_by_ssh
 from tests.commands.test_hub import REPO, Hub
+from tests.parity.test_depth import make_adapter
 
 _PATIENCE_S = 200.0  # on a machine that has much to do
 ROOT = Path(__file__).parents[2]
@@ -72,7 +74,9 @@ class Bed:
         if host.number == 0:
             return {"ssh": "127.0.0.1", "ips": [host.lan]}
         python = self.folder / f"python{host.number}"
-        hidden = f"mount -t tmpfs tmpfs {self.folder / 'origin'}"  # hosts of one machine have other folders here
+        own = self.home(host.number) / "origin"
+        own.mkdir(parents=True)
+        hidden = f"mount --bind {own} {self.folder / 'origin'}"  # hosts of one machine have other folders here
         python.write_text(
             f"#!/bin/sh\nexport HF_HOME={self.home(host.number)} HF_ENDPOINT=http://127.0.0.1:9 PYTHONPATH={ROOT}\n"
             f"""exec unshare --mount sh -c '{hidden}; exec "$@"' sh {sys.executable} "$@"\n"""
@@ -164,6 +168,12 @@ def downloaded(folder: Path) -> int:
     return sum(map(int, (folder / "log").read_text().split()))
 
 
+def data_bytes(file: Path) -> int:
+    """Bytes behind the head of a weight file."""
+    data = file.read_bytes()
+    return len(data) - header_bytes(data)
+
+
 def held(two: Bed, number: int) -> int:
     """Bytes that a host has of the one weight file."""
     views = [path for path in (two.home(number) / "hippo_mpi").glob("*--*")]
@@ -201,7 +211,7 @@ def test_a_repo_of_one_file(tmp_path: Path, alone: list[int]) -> None:
 
 
 def test_a_folder_of_this_machine(tmp_path: Path, alone: list[int]) -> None:
-    """The planner shares layers out; a byte that flips on the other's disk is found; what changes here is sent again."""
+    """The planner shares layers out; a byte that flips on the other's disk is found; an adapter comes along."""
     with bed(tmp_path) as two:
         origin = tmp_path / "origin" / "model"
         copy_model(origin)
@@ -209,7 +219,6 @@ def test_a_folder_of_this_machine(tmp_path: Path, alone: list[int]) -> None:
         assert code == 0, err
         assert two.view(1).name.startswith("local--model--") and not (two.home(0) / "hippo_mpi").exists()
         split = ",".join(map(str, said["layer_split"]))
-        assert two.generate(str(origin), "--layer-split", split, "--max-tokens", "30")["token_ids"] == alone
         weights = two.view(1) / "model.safetensors"
         start, stop = spans_here(weights)[1]
         with weights.open("r+b") as stream:
@@ -224,6 +233,15 @@ def test_a_folder_of_this_machine(tmp_path: Path, alone: list[int]) -> None:
         assert (two.view(1) / "config.json").read_text() == (origin / "config.json").read_text()
         data = (origin / "model.safetensors").read_bytes()
         assert all(weights.read_bytes()[slice(*span)] == data[slice(*span)] for span in spans_here(weights))
+        adapter = origin.with_name("adapter")
+        make_adapter(BUNDLED_MODEL, adapter, 12)
+        parts = mx.load(str(adapter / "adapters.safetensors"))
+        mx.save_safetensors(str(adapter / "adapters.safetensors"), {name: 0 * array for name, array in parts.items()})
+        code, said, err = two.sync(str(origin), "--layer-split", split, "--adapter-path", str(adapter))
+        assert code == 0 and all(not host["came"] for host in said["hosts"]), (said, err)
+        assert [host["came"] for host in said["adapter"]["hosts"]] == [data_bytes(adapter / "adapters.safetensors"), 0]
+        options = ["--layer-split", split, "--adapter-path", str(adapter), "--max-tokens", "30"]
+        assert two.generate(str(origin), *options)["token_ids"] == alone
 
 
 @pytest.mark.parametrize("victim", ["sync", "place"])

@@ -81,7 +81,7 @@ class Place:
         """
         asked: dict[str, Callable[[Header, Data], tuple[Header, Data]]] = {
             "open": self._open, "stage": self._stage, "commit": self._commit, "put": self._put, "get": self._get,
-            "verify": self._verify, "lend": self._lend, "borrow": self._borrow,
+            "verify": self._verify, "lend": self._lend, "borrow": self._borrow, "link": self._link,
         }  # fmt: skip
         if header.get("op") not in asked:
             raise UserError(f"{str(header.get('op'))[:100]!a} is nothing that can be asked")
@@ -279,6 +279,16 @@ class Place:
         except NotLentError as error:
             return {"is_good": False, "not_lent": str(error)}, b""
         return {"is_good": self._keep(name, span, piece, digest)}, b""
+
+    def _link(self, header: Header, data: Data) -> tuple[Header, Data]:
+        """Let the path at which ranks open an adapter lead to what is here."""
+        if not self._is_kept:
+            path = Path(os.path.abspath(os.path.expanduser(self._model.link)))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            temporary.symlink_to(self.folder)
+            os.replace(temporary, path)
+        return {}, b""
 
     def _tell(self) -> None:
         """Say now and then that it goes on."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -10,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -113,8 +113,8 @@ def lines_of(session: SyncSession, needs: Needs) -> Iterator[str]:
         yield f"run with --layer-split {','.join(map(str, needs.counts))}: another split may need other bytes"
 
 
-def to_json(session: SyncSession, needs: Needs) -> str:
-    """Return the same as a JSON object, in bytes and seconds."""
+def object_of(session: SyncSession, needs: Needs) -> dict[str, Any]:
+    """Return the same for JSON, in bytes and seconds."""
     hosts = [
         {
             "host": state.host.ssh, "ranks": state.ranks, "needed": _own(state), "was_here": state.was_here,
@@ -124,11 +124,11 @@ def to_json(session: SyncSession, needs: Needs) -> str:
         if state.ranks
     ]  # fmt: skip
     files = needs.files
-    return json.dumps({
+    return {
         "model": files.model, "commit": files.commit, "total": sum(files.sizes.values()), "layer_split": needs.counts,
         "sources": session.num_bytes, "direct": session.direct, "detours": session.detours,
         "seconds": round(session.took_s, 3), "hosts": hosts,
-    }, indent=1)  # fmt: skip
+    }  # fmt: skip
 
 
 def _own(state: HostState) -> int:

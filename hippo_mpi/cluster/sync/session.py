@@ -140,13 +140,15 @@ class SyncSession:
                 lost = self._sites[number].lost
                 state.fail(LostError(lost) if lost else RefusalError(transfer.failures[number]))
         self._on_all(self._check)
+        if self._needs.files.link:
+            self._on_all(lambda site, state: site.ask({"op": "link"}))
 
     def close(self) -> None:
         """End all programs."""
         with ThreadPoolExecutor(len(self._sites) + 1) as pool:
             list(pool.map(lambda site: site.close(), [*self._sites, *filter(None, [self._hub])]))
 
-    def _on_all(self, act: Callable[[Site, HostState], None]) -> None:
+    def _on_all(self, act: Callable[[Site, HostState], object]) -> None:
         def one(site: Site, state: HostState) -> None:
             if state.error:
                 return
