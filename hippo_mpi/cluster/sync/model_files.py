@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ _NAME = re.compile(r"(?![.-])[A-Za-z0-9 ._+=@,()-]{1,200}")
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
 _REVISION = re.compile(r"(?![./])[A-Za-z0-9._/-]{1,200}")
 _HASH = re.compile(r"[0-9a-f]{16,64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,12 @@ def read_spans(found: Any, sizes: Mapping[str, int]) -> dict[str, list[Span]]:
         if not all(_is_offset(number) and number <= sizes[name] for span in some for number in span):
             raise UserError(f"spans of {name} that aren't in it")
     return spans
+
+
+def read_sums(found: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 that another process says of files; what is none is left out."""
+    given = found if isinstance(found, dict) else {}
+    return {name: given[name] for name in names if isinstance(given.get(name), str) and _SHA256.fullmatch(given[name])}
 
 
 def _is_offset(number: Any) -> bool:

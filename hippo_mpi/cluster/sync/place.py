@@ -30,6 +30,7 @@ from hippo_mpi.cluster.sync.direct import (
 )
 from hippo_mpi.cluster.sync.frames import MARK, Data, FrameError, Frames, Header
 from hippo_mpi.cluster.sync.model_files import ModelFiles, check_name
+from hippo_mpi.cluster.sync.whole_files import digest_of_whole, replace_by_stand_in
 from hippo_mpi.durable_files import sync_folder
 from hippo_mpi.errors import UserError, printable
 from hippo_mpi.views.spans import (
@@ -82,6 +83,7 @@ class Place:
         asked: dict[str, Callable[[Header, Data], tuple[Header, Data]]] = {
             "open": self._open, "stage": self._stage, "commit": self._commit, "put": self._put, "get": self._get,
             "verify": self._verify, "lend": self._lend, "borrow": self._borrow, "link": self._link,
+            "compare": self._compare,
         }  # fmt: skip
         if header.get("op") not in asked:
             raise UserError(f"{str(header.get('op'))[:100]!a} is nothing that can be asked")
@@ -279,6 +281,20 @@ class Place:
         except NotLentError as error:
             return {"is_good": False, "not_lent": str(error)}, b""
         return {"is_good": self._keep(name, span, piece, digest)}, b""
+
+    def _compare(self, header: Header, data: Data) -> tuple[Header, Data]:
+        """Look whether whole files have these SHA-256; those that haven't count as not here from now on."""
+        bad, checked = [], 0
+        for name, digest in header["sums"].items():
+            file, size = self.folder / check_name(name), self._model.sizes[name]
+            checked += size if file.is_symlink() else num_bytes(without([(0, size)], recorded(file)))
+            if digest_of_whole(file, size, self._tell) == digest:
+                continue
+            bad.append(name)
+            forget(file, [(0, size)])  # of a link's, what is left of the stand-in before it
+            if file.is_symlink():  # the hub's cache is others', too
+                replace_by_stand_in(file, size)
+        return {"bad": bad, "checked": checked}, b""
 
     def _link(self, header: Header, data: Data) -> tuple[Header, Data]:
         """Let the path at which ranks open an adapter lead to what is here."""

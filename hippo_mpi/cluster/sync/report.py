@@ -95,6 +95,8 @@ def lines_of(session: SyncSession, needs: Needs) -> Iterator[str]:
         own, parts = _own(state), []
         if state.damaged:
             parts.append(f"{show_bytes(state.damaged)} were damaged")
+        if state.mismatched:
+            parts.append(f"{', '.join(state.mismatched)} wasn't what the hub has")
         if state.unchecked:
             parts.append(f"{show_bytes(state.unchecked)} of other programs aren't checked")
         if state.error:
@@ -118,7 +120,8 @@ def object_of(session: SyncSession, needs: Needs) -> dict[str, Any]:
     hosts = [
         {
             "host": state.host.ssh, "ranks": state.ranks, "needed": _own(state), "was_here": state.was_here,
-            "came": state.came, "damaged": state.damaged, "unchecked": state.unchecked, "error": state.error or None,
+            "came": state.came, "damaged": state.damaged, "unchecked": state.unchecked, "mismatched": state.mismatched,
+            "error": state.error or None,
         }
         for state in session.hosts
         if state.ranks

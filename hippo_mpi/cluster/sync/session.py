@@ -12,9 +12,9 @@ from typing import Any
 from hippo_mpi.cluster.hostfile import Host
 from hippo_mpi.cluster.sync.frames import PIECE_BYTES
 from hippo_mpi.cluster.sync.links import Links
-from hippo_mpi.cluster.sync.model_files import read_spans
+from hippo_mpi.cluster.sync.model_files import read_spans, read_sums
 from hippo_mpi.cluster.sync.needs import Needs
-from hippo_mpi.cluster.sync.pieces import missing, pieces_to_move
+from hippo_mpi.cluster.sync.pieces import Content, missing, pieces_to_move
 from hippo_mpi.cluster.sync.site import LostError, RefusalError, Site, command_of
 from hippo_mpi.cluster.sync.transfer import HERE, HOSTS, HUB, Transfer
 from hippo_mpi.errors import RankError, UserError
@@ -39,6 +39,8 @@ class HostState:
         unchecked: bytes that verifying couldn't check.
         error: why it isn't filled; empty: it is.
         code: exit status that goes with the error.
+        opened: what it said when it was opened.
+        to_compare, same, mismatched: whole files that are compared with the hub, that are the same, that weren't.
     """
 
     host: Host
@@ -52,6 +54,9 @@ class HostState:
     error: str = ""
     code: int = 0
     opened: dict[str, Any] = field(default_factory=dict)
+    to_compare: set[str] = field(default_factory=set)
+    same: set[str] = field(default_factory=set)
+    mismatched: list[str] = field(default_factory=list)
 
     @property
     def lacks(self) -> dict[str, list[Span]]:
@@ -92,6 +97,7 @@ class SyncSession:
         self.detours: list[str] = []
         """What links failed, a line each."""
         self.took_s = 0.0
+        self._came: list[set[str]] = [set() for _ in hosts]
 
     def open(self) -> None:
         """Ask all hosts what they have."""
@@ -123,25 +129,89 @@ class SyncSession:
             self.detours.append(line)
             on_detour(line)
 
-        pieces = pieces_to_move(
-            [state.lacks for state in self.hosts],
-            [{} if state.error else state.here for state in self.hosts],
-            PIECE_BYTES,
-        )
-        links = Links(self._sites, [state.host.ips for state in self.hosts], detour)
+        self._came = [{*state.lacks} for state in self.hosts]
+        self._move([{} if state.error else state.here for state in self.hosts], on_arrival, detour)
+        if self._needs.files.link:
+            self._on_all(lambda site, state: site.ask({"op": "link"}))
+
+    def compare(self, everything: bool, on_mismatch: Callable[[str], None]) -> None:
+        """Have hosts compare whole files of a repo with the hub's SHA-256; what isn't the same is fetched again.
+
+        Args:
+            everything: whether also files of which nothing came just now.
+            on_mismatch: told, in one line, of each file that isn't the same, or why nothing can be compared.
+        """
+        sizes = self._needs.files.sizes
+        for state, came in zip(self.hosts, self._came, strict=True):
+            state.to_compare = {
+                name for name in sizes if state.here.get(name) == [(0, sizes[name])] and (everything or name in came)
+            }
+        names = sorted({name for state in self.hosts for name in state.to_compare if not state.error})
+        if not self._hub or not names:
+            return
+        try:
+            sums = read_sums(self._hub.ask({"op": "sums", "names": names})[0].get("sums"), names)
+        except (LostError, RefusalError) as error:
+            on_mismatch(f"nothing is compared with the hub's SHA-256: {error}")
+            return
+        self._on_all(lambda site, state: self._compare(site, state, sums))
+        doubted = {name for state in self.hosts for name in state.mismatched}
+        if not doubted:
+            return
+        for state in self.hosts:  # wherever it may have come from
+            whole = {name for name in doubted if state.here.get(name) == [(0, sizes[name])]}
+            state.to_compare = whole - state.same - {*state.mismatched}
+        self._on_all(lambda site, state: self._compare(site, state, sums))
+        for state in self.hosts:
+            for name in state.mismatched:
+                on_mismatch(f"{state.host.ssh}: {name} isn't what the hub has: fetched again")
+        self._on_all(self._open)
+        self._move([_without(state, doubted) for state in self.hosts], lambda number, count: None, on_mismatch)
+        for state in self.hosts:
+            state.to_compare = {name for name in state.mismatched if state.here.get(name) == [(0, sizes[name])]}
+        self._on_all(lambda site, state: self._compare(site, state, sums))
+        for state in self.hosts:
+            if state.to_compare and not state.error:
+                state.fail(
+                    RefusalError(
+                        f"{', '.join(sorted(state.to_compare))} isn't what the hub has, also when fetched again"
+                    )
+                )
+
+    def _compare(self, site: Site, state: HostState, sums: Mapping[str, str]) -> None:
+        """Compare what is to be compared, and keep what isn't the same to be compared once more."""
+        asked = {name: sums[name] for name in state.to_compare if name in sums}
+        if not asked:
+            state.to_compare = set()
+            return
+        answer, _ = site.ask({"op": "compare", "sums": asked})
+        try:
+            state.to_compare = {name for name in asked if name in answer["bad"]}
+            state.unchecked = max(0, state.unchecked - int(answer["checked"]))
+        except (KeyError, TypeError, ValueError):
+            raise RefusalError("an answer that can't be read") from None
+        state.same |= {*asked} - state.to_compare
+        state.mismatched = [*dict.fromkeys([*state.mismatched, *sorted(state.to_compare)])]
+
+    def _move(
+        self, lends: Sequence[Content], on_arrival: Callable[[int, int], None], on_detour: Callable[[str], None]
+    ) -> None:
+        """Move what hosts lack, from those that lend it, or the hub."""
+        pieces = pieces_to_move([state.lacks for state in self.hosts], lends, PIECE_BYTES)
+        links = Links(self._sites, [state.host.ips for state in self.hosts], on_detour)
         transfer = Transfer(self._sites, self._needs.folder, self._hub, links, on_arrival)
         began_s = time.monotonic()
         transfer.run(pieces)
-        self.took_s = time.monotonic() - began_s
-        self.num_bytes, self.direct = transfer.num_bytes, transfer.direct
+        self.took_s += time.monotonic() - began_s
+        self.direct += transfer.direct
+        for kind, count in transfer.num_bytes.items():
+            self.num_bytes[kind] += count
         for number, state in enumerate(self.hosts):
-            state.came = transfer.arrived[number]
+            state.came += transfer.arrived[number]
             if number in transfer.failures:
                 lost = self._sites[number].lost
                 state.fail(LostError(lost) if lost else RefusalError(transfer.failures[number]))
         self._on_all(self._check)
-        if self._needs.files.link:
-            self._on_all(lambda site, state: site.ask({"op": "link"}))
 
     def close(self) -> None:
         """End all programs."""
@@ -203,6 +273,13 @@ class SyncSession:
 def _stage(site: Site, name: str, data: bytes) -> None:
     for start in range(0, max(1, len(data)), PIECE_BYTES):
         site.ask({"op": "stage", "name": name, "start": start}, data[start : start + PIECE_BYTES])
+
+
+def _without(state: HostState, doubted: set[str]) -> Content:
+    """Return what a host may lend: of files that weren't what the hub has on one host, only what was compared."""
+    if state.error:
+        return {}
+    return {name: spans for name, spans in state.here.items() if name not in doubted or name in state.same}
 
 
 def _size(content: Mapping[str, Sequence[Span]]) -> int:

@@ -66,6 +66,8 @@ def run(options: Options) -> int:
         found[what] = object_of(session, needs)
         codes += [state.code for state in session.hosts]
         if not options.json:
+            if len(asked) > 1:
+                print(f"{printable(needs.files.model)}:")
             print("\n".join(lines_of(session, needs)), flush=True)
         for state in session.hosts:
             if state.error:
@@ -106,6 +108,7 @@ def _fill(
         session.prepare()
         with SyncProgress(with_this, not options.json) as progress:
             session.fill(progress.arrive, progress.tell)
+            session.compare(options.verify, progress.tell)
     finally:
         session.close()
     return session
