@@ -290,7 +290,7 @@ def test_bytes_between_two_hosts_go_by_their_cable(tmp_path: Path) -> None:
         by_lan, by_cable = traffic(two, two.lan), traffic(two, two.cables[1])
         code, said, err = three.sync(str(origin), "--whole")
         assert code == 0 and said["direct"] == said["sources"]["hosts"] == 40 << 20, (said, err)
-        assert said["detours"] == [] and traffic(two, two.cables[1]) - by_cable > size
+        assert said["notes"] == [] and traffic(two, two.cables[1]) - by_cable > size
         assert traffic(two, two.lan) - by_lan < size / 10
         shutil.rmtree(three.view(2))
         rated(one, one.cables[2], "50mbit")

@@ -129,7 +129,7 @@ def object_of(session: SyncSession, needs: Needs) -> dict[str, Any]:
     files = needs.files
     return {
         "model": files.model, "commit": files.commit, "total": sum(files.sizes.values()), "layer_split": needs.counts,
-        "sources": session.num_bytes, "direct": session.direct, "detours": session.detours,
+        "sources": session.num_bytes, "direct": session.direct, "notes": session.notes,
         "seconds": round(session.took_s, 3), "hosts": hosts,
     }  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +40,8 @@ class HostState:
         error: why it isn't filled; empty: it is.
         code: exit status that goes with the error.
         opened: what it said when it was opened.
-        to_compare, same, mismatched: whole files that are compared with the hub, that are the same, that weren't.
+        compared: whole files that it has compared with the hub.
+        mismatched: those of them that weren't what the hub has.
     """
 
     host: Host
@@ -54,8 +55,7 @@ class HostState:
     error: str = ""
     code: int = 0
     opened: dict[str, Any] = field(default_factory=dict)
-    to_compare: set[str] = field(default_factory=set)
-    same: set[str] = field(default_factory=set)
+    compared: set[str] = field(default_factory=set)
     mismatched: list[str] = field(default_factory=list)
 
     @property
@@ -94,10 +94,11 @@ class SyncSession:
         self._hub = Site("the hub", here, errand, timeout_s, environment) if needs.files.repo else None
         self.num_bytes = {HERE: 0, HOSTS: 0, HUB: 0}
         self.direct = 0
-        self.detours: list[str] = []
-        """What links failed, a line each."""
+        self.notes: list[str] = []
+        """Links that failed, and files that weren't what the hub has; a line each, as they were told."""
         self.took_s = 0.0
         self._came: list[set[str]] = [set() for _ in hosts]
+        self._tell: Callable[[str], None] = lambda line: None
 
     def open(self) -> None:
         """Ask all hosts what they have."""
@@ -117,88 +118,93 @@ class SyncSession:
         self._on_all(self._prepare)
         self._on_all(self._open)
 
-    def fill(self, on_arrival: Callable[[int, int], None], on_detour: Callable[[str], None]) -> None:
+    def fill(self, on_arrival: Callable[[int, int], None], tell: Callable[[str], None]) -> None:
         """Move what hosts lack.
 
         Args:
             on_arrival: called with the number of a host and the size of each piece that is on its disk.
-            on_detour: told, in one line, that a link between two hosts has failed.
+            tell: told, from now on, each of the notes at once.
         """
-
-        def detour(line: str) -> None:
-            self.detours.append(line)
-            on_detour(line)
-
+        self._tell = tell
         self._came = [{*state.lacks} for state in self.hosts]
-        self._move([{} if state.error else state.here for state in self.hosts], on_arrival, detour)
+        self._move([{} if state.error else state.here for state in self.hosts], on_arrival)
         if self._needs.files.link:
             self._on_all(lambda site, state: site.ask({"op": "link"}))
 
-    def compare(self, everything: bool, on_mismatch: Callable[[str], None]) -> None:
+    def compare(self, everything: bool) -> None:
         """Have hosts compare whole files of a repo with the hub's SHA-256; what isn't the same is fetched again.
 
         Args:
             everything: whether also files of which nothing came just now.
-            on_mismatch: told, in one line, of each file that isn't the same, or why nothing can be compared.
         """
-        sizes = self._needs.files.sizes
-        for state, came in zip(self.hosts, self._came, strict=True):
-            state.to_compare = {
-                name for name in sizes if state.here.get(name) == [(0, sizes[name])] and (everything or name in came)
-            }
-        names = sorted({name for state in self.hosts for name in state.to_compare if not state.error})
-        if not self._hub or not names:
+        names = [{*self._needs.files.sizes} if everything else came for came in self._came]
+        asked = sorted(
+            {name for state, some in zip(self.hosts, names, strict=True) for name in self._whole(state, some)}
+        )
+        if not self._hub or not asked:
             return
         try:
-            sums = read_sums(self._hub.ask({"op": "sums", "names": names})[0].get("sums"), names)
+            sums = read_sums(self._hub.ask({"op": "sums", "names": asked})[0].get("sums"), asked)
         except (LostError, RefusalError) as error:
-            on_mismatch(f"nothing is compared with the hub's SHA-256: {error}")
+            self._note(f"nothing is compared with the hub's SHA-256: {error}")
             return
-        self._on_all(lambda site, state: self._compare(site, state, sums))
-        doubted = {name for state in self.hosts for name in state.mismatched}
-        if not doubted:
-            return
-        for state in self.hosts:  # wherever it may have come from
-            whole = {name for name in doubted if state.here.get(name) == [(0, sizes[name])]}
-            state.to_compare = whole - state.same - {*state.mismatched}
-        self._on_all(lambda site, state: self._compare(site, state, sums))
+        self._compare_all(names, sums)
+        if doubted := {name for state in self.hosts for name in state.mismatched}:
+            self._compare_all([doubted - state.compared for state in self.hosts], sums)  # it may have come from there
+            self._fetch_again(doubted, sums)
+
+    def _fetch_again(self, doubted: set[str], sums: Mapping[str, str]) -> None:
+        """Get files again that weren't what the hub has, from those that have the same as the hub, or from there."""
         for state in self.hosts:
             for name in state.mismatched:
-                on_mismatch(f"{state.host.ssh}: {name} isn't what the hub has: fetched again")
+                again = " and is fetched again" if name in state.needs else ""
+                self._note(f"{state.host.ssh}: {name} isn't what the hub has{again}")
         self._on_all(self._open)
-        self._move([_without(state, doubted) for state in self.hosts], lambda number, count: None, on_mismatch)
-        for state in self.hosts:
-            state.to_compare = {name for name in state.mismatched if state.here.get(name) == [(0, sizes[name])]}
-        self._on_all(lambda site, state: self._compare(site, state, sums))
-        for state in self.hosts:
-            if state.to_compare and not state.error:
-                state.fail(
-                    RefusalError(
-                        f"{', '.join(sorted(state.to_compare))} isn't what the hub has, also when fetched again"
-                    )
-                )
+        self._move([_without(state, doubted) for state in self.hosts], lambda number, count: None)
+        still = self._compare_all([{*state.mismatched} for state in self.hosts], sums)
+        for state, names in zip(self.hosts, still, strict=True):
+            if names and not state.error:
+                state.fail(RefusalError(f"{', '.join(names)} isn't what the hub has, also when fetched again"))
 
-    def _compare(self, site: Site, state: HostState, sums: Mapping[str, str]) -> None:
-        """Compare what is to be compared, and keep what isn't the same to be compared once more."""
-        asked = {name: sums[name] for name in state.to_compare if name in sums}
-        if not asked:
-            state.to_compare = set()
-            return
-        answer, _ = site.ask({"op": "compare", "sums": asked})
+    def _whole(self, state: HostState, names: Iterable[str]) -> list[str]:
+        """Return those files of which a host has every byte."""
+        sizes = self._needs.files.sizes
+        return [] if state.error else [name for name in sorted(names) if state.here.get(name) == [(0, sizes[name])]]
+
+    def _compare_all(self, names: Sequence[set[str]], sums: Mapping[str, str]) -> list[list[str]]:
+        """Have each host compare its whole ones of some files; return those that aren't the same."""
+        found: dict[str, list[str]] = {}
+        wanted = {
+            state.host.ssh: {name: sums[name] for name in self._whole(state, some) if name in sums}
+            for state, some in zip(self.hosts, names, strict=True)
+        }
+
+        def compare(site: Site, state: HostState) -> None:
+            if asked := wanted[state.host.ssh]:
+                found[state.host.ssh] = self._compare(site, state, asked)
+
+        self._on_all(compare)
+        return [found.get(state.host.ssh, []) for state in self.hosts]
+
+    def _compare(self, site: Site, state: HostState, asked: Mapping[str, str]) -> list[str]:
+        answer, _ = site.ask({"op": "compare", "sums": dict(asked)})
         try:
-            state.to_compare = {name for name in asked if name in answer["bad"]}
+            bad = [name for name in asked if name in answer["bad"]]
             state.unchecked = max(0, state.unchecked - int(answer["checked"]))
         except (KeyError, TypeError, ValueError):
             raise RefusalError("an answer that can't be read") from None
-        state.same |= {*asked} - state.to_compare
-        state.mismatched = [*dict.fromkeys([*state.mismatched, *sorted(state.to_compare)])]
+        state.compared |= {*asked}
+        state.mismatched = [*dict.fromkeys([*state.mismatched, *bad])]
+        return bad
 
-    def _move(
-        self, lends: Sequence[Content], on_arrival: Callable[[int, int], None], on_detour: Callable[[str], None]
-    ) -> None:
+    def _note(self, line: str) -> None:
+        self.notes.append(line)
+        self._tell(line)
+
+    def _move(self, lends: Sequence[Content], on_arrival: Callable[[int, int], None]) -> None:
         """Move what hosts lack, from those that lend it, or the hub."""
         pieces = pieces_to_move([state.lacks for state in self.hosts], lends, PIECE_BYTES)
-        links = Links(self._sites, [state.host.ips for state in self.hosts], on_detour)
+        links = Links(self._sites, [state.host.ips for state in self.hosts], self._note)
         transfer = Transfer(self._sites, self._needs.folder, self._hub, links, on_arrival)
         began_s = time.monotonic()
         transfer.run(pieces)
@@ -276,10 +282,10 @@ def _stage(site: Site, name: str, data: bytes) -> None:
 
 
 def _without(state: HostState, doubted: set[str]) -> Content:
-    """Return what a host may lend: of files that weren't what the hub has on one host, only what was compared."""
-    if state.error:
-        return {}
-    return {name: spans for name, spans in state.here.items() if name not in doubted or name in state.same}
+    """Return what a host may lend: of doubted files only those that are what the hub has."""
+    good = state.compared - {*state.mismatched}
+    here = {} if state.error else state.here
+    return {name: spans for name, spans in here.items() if name not in doubted or name in good}
 
 
 def _size(content: Mapping[str, Sequence[Span]]) -> int:

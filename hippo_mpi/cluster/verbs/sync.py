@@ -108,7 +108,7 @@ def _fill(
         session.prepare()
         with SyncProgress(with_this, not options.json) as progress:
             session.fill(progress.arrive, progress.tell)
-            session.compare(options.verify, progress.tell)
+            session.compare(options.verify)
     finally:
         session.close()
     return session
