@@ -42,7 +42,7 @@ else:
 
 
 def measure_rate(megabytes: int, count: int, rate: str = _RATE) -> None:
-    """Print what sync gives over a shaped cable, beside one plain TCP connection, in turn, and what each side's CPUs do."""
+    """Print what sync gives over a shaped cable, beside one plain TCP connection, in turn, and what the CPUs do."""
     shares = []
     for _ in range(count):
         with tempfile.TemporaryDirectory() as name, bed(Path(name)) as two:

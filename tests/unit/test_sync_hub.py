@@ -1,4 +1,4 @@
-"""Whole files against the hub's SHA-256: what comes wrong, or lies wrong in the hub's cache, is named and fetched again."""
+"""Whole files against the hub's SHA-256: what comes wrong, or lies wrong in its cache, is named and fetched again."""
 
 from __future__ import annotations
 

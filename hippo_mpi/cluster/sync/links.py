@@ -1,4 +1,4 @@
-"""Who can lend to whom, and how fast that goes: straight from host to host, by addresses of the hostfile. Loads no MLX."""
+"""Who can lend to whom, and how fast: straight from host to host, by addresses of the hostfile. Loads no MLX."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Keeps a model's files on its host: python -m hippo_mpi.cluster.sync.place, by ssh, for sync on another machine.
 
 Frames on standard input ask, frames on standard output answer, and the end of the input is the end. Only to lend to
-other hosts a port is opened (see `direct`). No file is half there: small files and the heads of weight files are collected in a folder of their own, which becomes
-the view as a whole; what comes then is written into the view's stand-ins, and recorded once it is on the disk.
+other hosts a port is opened (see `direct`). No file is half there: small files and the heads of weight files are
+collected in a folder of their own, which becomes the view as a whole; what comes then is written into the view's
+stand-ins, and recorded once it is on the disk.
 """
 
 from __future__ import annotations
