@@ -1,6 +1,7 @@
 """Reads pieces and SHA-256 of a repo's files from the hub: python -m hippo_mpi.checkpoint.hub_place, for sync.
 
-Loads no MLX. It speaks as cluster/sync/place.py does, and keeps nothing; but if the hub sends whole files only, they stay in its cache.
+Loads no MLX. It speaks as cluster/sync/place.py does, and keeps nothing; but if the hub sends whole files only, they
+stay in its cache.
 """
 
 from __future__ import annotations
