@@ -452,6 +452,8 @@ complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l max-context -x
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l revision -x -d 'revision of the Hugging Face repo'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l precision -xka "float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit" -d 'cast or quantise the weights while loading; default: as stored'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l trust-remote-code -d 'allow running code from the checkpoint'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l adapter-path -x -d 'folder with trained adapter weights and their config'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l draft-model -x -d 'folder or repo of a small model, whole on rank 0, that proposes tokens'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l whole -d 'give every host all of the model, so that others can go on without it'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l verify -d 'look first whether what hosts have is still as it arrived; fetch again what isn'"'"'t'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using cluster sync' -l json -d 'print a JSON object'

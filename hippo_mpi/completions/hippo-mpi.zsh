@@ -295,6 +295,8 @@ _shtab_hippo_mpi_cluster_sync_options=(
   "--revision[revision of the Hugging Face repo]:revision:"
   "--precision[cast or quantise the weights while loading\; default\: as stored]:precision:(float32 float16 bfloat16 8bit 6bit 5bit 4bit 3bit 2bit)"
   "--trust-remote-code[allow running code from the checkpoint]"
+  "--adapter-path[folder with trained adapter weights and their config]:adapter_path:"
+  "--draft-model[folder or repo of a small model, whole on rank 0, that proposes tokens]:draft_model:"
   "--whole[give every host all of the model, so that others can go on without it]"
   "--verify[look first whether what hosts have is still as it arrived\; fetch again what isn\'t]"
   "--json[print a JSON object]"

@@ -36,6 +36,7 @@ class Question:
     Args:
         model, revision, precision, trust_remote_code, layer_split, max_context: options of a run.
         whole: whether every rank is to have all of the model.
+        is_adapter: whether the model is an adapter's folder: all of it is needed, and at that path.
         ranks: host of each; if its layers are to be planned, with what it says of itself, and the hostfile of its speed.
     """
 
@@ -47,6 +48,7 @@ class Question:
     max_context: int | None
     whole: bool
     ranks: list[dict[str, Any]]
+    is_adapter: bool = False
 
 
 def answer(question: Question) -> dict[str, Any]:
@@ -55,6 +57,8 @@ def answer(question: Question) -> dict[str, Any]:
     Raises:
         HippoError: there is no such model, or it doesn't fit.
     """
+    if question.is_adapter:
+        return _answer_adapter(question)
     folder = find_model(question.model, question.revision)
     if folder.parent == BUNDLED_MODELS and question.model == folder.name:
         raise ModelError(f"{question.model} comes with hippo_mpi: every host has it")
@@ -63,8 +67,7 @@ def answer(question: Question) -> dict[str, Any]:
         raise ModelError(f"{folder} has no model*.safetensors")
     sizes = {file.name: file.stat().st_size for file in files}
     heads = {file.name: _head_bytes(file) for file in files}
-    needs: list[dict[str, list[Span]]] = [{name: [(0, size)] for name, size in sizes.items()} for _ in question.ranks]
-    counts = None
+    needs, counts = _everything(sizes, question), None
     if not question.whole:
         source = ModelSource(folder, trust_remote_code=question.trust_remote_code, precision=question.precision)
         checkpoint = open_checkpoint(source)
@@ -82,6 +85,27 @@ def answer(question: Question) -> dict[str, Any]:
         "folder": str(folder.absolute()), "files": model, "heads": heads, "small": sorted(small), "counts": counts,
         "needs": needs,
     }  # fmt: skip
+
+
+def _answer_adapter(question: Question) -> dict[str, Any]:
+    folder = Path(os.path.abspath(os.path.expanduser(question.model)))
+    files = sorted(folder.glob("*.safetensors"))  # also those of earlier steps: ranks compare all that is there
+    for name in ("adapters.safetensors", "adapter_config.json"):
+        if not (folder / name).is_file():
+            raise ModelError(f"--adapter-path {question.model} has no {name}")
+    sizes = {file.name: file.stat().st_size for file in files}
+    model = {
+        "model": question.model, "sizes": sizes, "commit": sample_of_files(folder), "origin": str(folder),
+        "link": question.model,
+    }  # fmt: skip
+    return {
+        "folder": str(folder), "files": model, "heads": {file.name: _head_bytes(file) for file in files},
+        "small": ["adapter_config.json"], "counts": None, "needs": _everything(sizes, question),
+    }  # fmt: skip
+
+
+def _everything(sizes: dict[str, int], question: Question) -> list[dict[str, list[Span]]]:
+    return [{name: [(0, size)] for name, size in sizes.items()} for _ in question.ranks]
 
 
 def _is_small(name: str) -> bool:

@@ -38,6 +38,10 @@ class DelayedCable:
     def median_s(self) -> float:
         return statistics.median(delay for delay in self.noted if delay)
 
+    @property
+    def least_s(self) -> float:
+        return min(delay for delay in self.noted if delay)
+
 
 @contextlib.contextmanager
 def delayed_cable(one: Host, other: Host, latency_s: float, frame_bytes: int) -> Iterator[DelayedCable]:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -41,19 +42,22 @@ else:
 
 
 def measure_rate(megabytes: int, count: int, rate: str = _RATE) -> None:
-    """Print what sync gives over a shaped cable, beside one plain TCP connection, in turn."""
+    """Print what sync gives over a shaped cable, beside one plain TCP connection, in turn, and what the CPUs do."""
     shares = []
     for _ in range(count):
         with tempfile.TemporaryDirectory() as name, bed(Path(name)) as two:
             size = folder_of_bytes(two.folder / "origin" / "model", megabytes << 20)
             with _shaped(two, rate):
                 raw = _raw_rate(two, megabytes)
+                here_s, there_s = _cpu_here_s(), _cpu_there_s(two)
                 code, said, err = two.sync(str(two.folder / "origin" / "model"), "--whole")
+                here_s, there_s = _cpu_here_s() - here_s, _cpu_there_s(two) - there_s
             assert code == 0, err
             own = next(host["came"] for host in said["hosts"] if host["host"] == "mini1") / said["seconds"]
             shares.append(own / raw)
             print(
-                f"  {size / 1e6:,.0f} MB: TCP {raw / 1e6:.1f} MB/s, sync {own / 1e6:.1f} MB/s: {own / raw:.1%}",
+                f"  {size / 1e6:,.0f} MB: TCP {raw / 1e6:.1f} MB/s, sync {own / 1e6:.1f} MB/s: {own / raw:.1%};"
+                f" CPU per GB: {here_s / size * 1e9:.2f} s here, {there_s / size * 1e9:.2f} s there",
                 flush=True,
             )
     print(f"  median {sorted(shares)[len(shares) // 2]:.1%}")
@@ -91,6 +95,23 @@ def _raw_rate(two: Bed, megabytes: int) -> float:
         subprocess.run(two.hosts[0].command([*python, "give", two.hosts[1].lan, str(megabytes)]), check=True)
         assert taking.wait() == 0
         return float(taking.out.split()[1])
+
+
+def _cpu_here_s() -> float:
+    """CPU seconds of all that this process has waited for: a sync, and its ssh."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _cpu_there_s(two: Bed) -> float:
+    """CPU seconds of what the other host's sshd has started, and waited for."""
+    listens = f"ListenAddress={two.hosts[1].lan}".encode()
+    ticks = 0
+    for pid in ranks.descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            if listens in Path(f"/proc/{pid}/cmdline").read_bytes():
+                ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def measure_kills(megabytes: int, count: int, seed: int, rate: str) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests import ranks
-from tests.cabled_hosts import CAN_MAKE, SSHD, WHY_NOT, Host
+from tests.cabled_hosts import CAN_MAKE, SSHD, WHY_NOT, Host, rated
 from tests.small_disk import fill, small_disk
 from tests.spmd.test_starter import Cluster, cluster
 
@@ -153,13 +153,33 @@ def move(three: Cluster, number: int, network: str) -> None:
     rewrite(three, lambda hosts: hosts[number].update(ips=[f"{network}.1"]))
 
 
-def firewall(three: Cluster, number: int) -> None:
-    before = three.hosts[(number - 1) % 3]
-    rules = (
-        f"table inet f {{ chain in {{ type filter hook input priority 0; ip saddr {before.cables[number]} drop; }}; }}"
-    )
-    into = ["nsenter", f"--net=/run/netns/{three.hosts[number].namespace}", "nft", "-f", "-"]
+def before_of(three: Cluster, number: int) -> str:
+    """The address from which the host before calls."""
+    return three.hosts[(number - 1) % 3].cables[number]
+
+
+def nft(host: Host, rules: str) -> None:
+    into = ["nsenter", f"--net=/run/netns/{host.namespace}", "nft", "-f", "-"]
     subprocess.run(into, input=rules, check=True, capture_output=True, text=True)
+
+
+def firewall(three: Cluster, number: int) -> None:
+    rules = f"table inet f {{ chain in {{ type filter hook input priority 0; ip saddr {before_of(three, number)} drop; }}; }}"
+    nft(three.hosts[number], rules)
+
+
+def refusing_firewall(three: Cluster, number: int) -> None:
+    """A port where nobody listens is refused as without it."""
+    rules = (
+        f"table inet f {{ chain in {{ type filter hook input priority 0; ip saddr {before_of(three, number)} tcp dport != 9"
+        " reject with tcp reset; }; }"
+    )
+    nft(three.hosts[number], rules)
+
+
+def dropped(three: Cluster, number: int) -> None:
+    """What nobody can look up: the host before gets no answers, though its cable is well."""
+    ip(three.hosts[number], "route", "add", "blackhole", f"{before_of(three, number)}/32")
 
 
 @dataclass(frozen=True)
@@ -185,6 +205,8 @@ FAULTS = {
     "MTUs differ": Case("mtu-differs", small_mtu, (0, 1, 2), has_cure=True),
     "a self-assigned address": Case("self-assigned", self_assigned, (1, 2)),
     "a firewall": Case("firewall", firewall, (0, 1, 2)),
+    "a firewall that refuses": Case("firewall", refusing_firewall, (0, 1, 2)),
+    "calls are dropped": Case("firewall", dropped, (0, 1, 2)),
     "a VPN's address": Case("vpn-path", of_a_vpn, (1, 2)),
 }
 
@@ -213,7 +235,7 @@ def test_nothing_is_wrong_with_hosts_that_are_well(three: Cluster) -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_named_on_its_host(name: str, three: Cluster) -> None:
     case = FAULTS[name]
-    if case.befall is firewall and not shutil.which("nft", path=PATH):
+    if case.befall in (firewall, refusing_firewall) and not shutil.which("nft", path=PATH):
         pytest.skip("needs nft (nftables)")
     number = case.hosts[len(name) % len(case.hosts)]
     case.befall(three, number)
@@ -248,6 +270,65 @@ def test_faults_in_pairs(first: str, second: str, three: Cluster) -> None:
     _, said = doctor(three)
     assert_named(said["findings"], FAULTS[first], 2, three, among=4)
     assert_named(said["findings"], FAULTS[second], 0, three, among=4)
+
+
+@pytest.mark.skipif(not shutil.which("nft", path=PATH), reason="needs nft (nftables)")
+def test_firewalls_that_let_ranks_through(three: Cluster, tmp_path: Path) -> None:
+    """Their hosts are called once more, and what came of it is kept with the rest."""
+    for host in three.hosts:
+        nft(
+            host, "table inet f { chain in { type filter hook input priority 0; tcp dport 9 reject with tcp reset; }; }"
+        )
+    saved = tmp_path / "report.json"
+    code, said = doctor(three, "--save", str(saved))
+    assert (code, [one for one in said["findings"] if one["check"] == "firewall"]) == (0, [])
+    called = [host["raw"]["called"] for host in json.loads(saved.read_text())]
+    assert called == [{json.loads(three.hostfile.read_text())["hosts"][rank]["ips"][0]: ""} for rank in (1, 2, 0)]
+
+
+def test_bridges_in_a_ring(three: Cluster) -> None:
+    """All cables are in bridges; one of them lets little through, so that what goes round doesn't fill this machine."""
+    one, other = three.hosts[:2]
+    rated(one, one.cables[1], "32kbit")
+    rated(other, other.cables[0], "32kbit")
+    for host in three.hosts:
+        names = [device(host, address) for address in host.cables.values()]
+        ip(host, "link", "add", "br0", "type", "bridge")
+        for name in names:
+            ip(host, "link", "set", name, "master", "br0")
+        ip(host, "link", "set", "br0", "up")
+    _, said = doctor(three, "--check", "bridge-loop")
+    (found,) = said["findings"]
+    assert found["check"] == "bridge-loop" and "mini1, mini2" in found["found"]
+    cure(found, three)
+    _, said = doctor(three, "--check", "bridge-loop")
+    assert said["findings"] == []
+
+
+THROUGH_TREES = (
+    "ForceCommand=exec unshare --mount sh -c 'mount --bind {0}/systemd /etc/systemd; mount --bind {0}/class /sys/class;"
+    ' exec sh -c "$SSH_ORIGINAL_COMMAND"\''
+)
+
+
+def test_machines_that_sleep_and_are_hot(tmp_path: Path) -> None:
+    """By what is in their files, which other hosts don't see."""
+    heat, supply = tmp_path / "class" / "thermal" / "cooling_device0", tmp_path / "class" / "power_supply" / "BAT0"
+    for folder in (heat, supply, tmp_path / "systemd" / "logind.conf.d", tmp_path / "here"):
+        folder.mkdir(parents=True)
+    (heat / "type").write_text("Processor\n")
+    (heat / "cur_state").write_text("3\n")
+    (tmp_path / "systemd" / "logind.conf.d" / "made.conf").write_text("[Login]\nIdleAction=suspend\n")
+    with cluster(tmp_path / "here", [THROUGH_TREES.format(tmp_path)]) as three:
+        _, said = doctor(three, "--check", "sleeps", "hot")
+        names = [(one["check"], one["host"]) for one in said["findings"]]
+        assert names == [("sleeps", "mini1"), ("hot", "mini1"), ("sleeps", "mini2"), ("hot", "mini2")]
+        (tmp_path / "systemd" / "logind.conf.d" / "made.conf").unlink()  # which is the fix
+        (heat / "cur_state").write_text("0\n")
+        assert doctor(three, "--check", "sleeps", "hot")[1]["findings"] == []
+        (supply / "uevent").write_text("POWER_SUPPLY_TYPE=Battery\nPOWER_SUPPLY_STATUS=Discharging\n")
+        _, said = doctor(three, "--check", "sleeps", "hot")
+        assert [one["found"] for one in said["findings"]] == ["it runs on its battery"] * 2
 
 
 SHELLS = {
@@ -321,6 +402,44 @@ def test_models_and_what_mpirun_is(tmp_path: Path) -> None:
         found = {one["check"]: one for one in said["findings"]}
         assert code == 2 and "8192.00 GiB" in found["memory-short"]["found"], said
         assert found["mpi-mixed"]["host"] == "mini2" and "model-missing" not in found, said
+
+
+def config_with_caches_of(num_bytes: int) -> str:
+    """A model whose weights are small beside its KV caches for 2,048 tokens."""
+    layers, heads = 6, 64
+    config = {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": heads, "num_key_value_heads": heads,
+        "head_dim": 8 * (num_bytes // (8 * layers * heads * 2048 * 2 * 2)), "num_hidden_layers": layers, "rms_norm_eps": 1e-5,
+        "vocab_size": 256, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    return json.dumps(config)
+
+
+def test_caches_are_a_part_of_what_must_fit(three: Cluster, tmp_path: Path) -> None:
+    """The planner is asked, from whom a run would have its layers; by what was saved it needn't be asked again."""
+    model, saved = tmp_path / "model", tmp_path / "report.json"
+    model.mkdir()
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for num_bytes, is_short in ((1 << 28, False), (4 * total, True)):
+        (model / "config.json").write_text(config_with_caches_of(num_bytes))
+        code, said = doctor(three, "--model", str(model), "--save", str(saved), "--check", "memory-short")
+        assert (code, [one["check"] for one in said["findings"]]) == ((2, ["memory-short"]) if is_short else (0, []))
+    assert re.match(
+        r"the model doesn't fit: .* more memory needed for 2,048 tokens of context;", said["findings"][0]["found"]
+    )
+    shutil.rmtree(model)
+    command = [
+        sys.executable,
+        "-m",
+        "hippo_mpi.cluster",
+        "doctor",
+        "--from",
+        str(saved),
+        "--json",
+        "--check",
+        "memory-short",
+    ]
+    assert json.loads(subprocess.run(command, capture_output=True, text=True).stdout)["findings"] == said["findings"]
 
 
 def test_what_was_saved_is_judged_alike_and_tells_nothing_private(three: Cluster, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from hippo_mpi.cluster.asking import remote
 from hippo_mpi.cluster.cabling.topology import topology_of
 from hippo_mpi.cluster.hostfile import Hostfile, hostfile_of
+from hippo_mpi.cluster.programs import find_python
 from tests.cabled_hosts import CAN_MAKE, SSHD, WHY_NOT
 from tests.fake_macs.draw import apply
 from tests.fake_macs.hosts import MacHosts, mac_hosts
@@ -159,10 +159,10 @@ def ask(three: MacHosts, hostfile: Hostfile) -> Any:
 @pytest.mark.skipif(not os.path.exists("/usr/bin/python3"), reason="needs a python3 in /usr/bin")
 def test_a_python_that_only_opens_a_window_is_not_started(three: MacHosts, monkeypatch: pytest.MonkeyPatch) -> None:
     """macOS's own python3, without the command line tools: there is no xcode-select here."""
-    monkeypatch.setattr(remote, "_PYTHONS", ("python3",))
-    script = remote._script("/no/such/python", "print('asked')")
+    monkeypatch.setattr(find_python, "_PYTHONS", ("python3",))
+    script = find_python.script_of('exec "$python" -c \'print("asked")\'', "/no/such/python")
     path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
     found = subprocess.run(three.hosts[0].command(["env", path, "sh", "-c", script]), capture_output=True, text=True)
-    assert found.stdout.splitlines()[-1] == remote.NO_PYTHON, found
+    assert found.stdout.splitlines()[-1] == find_python.NO_PYTHON, found
     plain = subprocess.run(["env", path, "sh", "-c", script], capture_output=True, text=True)
     assert plain.stdout.splitlines()[-1] == "asked", plain

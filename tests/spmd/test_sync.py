@@ -6,22 +6,27 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from hippo_mpi.cluster.sync.frames import PIECE_BYTES
 from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.views.spans import header_bytes, num_bytes, spans_here
 from tests import ranks
-from tests.cabled_hosts import CAN_MAKE, SSHD, WHY_NOT, Host, cabled_hosts, reached_by_ssh
+from tests.cabled_hosts import CAN_MAKE, SSHD, WHY_NOT, Host, cabled_hosts, cut, rated, reached_by_ssh
 from tests.commands.test_hub import REPO, Hub
+from tests.parity.test_depth import make_adapter
 
 _PATIENCE_S = 200.0  # on a machine that has much to do
 ROOT = Path(__file__).parents[2]
@@ -69,7 +74,9 @@ class Bed:
         if host.number == 0:
             return {"ssh": "127.0.0.1", "ips": [host.lan]}
         python = self.folder / f"python{host.number}"
-        hidden = f"mount -t tmpfs tmpfs {self.folder / 'origin'}"  # hosts of one machine have other folders here
+        own = self.home(host.number) / "origin"
+        own.mkdir(parents=True)
+        hidden = f"mount --bind {own} {self.folder / 'origin'}"  # hosts of one machine have other folders here
         python.write_text(
             f"#!/bin/sh\nexport HF_HOME={self.home(host.number)} HF_ENDPOINT=http://127.0.0.1:9 PYTHONPATH={ROOT}\n"
             f"""exec unshare --mount sh -c '{hidden}; exec "$@"' sh {sys.executable} "$@"\n"""
@@ -125,9 +132,9 @@ class Bed:
 
 
 @contextlib.contextmanager
-def bed(folder: Path, count: int = 2) -> Iterator[Bed]:
+def bed(folder: Path, count: int = 2, cables: Sequence[tuple[int, int]] = ()) -> Iterator[Bed]:
     (folder / "origin").mkdir(parents=True)
-    with cabled_hosts(count, [], lan=True) as hosts, reached_by_ssh(hosts, folder) as env:
+    with cabled_hosts(count, cables, lan=True) as hosts, reached_by_ssh(hosts, folder) as env:
         served = (
             f"from tests.spmd.test_sync import serve_hub; serve_hub({str(folder / 'repo')!r}, {str(folder / 'log')!r})"
         )
@@ -159,6 +166,12 @@ def folder_of_bytes(folder: Path, size: int) -> int:
 
 def downloaded(folder: Path) -> int:
     return sum(map(int, (folder / "log").read_text().split()))
+
+
+def data_bytes(file: Path) -> int:
+    """Bytes behind the head of a weight file."""
+    data = file.read_bytes()
+    return len(data) - header_bytes(data)
 
 
 def held(two: Bed, number: int) -> int:
@@ -198,7 +211,7 @@ def test_a_repo_of_one_file(tmp_path: Path, alone: list[int]) -> None:
 
 
 def test_a_folder_of_this_machine(tmp_path: Path, alone: list[int]) -> None:
-    """The planner shares layers out; a byte that flips on the other's disk is found; what changes here is sent again."""
+    """The planner shares layers out; a byte that flips on the other's disk is found; an adapter comes along."""
     with bed(tmp_path) as two:
         origin = tmp_path / "origin" / "model"
         copy_model(origin)
@@ -206,7 +219,6 @@ def test_a_folder_of_this_machine(tmp_path: Path, alone: list[int]) -> None:
         assert code == 0, err
         assert two.view(1).name.startswith("local--model--") and not (two.home(0) / "hippo_mpi").exists()
         split = ",".join(map(str, said["layer_split"]))
-        assert two.generate(str(origin), "--layer-split", split, "--max-tokens", "30")["token_ids"] == alone
         weights = two.view(1) / "model.safetensors"
         start, stop = spans_here(weights)[1]
         with weights.open("r+b") as stream:
@@ -221,6 +233,15 @@ def test_a_folder_of_this_machine(tmp_path: Path, alone: list[int]) -> None:
         assert (two.view(1) / "config.json").read_text() == (origin / "config.json").read_text()
         data = (origin / "model.safetensors").read_bytes()
         assert all(weights.read_bytes()[slice(*span)] == data[slice(*span)] for span in spans_here(weights))
+        adapter = origin.with_name("adapter")
+        make_adapter(BUNDLED_MODEL, adapter, 12)
+        parts = mx.load(str(adapter / "adapters.safetensors"))
+        mx.save_safetensors(str(adapter / "adapters.safetensors"), {name: 0 * array for name, array in parts.items()})
+        code, said, err = two.sync(str(origin), "--layer-split", split, "--adapter-path", str(adapter))
+        assert code == 0 and all(not host["came"] for host in said["hosts"]), (said, err)
+        assert [host["came"] for host in said["adapter"]["hosts"]] == [data_bytes(adapter / "adapters.safetensors"), 0]
+        options = ["--layer-split", split, "--adapter-path", str(adapter), "--max-tokens", "30"]
+        assert two.generate(str(origin), *options)["token_ids"] == alone
 
 
 @pytest.mark.parametrize("victim", ["sync", "place"])
@@ -244,6 +265,54 @@ def test_a_kill_costs_a_few_pieces(victim: str, tmp_path: Path) -> None:
         host = next(host for host in said["hosts"] if host["host"] == "mini1")
         assert code == 0 and host["damaged"] == 0 and host["came"] >= size - kept - 4 * PIECE_BYTES, (said, err)
         assert (two.view(1) / "model.safetensors").read_bytes() == (origin / "model.safetensors").read_bytes()
+
+
+def traffic(host: Host, address: str) -> int:
+    """Bytes that the interface with an address has received."""
+    shown = subprocess.run(["ip", "-n", host.namespace, "-s", "-j", "addr"], check=True, capture_output=True).stdout
+    rows = [one for one in json.loads(shown) if any(some["local"] == address for some in one["addr_info"])]
+    return int(rows[0]["stats64"]["rx"]["bytes"])
+
+
+def test_bytes_between_two_hosts_go_by_their_cable(tmp_path: Path) -> None:
+    """Not through this machine; when the cable is pulled in the middle, the rest does."""
+    with bed(tmp_path, 3, [(1, 2)]) as three:
+        origin = tmp_path / "origin" / "model"
+        size = folder_of_bytes(origin, 40 << 20)
+        one, two = three.hosts[1:]
+        entries = json.loads(three.hostfile.read_text())["hosts"]
+        for entry, ips in zip(entries, ([], [one.cables[2]], [two.cables[1]]), strict=True):
+            entry["ips"] = ips
+        three.hostfile.write_text(json.dumps(entries[:2]))
+        code, said, err = three.sync(str(origin), "--whole")
+        assert code == 0 and said["direct"] == 0 and said["sources"]["here"] == 40 << 20, (said, err)
+        three.hostfile.write_text(json.dumps(entries))
+        by_lan, by_cable = traffic(two, two.lan), traffic(two, two.cables[1])
+        code, said, err = three.sync(str(origin), "--whole")
+        assert code == 0 and said["direct"] == said["sources"]["hosts"] == 40 << 20, (said, err)
+        assert said["notes"] == [] and traffic(two, two.cables[1]) - by_cable > size
+        assert traffic(two, two.lan) - by_lan < size / 10
+        shutil.rmtree(three.view(2))
+        rated(one, one.cables[2], "50mbit")
+        by_cable = traffic(two, two.cables[1])
+        with ranks.single(
+            three.command([*SYNC, str(origin), "--hostfile", str(three.hostfile), "--whole"]), env=three.env
+        ) as running:
+            while traffic(two, two.cables[1]) - by_cable < 4 << 20:
+                assert running.process.poll() is None, running.err
+                time.sleep(0.02)
+            assert listening(one) == {one.lan, one.cables[2]}  # its sshd, and what it lends
+            cut(one, two)
+            assert running.wait(_PATIENCE_S) == 0, running.err
+        assert running.err.count("no direct way from mini1 to mini2 (") == 1, running.err
+        assert (three.view(2) / "model.safetensors").read_bytes() == (origin / "model.safetensors").read_bytes()
+
+
+def listening(host: Host) -> set[str]:
+    """Addresses at which somebody waits for connections."""
+    shown = subprocess.run(host.command(["cat", "/proc/net/tcp"]), check=True, capture_output=True, text=True).stdout
+    rows = [line.split() for line in shown.splitlines()[1:]]
+    return {socket.inet_ntoa(bytes.fromhex(row[1][:8])[::-1]) for row in rows if row[3] == "0A"}
 
 
 FLIP = """
@@ -271,7 +340,8 @@ def test_a_byte_that_flips_on_the_wire_and_a_host_that_is_gone(tmp_path: Path) -
         (tmp_path / "flip.py").write_text(FLIP)
         python.write_text(python.read_text().replace('"$@"\n', f'{tmp_path}/flip.py {tmp_path}/flipped "$@"\n'))
         entries = json.loads(three.hostfile.read_text())["hosts"]
-        three.hostfile.write_text(json.dumps([*entries, entries[1], {**entries[1], "ssh": "root@mini1"}]))
+        entries = [{**entry, "ips": []} for entry in (*entries, entries[1], {**entries[1], "ssh": "root@mini1"})]
+        three.hostfile.write_text(json.dumps(entries))  # without addresses all goes by ssh
         three.cut_off(2)
         code, _, err = three.sync(str(origin), "--whole")
         assert code == 3 and re.fullmatch(

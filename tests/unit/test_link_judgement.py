@@ -85,7 +85,7 @@ def two_hosts(ips: bool = True) -> list[Probed]:
 
 def measured(there: float, back: float, median_s: float = 1e-4, p99_s: float = 2e-4, by: str = "tb0") -> Measured:
     """With these Gbit/s."""
-    times = RoundTrips(median_s, p99_s, p99_s, 400)
+    times = RoundTrips(median_s, p99_s, p99_s, 400, median_s)
     traffic = Traffic(1 << 30, {by: 1 << 30, "lo": 1000}, {by: 1 << 30})
     rates = (Rate(there * 1e9 / 8, there * 1e9 / 8, there * 1e9 / 9), Rate(back * 1e9 / 8, back * 1e9 / 8))
     return Measured(Pair(0, 1, "10.205.0.2"), "", {64: times, 8192: times}, *rates, traffic, traffic, times)
@@ -220,3 +220,8 @@ def test_the_cost_is_predicted_for_the_slowest_link() -> None:
 
 def test_what_comes_from_elsewhere_is_shown_without_control_characters() -> None:
     assert visible("ok\x1b[2J\r\n" + "x" * 500, 20) == r"ok\x1b[2J\r\nxxxxxxx..."
+
+
+def test_the_fastest_round_trip_is_told_beside_the_typical_one() -> None:
+    times = RoundTrips.of([0.003, 0.001, 0.002, 0.009, 0.002])
+    assert (times.least_s, times.median_s, times.p99_s, times.count) == (0.001, 0.002, 0.009, 5)

@@ -244,6 +244,13 @@ def test_of_models_and_machines(check: str, fields: dict[str, Any]) -> None:
         assert "holds 7.00 GiB" in found[0].found
 
 
+def test_what_the_planner_says_counts_more_than_weights() -> None:
+    hosts = with_facts(2, ask(triangle()), model=(500 * GIB, 4096))
+    assert diagnose([replace(one, shortage="") for one in hosts], ["memory-short"]) == []
+    (finding,) = diagnose([replace(one, shortage="it doesn't fit") for one in ask(triangle())], ["memory-short"])
+    assert finding.found.startswith("it doesn't fit; all hosts have ")
+
+
 def test_mpis_that_differ() -> None:
     hosts = [replace(one, backend="mpi") for one in ask(triangle())]
     for number, says in enumerate(("mpirun (Open MPI) 5.0.8", "mpirun (Open MPI) 4.1.4", "HYDRA build details:")):

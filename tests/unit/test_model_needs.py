@@ -14,10 +14,11 @@ from hippo_mpi.checkpoint.hub import find_model
 from hippo_mpi.cluster.sync.model_files import ModelFiles
 from hippo_mpi.cluster.sync.place import Place
 from hippo_mpi.config.bundled import BUNDLED_MODEL
-from hippo_mpi.errors import ModelError
+from hippo_mpi.errors import ModelError, UserError
 from hippo_mpi.runtime.model_needs import Question, answer
 from hippo_mpi.views.spans import merged, num_bytes, write_here
 from hippo_mpi.views.view import synced_view
+from tests.parity.test_depth import make_adapter
 
 NAME = "model.safetensors"
 
@@ -83,3 +84,40 @@ def test_a_synced_folder_is_found_by_what_was_typed_and_is_the_same_model(
         ModelError, match=r"layers of /home/anna/models/tale aren't on this host: run hippo_mpi\.cluster sync"
     ):
         load_weights(there, there.flow.stage_weights(4, 12))
+
+
+def test_an_adapter_is_whole_on_every_host_at_its_own_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a link to where it was synced to, which follows a newer one, and takes nobody's place."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    here, there = tmp_path / "here" / "adapter", tmp_path / "there" / "adapter"
+    here.parent.mkdir()
+    make_adapter(BUNDLED_MODEL, here, 12)
+    name = "adapters.safetensors"
+    for _ in range(2):
+        (here / "adapter_config.json").write_text(f"{(here / 'adapter_config.json').read_text()}\n")
+        found = answer(question(str(here), whole=True, is_adapter=True))
+        model = replace(ModelFiles.from_object(found["files"]), link=str(there))
+        place = Place(None, model)  # type: ignore[arg-type]
+        whole = (here / name).read_bytes()
+        place.answer({"op": "stage", "name": name, "start": 0}, whole[: found["heads"][name]])
+        place.answer(
+            {"op": "stage", "name": "adapter_config.json", "start": 0}, (here / "adapter_config.json").read_bytes()
+        )
+        place.answer({"op": "commit"}, b"")
+        assert found["needs"] == [{name: [(0, len(whole))]}] * 2 and found["small"] == ["adapter_config.json"]
+        write_here(place.folder / name, 0, whole)
+        place.answer({"op": "link"}, b"")
+        assert there.is_symlink()
+        digests = [open_checkpoint(ModelSource(BUNDLED_MODEL, str(path))).digest() for path in (here, there)]
+        assert digests[0] == digests[1]
+    there.unlink()
+    there.mkdir()
+    (there / name).write_bytes(whole)
+    with pytest.raises(UserError, match="another adapter than here"):
+        Place(None, model)  # type: ignore[arg-type]
+    (there / "adapter_config.json").write_bytes((here / "adapter_config.json").read_bytes())
+    place = Place(None, model)  # type: ignore[arg-type]
+    assert place.answer({"op": "open"}, b"")[0]["is_kept"] and place.answer({"op": "link"}, b"")[0] == {}
+    assert there.is_dir() and not there.is_symlink()
+    with pytest.raises(ModelError, match=r"--adapter-path .+ has no adapters\.safetensors"):
+        answer(question(str(here.parent), whole=True, is_adapter=True))

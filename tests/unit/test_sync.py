@@ -24,7 +24,8 @@ from hippo_mpi.cluster.sync.needs import Needs
 from hippo_mpi.cluster.sync.pieces import missing, pieces_to_move
 from hippo_mpi.cluster.sync.place import Place, told
 from hippo_mpi.cluster.sync.session import state_of
-from hippo_mpi.cluster.verbs.sync import ranks_by_host
+from hippo_mpi.cluster.verbs.sync import Options, _questions, ranks_by_host
+from hippo_mpi.config.bundled import BUNDLED_NAMES
 from hippo_mpi.errors import UserError
 from hippo_mpi.units import visible
 from hippo_mpi.views.spans import Span, merged, num_bytes, recorded, spans_here
@@ -77,6 +78,19 @@ def test_a_host_that_is_named_twice_needs_what_both_of_its_ranks_need() -> None:
         MODEL, Path("/x/story"), {NAME: 10}, [], [1, 1, 1], [{NAME: [(0, 10), (50 * n, 50 * n + 60)]} for n in range(3)]
     )
     assert state_of(*ranks[0], needs).lacks == {NAME: [(0, 60), (100, 160)]}
+
+
+def test_the_draft_is_rank_0s_alone_and_the_adapter_everybodys() -> None:
+    hostfile = hostfile_of([{"ssh": "a"}, {"ssh": "b"}], "hosts")
+    options = Options(model="m", adapter_path="x", draft_model="org/small", layer_split=(1, 2), trust_remote_code=True)
+    model, adapter, draft = _questions(options, hostfile)
+    assert [(what, [host.ssh for host in some.hosts]) for what, some, _ in (model, adapter, draft)] == [
+        ("model", ["a", "b"]), ("adapter", ["a", "b"]), ("draft", ["a"])
+    ]  # fmt: skip
+    assert not model[2]["whole"] and adapter[2]["whole"] and adapter[2]["is_adapter"] and draft[2]["whole"]
+    assert [one[2]["model"] for one in (model, adapter, draft)] == ["m", "x", "org/small"]
+    bundled = Options(model="m", draft_model=BUNDLED_NAMES[0])
+    assert [what for what, *_ in _questions(bundled, hostfile)] == ["model"]
 
 
 # ---- frames

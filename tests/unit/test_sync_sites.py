@@ -13,6 +13,7 @@ import pytest
 from hippo_mpi.checkpoint import hub_place
 from hippo_mpi.checkpoint.hub_spans import NoRangesError
 from hippo_mpi.cluster.hostfile import Host
+from hippo_mpi.cluster.sync.links import Links
 from hippo_mpi.cluster.sync.model_files import ModelFiles
 from hippo_mpi.cluster.sync.pieces import Piece
 from hippo_mpi.cluster.sync.site import LostError, RefusalError, Site, command_of
@@ -114,9 +115,15 @@ class Scripted(Site):
         return {"digest": hub_place.hashlib.sha256(piece).hexdigest()}, bytearray(piece)
 
 
+def links_of(sites: list[Scripted]) -> Links:
+    """No hostfile names addresses: all goes by ssh."""
+    return Links(sites, [() for _ in sites], lambda line: None)
+
+
 def test_a_piece_comes_from_the_next_that_has_it_and_is_sent_until_it_arrives(tmp_path: Path) -> None:
     goal, gone, good = Scripted("a", wrong=2), Scripted("b", lost="cut"), Scripted("c", b"abcdef", wrong=1)
-    transfer = Transfer([goal, gone, good, Scripted("here")], tmp_path, None, lambda number, count: None)
+    sites = [goal, gone, good, Scripted("here")]
+    transfer = Transfer(sites, tmp_path, None, links_of(sites), lambda number, count: None)
     transfer.run([Piece("f", 1, 3, (0,), (1, 2)), Piece("f", 3, 6, (0,), (1, 2))])
     assert goal.put == {1: b"bc", 3: b"def"} and not transfer.failures and transfer.arrived == [5, 0, 0, 0]
     assert transfer.num_bytes[HERE] == 0 and transfer.num_bytes[HOSTS] >= 5
@@ -132,7 +139,7 @@ def test_a_host_that_can_not_be_filled_does_not_keep_others_from_it(
 ) -> None:
     other = Scripted("d")
     sites = [goal, Scripted("b", b"abc"), Scripted("c", lost="cut"), other, Scripted("here")]
-    transfer = Transfer(sites, tmp_path, None, lambda number, count: None)
+    transfer = Transfer(sites, tmp_path, None, links_of(sites), lambda number, count: None)
     transfer.run([Piece("f", 0, 3, (0,), holders), Piece("f", 0, 3, (3,), (1,))])
     assert told in transfer.failures[0] and 3 not in transfer.failures and other.put == {0: b"abc"}
 

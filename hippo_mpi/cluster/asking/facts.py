@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from hippo_mpi.cluster.asking.linux import LinuxFacts, read_linux
 from hippo_mpi.cluster.asking.macos import (
     Footprint,
     MacFacts,
@@ -19,6 +20,12 @@ from hippo_mpi.cluster.asking.macos import (
 )
 from hippo_mpi.cluster.hostfile import Host
 
+HAS_NO_PYTHON = "no Python"
+"""What is wrong with a host on which the probe can't run."""
+# What Docker, Podman, Kubernetes, libvirt, LXD, Incus, VMware, VirtualBox and macOS make for what runs on the host itself.
+_OF_GUESTS = re.compile(
+    r"(docker|podman|cni|cbr|virbr|lxcbr|lxdbr|incusbr|kube-bridge|weave|vmnet|vboxnet)\d*|cni-\w+|br-[0-9a-f]{12}|bridge1\d\d"
+)
 _AT_ONCE_S = 0.2  # far less than it takes to find out that nobody answers
 
 
@@ -29,6 +36,11 @@ class Interface:
     name: str
     addresses: tuple[ipaddress.IPv4Interface, ...]
     mtu: int | None = None
+
+    @property
+    def is_of_guests(self) -> bool:
+        """Return True if it leads to containers or virtual machines on the host itself, and to no other host."""
+        return bool(_OF_GUESTS.fullmatch(self.name))
 
 
 @dataclass(frozen=True)
@@ -50,12 +62,14 @@ class Reach:
         why: why it isn't there; empty: it is.
         interface: by which interface; None: unknown.
         is_denied: whether macOS keeps Python, and not every program, from it.
+        is_on_link: whether the other end of the link says that it has the address, though it isn't there for calls.
     """
 
     source: str | None
     why: str
     interface: str | None = None
     is_denied: bool = False
+    is_on_link: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,8 @@ class Facts:
         mpi: what mpirun calls itself; None: not asked, or there is none.
         model: bytes of the model's weights, and how many of them are here; None: not asked.
         hub: what the hub answers, a status or an error; None: not asked.
+        linux: what only Linux says; None: it is another system.
+        called: for addresses where a program of ours has listened, why it couldn't be called; empty: it could.
     """
 
     system: str
@@ -118,6 +134,8 @@ class Facts:
     mpi: str | None = None
     model: tuple[int, int] | None = None
     hub: str | None = None
+    linux: LinuxFacts | None = None
+    called: dict[str, str] = field(default_factory=dict)
 
     def interface_of(self, address: str) -> Interface | None:
         """Return the interface that has an address."""
@@ -144,6 +162,7 @@ class Probed:
         backend: that the hostfile asks for.
         envs: that it gives to every rank.
         model: that the ranks are to run.
+        shortage: why it doesn't fit into the memory of all hosts; empty: it does; None: unknown.
     """
 
     host: Host
@@ -156,6 +175,7 @@ class Probed:
     backend: str | None = None
     envs: tuple[str, ...] = ()
     model: str | None = None
+    shortage: str | None = None
 
 
 def read_facts(raw: dict[str, Any]) -> Facts:
@@ -188,6 +208,8 @@ def read_facts(raw: dict[str, Any]) -> Facts:
         _output(outputs, "mpi").partition("\n")[0] or None,
         (int(raw["model"]["size"]), int(raw["model"]["here"])) if raw.get("model") else None,
         _output(outputs, "hub").strip() or None,
+        read_linux(_printed(outputs)) if is_linux else None,
+        {str(address): str(why) for address, why in raw.get("called", {}).items()},
     )  # fmt: skip
 
 
@@ -253,13 +275,18 @@ def _reach(one: dict[str, Any]) -> Reach:
     interface = re.search(r"interface: (\S+)", str(one.get("route", {}).get("out", "")))
     is_at_once = float(one.get("seconds", _AT_ONCE_S)) < _AT_ONCE_S
     is_denied = is_at_once and one.get("nc", {}).get("status") == 0
-    return Reach(one["source"], one["why"], interface[1] if interface else None, is_denied)
+    is_on_link = '"REACHABLE"' in str(one.get("neighbor", {}).get("out", ""))
+    return Reach(one["source"], one["why"], interface[1] if interface else None, is_denied, is_on_link)
 
 
 def _linux_firewall(outputs: dict[str, Any]) -> bool | None:
-    """Read `nft list ruleset`, which only root may ask: whether a chain of incoming packets drops any."""
+    """Read `nft list ruleset`, which only root may ask: whether a chain of incoming packets drops any.
+
+    For others, whether a firewall is said to be on.
+    """
     if outputs.get("firewall", {}).get("status") != 0:
-        return None
+        said = _output(outputs, "firewall services").split()
+        return True if "ENABLED=yes" in said or "active" in said else None
     chains = re.split(r"^\s*chain ", _output(outputs, "firewall"), flags=re.MULTILINE)
     return any("hook input" in chain and bool(re.search(r"\b(drop|reject)\b", chain)) for chain in chains)
 

@@ -48,6 +48,18 @@ try: print(urllib.request.urlopen(request, timeout=5).status)
 except urllib.error.HTTPError as error: print(error.code)
 except OSError as error: print(error)
 """
+# Each line behind the name of its file; that there are none is no failure.
+SUPPLIES = "cd /; grep -Hs . sys/class/power_supply/*/uevent; true"
+HEAT = """cd /; cd sys/class/thermal &&
+grep -Hs . */type */cur_state */max_state */temp */trip_point_*_type */trip_point_*_temp; true
+"""
+# For all, since only root may see rules.
+FIREWALLS = "grep -s '^ENABLED=yes' /etc/ufw/ufw.conf; systemctl is-active firewalld nftables 2>/dev/null; true"
+SLEEP = """cd /
+ls -l etc/systemd/system/sleep.target etc/systemd/system/suspend.target 2>/dev/null | sed -n 's|.*-> /dev/null$|masked|p'
+for of in usr/lib etc; do grep -hs '^ *IdleAction' $of/systemd/logind.conf; done
+for of in usr/lib run etc; do grep -hs '^ *IdleAction' $of/systemd/logind.conf.d/*.conf; done; true
+"""
 COMMANDS = {
     "Linux": {
         "addresses": ["ip", "-j", "addr"],
@@ -57,6 +69,11 @@ COMMANDS = {
         "processes": ["ps", "-A", "-ww", "-o", "pid=,ppid=,user=,etime=,args="],
         "machine": ["cat", "/etc/machine-id"],
         "firewall": ["sh", "-c", "PATH=$PATH:/usr/sbin:/sbin nft list ruleset"],
+        "firewall services": ["sh", "-c", FIREWALLS],
+        "links": ["ip", "-j", "-d", "link"],
+        "sleep": ["sh", "-c", SLEEP],
+        "supplies": ["sh", "-c", SUPPLIES],
+        "heat": ["sh", "-c", HEAT],
         "governor": ["cat", GOVERNOR + "scaling_driver", GOVERNOR + "scaling_governor"],
     },
     "Darwin": {
@@ -112,7 +129,8 @@ def bind(address: str, port: int) -> str:
 def reach(address: str, limit_s: float) -> dict[str, Any]:
     """Return how another address is called, and "" if it is there: a refused connection shows that, too.
 
-    On macOS also which interface leads there, and if Python isn't let, whether Apple's own nc is.
+    If not, on Linux whether the other end of the link still says that it has that address. On macOS also which interface
+    leads there, and if Python isn't let, whether Apple's own nc is.
     """
     found: dict[str, Any] = {"source": None, "why": "", "number": 0}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
@@ -129,6 +147,8 @@ def reach(address: str, limit_s: float) -> dict[str, Any]:
     except OSError as error:
         found["why"], found["number"] = error.strerror or "timed out", error.errno
     found["seconds"] = time.monotonic() - began_s
+    if found["why"] and platform.system() == "Linux":
+        found["neighbor"] = run(["ip", "-j", "neigh", "show", "to", address], limit_s)
     if platform.system() == "Darwin":
         found["route"] = run(["/sbin/route", "-n", "get", address], limit_s)
         if found["number"] == errno.EHOSTUNREACH:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -14,20 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from hippo_mpi.cluster.asking import probe
-from hippo_mpi.cluster.asking.facts import Probed, read_facts
+from hippo_mpi.cluster.asking.facts import HAS_NO_PYTHON, Probed, read_facts
 from hippo_mpi.cluster.hostfile import Host, Hostfile
-from hippo_mpi.cluster.starting.start_plan import quoted
+from hippo_mpi.cluster.programs.find_python import NO_PYTHON, script_of, through_ssh
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.transport.run_key import SSH
 
 _MARK = "hippo-probe-begins"  # what comes before it is no answer, but what a shell prints at each login
-_PYTHONS = ("python3", "python3.12", "python3.11", "/opt/homebrew/bin/python3", "/usr/local/bin/python3")
-# Without Apple's command line tools macOS's own python3 only opens a window that asks for them.
-_IS_STUB = (
-    '[ "$(uname)" = Darwin ] && [ "$(command -v "$python")" = /usr/bin/python3 ]'
-    " && ! /usr/bin/xcode-select -p >/dev/null 2>&1"
-)
-NO_PYTHON = "no Python"
+_RUN = 'exec "$python" -'  # which reads the program from standard input
 _SHARE = 0.7  # of the time for all of an answer, that one command may take
 
 
@@ -59,14 +52,12 @@ def _ask(hostfile: Hostfile, rank: int, ports: Sequence[int], timeout_s: float, 
     given = (python, list(host.ips), others, list(ports), model, hostfile.backend, _SHARE * timeout_s)
     program = f"{Path(probe.__file__).read_text()}\n\nmain(*{given!r})"
     asked_s = time.time()
-    command = (
-        ["sh", "-s"]
-        if is_here
-        else [*SSH, "-T", "-o", f"ConnectTimeout={max(1, int(timeout_s / 2))}", host.ssh, "exec sh -s"]
-    )
+    script = f"echo {_MARK}; {script_of(_RUN, python)}"
+    timeout = ["-o", f"ConnectTimeout={max(1, int(timeout_s / 2))}"]
+    command = ["sh", "-c", script] if is_here else [*SSH, "-T", *timeout, host.ssh, through_ssh(script)]
     try:
         ended = subprocess.run(
-            command, input=_script(python, program), capture_output=True, timeout=timeout_s, text=True, errors="replace"
+            command, input=program, capture_output=True, timeout=timeout_s, text=True, errors="replace"
         )
     except subprocess.TimeoutExpired:
         return Probed(host, error=f"no answer within {timeout_s:.0f} s", asked_s=asked_s)
@@ -75,24 +66,13 @@ def _ask(hostfile: Hostfile, rank: int, ports: Sequence[int], timeout_s: float, 
     return _read(host, ended, asked_s)
 
 
-def _script(python: str, program: str) -> str:
-    """Return a shell script that runs a program with the first Python that is there, the ranks' own first."""
-    words = " ".join([quoted(python), *map(shlex.quote, _PYTHONS)])
-    return (
-        f"echo {_MARK}\nfor python in {words}; do\n"
-        f"  if {_IS_STUB}; then continue; fi\n"
-        '  if "$python" -c "import sys; sys.exit(sys.version_info < (3, 8))" 2>/dev/null; then\n'
-        f"    exec \"$python\" - <<'{_MARK}'\n{program}\n{_MARK}\n  fi\ndone\necho '{NO_PYTHON}'\n"
-    )
-
-
 def _read(host: Host, ended: subprocess.CompletedProcess[str], asked_s: float) -> Probed:
     noise, mark, answer = ended.stdout.partition(f"{_MARK}\n")
     if not mark:
         lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
         return Probed(host, error=lines[-1] if lines else f"ssh ended with status {ended.returncode}", asked_s=asked_s)
     if answer.strip() == NO_PYTHON:
-        return Probed(host, error=NO_PYTHON, noise=noise.strip(), asked_s=asked_s)
+        return Probed(host, error=HAS_NO_PYTHON, noise=noise.strip(), asked_s=asked_s)
     try:
         raw: dict[str, Any] = json.loads(answer)
         return Probed(host, read_facts(raw), noise=noise.strip(), asked_s=asked_s, raw=raw)

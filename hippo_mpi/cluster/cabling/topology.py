@@ -110,17 +110,19 @@ def lan_addresses(facts: Sequence[Facts]) -> list[str | None]:
     candidates = [list(_lan_interfaces(one)) for one in facts]
     for shared in (address.network for address in candidates[0]):
         inside = [next((one for one in among if one.network == shared), None) for among in candidates]
-        if all(inside):
-            return [str(one.ip) for one in inside if one]
+        found = [str(one.ip) for one in inside if one]
+        if len(set(found)) == len(candidates):  # one address on two hosts leads from neither to the other
+            return [*found]
     return [str(among[0].ip) if among else None for among in candidates]
 
 
 def _lan_interfaces(facts: Facts) -> Iterator[IPv4Interface]:
-    """Return a host's addresses in LANs, Wi-Fi's last."""
+    """Return a host's addresses in LANs, Wi-Fi's last; not in networks of its own containers and virtual machines."""
     mac = facts.mac
     wireless = (mac.hardware_ports or {}).get("Wi-Fi") if mac else None
-    for one in sorted(facts.interfaces or (), key=lambda one: one.name == wireless or one.name.startswith("wl")):
-        for address in one.addresses if not (mac and mac.is_cable(one.name)) else ():
+    outward = [one for one in facts.interfaces or () if not (one.is_of_guests or (mac and mac.is_cable(one.name)))]
+    for one in sorted(outward, key=lambda one: one.name == wireless or one.name.startswith("wl")):
+        for address in one.addresses:
             if not (address.ip.is_loopback or address.ip.is_link_local or address.ip in _VPN):
                 yield address
 

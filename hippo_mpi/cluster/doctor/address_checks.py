@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Interface, IPv4Network, ip_address
 
-from hippo_mpi.cluster.asking.facts import Facts, Interface, Probed
+from hippo_mpi.cluster.asking.facts import Facts, Interface, Probed, Reach
 from hippo_mpi.cluster.doctor.findings import WARNING, Check, Finding, as_root, known
 from hippo_mpi.cluster.doctor.mac_checks import FIREWALL
 
@@ -89,7 +89,14 @@ def _neighbors(hosts: Sequence[Probed]) -> Iterator[Finding]:
                 yield Finding("wrong-interface", host.host.ssh, found, _route_by(facts, address, near))
             elif reach.why and not reach.is_denied:
                 through = f" by {leaving.name} ({reach.source})" if leaving else ""
-                yield _unreached(host, other, f"{towards} isn't reached{through}: {reach.why}", reach.why, address)
+                found = f"{towards} isn't reached{through}: {reach.why}"
+                if _is_kept_out(reach, other.facts):
+                    yield _firewall(host, other, found, reach.source)
+                else:
+                    yield _unreached(host, other, found, address)
+            elif why := facts.called.get(address):
+                found = f"{towards} isn't reached where a program listens: {why}"
+                yield _firewall(host, other, found, reach.source)
 
 
 def _better_way(facts: Facts, address: str, leaving_by: str | None) -> Interface | None:
@@ -123,14 +130,24 @@ def _route_by(facts: Facts, address: str, near: Interface) -> str:
     return as_root("ip", "route", "replace", f"{address}/32", "dev", near.name) + cost
 
 
-def _unreached(host: Probed, other: Probed, found: str, why: str, address: str) -> Finding:
-    """Return what keeps a host from the next one: its firewall, if it has one that may, else the link."""
+def _is_kept_out(reach: Reach, there: Facts | None) -> bool:
+    """Return True if a firewall is what keeps calls from a host: it has one, or the link itself is well."""
+    return reach.is_on_link or bool(there and there.has_firewall and reach.why not in _AT_ONCE)
+
+
+def _firewall(host: Probed, other: Probed, found: str, source: str | None) -> Finding:
     facts = other.facts
-    if facts and facts.has_firewall and why not in _AT_ONCE:
-        fix = "let the ranks' addresses through its firewall"
-        if facts.mac:
-            fix = as_root(FIREWALL, "--add", facts.python, "--unblockapp", facts.python)
-        return Finding("firewall", other.host.ssh, f"it has a firewall, and from {host.host.ssh} {found}", fix)
+    has = "it has a firewall" if facts and facts.has_firewall else "it answers on the link, but something drops calls"
+    fix = f"let {source or 'the other ranks'} through its firewall"
+    if facts and facts.mac:
+        fix = as_root(FIREWALL, "--add", facts.python, "--unblockapp", facts.python)
+    elif source:
+        fix += f": {as_root('ufw', 'allow', 'from', source)}; or what your firewall has for it"
+    return Finding("firewall", other.host.ssh, f"{has}, and from {host.host.ssh} {found}", fix)
+
+
+def _unreached(host: Probed, other: Probed, found: str, address: str) -> Finding:
+    facts = other.facts
     fix = "is the cable plugged in, is the interface up on both ends, does a firewall drop it?"
     is_off = [one.name for one in (facts.down if facts else ()) if any(str(a.ip) == address for a in one.addresses)]
     if is_off:

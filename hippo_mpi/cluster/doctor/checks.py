@@ -9,9 +9,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from hippo_mpi.cluster.asking.facts import Facts, Probed, Process
-from hippo_mpi.cluster.asking.remote import NO_PYTHON
-from hippo_mpi.cluster.doctor import address_checks, cable_checks, mac_checks, model_checks, rdma_checks
+from hippo_mpi.cluster.asking.facts import HAS_NO_PYTHON, Facts, Probed, Process
+from hippo_mpi.cluster.doctor import address_checks, cable_checks, linux_checks, mac_checks, model_checks, rdma_checks
 from hippo_mpi.cluster.doctor.findings import ERROR, WARNING, WEIGHTS, Check, Finding, known
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.units import count_of, show_bytes
@@ -38,7 +37,7 @@ def diagnose(hosts: Sequence[Probed], only: Sequence[str] = ()) -> list[Finding]
 def _ssh(hosts: Sequence[Probed]) -> Iterator[Finding]:
     for host in hosts:
         name, said = host.host.ssh, host.error
-        if host.facts is not None or not said or said == NO_PYTHON:
+        if host.facts is not None or not said or said == HAS_NO_PYTHON:
             continue
         if "Host key verification failed" in said or "IDENTIFICATION HAS CHANGED" in said:
             fix = f"log in once and compare the fingerprint: ssh {name}; if the machine is new: ssh-keygen -R {name}"
@@ -74,7 +73,7 @@ def _login_shell(hosts: Sequence[Probed]) -> Iterator[Finding]:
 
 def _python(hosts: Sequence[Probed]) -> Iterator[Finding]:
     for host in hosts:
-        if host.error == NO_PYTHON:
+        if host.error == HAS_NO_PYTHON:
             yield Finding(
                 "python-missing", host.host.ssh, "no Python of 3.8 or later was found", "install Python 3.11 or later"
             )
@@ -189,7 +188,7 @@ def _environment(hosts: Sequence[Probed]) -> Iterator[Finding]:
 
 CHECKS: tuple[Check, ...] = (
     _ssh, *mac_checks.BEFORE, _python, _versions, *cable_checks.CHECKS, *address_checks.CHECKS, *rdma_checks.CHECKS,
-    *model_checks.CHECKS, _stale_ranks, _room, _ssh_noise, _login_shell, *mac_checks.AFTER, _names, _environment,
+    *model_checks.CHECKS, _stale_ranks, _room, _ssh_noise, _login_shell, *mac_checks.AFTER, *linux_checks.CHECKS, _names, _environment,
 )  # fmt: skip
 """Causes before what they lead to."""
 NAMES = (

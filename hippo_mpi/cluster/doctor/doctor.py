@@ -13,12 +13,14 @@ from hippo_mpi.cluster.asking.facts import Facts, Probed, read_facts
 from hippo_mpi.cluster.asking.remote import ask
 from hippo_mpi.cluster.doctor.checks import diagnose
 from hippo_mpi.cluster.doctor.findings import ERROR, INFO, Finding
+from hippo_mpi.cluster.doctor.listening import with_calls
+from hippo_mpi.cluster.doctor.shares import with_plan
 from hippo_mpi.cluster.hostfile import Host, Hostfile
 from hippo_mpi.errors import RankError, UserError
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.units import show_bytes, visible
 
-_SAVED = ("error", "noise", "asked_s", "took_s", "raw", "backend", "envs", "model")
+_SAVED = ("error", "noise", "asked_s", "took_s", "raw", "backend", "envs", "model", "shortage")
 _TIMEOUT_S = 5.0  # for hosts to answer after a run that has failed
 # What tells one machine or person from another; each becomes a number, the same everywhere.
 _PRIVATE = re.compile(
@@ -31,8 +33,14 @@ def first_error(hostfile: Hostfile) -> Finding | None:
     """Return what keeps ranks of several hosts from working, after a run that has failed; None if nothing is found."""
     if all(host.ssh == THIS_MACHINE for host in hostfile.hosts):
         return None
-    found = diagnose(ask(hostfile, (), _TIMEOUT_S))
+    found = diagnose(examine(hostfile, (), _TIMEOUT_S))
     return found[0] if found and found[0].weight == ERROR else None
+
+
+def examine(hostfile: Hostfile, ports: Sequence[int], timeout_s: float, model: str | None = None) -> list[Probed]:
+    """Ask hosts everything; the arguments are those of `ask`."""
+    hosts = with_calls(ask(hostfile, ports, timeout_s, model), timeout_s)
+    return with_plan(hosts, model) if model else hosts
 
 
 def lines_of(hosts: Sequence[Probed], findings: Sequence[Finding]) -> Iterator[str]:
@@ -131,5 +139,6 @@ def _probed(one: dict[str, Any]) -> Probed:
         "backend": one.get("backend"),
         "envs": tuple(one.get("envs", ())),
         "model": one.get("model"),
+        "shortage": one.get("shortage"),
     }
     return replace(saved, took_s=one.get("took_s", 0.0), **given)

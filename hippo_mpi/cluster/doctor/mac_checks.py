@@ -50,9 +50,10 @@ def _privacy(hosts: Sequence[Probed]) -> Iterator[Finding]:
 
 
 def _firewall(hosts: Sequence[Probed]) -> Iterator[Finding]:
-    """Check the firewalls that are on; those that hide a host from the one before are found with the neighbors."""
+    """Check the firewalls that are on, if no call was made; whether one is passed is found with the neighbors."""
+    called = {address for _, _, facts in known(hosts) for address in facts.called}
     for host, facts, mac in macs(hosts):
-        if mac.has_firewall and len(hosts) > 1:
+        if mac.has_firewall and len(hosts) > 1 and not called & {*host.host.ips}:
             fix = as_root(FIREWALL, "--add", facts.python, "--unblockapp", facts.python)
             found = "its firewall is on, and asks on its screen whether Python may be reached"
             yield Finding("firewall", host.host.ssh, found, fix, WARNING)

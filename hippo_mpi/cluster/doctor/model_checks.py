@@ -31,14 +31,19 @@ def _model(hosts: Sequence[Probed]) -> Iterator[Finding]:
 
 
 def _memory(hosts: Sequence[Probed]) -> Iterator[Finding]:
+    """Check what the planner has found; where it couldn't be asked, whether the weights alone would fit."""
     found = [(host.host.ssh, facts.memory) for _, host, facts in known(hosts) if facts.memory]
+    if not found or hosts[0].shortage == "":
+        return
+    seen = hosts[0].shortage
     size = max((facts.model[0] for _, _, facts in known(hosts) if facts.model), default=0)
     free = sum(memory[1] for _, memory in found)
-    if size and len(found) == len(hosts) and free < size:
-        least = min(found, key=lambda one: one[1][1] / one[1][0])
-        seen = f"the model's weights are {show_bytes(size)}, and all hosts have {show_bytes(free)} free"
-        seen += f", this one {show_bytes(least[1][1])} of {show_bytes(least[1][0])}"
-        yield Finding("memory-short", least[0], seen, "end what takes memory, add a host, or quantise the model")
+    if not seen and len(found) == len(hosts) and free < size:
+        seen = f"the model's weights are {show_bytes(size)}"
+    if seen:
+        name, least = min(found, key=lambda one: one[1][1] / one[1][0])
+        seen += f"; all hosts have {show_bytes(free)} free, this one {show_bytes(least[1])} of {show_bytes(least[0])}"
+        yield Finding("memory-short", name, seen, "end what takes memory, add a host, or quantise the model")
 
 
 def _mpi(hosts: Sequence[Probed]) -> Iterator[Finding]:

@@ -76,7 +76,7 @@ def _common_addresses(hosts: Sequence[Probed], rank: int, other: int) -> tuple[s
     shared = [
         address
         for one in far.interfaces or ()
-        for address in one.addresses
+        for address in (() if one.is_of_guests else one.addresses)
         if not address.ip.is_loopback and near.interface_towards(str(address.ip))
     ]
     if not shared:

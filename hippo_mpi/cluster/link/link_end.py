@@ -73,7 +73,8 @@ def _called(question: dict[str, Any]) -> socket.socket:
 
     Not from a given address of our own: the ring leaves that to the system, too.
     """
-    one = socket.create_connection((question["address"], question["port"]), CONNECT_S)
+    one = socket.create_connection((question["address"], question["port"]), question.get("connect_s", CONNECT_S))
+    one.settimeout(CONNECT_S)
     token, nonce = question["token"].encode(), secrets.token_hex(32).encode()
     one.sendall(nonce)
     theirs, their_nonce = _read(one, 64), _read(one, 64)

@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -21,16 +20,14 @@ from typing import Any
 
 from hippo_mpi.cluster.hostfile import Host
 from hippo_mpi.cluster.programs.far_end import SILENCE_S
-from hippo_mpi.cluster.starting.start_plan import quoted
+from hippo_mpi.cluster.programs.find_python import NO_PYTHON, script_of, through_ssh
 from hippo_mpi.errors import RankError
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.transport.run_key import SSH
 from hippo_mpi.units import visible
 
-_MARK, _NO_PYTHON = "hippo-program-begins", "hippo-no-python"  # what comes before is what a shell prints at each login
-_PYTHONS = ("python3", "python3.12", "python3.11", "/opt/homebrew/bin/python3", "/usr/local/bin/python3")
+_MARK = "hippo-program-begins"  # what comes before is what a shell prints at each login
 _PACKAGE = "hippo_mpi.cluster"
-_IS_NEW_ENOUGH = "import sys; sys.exit(sys.version_info < (3, 8))"
 # Reads modules, by their names, from the first line, and runs them in this order; the last one is the program.
 _READER = (
     "import json, sys, types; [exec(source, vars(sys.modules.setdefault(name, types.ModuleType(name))))"
@@ -160,7 +157,7 @@ class HostProgram:
             line = (await _line_of(self._process.stdout)).strip()
             if line == _MARK.encode():
                 return
-            if line == _NO_PYTHON.encode():
+            if line == NO_PYTHON.encode():
                 raise HostLost(f"{self.host.ssh} has no Python of 3.8 or later")
             if not line and self._process.stdout.at_eof():
                 await asyncio.wait(self._tasks[:1], timeout=_END_S)
@@ -216,16 +213,12 @@ def _command(host: Host, timeout_s: float) -> Sequence[str]:
     """Return the command that starts the first Python there is, the ranks' own first, without a file or a heredoc."""
     is_here = host.ssh == THIS_MACHINE
     first = sys.executable if is_here or not host.python else host.python
-    pythons = " ".join([quoted(first), *map(shlex.quote, _PYTHONS)])
-    script = (
-        f'for python in {pythons}; do if "$python" -c "{_IS_NEW_ENOUGH}" </dev/null >/dev/null 2>&1; then'
-        f' echo {_MARK}; exec "$python" -u -c "{_READER}"; fi; done; echo {_NO_PYTHON}'
-    )
+    script = script_of(f'echo {_MARK}; exec "$python" -u -c "{_READER}"', first)
     if is_here:
         return ["sh", "-c", script]
     connect_s = max(1, int(timeout_s / 2))
     options = ("-T", "-o", f"ConnectTimeout={connect_s}", "-o", "LogLevel=ERROR")
-    return [*SSH, *options, host.ssh, f"exec sh -c {shlex.quote(script)}"]
+    return [*SSH, *options, host.ssh, through_ssh(script)]
 
 
 def _modules(module: str) -> list[tuple[str, str]]:

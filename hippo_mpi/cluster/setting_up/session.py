@@ -17,6 +17,7 @@ from typing import Any
 from hippo_mpi.cluster.asking.facts import Probed
 from hippo_mpi.cluster.doctor.checks import diagnose
 from hippo_mpi.cluster.hostfile import Host
+from hippo_mpi.cluster.programs.find_python import NO_PYTHON, script_of, through_ssh
 from hippo_mpi.cluster.setting_up import agent, changes
 from hippo_mpi.errors import LaunchError, RankError
 from hippo_mpi.transport.ports import THIS_MACHINE
@@ -24,7 +25,6 @@ from hippo_mpi.transport.run_key import SSH
 from hippo_mpi.units import visible
 
 _MARK = b"hippo-agent-begins"  # what comes before it is what a shell prints at each login
-_NO_PYTHON = b"hippo-agent-has-no-python"
 _CONNECT_S = 10
 _START_S = 30.0  # to connect, and to find a Python there
 _PROMPT_S = 300.0  # for a person to compare a fingerprint and to type a password
@@ -34,21 +34,8 @@ MAX_COMMAND = 100_000
 CHUNK = 1 << 20
 # Neither quotes nor backslashes, so that every login shell passes it on as it is.
 _BOOT = "import sys; i = sys.stdin.buffer; exec(i.read(int(i.readline())))"
-_MINOR = f"python3.{sys.version_info[1]}"
-_FOLDERS = (
-    "/opt/homebrew/bin", "/usr/local/bin", f"/Library/Frameworks/Python.framework/Versions/{_MINOR[6:]}/bin", "~/.local/bin",
-)  # fmt: skip
-_PYTHONS = (
-    _MINOR, *(f"{folder}/{_MINOR}" for folder in _FOLDERS), "python3", *(f"{folder}/python3" for folder in _FOLDERS[:2]),
-    *(f"python3.{minor}" for minor in (14, 13, 12, 11)),
-)  # fmt: skip
-# Without Apple's developer tools /usr/bin/python3 would open a window there.
-_FIND = (
-    f"u=$(uname); for v in 11 8; do for p in {' '.join(_PYTHONS)}; do "
-    'case "$p$u" in python3Darwin) xcode-select -p >/dev/null 2>&1 || continue;; esac; '
-    'if "$p" -c "import sys; sys.exit(sys.version_info < (3, $v))" </dev/null >/dev/null 2>&1; '
-    f'then exec "$p" -c "{_BOOT}"; fi; done; done; echo {_NO_PYTHON.decode()}'
-)
+_MINOR = ".".join(map(str, sys.version_info[:2]))
+_FIND = script_of(f'exec "$python" -c "{_BOOT}"')
 _MODULES = (changes, agent)
 
 
@@ -96,7 +83,7 @@ class Session:
             ways = ["ssh", "-o", "StrictHostKeyChecking=ask"] if asks else [*SSH, "-o", "LogLevel=ERROR"]
             alive = ["-o", "ServerAliveInterval=3", "-o", "ServerAliveCountMax=3"]
             timeout = ["-o", f"ConnectTimeout={_CONNECT_S}"]
-            command = [*ways, "-T", *alive, *timeout, self.name, f"exec sh -c '{_FIND}'"]
+            command = [*ways, "-T", *alive, *timeout, self.name, through_ssh(_FIND)]
         try:
             self._agent = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None if asks else subprocess.PIPE
@@ -106,9 +93,9 @@ class Session:
         self._write(_program(), ends_s := time.monotonic() + (_PROMPT_S if asks else _START_S))
         noise = []
         while (line := self._line(ends_s)) != _MARK:
-            if line == _NO_PYTHON:
+            if line == NO_PYTHON.encode():
                 raise LaunchError(
-                    f"{self.name} has no Python of 3.8 or later: install Python {_MINOR[6:]} there, as this machine has"
+                    f"{self.name} has no Python of 3.8 or later: install Python {_MINOR} there, as this machine has"
                 )
             noise.append(line)
         self.noise = b"\n".join(noise).decode(errors="replace")

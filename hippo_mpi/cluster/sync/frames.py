@@ -1,4 +1,4 @@
-"""Frames on a program's standard streams: a line of JSON, and bytes of a file behind it. Loads no MLX."""
+"""Frames on a program's standard streams, or a socket: a line of JSON, and bytes of a file behind it. Loads no MLX."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import select
 import struct
+from collections.abc import Callable
 from typing import Any
 
 PIECE_BYTES = 16 << 20
@@ -34,10 +35,11 @@ class Frames:
         source: to read from.
         sink: to write to.
         silence_s: without a byte, after which the other side counts as gone.
+        on_bytes: called for all that arrives.
     """
 
-    def __init__(self, source: int, sink: int, silence_s: float) -> None:
-        self._source, self._sink, self._silence_ms = source, sink, silence_s * 1000
+    def __init__(self, source: int, sink: int, silence_s: float, on_bytes: Callable[[], None] = lambda: None) -> None:
+        self._source, self._sink, self._silence_ms, self._on_bytes = source, sink, silence_s * 1000, on_bytes
         self._polls = select.poll(), select.poll()
         self._polls[0].register(source, select.POLLIN)
         self._polls[1].register(sink, select.POLLOUT)
@@ -114,6 +116,7 @@ class Frames:
             if not got:
                 raise FrameError("the connection ended")
             left = left[got:]
+            self._on_bytes()
         return data
 
     def _wait(self, side: int) -> None:

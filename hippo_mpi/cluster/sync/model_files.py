@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hippo_mpi.errors import UserError
 from hippo_mpi.views.spans import Span, merged
-from hippo_mpi.views.view import sample_of_files, synced_view, view_of_folder, view_of_repo
+from hippo_mpi.views.view import sample_of_files, synced_view, view_of_folder, view_of_repo, views_folder
 
 _MAX_BYTES = 1 << 50
 _NAME = re.compile(r"(?![.-])[A-Za-z0-9 ._+=@,()-]{1,200}")
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
 _REVISION = re.compile(r"(?![./])[A-Za-z0-9._/-]{1,200}")
 _HASH = re.compile(r"[0-9a-f]{16,64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ModelFiles:
         repo: on the hub; empty: a folder of one machine.
         revision: of the repo, as typed, or the hub's default.
         origin: the folder's path on the machine that it comes from.
+        link: of an adapter, the path at which every rank opens it.
     """
 
     model: str
@@ -39,6 +41,7 @@ class ModelFiles:
     repo: str = ""
     revision: str = ""
     origin: str = ""
+    link: str = ""
 
     @classmethod
     def from_object(cls, fields: dict[str, Any]) -> ModelFiles:
@@ -50,7 +53,7 @@ class ModelFiles:
         found = cls(**fields)
         for name in found.sizes:
             check_name(name)
-        texts = (found.model, found.commit, found.repo, found.revision, found.origin)
+        texts = (found.model, found.commit, found.repo, found.revision, found.origin, found.link)
         sizes = found.sizes.values()
         if not all(isinstance(text, str) for text in texts) or not all(_is_offset(size) for size in sizes):
             raise UserError("files of a model that can't be read")
@@ -72,12 +75,14 @@ class ModelFiles:
         """
         if self.repo:
             return view_of_repo(self.repo, self.commit)
-        path = Path(os.path.expanduser(self.model))
-        if os.path.exists(path):
+        path = Path(os.path.expanduser(self.link or self.model))
+        is_ours = bool(self.link) and path.is_symlink() and path.resolve().parent == views_folder().resolve()
+        if os.path.exists(path) and not is_ours:
             if not path.is_dir() or sample_of_files(path) != self.commit:
-                raise UserError(f"{path} there is another model than here: move it away, or make it the same")
+                what = "adapter" if self.link else "model"
+                raise UserError(f"{path} there is another {what} than here: move it away, or make it the same")
             return path
-        found = synced_view(self.model)
+        found = None if self.link else synced_view(self.model)
         is_same = found and found.name.endswith(f"--{self.commit[:16]}")
         return found if found and is_same else view_of_folder(self.origin, self.commit)
 
@@ -107,6 +112,12 @@ def read_spans(found: Any, sizes: Mapping[str, int]) -> dict[str, list[Span]]:
         if not all(_is_offset(number) and number <= sizes[name] for span in some for number in span):
             raise UserError(f"spans of {name} that aren't in it")
     return spans
+
+
+def read_sums(found: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 that another process says of files; what is none is left out."""
+    given = found if isinstance(found, dict) else {}
+    return {name: given[name] for name in names if isinstance(given.get(name), str) and _SHA256.fullmatch(given[name])}
 
 
 def _is_offset(number: Any) -> bool:

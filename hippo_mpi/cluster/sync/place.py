@@ -1,8 +1,9 @@
 """Keeps a model's files on its host: python -m hippo_mpi.cluster.sync.place, by ssh, for sync on another machine.
 
-Frames on standard input ask, frames on standard output answer, and the end of the input is the end. No port is opened,
-no file is half there: small files and the heads of weight files are collected in a folder of their own, which becomes
-the view as a whole; what comes then is written into the view's stand-ins, and recorded once it is on the disk.
+Frames on standard input ask, frames on standard output answer, and the end of the input is the end. Only to lend to
+other hosts a port is opened (see `direct`). No file is half there: small files and the heads of weight files are
+collected in a folder of their own, which becomes the view as a whole; what comes then is written into the view's
+stand-ins, and recorded once it is on the disk.
 """
 
 from __future__ import annotations
@@ -20,12 +21,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hippo_mpi.cluster.sync.direct import (
+    Borrower,
+    Lender,
+    LinkError,
+    NotLentError,
+    addresses_beside,
+    read_addresses,
+)
 from hippo_mpi.cluster.sync.frames import MARK, Data, FrameError, Frames, Header
 from hippo_mpi.cluster.sync.model_files import ModelFiles, check_name
+from hippo_mpi.cluster.sync.whole_files import digest_of_whole, replace_by_stand_in
 from hippo_mpi.durable_files import sync_folder
 from hippo_mpi.errors import UserError, printable
 from hippo_mpi.views.spans import (
     Span,
+    forget,
     forget_damaged,
     num_bytes,
     read_span,
@@ -61,6 +72,8 @@ class Place:
             shutil.rmtree(self.folder)
         self._staged: Path | None = None
         self._lock = -1
+        self._told_s = time.monotonic()
+        self._borrower = Borrower(self._tell)
 
     def answer(self, header: Header, data: Data) -> tuple[Header, Data]:
         """Do what is asked; return the answer.
@@ -70,7 +83,8 @@ class Place:
         """
         asked: dict[str, Callable[[Header, Data], tuple[Header, Data]]] = {
             "open": self._open, "stage": self._stage, "commit": self._commit, "put": self._put, "get": self._get,
-            "verify": self._verify,
+            "verify": self._verify, "lend": self._lend, "borrow": self._borrow, "link": self._link,
+            "compare": self._compare,
         }  # fmt: skip
         if header.get("op") not in asked:
             raise UserError(f"{str(header.get('op'))[:100]!a} is nothing that can be asked")
@@ -229,53 +243,108 @@ class Place:
     def _put(self, header: Header, data: Data) -> tuple[Header, Data]:
         """Write a piece into its stand-in, if it arrived as it was sent."""
         name, start = check_name(header["name"]), int(header["start"])
-        if not 0 <= start <= start + len(data) <= self._model.sizes.get(name, 0):
-            raise UserError(f"bytes {start:,} to {start + len(data):,} aren't in {name}")
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != header["digest"]:
-            return {"is_good": False}, b""
+        return {"is_good": self._keep(name, (start, start + len(data)), data, header["digest"])}, b""
+
+    def _keep(self, name: str, span: Span, data: Data, digest: str) -> bool:
+        """Write a piece, and return True, if it arrived as it was sent."""
+        if not 0 <= span[0] <= span[1] <= self._model.sizes.get(name, 0):
+            raise UserError(f"bytes {span[0]:,} to {span[1]:,} aren't in {name}")
+        if len(data) != span[1] - span[0] or hashlib.sha256(data).hexdigest() != digest:
+            return False
         file = self.folder / name
         if not file.is_symlink():  # else a rank has fetched all of it meanwhile
-            write_here(file, start, data, digest)
-        return {"is_good": True}, b""
+            write_here(file, span[0], data, digest)
+        return True
 
     def _get(self, header: Header, data: Data) -> tuple[Header, Data]:
         """Return a piece, if it is still as it arrived."""
-        piece = read_good(self.folder, check_name(header["name"]), (int(header["start"]), int(header["stop"])))
-        return {"digest": hashlib.sha256(piece).hexdigest()}, piece
+        span = int(header["start"]), int(header["stop"])
+        piece, digest = read_good(self.folder, check_name(header["name"]), span)
+        return {"digest": digest}, piece
+
+    def _lend(self, header: Header, data: Data) -> tuple[Header, Data]:
+        """Lend to other hosts from now on; return the addresses, their ports, and whose networks they are in."""
+        lender = Lender(bytes.fromhex(header["key"]), lambda name, span: read_good(self.folder, name, span))
+        lends = []
+        for address, beside in addresses_beside(header["own"], header["others"]).items():
+            with contextlib.suppress(OSError):  # it isn't this host's
+                lends.append([address, lender.listen(address), beside])
+        return {"lends": lends}, b""
+
+    def _borrow(self, header: Header, data: Data) -> tuple[Header, Data]:
+        """Get a piece from another host, and write it as if it had been sent; or say why the link doesn't bring it."""
+        name, span = check_name(header["name"]), (int(header["start"]), int(header["stop"]))
+        key, lender = bytes.fromhex(header["key"]), read_addresses(header["from"])
+        try:
+            piece, digest = self._borrower.borrow(lender, key, name, span)
+        except LinkError as error:
+            return {"is_good": False, "link": str(error)}, b""
+        except NotLentError as error:
+            return {"is_good": False, "not_lent": str(error)}, b""
+        return {"is_good": self._keep(name, span, piece, digest)}, b""
+
+    def _compare(self, header: Header, data: Data) -> tuple[Header, Data]:
+        """Look whether whole files have these SHA-256; those that haven't count as not here from now on."""
+        bad, checked = [], 0
+        for name, digest in header["sums"].items():
+            file, size = self.folder / check_name(name), self._model.sizes[name]
+            checked += size if file.is_symlink() else num_bytes(without([(0, size)], recorded(file)))
+            if digest_of_whole(file, size, self._tell) == digest:
+                continue
+            bad.append(name)
+            forget(file, [(0, size)])  # of a link's, what is left of the stand-in before it
+            if file.is_symlink():  # the hub's cache is others', too
+                replace_by_stand_in(file, size)
+        return {"bad": bad, "checked": checked}, b""
+
+    def _link(self, header: Header, data: Data) -> tuple[Header, Data]:
+        """Let the path at which ranks open an adapter lead to what is here."""
+        if not self._is_kept:
+            path = Path(os.path.abspath(os.path.expanduser(self._model.link)))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            temporary.symlink_to(self.folder)
+            os.replace(temporary, path)
+        return {}, b""
+
+    def _tell(self) -> None:
+        """Say now and then that it goes on."""
+        if time.monotonic() > self._told_s + _TOLD_EVERY_S:
+            self._told_s = time.monotonic()
+            self._frames.send({"goes_on": True})
 
     def _verify(self, header: Header, data: Data) -> tuple[Header, Data]:
         """Look whether everything is still as it arrived; what isn't counts as not here from now on."""
-        told_s, bad, unchecked = time.monotonic(), 0, 0
-
-        def tell(count: int) -> None:
-            nonlocal told_s
-            if time.monotonic() > told_s + _TOLD_EVERY_S:
-                told_s = time.monotonic()
-                self._frames.send({"goes_on": True})
-
+        bad, unchecked = 0, 0
         for name, spans in self._here().items():
             file = self.folder / name
             if self._is_kept or not file.exists() or file.is_symlink():
                 unchecked += num_bytes(spans)
                 continue
             unchecked += num_bytes(without(spans_here(file), recorded(file)))
-            bad += num_bytes(forget_damaged(file, on_progress=tell))
+            bad += num_bytes(forget_damaged(file, on_progress=lambda count: self._tell()))
         return {"bad": bad, "unchecked": unchecked}, b""
 
 
-def read_good(folder: Path, name: str, span: Span) -> bytearray:
-    """Return bytes of a model's file that are here, and as they arrived.
+def read_good(folder: Path, name: str, span: Span) -> tuple[bytearray, str]:
+    """Return bytes of a model's file that are here, and as they arrived, and their SHA-256.
 
     Raises:
         UserError: they aren't.
         OSError: they can't be read.
     """
     file = folder / name
-    is_stand_in = is_view(folder) and not file.is_symlink()
-    if is_stand_in and (forget_damaged(file, span) or without([span], spans_here(file))):
+    arrived = ""
+    if is_view(folder) and not file.is_symlink():
+        arrived = recorded(file).get(span, "")
+        if not arrived and (forget_damaged(file, span) or without([span], spans_here(file))):
+            raise UserError(f"{name} is damaged there")
+    data = read_span(file, span)
+    digest = hashlib.sha256(data).hexdigest()
+    if arrived and digest != arrived:
+        forget(file, [span])
         raise UserError(f"{name} is damaged there")
-    return read_span(file, span)
+    return data, digest
 
 
 def told(error: Exception, folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -10,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -68,6 +68,13 @@ class SyncProgress:
                 told = [f"{name} {show_bytes(done)} of {show_bytes(total)}" for name, done, total in rows if total]
                 sys.stderr.write(f"{', '.join(told)}\n")
 
+    def tell(self, line: str) -> None:
+        """Show a line, above the bars."""
+        if self._bars:
+            self._bars.console.print(line, markup=False, highlight=False)
+        elif self._is_shown:
+            sys.stderr.write(f"{line}\n")
+
     def __enter__(self) -> SyncProgress:
         if self._bars:
             self._bars.start()
@@ -88,6 +95,8 @@ def lines_of(session: SyncSession, needs: Needs) -> Iterator[str]:
         own, parts = _own(state), []
         if state.damaged:
             parts.append(f"{show_bytes(state.damaged)} were damaged")
+        if state.mismatched:
+            parts.append(f"{', '.join(state.mismatched)} wasn't what the hub has")
         if state.unchecked:
             parts.append(f"{show_bytes(state.unchecked)} of other programs aren't checked")
         if state.error:
@@ -100,26 +109,29 @@ def lines_of(session: SyncSession, needs: Needs) -> Iterator[str]:
     moved = [f"{show_bytes(count)} {_SOURCES[kind]}" for kind, count in session.num_bytes.items() if count]
     if moved:
         rate = sum(state.came for state in session.hosts) / 1e6 / max(session.took_s, 1e-3)
-        yield f"{', '.join(moved)}, in {session.took_s:.1f} s: {rate:.0f} MB/s"
+        direct = f" ({show_bytes(session.direct)} straight from host to host)" if session.direct else ""
+        yield f"{', '.join(moved)}{direct}, in {session.took_s:.1f} s: {rate:.0f} MB/s"
     if needs.counts and len(needs.counts) > 1:
         yield f"run with --layer-split {','.join(map(str, needs.counts))}: another split may need other bytes"
 
 
-def to_json(session: SyncSession, needs: Needs) -> str:
-    """Return the same as a JSON object, in bytes and seconds."""
+def object_of(session: SyncSession, needs: Needs) -> dict[str, Any]:
+    """Return the same for JSON, in bytes and seconds."""
     hosts = [
         {
             "host": state.host.ssh, "ranks": state.ranks, "needed": _own(state), "was_here": state.was_here,
-            "came": state.came, "damaged": state.damaged, "unchecked": state.unchecked, "error": state.error or None,
+            "came": state.came, "damaged": state.damaged, "unchecked": state.unchecked, "mismatched": state.mismatched,
+            "error": state.error or None,
         }
         for state in session.hosts
         if state.ranks
     ]  # fmt: skip
     files = needs.files
-    return json.dumps({
+    return {
         "model": files.model, "commit": files.commit, "total": sum(files.sizes.values()), "layer_split": needs.counts,
-        "sources": session.num_bytes, "seconds": round(session.took_s, 3), "hosts": hosts,
-    }, indent=1)  # fmt: skip
+        "sources": session.num_bytes, "direct": session.direct, "notes": session.notes,
+        "seconds": round(session.took_s, 3), "hosts": hosts,
+    }  # fmt: skip
 
 
 def _own(state: HostState) -> int:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from hippo_mpi.cluster.hostfile import Host
 from hippo_mpi.cluster.sync.frames import PIECE_BYTES
-from hippo_mpi.cluster.sync.model_files import read_spans
+from hippo_mpi.cluster.sync.links import Links
+from hippo_mpi.cluster.sync.model_files import read_spans, read_sums
 from hippo_mpi.cluster.sync.needs import Needs
-from hippo_mpi.cluster.sync.pieces import missing, pieces_to_move
+from hippo_mpi.cluster.sync.pieces import Content, missing, pieces_to_move
 from hippo_mpi.cluster.sync.site import LostError, RefusalError, Site, command_of
 from hippo_mpi.cluster.sync.transfer import HERE, HOSTS, HUB, Transfer
 from hippo_mpi.errors import RankError, UserError
@@ -38,6 +39,9 @@ class HostState:
         unchecked: bytes that verifying couldn't check.
         error: why it isn't filled; empty: it is.
         code: exit status that goes with the error.
+        opened: what it said when it was opened.
+        compared: whole files that it has compared with the hub.
+        mismatched: those of them that weren't what the hub has.
     """
 
     host: Host
@@ -51,6 +55,8 @@ class HostState:
     error: str = ""
     code: int = 0
     opened: dict[str, Any] = field(default_factory=dict)
+    compared: set[str] = field(default_factory=set)
+    mismatched: list[str] = field(default_factory=list)
 
     @property
     def lacks(self) -> dict[str, list[Span]]:
@@ -87,7 +93,12 @@ class SyncSession:
         here = command_of(Host(THIS_MACHINE), _HUB)
         self._hub = Site("the hub", here, errand, timeout_s, environment) if needs.files.repo else None
         self.num_bytes = {HERE: 0, HOSTS: 0, HUB: 0}
+        self.direct = 0
+        self.notes: list[str] = []
+        """Links that failed, and files that weren't what the hub has; a line each, as they were told."""
         self.took_s = 0.0
+        self._came: list[set[str]] = [set() for _ in hosts]
+        self._tell: Callable[[str], None] = lambda line: None
 
     def open(self) -> None:
         """Ask all hosts what they have."""
@@ -107,24 +118,102 @@ class SyncSession:
         self._on_all(self._prepare)
         self._on_all(self._open)
 
-    def fill(self, on_arrival: Callable[[int, int], None]) -> None:
+    def fill(self, on_arrival: Callable[[int, int], None], tell: Callable[[str], None]) -> None:
         """Move what hosts lack.
 
         Args:
             on_arrival: called with the number of a host and the size of each piece that is on its disk.
+            tell: told, from now on, each of the notes at once.
         """
-        pieces = pieces_to_move(
-            [state.lacks for state in self.hosts],
-            [{} if state.error else state.here for state in self.hosts],
-            PIECE_BYTES,
+        self._tell = tell
+        self._came = [{*state.lacks} for state in self.hosts]
+        self._move([{} if state.error else state.here for state in self.hosts], on_arrival)
+        if self._needs.files.link:
+            self._on_all(lambda site, state: site.ask({"op": "link"}))
+
+    def compare(self, everything: bool) -> None:
+        """Have hosts compare whole files of a repo with the hub's SHA-256; what isn't the same is fetched again.
+
+        Args:
+            everything: whether also files of which nothing came just now.
+        """
+        names = [{*self._needs.files.sizes} if everything else came for came in self._came]
+        asked = sorted(
+            {name for state, some in zip(self.hosts, names, strict=True) for name in self._whole(state, some)}
         )
-        transfer = Transfer(self._sites, self._needs.folder, self._hub, on_arrival)
+        if not self._hub or not asked:
+            return
+        try:
+            sums = read_sums(self._hub.ask({"op": "sums", "names": asked})[0].get("sums"), asked)
+        except (LostError, RefusalError) as error:
+            self._note(f"nothing is compared with the hub's SHA-256: {error}")
+            return
+        self._compare_all(names, sums)
+        if doubted := {name for state in self.hosts for name in state.mismatched}:
+            self._compare_all([doubted - state.compared for state in self.hosts], sums)  # it may have come from there
+            self._fetch_again(doubted, sums)
+
+    def _fetch_again(self, doubted: set[str], sums: Mapping[str, str]) -> None:
+        """Get files again that weren't what the hub has, from those that have the same as the hub, or from there."""
+        for state in self.hosts:
+            for name in state.mismatched:
+                again = " and is fetched again" if name in state.needs else ""
+                self._note(f"{state.host.ssh}: {name} isn't what the hub has{again}")
+        self._on_all(self._open)
+        self._move([_without(state, doubted) for state in self.hosts], lambda number, count: None)
+        still = self._compare_all([{*state.mismatched} for state in self.hosts], sums)
+        for state, names in zip(self.hosts, still, strict=True):
+            if names and not state.error:
+                state.fail(RefusalError(f"{', '.join(names)} isn't what the hub has, also when fetched again"))
+
+    def _whole(self, state: HostState, names: Iterable[str]) -> list[str]:
+        """Return those files of which a host has every byte."""
+        sizes = self._needs.files.sizes
+        return [] if state.error else [name for name in sorted(names) if state.here.get(name) == [(0, sizes[name])]]
+
+    def _compare_all(self, names: Sequence[set[str]], sums: Mapping[str, str]) -> list[list[str]]:
+        """Have each host compare its whole ones of some files; return those that aren't the same."""
+        found: dict[str, list[str]] = {}
+        wanted = {
+            state.host.ssh: {name: sums[name] for name in self._whole(state, some) if name in sums}
+            for state, some in zip(self.hosts, names, strict=True)
+        }
+
+        def compare(site: Site, state: HostState) -> None:
+            if asked := wanted[state.host.ssh]:
+                found[state.host.ssh] = self._compare(site, state, asked)
+
+        self._on_all(compare)
+        return [found.get(state.host.ssh, []) for state in self.hosts]
+
+    def _compare(self, site: Site, state: HostState, asked: Mapping[str, str]) -> list[str]:
+        answer, _ = site.ask({"op": "compare", "sums": dict(asked)})
+        try:
+            bad = [name for name in asked if name in answer["bad"]]
+            state.unchecked = max(0, state.unchecked - int(answer["checked"]))
+        except (KeyError, TypeError, ValueError):
+            raise RefusalError("an answer that can't be read") from None
+        state.compared |= {*asked}
+        state.mismatched = [*dict.fromkeys([*state.mismatched, *bad])]
+        return bad
+
+    def _note(self, line: str) -> None:
+        self.notes.append(line)
+        self._tell(line)
+
+    def _move(self, lends: Sequence[Content], on_arrival: Callable[[int, int], None]) -> None:
+        """Move what hosts lack, from those that lend it, or the hub."""
+        pieces = pieces_to_move([state.lacks for state in self.hosts], lends, PIECE_BYTES)
+        links = Links(self._sites, [state.host.ips for state in self.hosts], self._note)
+        transfer = Transfer(self._sites, self._needs.folder, self._hub, links, on_arrival)
         began_s = time.monotonic()
         transfer.run(pieces)
-        self.took_s = time.monotonic() - began_s
-        self.num_bytes = transfer.num_bytes
+        self.took_s += time.monotonic() - began_s
+        self.direct += transfer.direct
+        for kind, count in transfer.num_bytes.items():
+            self.num_bytes[kind] += count
         for number, state in enumerate(self.hosts):
-            state.came = transfer.arrived[number]
+            state.came += transfer.arrived[number]
             if number in transfer.failures:
                 lost = self._sites[number].lost
                 state.fail(LostError(lost) if lost else RefusalError(transfer.failures[number]))
@@ -135,7 +224,7 @@ class SyncSession:
         with ThreadPoolExecutor(len(self._sites) + 1) as pool:
             list(pool.map(lambda site: site.close(), [*self._sites, *filter(None, [self._hub])]))
 
-    def _on_all(self, act: Callable[[Site, HostState], None]) -> None:
+    def _on_all(self, act: Callable[[Site, HostState], object]) -> None:
         def one(site: Site, state: HostState) -> None:
             if state.error:
                 return
@@ -190,6 +279,13 @@ class SyncSession:
 def _stage(site: Site, name: str, data: bytes) -> None:
     for start in range(0, max(1, len(data)), PIECE_BYTES):
         site.ask({"op": "stage", "name": name, "start": start}, data[start : start + PIECE_BYTES])
+
+
+def _without(state: HostState, doubted: set[str]) -> Content:
+    """Return what a host may lend: of doubted files only those that are what the hub has."""
+    good = state.compared - {*state.mismatched}
+    here = {} if state.error else state.here
+    return {name: spans for name, spans in here.items() if name not in doubted or name in good}
 
 
 def _size(content: Mapping[str, Sequence[Span]]) -> int:

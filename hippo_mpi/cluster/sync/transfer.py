@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hippo_mpi.cluster.sync.frames import Data
+from hippo_mpi.cluster.sync.links import Links
 from hippo_mpi.cluster.sync.pieces import Piece
 from hippo_mpi.cluster.sync.place import read_good, told
 from hippo_mpi.cluster.sync.site import MAX_STREAMS, LostError, RefusalError, Site
@@ -25,16 +26,20 @@ class Transfer:
         sites: of all hosts, this machine's last.
         folder: of the model on this machine.
         hub: where to get what no host has; None: the model is none of the hub's.
+        links: by which sites get pieces straight from each other.
         on_arrival: called with the number of a site and the size of each piece that is on its disk.
     """
 
     def __init__(
-        self, sites: Sequence[Site], folder: Path, hub: Site | None, on_arrival: Callable[[int, int], None]
-    ) -> None:
-        self._sites, self._folder, self._hub, self._on_arrival = sites, folder, hub, on_arrival
+        self, sites: Sequence[Site], folder: Path, hub: Site | None, links: Links,
+        on_arrival: Callable[[int, int], None],
+    ) -> None:  # fmt: skip
+        self._sites, self._folder, self._hub, self._links, self._on_arrival = sites, folder, hub, links, on_arrival
         self._counting = threading.Lock()
         self.num_bytes = {HERE: 0, HOSTS: 0, HUB: 0}
         """By where they came from."""
+        self.direct = 0
+        """Of these, bytes that went straight from host to host, not by ssh."""
         self.failures: dict[int, str] = {}
         """Why a site didn't get everything."""
         self.arrived = [0 for _ in sites]
@@ -61,16 +66,36 @@ class Transfer:
                 piece = queue.popleft()
             except IndexError:
                 return
-            goal = [number for number in piece.goal if number not in self.failures]
-            if not goal:
-                return
-            try:
-                data, digest = self._read(piece)
-            except RefusalError as error:
-                self._fail(goal, str(error))
-                continue
-            for number in goal:
-                self._write(number, piece, data, digest)
+            turn = piece.start // max(1, piece.num_bytes) % len(piece.goal)
+            sent: tuple[Data, str] | None = None
+            holders = [*piece.holders]
+            for number in (*piece.goal[turn:], *piece.goal[:turn]):
+                if number in self.failures:
+                    continue
+                if not self._bring(number, piece, holders):
+                    try:
+                        sent = sent or self._read(piece)
+                    except RefusalError as error:
+                        self._fail([number], str(error))
+                        continue
+                    self._write(number, piece, *sent)
+                if number not in self.failures:
+                    holders.append(number)
+
+    def _bring(self, number: int, piece: Piece, holders: Sequence[int]) -> bool:
+        """Have a site get a piece from another; return False if that isn't possible."""
+        try:
+            holder = self._links.bring(piece, holders, number)
+        except (LostError, RefusalError) as error:
+            self._fail([number], str(error))
+            return True
+        if holder is None:
+            return False
+        with self._counting:
+            self.num_bytes[HERE if holder == len(self._sites) - 1 else HOSTS] += piece.num_bytes
+            self.direct += piece.num_bytes
+        self._arrive(number, piece.num_bytes)
+        return True
 
     def _read(self, piece: Piece) -> tuple[Data, str]:
         """Return a piece and its digest, from the nearest that has it.
@@ -82,9 +107,9 @@ class Transfer:
         why = f"no host has bytes {piece.start:,} to {piece.stop:,} of {piece.name}"
         if this in piece.holders:
             try:
-                data = read_good(self._folder, piece.name, (piece.start, piece.stop))
+                data, digest = read_good(self._folder, piece.name, (piece.start, piece.stop))
                 self._count(HERE, len(data))
-                return data, hashlib.sha256(data).hexdigest()
+                return data, digest
             except (UserError, OSError) as error:
                 why = told(error, self._folder)
         others = [number for number in piece.holders if number != this]
@@ -116,13 +141,16 @@ class Transfer:
         try:
             for _ in range(_TRIES):
                 if self._sites[number].ask(asked, data)[0].get("is_good") is True:
-                    with self._counting:
-                        self.arrived[number] += len(data)
-                    self._on_arrival(number, len(data))
+                    self._arrive(number, len(data))
                     return
             self._fail([number], f"{piece.name} doesn't arrive as it is sent")
         except (LostError, RefusalError) as error:
             self._fail([number], str(error))
+
+    def _arrive(self, number: int, count: int) -> None:
+        with self._counting:
+            self.arrived[number] += count
+        self._on_arrival(number, count)
 
     def _fail(self, numbers: Sequence[int], why: str) -> None:
         for number in numbers:

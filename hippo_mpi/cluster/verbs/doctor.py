@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hippo_mpi.cluster.asking.remote import ask
 from hippo_mpi.cluster.doctor import doctor
 from hippo_mpi.cluster.doctor.checks import NAMES, diagnose
 from hippo_mpi.cluster.verbs.host_options import HostOptions, hosts_meant
@@ -46,7 +45,7 @@ def run(options: Options) -> int:
         hostfile = hosts_meant(options)
         first = options.starting_port
         ports = range(first, first + sum(max(1, len(host.ips)) for host in hostfile.hosts)) if first else ()
-        hosts = ask(hostfile, ports, options.timeout, options.model)
+        hosts = doctor.examine(hostfile, ports, options.timeout, options.model)
     if options.save:
         doctor.save(hosts, options.save)
     findings = diagnose(hosts, options.check)
