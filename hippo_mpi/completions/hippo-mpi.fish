@@ -51,7 +51,7 @@ function _shtab_hippo_mpi_using
 end
 
 set -g _shtab_hippo_mpi_commands run generate chat batch serve page benchmark plan models audit cluster 'cluster find' 'cluster setup' 'cluster remove' 'cluster tune' 'cluster doctor' 'cluster link' 'cluster top' 'cluster sync' 'cluster stop' 'cluster convert' completion dashboard
-set -g _shtab_hippo_mpi_opts_with_value --adapter-path --address --admin-key-file --allow-host --allow-origin --api-key-file --audit-key --audit-log --backend --by --catalogue --chat-template-config --check --command --compare --concurrent --config --draft-model --extra-eos-token --from --generation-tokens --hostfile --journal --keep-answers --kv-bits --kv-group-size --last-hash --layer-split --lines --link --log-file --log-level --machine --max-batch-size --max-batch-tokens --max-body-bytes --max-choices --max-connections --max-context --max-kv-size --max-queue --max-repeats --max-restarts --max-schema-bytes --max-tokens --min-p --min-tokens-to-keep --model --model-name --modes --num-draft-tokens --num-ranks --output --plot --port --precision --prefill-chunk --prefill-response --prefill-step-size --prompt --prompt-cache-bytes --prompt-tokens --quantized-kv-start --ranks --reconnect --repetition-context-size --repetition-penalty --requests-per-key --requests-per-minute --revision --save --seconds --seed --server --since --ssl-certfile --ssl-keyfile --stage-times --start-timeout --starting-port --stop-words --system-prompt --temp --timeout --to --tokens-per-minute --top-k --top-p --trace --trials --trusted-proxy --url --wired-limit --xtc-probability --xtc-threshold -m -n -o
+set -g _shtab_hippo_mpi_opts_with_value --adapter-path --address --admin-key-file --allow-host --allow-origin --api-key-file --audit-key --audit-log --backend --by --catalogue --chat-template-config --check --command --compare --concurrent --config --draft-model --extra-eos-token --from --generation-tokens --hostfile --journal --keep-answers --kv-bits --kv-group-size --last-hash --layer-split --lines --link --log-file --log-level --machine --max-batch-size --max-batch-tokens --max-body-bytes --max-choices --max-connections --max-context --max-kv-size --max-queue --max-repeats --max-restarts --max-schema-bytes --max-tokens --min-p --min-tokens-to-keep --model --model-name --modes --num-draft-tokens --num-ranks --output --parallel --plot --port --precision --prefill-chunk --prefill-response --prefill-step-size --prompt --prompt-cache-bytes --prompt-tokens --quantized-kv-start --ranks --reconnect --repetition-context-size --repetition-penalty --requests-per-key --requests-per-minute --revision --save --seconds --seed --server --since --ssl-certfile --ssl-keyfile --stage-times --start-timeout --starting-port --stop-words --system-prompt --temp --timeout --to --tokens-per-minute --top-k --top-p --trace --trials --trusted-proxy --url --width-split --wired-limit --xtc-probability --xtc-threshold -m -n -o
 
 complete -c hippo-mpi -e
 complete -c hippo-mpi -f
@@ -79,7 +79,9 @@ complete -c hippo-mpi -n '_shtab_hippo_mpi_using run' -l max-kv-size -x -d 'maxi
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using run' -l kv-bits -xka "2 3 4 6 8" -d 'quantise the cache to this many bits'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using run' -l kv-group-size -xka "32 64 128" -d 'group size of the quantised cache (default: 64)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using run' -l quantized-kv-start -x -d 'quantise the cache from this token on (default: 5000)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using run' -l parallel -xka "pipeline tensor" -d 'pipeline: each rank holds some layers; tensor: each holds a part of every layer, which is faster for few requests over a fast link (default: pipeline)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using run' -l layer-split -x -d 'layers per rank, such as 14,10; default: planned'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using run' -l width-split -x -d 'with --parallel tensor: parts of each layer per rank, such as 5,3; default: by speed'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using run' -l max-context -x -d 'maximum length of prompt and answer together; default: the model'"'"'s, or what fits'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using run' -l prefill-step-size -l prefill-chunk -x -d 'prompt tokens per step; default: 2048 on a GPU, 256 on a CPU; fewer on several ranks'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using run' -l timeout -x -d 'seconds without progress after which all ranks end (default: 30.0)'
@@ -120,7 +122,9 @@ complete -c hippo-mpi -n '_shtab_hippo_mpi_using generate' -l max-kv-size -x -d 
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using generate' -l kv-bits -xka "2 3 4 6 8" -d 'quantise the cache to this many bits'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using generate' -l kv-group-size -xka "32 64 128" -d 'group size of the quantised cache (default: 64)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using generate' -l quantized-kv-start -x -d 'quantise the cache from this token on (default: 5000)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using generate' -l parallel -xka "pipeline tensor" -d 'pipeline: each rank holds some layers; tensor: each holds a part of every layer, which is faster for few requests over a fast link (default: pipeline)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using generate' -l layer-split -x -d 'layers per rank, such as 14,10; default: planned'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using generate' -l width-split -x -d 'with --parallel tensor: parts of each layer per rank, such as 5,3; default: by speed'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using generate' -l max-context -x -d 'maximum length of prompt and answer together; default: the model'"'"'s, or what fits'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using generate' -l prefill-step-size -l prefill-chunk -x -d 'prompt tokens per step; default: 2048 on a GPU, 256 on a CPU; fewer on several ranks'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using generate' -l timeout -x -d 'seconds without progress after which all ranks end (default: 30.0)'
@@ -158,7 +162,9 @@ complete -c hippo-mpi -n '_shtab_hippo_mpi_using chat' -l max-kv-size -x -d 'max
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using chat' -l kv-bits -xka "2 3 4 6 8" -d 'quantise the cache to this many bits'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using chat' -l kv-group-size -xka "32 64 128" -d 'group size of the quantised cache (default: 64)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using chat' -l quantized-kv-start -x -d 'quantise the cache from this token on (default: 5000)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using chat' -l parallel -xka "pipeline tensor" -d 'pipeline: each rank holds some layers; tensor: each holds a part of every layer, which is faster for few requests over a fast link (default: pipeline)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using chat' -l layer-split -x -d 'layers per rank, such as 14,10; default: planned'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using chat' -l width-split -x -d 'with --parallel tensor: parts of each layer per rank, such as 5,3; default: by speed'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using chat' -l max-context -x -d 'maximum length of prompt and answer together; default: the model'"'"'s, or what fits'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using chat' -l prefill-step-size -l prefill-chunk -x -d 'prompt tokens per step; default: 2048 on a GPU, 256 on a CPU; fewer on several ranks'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using chat' -l timeout -x -d 'seconds without progress after which all ranks end (default: 30.0)'
@@ -199,7 +205,9 @@ complete -c hippo-mpi -n '_shtab_hippo_mpi_using batch' -l max-kv-size -x -d 'ma
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using batch' -l kv-bits -xka "2 3 4 6 8" -d 'quantise the cache to this many bits'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using batch' -l kv-group-size -xka "32 64 128" -d 'group size of the quantised cache (default: 64)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using batch' -l quantized-kv-start -x -d 'quantise the cache from this token on (default: 5000)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using batch' -l parallel -xka "pipeline tensor" -d 'pipeline: each rank holds some layers; tensor: each holds a part of every layer, which is faster for few requests over a fast link (default: pipeline)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using batch' -l layer-split -x -d 'layers per rank, such as 14,10; default: planned'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using batch' -l width-split -x -d 'with --parallel tensor: parts of each layer per rank, such as 5,3; default: by speed'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using batch' -l max-context -x -d 'maximum length of prompt and answer together; default: the model'"'"'s, or what fits'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using batch' -l prefill-step-size -l prefill-chunk -x -d 'prompt tokens per step; default: 2048 on a GPU, 256 on a CPU; fewer on several ranks'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using batch' -l timeout -x -d 'seconds without progress after which all ranks end (default: 30.0)'
@@ -242,7 +250,9 @@ complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l max-kv-size -x -d 'ma
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l kv-bits -xka "2 3 4 6 8" -d 'quantise the cache to this many bits'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l kv-group-size -xka "32 64 128" -d 'group size of the quantised cache (default: 64)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l quantized-kv-start -x -d 'quantise the cache from this token on (default: 5000)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l parallel -xka "pipeline tensor" -d 'pipeline: each rank holds some layers; tensor: each holds a part of every layer, which is faster for few requests over a fast link (default: pipeline)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l layer-split -x -d 'layers per rank, such as 14,10; default: planned'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l width-split -x -d 'with --parallel tensor: parts of each layer per rank, such as 5,3; default: by speed'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l max-context -x -d 'maximum length of prompt and answer together; default: the model'"'"'s, or what fits'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l prefill-step-size -l prefill-chunk -x -d 'prompt tokens per step; default: 2048 on a GPU, 256 on a CPU; fewer on several ranks'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using serve' -l timeout -x -d 'seconds without progress after which all ranks end (default: 30.0)'
@@ -327,7 +337,9 @@ complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l max-kv-size -x -d
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l kv-bits -xka "2 3 4 6 8" -d 'quantise the cache to this many bits'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l kv-group-size -xka "32 64 128" -d 'group size of the quantised cache (default: 64)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l quantized-kv-start -x -d 'quantise the cache from this token on (default: 5000)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l parallel -xka "pipeline tensor" -d 'pipeline: each rank holds some layers; tensor: each holds a part of every layer, which is faster for few requests over a fast link (default: pipeline)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l layer-split -x -d 'layers per rank, such as 14,10; default: planned'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l width-split -x -d 'with --parallel tensor: parts of each layer per rank, such as 5,3; default: by speed'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l max-context -x -d 'maximum length of prompt and answer together; default: the model'"'"'s, or what fits'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l prefill-step-size -l prefill-chunk -x -d 'prompt tokens per step; default: 2048 on a GPU, 256 on a CPU; fewer on several ranks'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l timeout -x -d 'seconds without progress after which all ranks end (default: 30.0)'
@@ -337,7 +349,7 @@ complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l generation-tokens
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l concurrent -x -d 'numbers of concurrent requests (default: 1,4,16)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l trials -x -d 'number of trials; medians are shown (default: 5)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l pipeline-only -d 'skip whole models, standalone and as replicas'
-complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l compare -xka "mlx-lm" -d 'also measure mlx-lm'"'"'s own batch generation: on rank 0, and over all ranks if its model type has a pipeline'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l compare -xka "mlx-lm" -d 'also measure mlx-lm'"'"'s own batch generation: on rank 0, and over all ranks if it can split the model type'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l json -d 'print one JSON object instead of tables'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l plot -xka "(__fish_complete_path (commandline -ct))" -d 'plot throughput against concurrent requests to this file (.png, .svg, .pdf ...)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using benchmark' -l trace -xka "(__fish_complete_path (commandline -ct))" -d 'write a trace of all ranks to this file, for Perfetto or chrome://tracing'
@@ -356,7 +368,9 @@ complete -c hippo-mpi -n '_shtab_hippo_mpi_using plan' -l max-kv-size -x -d 'max
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using plan' -l kv-bits -xka "2 3 4 6 8" -d 'quantise the cache to this many bits'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using plan' -l kv-group-size -xka "32 64 128" -d 'group size of the quantised cache (default: 64)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using plan' -l quantized-kv-start -x -d 'quantise the cache from this token on (default: 5000)'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using plan' -l parallel -xka "pipeline tensor" -d 'pipeline: each rank holds some layers; tensor: each holds a part of every layer, which is faster for few requests over a fast link (default: pipeline)'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using plan' -l layer-split -x -d 'layers per rank, such as 14,10; default: planned'
+complete -c hippo-mpi -n '_shtab_hippo_mpi_using plan' -l width-split -x -d 'with --parallel tensor: parts of each layer per rank, such as 5,3; default: by speed'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using plan' -l max-context -x -d 'maximum length of prompt and answer together; default: the model'"'"'s, or what fits'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using plan' -l prefill-step-size -l prefill-chunk -x -d 'prompt tokens per step; default: 2048 on a GPU, 256 on a CPU; fewer on several ranks'
 complete -c hippo-mpi -n '_shtab_hippo_mpi_using plan' -l timeout -x -d 'seconds without progress after which all ranks end (default: 30.0)'
