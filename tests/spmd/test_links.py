@@ -123,7 +123,7 @@ def test_a_cut_link_ends_both_ranks(tmp_path: Path) -> None:
         _ip("-n", names[0], "link", "set", "cable0", "down")
         began = time.monotonic()
         codes = [rank.wait(TIMEOUT_S + 10) for rank in running]
-        assert time.monotonic() - began < TIMEOUT_S + 3
+        assert time.monotonic() - began < TIMEOUT_S + 6
         assert codes == [3, 3]
         # Nobody can tell the other: each side says what it sees.
         for index, rank in enumerate(running):
