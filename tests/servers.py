@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import time
@@ -30,7 +31,7 @@ FAULTS = {
     "loses its links": signal.SIGUSR2,
 }
 """Signals by what they make of a rank; the last two where the environment is WITH_FAULTS."""
-WITH_FAULTS = {"PYTHONPATH": str(Path(__file__).parent / "faults")}
+WITH_FAULTS = {"PYTHONPATH": os.pathsep.join(str(Path(__file__).parent / name) for name in ("faults", "quick_starts"))}
 _READY_S = 60
 
 

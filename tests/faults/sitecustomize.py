@@ -62,3 +62,4 @@ if "HIPPO_FRONT" in os.environ:
     threading.Thread(target=_cut_links, daemon=True).start()
 
 import befalling  # noqa: E402, F401  (beside this file)
+import remembered_imports  # noqa: E402, F401  (tests/quick_starts)

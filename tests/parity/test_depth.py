@@ -1,7 +1,8 @@
 """Models as deep as those that people run, and quantised: the mechanism must not depend on how many layers there are.
 
-Every model type once at 36 layers, a few as deep as the deepest published ones, with adapters and with experts by the
-hundred. The widths stay tiny, so that a checkpoint is made in a second.
+Every model type once at three times its own tiny depth, one of every mechanism at 36 layers, a few as deep as the deepest
+published ones, with adapters and with experts by the hundred. The widths stay tiny, so that a checkpoint is made in a
+second.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tests.local_ring import LocalRing, make_stages, open_folder
 from tests.parity import tiny_models
 from tests.parity.test_every_model import (
     NAMES,
+    SAMPLE,
     UNCUT,
     assert_same,
     every,
@@ -30,7 +32,7 @@ from tests.parity.test_every_model import (
     tokens_for,
 )
 
-DEPTH = 36
+DEEP, DEPTH = 18, 36
 # mlx-lm takes layer 61 of a deepseek_v3 for the one that predicts further tokens, and drops it.
 DEEPER = {"llama": 80, "qwen3": 64, "qwen3_moe": 126, "gemma3": 62, "gpt_oss": 80, "deepseek_v3": 60, "qwen3_next": 48}
 # For --quick: one that holds more arrays than MLX takes by name, and one that loops over tokens.
@@ -64,10 +66,12 @@ def make_deep(name: str, folder: Path, num_layers: int, **config: Any) -> Path:
 
 
 @every([name for name in NAMES if name not in UNCUT], QUICK)
-def test_every_type_at_36_layers(name: str, tmp_path: Path) -> None:
-    folder = make_deep(name, tmp_path, DEPTH)
+def test_every_type_is_deep(name: str, tmp_path: Path) -> None:
+    """All kinds of layers three times; at DEPTH the arrays are more than MLX takes by name, whatever the type."""
+    num_layers = DEPTH if name in SAMPLE | QUICK else DEEP
+    folder = make_deep(name, tmp_path, num_layers)
     model, _, expected = reference(folder, name, tokens_for(name))
-    assert len(model.layers) >= DEPTH
+    assert len(model.layers) >= num_layers
     assert_deep_parity(folder, name, expected, open_folder(folder))
 
 

@@ -167,8 +167,12 @@ def assert_same(ours: mx.array, theirs: mx.array, what: str) -> None:
 
 def assert_parity(checkpoint: Checkpoint, name: str, cut: list[list[int]], trims: bool = False) -> None:
     """The same logits as mlx-lm's, for each of these splits."""
-    folder, tokens = checkpoint.source.path, tokens_for(name)
-    _, _, expected = reference(folder, name, tokens)
+    tokens = tokens_for(name)
+    model, cache, expected = reference(checkpoint.source.path, name, tokens)
+    end = sum(steps(name)[-1])
+    if trims:
+        trim_prompt_cache(cache, 3)
+        after_trim = model(mx.array([[5, 6]]), cache=cache)
     assert cut, "this model can't be cut at all"
     for split in cut:
         ring = LocalRing(make_stages(checkpoint, split))
@@ -176,15 +180,7 @@ def assert_parity(checkpoint: Checkpoint, name: str, cut: list[list[int]], trims
             ours = ring.logits(tokens[position : position + count], position)
             assert_same(ours, theirs, f"split {split}, {count} tokens at {position}")
         if trims:
-            _assert_parity_after_trim(ring, folder, name, tokens, split)
-
-
-def _assert_parity_after_trim(ring: LocalRing, folder: Path, name: str, tokens: list[int], split: list[int]) -> None:
-    model, cache, _ = reference(folder, name, tokens)
-    end = sum(steps(name)[-1])
-    trim_prompt_cache(cache, 3)
-    theirs = model(mx.array([[5, 6]]), cache=cache)
-    assert_same(ring.logits([5, 6], end - 3), theirs, f"split {split}, after a trim")
+            assert_same(ring.logits([5, 6], end - 3), after_trim, f"split {split}, after a trim")
 
 
 def fails_upstream(name: str, capability: str) -> bool:

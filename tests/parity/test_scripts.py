@@ -48,13 +48,14 @@ SLOW = {"rwkv7", "kimi_k3", "gemma4", "talkie"}
 
 
 def stages_of(folder: Path, counts: list[int]) -> list[Stage]:
-    """Load the model once for each rank, as `hippo_mpi.pipeline` finds it."""
-    stages = []
-    for rank in range(len(counts)):
+    """Load the model once for each rank, as `hippo_mpi.pipeline` finds it; rank 0 asks it, the others read its notes."""
+    models = []
+    for _ in counts:
         model, config = load_model(folder, lazy=True)
         adapt(model, config["model_type"])
-        stages.append(take_stage(model, find_dataflow(model), counts, rank))
-    return stages
+        models.append(model)
+    flow = find_dataflow(models[0])
+    return [take_stage(model, flow, counts, rank) for rank, model in enumerate(models)]
 
 
 def in_batches(model: nn.Module, prompts: list[list[int]], max_tokens: list[int]) -> list[int]:

@@ -49,7 +49,8 @@ def test_all_ranks_find_rank_0(
 
 
 def test_a_rank_that_reaches_rank_0_by_no_way_is_named(tmp_path: Path) -> None:
-    with cabled_hosts(4, SQUARE) as hosts, cabled_ring(hosts, GENERATE, tmp_path) as running:
+    command = [*GENERATE, "--start-timeout", "10"]
+    with cabled_hosts(4, SQUARE) as hosts, cabled_ring(hosts, command, tmp_path) as running:
         assert [rank.wait() for rank in running] == [3] * 4
         assert re.search(r"no control connection to rank 0 \(mini0\) at 10\.205\.\S+, 10\.205\.", running[2].err)
 

@@ -27,8 +27,8 @@ def test_a_rank_whose_peer_never_starts(rank: int, tmp_path: Path) -> None:
     env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)}
     began = time.monotonic()
     with ranks.single([*GENERATE, *WAITS], env=env) as running:
-        assert running.wait(TIMEOUT_S + 10) != 0
-    assert time.monotonic() - began < TIMEOUT_S + 8
+        assert running.wait(TIMEOUT_S + 20) != 0
+    assert time.monotonic() - began < TIMEOUT_S + 16
     lines = [line for line in running.err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
     assert f"rank {rank} (" in lines[0] and "waited 4 s for the other ranks" in lines[0]
@@ -57,8 +57,8 @@ def test_a_ring_of_three_whose_last_rank_never_starts(tmp_path: Path) -> None:
             for i in (0, 1, 3)
         ]
         began = time.monotonic()
-        assert all(rank.wait(2 * TIMEOUT_S + 10) != 0 for rank in running)
-        assert time.monotonic() - began < 2 * TIMEOUT_S + 8
+        assert all(rank.wait(2 * TIMEOUT_S + 20) != 0 for rank in running)
+        assert time.monotonic() - began < 2 * TIMEOUT_S + 16
 
 
 def test_ranks_that_have_different_keys(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_cut_link_ends_both_ranks(tmp_path: Path) -> None:
         _ip("-n", names[0], "link", "set", "cable0", "down")
         began = time.monotonic()
         codes = [rank.wait(TIMEOUT_S + 10) for rank in running]
-        assert time.monotonic() - began < TIMEOUT_S + 3
+        assert time.monotonic() - began < TIMEOUT_S + 6
         assert codes == [3, 3]
         # Nobody can tell the other: each side says what it sees.
         for index, rank in enumerate(running):
