@@ -153,6 +153,12 @@ class RankOptions(DeadlineOptions):
         "with --parallel tensor: parts of each layer per rank, such as 5,3; default: by speed",
         check=checks.counts,
     )
+    collectives: str | None = option(
+        None,
+        "with --parallel tensor, sums over the ranks are part of the graph, or evaluated one by one, which costs time; default:"
+        " graph on a CPU, stepwise on a GPU, where a kernel that waits for the network can hang the machine",
+        choices=("graph", "stepwise"),
+    )
     max_context: int | None = option(
         None, "maximum length of prompt and answer together; default: the model's, or what fits", check=checks.positive
     )

@@ -69,6 +69,7 @@ class PlanConstraints:
     num_draft_tokens: int = 0
     is_tensor: bool = False  # whether each rank holds a part of every layer
     width_split: tuple[int, ...] | None = None
+    collectives: str | None = None  # "graph" or "stepwise"
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Agreement:
     split: LayerSplit | None
     draft: DraftModel | None = None
     shards: ShardPlan | None = None  # how each layer is split, if it is
+    collectives: str | None = None  # as in `PlanConstraints`
 
     @property
     def layout(self) -> Layout:
@@ -172,7 +174,7 @@ def negotiate(
         plan = _Plan(counts, split.max_context, can_batch, split.info.vocab_size, shards)
     plan = control.share(plan, _Plan)
     assert checkpoint is not None
-    return Agreement(checkpoint, **vars(plan), split=split, draft=draft)
+    return Agreement(checkpoint, **vars(plan), split=split, draft=draft, collectives=constraints.collectives)
 
 
 def _planned(

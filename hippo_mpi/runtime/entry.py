@@ -144,7 +144,12 @@ def _with_model(joined: _Joined[_R], body: Callable[[Session[_R]], int], machine
 
     num_draft_tokens = options.num_draft_tokens if isinstance(options, DraftOptions) else 0
     constraints = PlanConstraints(
-        options.layer_split, options.max_context, num_draft_tokens, options.parallel == "tensor", options.width_split
+        options.layer_split,
+        options.max_context,
+        num_draft_tokens,
+        options.parallel == "tensor",
+        options.width_split,
+        options.collectives,
     )
     agreement = negotiate(
         world,

@@ -81,7 +81,8 @@ class Pipeline:
         checkpoint, shards = self.agreement.checkpoint, self.agreement.shards
         if shards is None:
             return load_stage(checkpoint, *self._layers, on_progress)
-        collective = RankCollective(self.world, is_lazy=mx.default_device() == mx.cpu)
+        asked, is_on_cpu = self.agreement.collectives, mx.default_device() == mx.cpu
+        collective = RankCollective(self.world, is_lazy=is_on_cpu if asked is None else asked == "graph")
         self.control.meet()  # from here on, all ranks are at the same sum
         collective.choose()
         return load_sharded_stage(checkpoint, shards, self.world.rank, collective, on_progress)

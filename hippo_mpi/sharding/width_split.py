@@ -125,7 +125,7 @@ class _LayerSplitter:
         """
         sources = [source for source, reach in whole.items() if reach.columns[path].any()]
         inner = dict(self._probe.layers[self._call.layer].named_modules())[innermost([path, *sources])]
-        return bool(sources) and any(_SELECTING.search(_source_of(plain_kind(m))) for _, m in inner.named_modules())
+        return bool(sources) and any(_selecting(plain_kind(module)) for _, module in inner.named_modules())
 
     def _narrowings(
         self, columns: dict[str, Bounds], rows: dict[str, Rows], feeds: dict[str, set[str]]
@@ -234,8 +234,13 @@ class _LayerSplitter:
 
 
 @cache
-def _source_of(kind: type) -> str:
-    return inspect.getsource(kind)
+def _selecting(kind: type) -> bool:
+    """Return whether a class picks some of many, in its own code or in functions of its module that it calls."""
+    sources = [inspect.getsource(kind)]
+    for method in filter(inspect.isfunction, vars(kind).values()):
+        called = (method.__globals__.get(name) for name in method.__code__.co_names)
+        sources += [inspect.getsource(one) for one in called if inspect.isfunction(one)]
+    return any(_SELECTING.search(source) for source in sources)
 
 
 def _merged(ranges: list[Range]) -> tuple[Range, ...]:

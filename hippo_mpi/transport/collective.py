@@ -21,8 +21,8 @@ from hippo_mpi.errors import DesyncError
 from hippo_mpi.transport.world import World
 
 _T = TypeVar("_T")
-_TRIES = 30
-_TRIED_VALUES = 1024  # about a hidden state of one token
+_TRIES = 20
+_TRIED_SIZES = (1 << 10, 1 << 14, 1 << 18)  # values: about hidden states of one token, of a few rows, of a prompt
 
 
 class Collective(Protocol):
@@ -45,24 +45,21 @@ class RankCollective(Collective):
     def __init__(self, world: World, is_lazy: bool) -> None:
         self._world, self.is_lazy = world, is_lazy
         self.last: mx.array | None = None  # the sum that the next one waits for
-        self._gathers = False
+        self._gathers = dict.fromkeys(_TRIED_SIZES, False)  # by the least size that was tried and isn't smaller
 
-    def choose(self) -> dict[str, float]:
-        """Take the faster way to add up small arrays; return the median seconds of each. All ranks must call it.
+    def choose(self) -> None:
+        """Take the faster way to add up arrays of each size, by the sum of the ranks' times. All ranks must call it."""
+        for size in _TRIED_SIZES:
+            part = mx.zeros((size,))
+            summed, gathered = (
+                statistics.median(self._seconds(gathers, part) for _ in range(_TRIES)) for gathers in (False, True)
+            )
+            gained = self._all_sum(mx.array([summed - gathered]))
+            self._gathers[size] = bool((gained > 0).item())
 
-        All take the one that is faster by the sum of the ranks' times.
-        """
-        part = mx.zeros((_TRIED_VALUES,))
-        found = {}
-        for name, self._gathers in (("all_sum", False), ("all_gather", True)):
-            found[name] = statistics.median(self._seconds(part) for _ in range(_TRIES))
-        times = mx.array([found["all_gather"], -found["all_sum"]])
-        self._gathers = bool((mx.distributed.all_sum(times, group=self._world.group).sum() < 0).item())
-        return found
-
-    def _seconds(self, part: mx.array) -> float:
+    def _seconds(self, gathers: bool, part: mx.array) -> float:
         began = time.perf_counter()
-        mx.eval(self._added(part))
+        mx.eval(self._gathered(part) if gathers else self._all_sum(part))
         return time.perf_counter() - began
 
     def begin(self) -> None:
@@ -88,8 +85,13 @@ class RankCollective(Collective):
         return total
 
     def _added(self, part: mx.array) -> mx.array:
-        if not self._gathers:
-            return mx.distributed.all_sum(part, group=self._world.group)
+        size = next((size for size in _TRIED_SIZES if size >= part.size), _TRIED_SIZES[-1])
+        return self._gathered(part) if self._gathers[size] else self._all_sum(part)
+
+    def _all_sum(self, part: mx.array) -> mx.array:
+        return mx.distributed.all_sum(part, group=self._world.group)
+
+    def _gathered(self, part: mx.array) -> mx.array:
         parts = mx.distributed.all_gather(part[None], group=self._world.group)
         total = parts[0]
         for rank in range(1, self._world.size):

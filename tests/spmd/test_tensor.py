@@ -35,6 +35,7 @@ def expected_tokens(folder: Path, num_tokens: int) -> list[int]:
     [
         ("llama", 2, "ring", []), ("gpt_oss", 2, "mpi", []), ("gemma3n", 2, "ring", []), ("talkie", 2, "ring", []),
         ("mixtral", 3, "ring", ["--width-split", "3,2,1"]), ("nanbeige-loops", 2, "mpi", []), ("dbrx", 2, "ring", []),
+        ("qwen3", 2, "ring", ["--collectives", "stepwise"]), ("olmo2", 2, "mpi", ["--collectives", "stepwise"]),
     ],
 )  # fmt: skip
 def test_200_tokens_are_those_of_mlx_lm(
