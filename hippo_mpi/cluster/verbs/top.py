@@ -105,6 +105,7 @@ async def _live(watch: Watch) -> int:
         no_key = bytes([os.fpathconf(0, "PC_VDISABLE") & 0xFF])
         with changed_terminal(0, {termios.VSUSP: no_key}):  # a stopped view would leave the screen as it is
             tty.setcbreak(0, termios.TCSANOW)
+            _keep_output_of_ctrl_c()
             loop.add_reader(0, read_keys)
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 while not leave.is_set():
@@ -112,6 +113,17 @@ async def _live(watch: Watch) -> int:
                     live.update(found, refresh=True)
                     await _is_set(leave, _REFRESH_S)
     return 0
+
+
+def _keep_output_of_ctrl_c() -> None:
+    """Have a Ctrl-C throw nothing away that waits to be shown.
+
+    Linux empties the queue behind the signal, and wakes nobody who waits for room in it: a view that was being written
+    would wait until the next key.
+    """
+    settings = termios.tcgetattr(0)
+    settings[3] |= termios.NOFLSH
+    termios.tcsetattr(0, termios.TCSANOW, settings)
 
 
 def _leave_by_signals() -> asyncio.Event:
