@@ -35,7 +35,7 @@ _STANDARD = Path("-")  # input or output
 _WITHOUT_EFFECT = {
     "prompts", "output", "restart", "keep_order", "model", "revision", "trust_remote_code", "draft_model",
     "num_draft_tokens", "config", "max_batch_size", "max_batch_tokens", "prompt_cache_bytes", "layer_split", "timeout",
-    "start_timeout", "prefill_step_size",
+    "start_timeout", "prefill_step_size", "collectives",
 }  # fmt: skip
 
 

@@ -159,8 +159,10 @@ def serve(argv: list[str]) -> int:
 
     start_s = _PYTHON_START_S + options.start_timeout  # so that ranks which wait in vain say so themselves
     supervisor = Supervisor(broker, make_plan, hosts, start_s, _silence_s(options), options.max_restarts)
-    balance = watch_balance(broker, catalogue, is_taken=options.rebalance)
-    asyncio.run(_serve_supervised(broker, api, http, supervisor, balance))
+    jobs = [supervisor.run(), _serve_api(broker, api, http)]
+    if options.parallel == "pipeline":
+        jobs.append(watch_balance(broker, catalogue, is_taken=options.rebalance))
+    asyncio.run(_until_first_ends(jobs))
     return 0
 
 
@@ -193,10 +195,8 @@ async def _serve_api(broker: RequestBroker, api: Api, settings: HttpSettings) ->
         api.exchanges.close()
 
 
-async def _serve_supervised(
-    broker: RequestBroker, api: Api, settings: HttpSettings, supervisor: Supervisor, balance: Coroutine[Any, Any, None]
-) -> None:
-    tasks = [asyncio.ensure_future(one) for one in (supervisor.run(), _serve_api(broker, api, settings), balance)]
+async def _until_first_ends(jobs: Sequence[Coroutine[Any, Any, None]]) -> None:
+    tasks = [asyncio.ensure_future(job) for job in jobs]
     try:
         await asyncio.wait(tasks, return_when="FIRST_COMPLETED")
     finally:
@@ -247,6 +247,8 @@ def _check_combinations(options: ServeOptions) -> None:
     """Raise a UserError for options of an audit log or a journal without one."""
     if options.rebalance and options.layer_split:
         raise UserError("--rebalance finds the layer split: leave out --layer-split, or --rebalance")
+    if options.rebalance and options.parallel == "tensor":
+        raise UserError("--rebalance moves layers between ranks, and with --parallel tensor each rank has a part of all")
     if options.reconnect and not options.journal:
         raise UserError("--reconnect needs --journal FILE")
     if options.audit_log:
@@ -325,8 +327,9 @@ def launch_plan(
         return LaunchPlan(["-m", "hippo_mpi.serve", *argv], options.ranks)
     backend = _backend(options, hostfile)
     if living is not None:
-        # The layer split was for another number of ranks.
-        argv, hostfile = without_option(argv, "--layer-split"), hostfile.only(living)
+        for split in ("--layer-split", "--width-split"):  # was for another number of ranks
+            argv = without_option(argv, split)
+        hostfile = hostfile.only(living)
         backend = "ring" if len(living) == 1 else backend
         hostfile.check(backend)
     return LaunchPlan(["-m", "hippo_mpi.serve", *argv], hostfile=hostfile, backend=backend)

@@ -46,6 +46,33 @@ def test_plan_for_other_machines() -> None:
     assert layers[0][1] - layers[0][0] < layers[1][1] - layers[1][0]
 
 
+def test_plan_of_parts_of_every_layer() -> None:
+    """By speed: the bundled model has four heads, of which three are for the machine that is three times as fast."""
+    machines = ["--machine", "slow:8", "--machine", "fast:8:3"]
+    with ranks.single([PLAN, "--parallel", "tensor", *machines]) as running:
+        assert running.wait() == 0, running.err
+    head, _, slow, fast = running.out.splitlines()
+    assert head.startswith("12 layers, each split over 2 ranks")
+    assert [line.split()[2] for line in (slow, fast)] == ["0-11+head", "0-11"]
+    assert [line.split()[-1] for line in (slow, fast)] == ["25%", "75%"]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--width-split", "1,1"], "--width-split is for --parallel tensor"),
+        (["--parallel", "tensor", "--layer-split", "6,6"], "--layer-split is for --parallel pipeline"),
+        (["--parallel", "tensor", "--width-split", "1,2,3"], "width split 1,2,3 is for 3 ranks, but there are 2"),
+        (["--parallel", "tensor", "--width-split", "0,1"], "width split 0,1 leaves a rank nothing"),
+    ],
+)
+def test_splits_that_can_not_be(options: list[str], why: str) -> None:
+    with ranks.single([PLAN, "--machine", "a:8", "--machine", "b:8", *options]) as running:
+        assert running.wait() == 2
+    assert len(running.err.splitlines()) == 1
+    assert why in running.err
+
+
 def test_plan_that_does_not_fit_says_what_is_missing() -> None:
     with ranks.single([PLAN, "--machine", "a:0.1", "--machine", "b:0.1"]) as running:
         assert running.wait() == 2
