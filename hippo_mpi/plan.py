@@ -151,6 +151,8 @@ def _check(session: Session[PlanOptions]) -> None:
         )
     if options.simulate and not options.stage_times and not has_weights(folder):
         raise UserError(f"--simulate needs weights, and {folder} has none: give --stage-times, or download them")
+    if options.simulate and session.agreement.shards is not None:
+        raise UserError("--simulate predicts pipelines: leave out --parallel tensor, or --simulate")
 
 
 def _simulate(session: Session[PlanOptions]) -> tuple[list[MeasuredStage], list[Link], Workload]:

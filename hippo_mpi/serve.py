@@ -248,7 +248,9 @@ def _check_combinations(options: ServeOptions) -> None:
     if options.rebalance and options.layer_split:
         raise UserError("--rebalance finds the layer split: leave out --layer-split, or --rebalance")
     if options.rebalance and options.parallel == "tensor":
-        raise UserError("--rebalance moves layers between ranks, and with --parallel tensor each rank has a part of all")
+        raise UserError(
+            "--rebalance moves layers between ranks, and with --parallel tensor each rank has a part of all"
+        )
     if options.reconnect and not options.journal:
         raise UserError("--reconnect needs --journal FILE")
     if options.audit_log:

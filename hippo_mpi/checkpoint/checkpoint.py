@@ -140,7 +140,8 @@ def load_weights(
         checkpoint: the model's structure.
         wanted: names of weights.
         on_progress: called with the bytes read so far.
-        change: called with the model before weights are read, as by cutting them.
+        change: called with the model before weights are read, as by cutting them; weights that get their name by it are
+            wanted, too.
 
     Raises:
         ModelError: a file is missing, or can't be downloaded or read.
@@ -151,7 +152,9 @@ def load_weights(
     if is_view(folder):
         fetch(folder, _stored_arrays(checkpoint.source, wanted), lambda: on_progress(0))
     model, _ = open_lazily(checkpoint.source)
+    known = {name for name, _ in tree_flatten(model.parameters())}
     change(model)
+    wanted = wanted | {name for name, _ in tree_flatten(model.parameters()) if name not in known}
     with loading_errors(folder, "can't be read"):
         hold_weights(model, wanted, on_progress)
     return model

@@ -135,6 +135,14 @@ def counts(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of layer counts such as 14,10") from None
 
 
+def parts(text: str) -> tuple[int, ...]:
+    """Return parts of a whole, such as 5,3."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of parts such as 5,3") from None
+
+
 def request_counts(text: str) -> tuple[int, ...]:
     """Return numbers of requests, such as 1,4,16."""
     try:

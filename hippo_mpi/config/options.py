@@ -151,7 +151,7 @@ class RankOptions(DeadlineOptions):
     width_split: tuple[int, ...] | None = option(
         None,
         "with --parallel tensor: parts of each layer per rank, such as 5,3; default: by speed",
-        check=checks.counts,
+        check=checks.parts,
     )
     collectives: str | None = option(
         None,

@@ -79,7 +79,6 @@ def shard(
     name = f"{ring.next_number()} ({type(model).__module__.rpartition('.')[2]})"
     run_model = partial(type(model).__call__, model)
     route_calls(model, ShardedPeer(model, run_model, ring.channel, collective, ring.control.progress, name), ring)
-    ring.before_leaving.append(collective.flush)
     ring.control.idle()
     return plan
 

@@ -61,7 +61,7 @@ class ShardedFollower:
         return plan
 
     def _compute(self, plan: StepPlan) -> None:
-        self._progress(f"computing {plan}", Activity.COMPUTING)
+        self._progress(f"computing {plan}", Activity.TOGETHER)
         collective = self._stage.collective
         before = collective.last
         rearrange(self.caches, plan)

@@ -43,7 +43,7 @@ class ShardedPeer:
     def call(self, tokens: mx.array, cache: list[Any] | None, options: dict[str, Any]) -> mx.array:
         """Run the model over tokens (B, L); return unevaluated logits (B, L, V).
 
-        All sums are begun here, on every rank, whether or not its script looks at the logits.
+        All sums are made here, on every rank, whether or not its script looks at the logits.
 
         Args:
             tokens: the same on every rank.
@@ -55,12 +55,12 @@ class ShardedPeer:
         """
         header = f"call {self._num_calls} of model {self._name} with tokens {tokens.shape}".encode()
         self._num_calls += 1
-        self._progress(f"computing {header.decode()}", Activity.COMPUTING)
+        self._progress(f"computing {header.decode()}", Activity.TOGETHER)
         if self._collective.is_lazy:
             cache = make_prompt_cache(self._model) if cache is None else cache
             logits = self._run(tokens, cache, options)
             self._meet(header)
-            mx.async_eval(self._collective.last, _arrays(cache))  # type: ignore[no-untyped-call]
+            mx.eval(self._collective.last, _arrays(cache))  # here, where a deadline runs
             return logits
         self._meet(header)  # before the first sum
         return self._run(tokens, cache, options)
@@ -80,7 +80,7 @@ class ShardedPeer:
                 f"this rank is at {header.decode()}, but the previous rank at {said}:"
                 " every rank of a script must call its models in the same order with the same tokens"
             )
-        self._progress(f"computing {header.decode()}", Activity.COMPUTING)
+        self._progress(f"computing {header.decode()}", Activity.TOGETHER)
 
 
 def _arrays(cache: list[Any]) -> list[mx.array]:

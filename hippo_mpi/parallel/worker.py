@@ -54,6 +54,7 @@ class Leader:
         # A model that loops over its layers goes round the ring several times per step: only one at a time keeps order.
         self._is_looped = stage.flow.num_rounds > 1
         self._num_stages = 1 if self._is_looped else num_stages
+        self._computing = Activity.TOGETHER if stage.is_sharded else Activity.COMPUTING
         self.caches = SlotCaches(stage.model, settings)
         self._in_flight: deque[_Built] = deque()
         self._ahead: _Built | None = None  # being computed, and not in flight yet
@@ -73,7 +74,7 @@ class Leader:
     @property
     def can_look_ahead(self) -> bool:
         """Return whether a step's graph can be built before its tokens are known."""
-        return not self._stage.flow.looks_at_values
+        return not self._stage.flow.looks_at_values and self._stage.is_lazy
 
     @property
     def is_ahead(self) -> bool:
@@ -111,7 +112,7 @@ class Leader:
         begun, self._ahead = self._ahead, None
         if step is not None:
             assert begun is None, "another step comes first"
-            self._progress(f"computing {step.plan}", Activity.COMPUTING)
+            self._progress(f"computing {step.plan}", self._computing)
             padded = [row + [0] * (step.plan.num_tokens - len(row)) for row in step.tokens]
             begun = self._build(step, mx.array(padded, mx.int32))
             self._submit(begun)
@@ -150,7 +151,7 @@ class Leader:
             mx.eval(due.state, [] if ids is None else ids)
             due.state = []  # references to the caches would keep MLX from updating them in place
         if built is not None:
-            self._progress(f"computing {built.plan}", Activity.COMPUTING)
+            self._progress(f"computing {built.plan}", self._computing)
             self._submit(built)
         self._begun, self._due, self._ahead = None, (None, None), built
 

@@ -196,7 +196,7 @@ def _planned(
         for layer, why in shards.refused.items():
             sys.stderr.write(f"layer {layer} stays whole on every rank: {why}\n")
         if not shards.is_whole:
-            return plan_widths(info, machines, shards.bytes_of(model.layers), constraints.max_context), shards
+            return plan_widths(info, machines, shards.held_bytes, constraints.max_context), shards
         sys.stderr.write("no layer of this model can be split over ranks: each rank gets some layers instead\n")
     return plan_split(info, machines, constraints.max_context, layer_split), None
 

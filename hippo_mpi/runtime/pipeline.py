@@ -53,8 +53,11 @@ class Pipeline:
         agreement.layout.check(world.size)
         start, stop = self._layers = agreement.layers_of(world.rank)
         checkpoint = agreement.checkpoint
-        # Of a split layer, whole tensors are read.
-        self.weight_bytes = sum(checkpoint.weight_bytes[name] for name in checkpoint.stage_weights(start, stop))
+        sizes, shards, head = checkpoint.weight_bytes, agreement.shards, checkpoint.flow.head_weights
+        self.weight_bytes = sum(sizes[name] for name in checkpoint.stage_weights(start, stop))
+        if shards is not None:
+            self.weight_bytes = shards.held_bytes[world.rank]
+            self.weight_bytes += sum(sizes[name] for name in head) if world.rank == 0 else 0
 
         def loaded(done: int) -> None:
             control.progress(f"loading weights, {done:,} of {self.weight_bytes:,} bytes")

@@ -53,7 +53,8 @@ def take_rows(linear: Any, ranges: Sequence[Range]) -> None:
     """Reduce a linear layer to some of its rows, in place and lazily."""
     width = num_outputs(linear)
     for name, axis in _axes(linear, 0):
-        linear[name] = mx.concatenate([_part(linear[name], axis, rows, width) for rows in ranges], axis)
+        held = mx.concatenate([_part(linear[name], axis, rows, width) for rows in ranges], axis)
+        linear[name] = mx.contiguous(held)  # a single part would keep the whole array alive
 
 
 def take_columns(linear: Any, columns: Range) -> None:

@@ -30,7 +30,7 @@ class ShardedStage(Stage):
     def __init__(self, model: nn.Module, flow: Dataflow, leads: bool, collective: RankCollective) -> None:
         super().__init__(model, flow, 0, flow.num_layers)
         self.is_sharded, self.leads, self.holds_head = True, leads, leads
-        self.collective = collective
+        self.collective, self.is_lazy = collective, collective.is_lazy
         self._next_call = 0
         for layer in model.layers:
             layer.__class__ = self._sharing(type(layer))

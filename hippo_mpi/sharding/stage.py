@@ -60,6 +60,7 @@ class Stage:
         self.run_model = partial(type(model).__call__, model)  # the model's own code, whatever its class becomes
         self.is_whole = stop - start == flow.num_layers
         self.is_sharded = False  # whether other ranks take part in each layer
+        self.is_lazy = True  # whether a step can be built without being computed, as far as the stage goes
         self.crossing = {cut: crossing(flow, cut) for cut in range(1, len(flow.calls) + 1)}
         self._running: Forward | None = None
         if not self.is_whole:

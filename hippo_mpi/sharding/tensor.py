@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from hippo_mpi.errors import UserError
 from hippo_mpi.sharding.dependence import Call, ProbedModel
 from hippo_mpi.sharding.linear_layers import linear_layers, num_bytes, plain_kind
 from hippo_mpi.sharding.shard_check import Trial, difference, is_right
@@ -36,26 +37,18 @@ class ShardPlan:
         num_ranks: over how many ranks.
         layers: how each layer is split.
         refused: of layers that could have been split, why they stay whole, by number.
+        held_bytes: of layers' weights, by rank.
     """
 
     num_ranks: int
     layers: tuple[LayerShards, ...]
     refused: dict[int, str]
+    held_bytes: tuple[int, ...] = ()
 
     @property
     def is_whole(self) -> bool:
         """True if no layer is split."""
         return not any(layer.columns for layer in self.layers)
-
-    def bytes_of(self, layers: Sequence[nn.Module]) -> list[int]:
-        """Return the bytes of all layers' weights that each rank holds."""
-        held = [0.0] * self.num_ranks
-        for layer, shards in zip(layers, self.layers, strict=True):
-            total = sum(array.nbytes for _, array in tree_flatten(layer.parameters()))
-            linear = sum(num_bytes(one) for one in linear_layers(layer).values())
-            for rank in range(self.num_ranks):
-                held[rank] += total - linear * (1 - shards.held_share(layer, rank))
-        return [round(size) for size in held]
 
 
 def plan_shards(model: nn.Module, shares: Sequence[float], on_progress: Callable[[], None] = lambda: None) -> ShardPlan:
@@ -76,6 +69,8 @@ def plan_shards(model: nn.Module, shares: Sequence[float], on_progress: Callable
 
 class _Planner:
     def __init__(self, model: nn.Module, shares: Sequence[float], on_progress: Callable[[], None]) -> None:
+        # Weights that belong to no linear layer; these become noise now.
+        self._other_bytes = sum(_other_bytes(layer) for layer in model.layers)
         self._probe, self._shares, self._on_progress = ProbedModel(model), shares, on_progress
         self._calls = self._probe.calls(make_prompt_cache(model), 1, _PROBED_TOKENS)
         cache: list[Any] = []
@@ -96,7 +91,15 @@ class _Planner:
                     refused[call.layer] = f"its output would be off by {off:.1g} of its largest value"
                 self._on_progress()
         found = tuple(layers.get(index, LayerShards()) for index in range(len(self._probe.layers)))
-        return ShardPlan(len(self._shares), found, refused)
+        return ShardPlan(len(self._shares), found, refused, self._held_bytes(found))
+
+    def _held_bytes(self, layers: Sequence[LayerShards]) -> tuple[int, ...]:
+        held = [float(self._other_bytes)] * len(self._shares)
+        for layer, shards in zip(self._probe.layers, layers, strict=True):
+            linear = sum(num_bytes(one) for one in linear_layers(layer).values())
+            for rank in range(len(self._shares)):
+                held[rank] += linear * shards.held_share(layer, rank)
+        return tuple(round(size) for size in held)
 
     def _try(self, call: Call, number: int) -> tuple[LayerShards, float]:
         """Return a layer's split, and by how much its outputs are off.
@@ -115,6 +118,11 @@ class _Planner:
         return shards, difference(layer, shards, len(self._shares), trials)
 
 
+def _other_bytes(layer: nn.Module) -> int:
+    total: int = sum(array.nbytes for _, array in tree_flatten(layer.parameters()))
+    return total - sum(num_bytes(linear) for linear in linear_layers(layer).values())
+
+
 def shard_model(model: nn.Module, plan: ShardPlan, rank: int, collective: Collective, absent: float = 0.0) -> None:
     """Reduce a model to a rank's part of each layer, in place and lazily; embedding, norm and head stay whole.
 
@@ -131,7 +139,17 @@ def shard_model(model: nn.Module, plan: ShardPlan, rank: int, collective: Collec
 
 
 def fuse_adapters(model: nn.Module) -> None:
-    """Add the weights of LoRA adapters to those of the linear layers that they change, lazily."""
+    """Add the weights of LoRA adapters to those of the linear layers that they change, lazily.
+
+    Raises:
+        UserError: these are quantised, and would have to be quantised anew.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "fuse") and "scales" in getattr(module, "linear", {}):
+            raise UserError(
+                f"an adapter changes {name}, which is quantised: it can't be added to its weights without loss, as parts of"
+                " layers need it; use --parallel pipeline, or weights of 16 bits"
+            )
     fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
     model.update_modules(tree_unflatten(fused))
 

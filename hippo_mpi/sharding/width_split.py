@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import mlx.nn as nn
 import numpy as np
@@ -32,7 +33,9 @@ from hippo_mpi.sharding.narrowing import Narrowing, Rows, find_narrowing, innerm
 
 _MIN_SHARE = 0.02  # of a layer's weights: splitting a smaller one would cost more than it saves
 _MAX_RUNS = 96  # of a layer, to find the rows of one linear layer; beyond, some are held twice
-_SELECTING = re.compile(r"argpartition|argsort|topk\(")
+_ACTIVE_EXPERTS = 8  # about as many of a mixture work on a token
+_SELECTING = re.compile(r"\b(?:argpartition|argsort|topk)\(")
+_EXPERTS = "mlx_lm.models.switch_layers"  # sorts tokens by expert and back, and picks none
 
 Bounds = tuple[int, ...]
 """Columns [bounds[r], bounds[r + 1]) belong to rank r."""
@@ -94,10 +97,10 @@ class _LayerSplitter:
 
     def split(self) -> LayerShards:
         whole = {path: self._whole(path) for path in sorted(self._called)}
-        total = sum(num_bytes(self._linears[path]) for path in whole) or 1
+        total = sum(_work(self._linears[path]) for path in whole) or 1
         summed = {
             path for path, reach in whole.items()
-            if reach.leaves and path not in self._blind and num_bytes(self._linears[path]) >= _MIN_SHARE * total
+            if reach.leaves and path not in self._blind and _work(self._linears[path]) >= _MIN_SHARE * total
         }  # fmt: skip
         summed = {path for path in summed if not self._selects(path, whole)}
         columns: dict[str, Bounds] = {}
@@ -233,11 +236,18 @@ class _LayerSplitter:
         return all(np.array_equal(some[path], every[path]) for path in every)
 
 
+def _work(linear: Any) -> float:
+    """Return about how many bytes of a linear layer's weights are read for a token."""
+    num_experts = linear.weight.shape[0] if linear.weight.ndim == 3 else 1
+    return num_bytes(linear) * min(1.0, _ACTIVE_EXPERTS / num_experts)
+
+
 @cache
 def _selecting(kind: type) -> bool:
     """Return whether a class picks some of many, in its own code or in functions of its module that it calls."""
-    sources = [inspect.getsource(kind)]
-    for method in filter(inspect.isfunction, vars(kind).values()):
+    bases = [one for one in kind.__mro__ if one.__module__.startswith("mlx_lm.") and one.__module__ != _EXPERTS]
+    sources = [inspect.getsource(one) for one in bases]
+    for method in (value for one in bases for value in vars(one).values() if inspect.isfunction(value)):
         called = (method.__globals__.get(name) for name in method.__code__.co_names)
         sources += [inspect.getsource(one) for one in called if inspect.isfunction(one)]
     return any(_SELECTING.search(source) for source in sources)

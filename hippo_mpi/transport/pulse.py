@@ -17,6 +17,8 @@ class Activity(StrEnum):
 
     COMPUTING = "computing"
     """A step: how long these take tells how long the next one may."""
+    TOGETHER = "computing together"
+    """A step inside which ranks wait for each other, and use the CPU meanwhile."""
     FINISHING = "finishing"
     """A step whose graph was built before."""
     WAITING = "waiting"
@@ -31,9 +33,10 @@ class Progress(Protocol):
         """Take note."""
 
 
-_STEPS = (Activity.COMPUTING, Activity.FINISHING)
+_STEPS = (Activity.COMPUTING, Activity.TOGETHER, Activity.FINISHING)
 _WORKING_SHARE = 0.05  # of a core; reached even beside nine busy processes on two cores; an idle rank takes 0.002
 _MAX_DEADLINES = 100  # that one thing may take while it uses the CPU: so an endless loop ends, too
+_MAX_DEADLINES_TOGETHER = 4  # the same where a rank that only waits uses it, too
 
 
 class Pulse:
@@ -53,7 +56,7 @@ class Pulse:
         self.count, self.is_idle = 0, False
         self.doing, self.activity = "starting", Activity.OTHER
         self.longest_s = 0.0
-        self._max_s = _MAX_DEADLINES * timeout_s
+        self._timeout_s = timeout_s
         self._began_s = self._looked_s = time.monotonic()
         self._cpu_s = time.process_time()
 
@@ -75,5 +78,6 @@ class Pulse:
         now, cpu_s = time.monotonic(), time.process_time()
         share = (cpu_s - self._cpu_s) / max(now - self._looked_s, 1e-9)
         self._looked_s, self._cpu_s = now, cpu_s
-        may_last = now - self._began_s < self._max_s
+        deadlines = _MAX_DEADLINES_TOGETHER if self.activity == Activity.TOGETHER else _MAX_DEADLINES
+        may_last = now - self._began_s < deadlines * self._timeout_s
         return may_last and not self.is_idle and self.activity != Activity.WAITING and share > _WORKING_SHARE

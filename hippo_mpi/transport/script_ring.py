@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
 from typing import NoReturn, Protocol, TypeVar
 
@@ -100,7 +100,6 @@ class ScriptRing:
         self.channel = RingChannel(world, self.control, Layout(world.size))
         self._num_models = 0
         self.open_loop: RingLoop | None = None
-        self.before_leaving: list[Callable[[], None]] = []  # wait for what the script has begun on all ranks
         self._pid, self._thread = os.getpid(), threading.current_thread()
         if world.size > 1:
             self._before = sys.excepthook
@@ -156,8 +155,6 @@ class ScriptRing:
         end_within(end_s, f"{self.world.name} waited {end_s:.0f} s for the other ranks to end")
         with contextlib.suppress(RuntimeError):  # the receiver is gone, so nobody needs the message
             self.channel.flush()
-            for wait in self.before_leaving:
-                wait()
         self.control.hang_up()
         self.world.group = None  # MPI is finalized when the last reference is dropped
 

@@ -6,6 +6,7 @@ Outputs of other ranks are NaN where the code sees zeros otherwise, so that a ra
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,17 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint, open_lazily
 from hippo_mpi.config.bundled import BUNDLED_MODELS
+from hippo_mpi.errors import UserError
 from hippo_mpi.sharding.dependence import ProbedModel
 from hippo_mpi.sharding.shard_check import Trial, difference, is_right
+from hippo_mpi.sharding.sharded_stage import load_sharded_stage
 from hippo_mpi.sharding.tensor import ShardPlan, plan_shards, shard_model
 from hippo_mpi.sharding.width_split import LayerShards, split_layer
 from hippo_mpi.tracing.twin import blank_twin
-from hippo_mpi.transport.collective import LocalCollective, run_ranks
+from hippo_mpi.transport.collective import LocalCollective, RankCollective, run_ranks
+from hippo_mpi.transport.world import World
 from tests.local_ring import open_folder
+from tests.measure.figures import make_llama
 from tests.parity import tiny_models
 from tests.parity.test_depth import make_adapter
 from tests.parity.test_every_model import NAMES, UNCUT, every, opened, steps, tokens_for
@@ -105,8 +110,7 @@ def test_three_heads_over_two_ranks() -> None:
     assert checkpoint.config["num_attention_heads"] == 3
     plan = plan_of(checkpoint, (0.5, 0.5))
     model, _ = open_lazily(checkpoint.source)
-    held = plan.bytes_of(model.layers)
-    assert max(held) < 0.54 * sum(
+    assert max(plan.held_bytes) < 0.54 * sum(
         array.nbytes for layer in model.layers for _, array in tree_flatten(layer.parameters())
     )
     assert_close(checkpoint, "llama", plan, 2)
@@ -222,6 +226,20 @@ def test_4_bits(name: str, tmp_path: Path) -> None:
     assert_close(checkpoint, name, plan, 2)
 
 
+def test_an_adapter_of_quantised_layers_is_refused(tmp_path: Path) -> None:
+    folder = tiny_models.make_checkpoint("llama", tmp_path / "model", quantize_bits=4)
+    make_adapter(folder, tmp_path / "adapter", 6)
+    model, _ = open_lazily(ModelSource(folder, str(tmp_path / "adapter")))
+    with pytest.raises(UserError, match="which is quantised"):
+        plan_shards(blank_twin(model), (0.5, 0.5))
+
+
+def test_experts_are_split() -> None:
+    """What sorts tokens by expert picks none of them."""
+    plan = plan_of(opened("mixtral"), (0.5, 0.5))
+    assert any(path.endswith("switch_mlp.down_proj") for path in plan.layers[0].columns)
+
+
 def test_adapters_are_added_to_the_weights(tmp_path: Path) -> None:
     folder = tiny_models.make_checkpoint("llama", tmp_path / "model")
     make_adapter(folder, tmp_path / "adapter", 6)
@@ -230,6 +248,21 @@ def test_adapters_are_added_to_the_weights(tmp_path: Path) -> None:
     assert not plan.refused
     assert plan.layers[0].columns
     assert_close(checkpoint, "llama", plan, 2, bound=1e-4)  # the whole model has them beside the weights
+    stage = load_sharded_stage(checkpoint, plan, 0, RankCollective(World(0, 1, "none", "", ()), is_lazy=True))
+    assert not any(mx.isnan(array).any().item() for _, array in tree_flatten(stage.model.parameters()))
+
+
+def test_a_rank_holds_no_more_than_its_part(tmp_path: Path) -> None:
+    """Also in memory: a part that is a view would keep the whole array alive."""
+    make_llama(tmp_path, 2, 512, 128, mx.float32)
+    checkpoint = open_folder(tmp_path)
+    plan = plan_of(checkpoint, (0.5, 0.5))
+    gc.collect()
+    before = mx.get_active_memory()
+    stage = load_sharded_stage(checkpoint, plan, 1, RankCollective(World(0, 1, "none", "", ()), is_lazy=True))
+    gc.collect()
+    held = mx.get_active_memory() - before
+    assert plan.held_bytes[1] <= held < 1.1 * plan.held_bytes[1], stage
 
 
 @pytest.mark.slow
@@ -242,7 +275,7 @@ def test_real_shapes(name: str, tmp_path: Path) -> None:
     plan = plan_shards(blank_twin(model), (0.5, 0.5))
     assert not plan.refused
     total = sum(array.nbytes for layer in layers for _, array in tree_flatten(layer.parameters()))
-    assert all(size < 0.52 * total for size in plan.bytes_of(layers))
+    assert all(size < 0.52 * total for size in plan.held_bytes)
     assert len([path for layer in plan.layers for path in layer.narrowings if "attn" in path or "mlp" in path]) >= len(
         layers
     )

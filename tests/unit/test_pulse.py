@@ -43,6 +43,15 @@ def test_an_endless_loop_ends() -> None:
     assert not pulse.is_working()
 
 
+def test_a_rank_that_may_only_wait_for_others_in_its_work_is_trusted_for_less_long() -> None:
+    """Inside a sum over ranks, one that waits uses the CPU as one that works does."""
+    pulse = Pulse(timeout_s=0.02)
+    for activity, is_trusted in ((Activity.COMPUTING, True), (Activity.TOGETHER, False)):
+        pulse.progress("computing step 1", activity)
+        compute(0.15)
+        assert pulse.is_working() is is_trusted
+
+
 def test_the_longest_step_is_known() -> None:
     pulse = Pulse(timeout_s=30)
     for activity, seconds in ((Activity.OTHER, 0.2), (Activity.COMPUTING, 0.05), (Activity.WAITING, 0.2)):
