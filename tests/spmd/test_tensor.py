@@ -17,7 +17,7 @@ from tests import ranks
 from tests.parity import tiny_models
 from tests.parity.test_scripts import in_batches
 from tests.servers import server
-from tests.spmd.test_faults import DEATH_S, TIMEOUT_S, assert_ended, endless
+from tests.spmd.test_faults import DEATH_S, SLACK_S, TIMEOUT_S, endless
 from tests.spmd.test_library import BATCH, GENERATES, PROMPT, run
 from tests.tiny_tokenizer import save_tokenizer
 
@@ -103,7 +103,11 @@ def test_a_rank_that_is_gone_inside_a_sum_is_named(fault: signal.Signals, victim
         with ranks.ring([command] * 2) as running:
             running[0].await_output()
             running[victim].process.send_signal(fault)
-            assert_ended(running, limit_s, f"rank {victim} (", [1 - victim])
+            survivor = running[1 - victim]
+            assert survivor.wait(limit_s + SLACK_S + 5) == 3
+            # MLX's ring writes lines of its own in pieces, between which ours may come.
+            assert survivor.err.count("error: ") == 1
+            assert f"rank {victim} (" in survivor.err.partition("error: ")[2]
         return
     with ranks.single(ranks.mpirun(2, command)) as launcher:
         launcher.await_output()

@@ -336,7 +336,9 @@ def test_help_has_the_bundled_models_that_an_error_has() -> None:
 def test_links_of_one_rank_are_refused() -> None:
     options = plan.make_parser().read(["--simulate", "--link", "wifi", "--link", "10gbe"])
     folder = SimpleNamespace(source=SimpleNamespace(path=Path("models/story-3m")))
-    session: Any = SimpleNamespace(options=options, agreement=SimpleNamespace(shards=None, counts=[12], checkpoint=folder))
+    session: Any = SimpleNamespace(
+        options=options, agreement=SimpleNamespace(shards=None, counts=[12], checkpoint=folder)
+    )
     with pytest.raises(
         UserError, match=r"--link needs several ranks: give --machine .* ./launch/run -n 2 --command plan"
     ):
