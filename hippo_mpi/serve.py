@@ -244,7 +244,7 @@ def _open_audit_log(options: ServeOptions) -> AuditLog | None:
 
 
 def _check_combinations(options: ServeOptions) -> None:
-    """Raise a UserError for options of an audit log or a journal without one."""
+    """Raise a UserError for options that don't go together, or that need another one."""
     if options.rebalance and options.layer_split:
         raise UserError("--rebalance finds the layer split: leave out --layer-split, or --rebalance")
     if options.rebalance and options.parallel == "tensor":

@@ -107,11 +107,9 @@ class Pipeline:
 
     def follow(self) -> None:
         """Run rank 0's steps until it calls `release`."""
-        layout = self.agreement.layout
-        is_last = layout.place(self.world.rank).stage == layout.stages - 1
+        is_last = self.world.rank == self.world.size - 1  # there is one replica
         follower: Follower | ShardedFollower
         if isinstance(self.stage, ShardedStage):
-            is_last = self.world.rank == self.world.size - 1
             follower = ShardedFollower(self.stage, self.channel, self._settings, is_last, self.timeline)
         else:
             follower = Follower(self.stage, self.channel, self._settings, is_last, self.timeline)

@@ -4,7 +4,7 @@ Every linear layer returns noise of the right shape, whatever it is given, so th
 any size takes moments. Where some outputs are NaN instead, NaN shows what they reach: it goes through every
 operation of an attention or an activation, whatever the other operand is.
 
-Legend: D width of an input, W width of an output.
+Legend: D width of an input.
 """
 
 from __future__ import annotations

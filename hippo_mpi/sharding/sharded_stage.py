@@ -65,7 +65,7 @@ def load_sharded_stage(
 ) -> ShardedStage:
     """Load a rank's part of every layer of a model; on rank 0 also embedding, norm and head.
 
-    Weights are read tensor by tensor and cut, so that at most one whole tensor is held beside the rank's own part.
+    Weights are read and cut some 64 MiB at a time, so that only few whole tensors are ever held beside the rank's own part.
 
     Args:
         checkpoint: the model's structure, from `open_checkpoint`.
@@ -76,6 +76,7 @@ def load_sharded_stage(
 
     Raises:
         ModelError: a file can't be read or downloaded.
+        UserError: an adapter can't be fused.
     """
     flow, leads = checkpoint.flow, rank == 0
     wanted = flow.stage_weights(0, flow.num_layers)

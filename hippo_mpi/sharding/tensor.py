@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,13 +59,17 @@ def plan_shards(model: nn.Module, shares: Sequence[float], on_progress: Callable
         model: a twin with no weights (`tracing.graph.leaf`), which can't be used afterwards; adapters are fused.
         shares: of the work, by rank; their sum is 1.
         on_progress: called after each layer.
+
+    Raises:
+        UserError: an adapter can't be fused.
     """
     fuse_adapters(model)
     mx.disable_compile()  # compiled functions would keep the graphs of noise
     try:
         return _Planner(model, shares, on_progress).plan()
     finally:
-        mx.enable_compile()
+        if not os.environ.get("MLX_DISABLE_COMPILE"):
+            mx.enable_compile()
 
 
 class _Planner:

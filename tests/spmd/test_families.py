@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -46,6 +47,16 @@ def assert_tokens(folder: Path, num_ranks: int, backend: str) -> None:
         "--prompt", " ".join(f"w{token}" for token in PROMPT), "--max-tokens", "12", "--prefill-step-size", "2048",
         "--max-context", "256",
     ]  # fmt: skip
+    answer = answer_of(command, num_ranks, backend)
+    assert answer["token_ids"] == expected_tokens(folder)
+    assert answer["finish_reason"] == "length"
+    layers = [rank["layers"] for rank in answer["stats"]["ranks"]]
+    assert len(layers) == num_ranks
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(layers))
+
+
+def answer_of(command: list[str], num_ranks: int, backend: str) -> dict[str, Any]:
+    """The JSON that rank 0 prints, when all ranks have ended well."""
     if backend == "ring":
         with ranks.ring([command] * num_ranks) as running:
             codes = [rank.wait() for rank in running]
@@ -55,9 +66,4 @@ def assert_tokens(folder: Path, num_ranks: int, backend: str) -> None:
         with ranks.single(ranks.mpirun(num_ranks, command)) as first:
             codes = [first.wait()]
     assert not any(codes), first.err
-    answer = json.loads(first.out)
-    assert answer["token_ids"] == expected_tokens(folder)
-    assert answer["finish_reason"] == "length"
-    layers = [rank["layers"] for rank in answer["stats"]["ranks"]]
-    assert len(layers) == num_ranks
-    assert all(a[1] == b[0] for a, b in itertools.pairwise(layers))
+    return dict(json.loads(first.out))

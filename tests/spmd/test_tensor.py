@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -17,6 +16,7 @@ from tests import ranks
 from tests.parity import tiny_models
 from tests.parity.test_scripts import in_batches
 from tests.servers import server
+from tests.spmd.test_families import answer_of
 from tests.spmd.test_faults import DEATH_S, SLACK_S, TIMEOUT_S, endless
 from tests.spmd.test_library import BATCH, GENERATES, PROMPT, run
 from tests.tiny_tokenizer import save_tokenizer
@@ -47,15 +47,7 @@ def test_200_tokens_are_those_of_mlx_lm(
         str(ranks.BIN / "hippo_mpi.generate"), "--model", str(folder), "--json", "--ignore-chat-template",
         "--prompt", " ".join(f"w{token}" for token in PROMPT), "--max-tokens", "200", "--max-context", "256", *TENSOR, *options,
     ]  # fmt: skip
-    if backend == "ring":
-        with ranks.ring([command] * num_ranks) as running:
-            codes, first = [rank.wait() for rank in running], running[0]
-            assert not any(rank.out for rank in running[1:])
-    else:
-        with ranks.single(ranks.mpirun(num_ranks, command)) as first:
-            codes = [first.wait()]
-    assert not any(codes), first.err
-    answer = json.loads(first.out)
+    answer = answer_of(command, num_ranks, backend)
     found = answer["token_ids"]
     assert found == expected_tokens(folder, 200)[: len(found)]
     assert len(found) == 200 or answer["finish_reason"] == "stop"
