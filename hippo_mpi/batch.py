@@ -64,6 +64,11 @@ class BatchCommandOptions(_OptionsOfPrompts, ManyOptions):
     )  # fmt: skip
     restart: bool = option(False, "discard the answers that are already in the output")
 
+    @property
+    def load(self) -> str:
+        """What has to be fast."""
+        return self.plan_for or "many"
+
 
 class _Parser(OptionsParser[BatchCommandOptions]):
     """Takes the options of a job script, too; those of the command line win."""

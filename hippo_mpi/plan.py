@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 from hippo_mpi.checkpoint.blueprint import has_weights
 from hippo_mpi.config import checks
+from hippo_mpi.config.links import LINKS, Link
 from hippo_mpi.config.options import DraftOptions, RunOptions
 from hippo_mpi.config.parser import OptionsParser, option
 from hippo_mpi.engine.prefill import chunk_tokens
 from hippo_mpi.errors import UserError
-from hippo_mpi.measure.prediction import LINKS, Link, MeasuredStage, Workload, check_can_time, measure_stage
+from hippo_mpi.measure.prediction import MeasuredStage, Workload, check_can_time, measure_stage
 from hippo_mpi.measure.simulation_report import (
     prediction_object,
     prediction_table,
@@ -27,8 +28,10 @@ from hippo_mpi.measure.simulation_report import (
     read_times,
 )
 from hippo_mpi.planning.layer_split import Machine
+from hippo_mpi.planning.layout_choice import Comparison, table
 from hippo_mpi.planning.machine import longest_chunk
 from hippo_mpi.runtime.entry import run
+from hippo_mpi.runtime.layout_planner import PlannedLayout
 from hippo_mpi.runtime.session import Session
 from hippo_mpi.sharding.stage import load_stage
 
@@ -100,6 +103,16 @@ class PlanOptions(RunOptions, DraftOptions, _SimulationOptions):
         """Whether the plan is all that is wanted: a config alone will do, as for hippo_mpi.generate --show-plan."""
         return True
 
+    @property
+    def planned_link(self) -> Link | None:
+        """The link between machines that aren't here, if there are such."""
+        return self.links[0] if self.links else None
+
+    @property
+    def has_comparison(self) -> bool:
+        """Whether the ways to share a model are compared, although none is to be chosen."""
+        return self.simulate and self.parallel != "pipeline"
+
 
 class _Parser(OptionsParser[PlanOptions]):
     """Plans for the machines that the times of --stage-times were measured for, if no others are given."""
@@ -125,9 +138,12 @@ def plan(session: Session[PlanOptions]) -> int:
     """Show the plan, and what it would give. Returns the exit status."""
     options = session.options
     _check(session)
-    if not (options.json and options.simulate):
+    planned = session.agreement.planned
+    if planned is not None and planned.comparison is not None:
+        _show_comparison(session, planned, planned.comparison)
+    elif not (options.json and options.simulate):
         session.show_plan(options.json)
-    if options.simulate:
+    if options.simulate and options.parallel == "pipeline":
         simulation = _simulate(session)
         session.progress.clear()
         if session.world.rank == 0:
@@ -139,20 +155,36 @@ def plan(session: Session[PlanOptions]) -> int:
     return 0
 
 
+def _show_comparison(session: Session[PlanOptions], planned: PlannedLayout, comparison: Comparison) -> None:
+    """Print the plan, and what each way to share the model would give over each link."""
+    options = session.options
+    by_link = {"": comparison} if not options.links else {link.name: comparison.over(link) for link in options.links}
+    if options.json:
+        layouts = [
+            {"link": name, "predictions": [asdict(one) for one in by.predictions()]} for name, by in by_link.items()
+        ]
+        session.show_plan(True, {"layouts": layouts, "notes": planned.notes})
+        return
+    session.show_plan(False)
+    for name, by in by_link.items():
+        print(f"\n{f'over {name}' if name else 'over the link between these ranks, as it was measured'}:")
+        print(table(by.predictions(), options.load), flush=True)
+
+
 def _check(session: Session[PlanOptions]) -> None:
     """Raise a UserError for options that can't be followed, before anything is printed."""
     options, folder = session.options, session.agreement.checkpoint.source.path
-    if not options.simulate and (options.links or options.stage_times):
+    if not options.simulate and (options.stage_times or (options.links and options.parallel != "auto")):
         raise UserError("--link and --stage-times need --simulate")
-    if options.links and len(session.agreement.counts) == 1:
+    if options.stage_times and options.parallel != "pipeline":
+        raise UserError("--stage-times are those of a pipeline's stages: leave it out, or --parallel")
+    if options.links and session.agreement.layout.num_ranks == 1:
         raise UserError(
             "--link needs several ranks: give --machine NAME:GIBIBYTES once per rank, or start them with ./launch/run"
             " -n 2 --command plan"
         )
-    if options.simulate and not options.stage_times and not has_weights(folder):
+    if options.simulate and options.parallel == "pipeline" and not options.stage_times and not has_weights(folder):
         raise UserError(f"--simulate needs weights, and {folder} has none: give --stage-times, or download them")
-    if options.simulate and session.agreement.shards is not None:
-        raise UserError("--simulate predicts pipelines: leave out --parallel tensor, or --simulate")
 
 
 def _simulate(session: Session[PlanOptions]) -> tuple[list[MeasuredStage], list[Link], Workload]:

@@ -247,9 +247,9 @@ def _check_combinations(options: ServeOptions) -> None:
     """Raise a UserError for options that don't go together, or that need another one."""
     if options.rebalance and options.layer_split:
         raise UserError("--rebalance finds the layer split: leave out --layer-split, or --rebalance")
-    if options.rebalance and options.parallel == "tensor":
+    if options.rebalance and options.parallel != "pipeline":
         raise UserError(
-            "--rebalance moves layers between ranks, and with --parallel tensor each rank has a part of all"
+            f"--rebalance moves layers between the ranks of a pipeline: leave it out, or --parallel {options.parallel}"
         )
     if options.reconnect and not options.journal:
         raise UserError("--reconnect needs --journal FILE")

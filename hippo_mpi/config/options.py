@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from hippo_mpi.config import checks
 from hippo_mpi.config.bundled import BUNDLED_MODEL, BUNDLED_NAMES
+from hippo_mpi.config.links import Link
 from hippo_mpi.config.parser import Once, option
 
 PRECISIONS = ("float32", "float16", "bfloat16", "8bit", "6bit", "5bit", "4bit", "3bit", "2bit")
@@ -142,16 +143,28 @@ class RankOptions(DeadlineOptions):
     parallel: str = option(
         "pipeline",
         "pipeline: each rank holds some layers; tensor: each holds a part of every layer, which is faster for few"
-        " requests over a fast link",
-        choices=("pipeline", "tensor"),
+        " requests over a fast link; auto: what would be faster, by timing layers and links at the start",
+        choices=("pipeline", "tensor", "auto"),
+    )
+    plan_for: str | None = option(
+        None,
+        "with --parallel auto, what has to be fast: answers of one request, of many at once, or reading long prompts;"
+        " default: many for batch files, otherwise one",
+        choices=("one", "many", "prompts"),
     )
     layer_split: tuple[int, ...] | None = option(
         None, "layers per rank, such as 14,10; default: planned", check=checks.counts
     )
     width_split: tuple[int, ...] | None = option(
         None,
-        "with --parallel tensor: parts of each layer per rank, such as 5,3; default: by speed",
+        "with --parallel tensor or auto: parts of each layer per rank, such as 5,3; default: by speed",
         check=checks.parts,
+    )
+    tensor: str = option(
+        "sum",
+        "with --parallel tensor, sum: parts of results are added up over the ranks, which rounds otherwise than one rank"
+        " does; exact: parts are only put side by side, twice as often, for the same bits",
+        choices=("sum", "exact"),
     )
     collectives: str | None = option(
         None,
@@ -183,6 +196,21 @@ class RunOptions(ModelOptions, ConfigOptions, CacheOptions, RankOptions):
     @property
     def only_plans(self) -> bool:
         """Whether the plan is all that is wanted: then no weights are needed."""
+        return False
+
+    @property
+    def load(self) -> str:
+        """What has to be fast."""
+        return self.plan_for or "one"
+
+    @property
+    def planned_link(self) -> Link | None:
+        """The link between machines that aren't here, if there are such."""
+        return None
+
+    @property
+    def has_comparison(self) -> bool:
+        """Whether the ways to share a model are compared, although none is to be chosen."""
         return False
 
 

@@ -15,7 +15,8 @@ from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.engine.text import open_tokenizer
 from hippo_mpi.errors import HippoError
 from hippo_mpi.library.pipelined import START_TIMEOUT_S, TIMEOUT_S, connect
-from hippo_mpi.runtime.agreement import Agreement, PlanConstraints, negotiate
+from hippo_mpi.runtime.agreement import Agreement, negotiate
+from hippo_mpi.runtime.layout_planner import PlanConstraints
 from hippo_mpi.sharding.slot_caches import KVSettings
 from hippo_mpi.sharding.stage import load_stage
 from hippo_mpi.transport.script_ring import Group, ScriptRing, join

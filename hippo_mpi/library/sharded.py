@@ -88,7 +88,12 @@ def _plan(ring: ScriptRing, model: nn.Module, shares: Sequence[float]) -> ShardP
     check_same(ring, {"model": structure_of(model), "shares": str(shares)})
     plan = None
     if ring.world.rank == 0:
-        plan = plan_shards(blank_twin(model), shares, lambda: ring.control.progress(_TRYING, Activity.COMPUTING))
+
+        def tried() -> None:
+            ring.control.progress(_TRYING, Activity.COMPUTING)
+
+        # mlx-lm builds the logits of whole prompts, which nobody looks at: other ranks' parts would travel for nothing.
+        plan = plan_shards(blank_twin(model), shares, tried, has_whole_head=True)
     return ring.control.share(plan, ShardPlan)
 
 

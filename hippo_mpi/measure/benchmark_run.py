@@ -12,7 +12,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.engine import Engine
 from hippo_mpi.engine.prefill import Limits
-from hippo_mpi.measure.hop_times import Hop, echo, time_ring
 from hippo_mpi.measure.load_test import Load, Measured, load_mlx_lm_part, measure, measure_mlx_lm
 from hippo_mpi.parallel.timeline import Mark
 from hippo_mpi.parallel.worker import Leader
@@ -20,6 +19,7 @@ from hippo_mpi.planning.machine import available_bytes
 from hippo_mpi.runtime.pipeline import Pipeline
 from hippo_mpi.sharding.slot_caches import KVSettings
 from hippo_mpi.sharding.stage import Stage, load_stage
+from hippo_mpi.transport.hop_times import Hop, echo, time_ring
 from hippo_mpi.transport.rank_status import RankStatistics
 
 _MARGIN = 1.2  # free memory that a whole model needs besides a rank's part, as a multiple of its weights

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from hippo_mpi.config.links import Link
 from hippo_mpi.errors import UserError
 from hippo_mpi.parallel.schedule import Action, actions, simulate
 from hippo_mpi.sharding.slot_caches import KVSettings, SlotCaches
@@ -23,24 +24,6 @@ from hippo_mpi.tracing.dataflow import Dataflow
 
 _TRIALS, _PROMPT_TRIALS = 5, 3
 _ROUNDS = 20  # of micro-batches: enough that filling the pipeline doesn't matter
-
-
-@dataclass(frozen=True)
-class Link:
-    """A link between machines: seconds of latency, including the receiver's wake-up, and bytes per second."""
-
-    latency_s: float
-    bytes_per_s: float
-    name: str = ""
-
-
-# TCP through MLX's ring as users report it, not the cable's nominal rate. Measure yours with hippo_mpi.benchmark.
-LINKS = [
-    Link(300e-6, 16e9 / 8, "thunderbolt4"),
-    Link(300e-6, 30e9 / 8, "thunderbolt5"),
-    Link(300e-6, 9.4e9 / 8, "10gbe"),
-    Link(3e-3, 0.5e9 / 8, "wifi"),
-]
 
 
 @dataclass(frozen=True)

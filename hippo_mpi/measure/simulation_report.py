@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 
+from hippo_mpi.config.links import Link
 from hippo_mpi.errors import UserError
-from hippo_mpi.measure.prediction import Link, MeasuredStage, Prediction, StageTimes, Workload, one_machine, predict
+from hippo_mpi.measure.prediction import MeasuredStage, Prediction, StageTimes, Workload, one_machine, predict
 from hippo_mpi.planning.layer_split import Machine
 from hippo_mpi.units import count_of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hippo_mpi.errors import PlanError
 from hippo_mpi.planning.costs import ModelInfo
@@ -28,15 +29,30 @@ def width_shares(machines: Sequence[Machine], width_split: Sequence[int] | None)
     return [part / sum(parts) for part in parts]
 
 
+@dataclass(frozen=True)
+class WidthPart:
+    """What a rank holds if every layer is split.
+
+    Args:
+        layer_bytes: weights of its parts of layers.
+        moved_head_bytes: how much more it holds than if embedding, norm and head lay on rank 0.
+        head_share: which part of the logits it makes.
+    """
+
+    layer_bytes: int
+    moved_head_bytes: int
+    head_share: float
+
+
 def plan_widths(
-    info: ModelInfo, machines: Sequence[Machine], held_bytes: Sequence[int], max_context: int | None = None
+    info: ModelInfo, machines: Sequence[Machine], parts: Sequence[WidthPart], max_context: int | None = None
 ) -> LayerSplit:
     """Return what each rank holds if every layer is split.
 
     Args:
         info: costs of the model.
         machines: by rank.
-        held_bytes: weights of layers, by rank.
+        parts: what each rank holds.
         max_context: tokens of cache to plan for; None: the model's own limit, or the largest half, quarter ... of it
             that fits. Caches count as if they were whole: those of some models are.
 
@@ -45,7 +61,7 @@ def plan_widths(
     """
     context = max_context or info.max_positions or 4096
     while True:
-        split = _split(info, machines, held_bytes, context)
+        split = _split(info, machines, parts, context)
         if split.fits:
             return split
         if max_context is not None or context <= 2048:
@@ -53,12 +69,12 @@ def plan_widths(
         context = max(2048, context // 2)
 
 
-def _split(info: ModelInfo, machines: Sequence[Machine], held_bytes: Sequence[int], context: int) -> LayerSplit:
+def _split(info: ModelInfo, machines: Sequence[Machine], parts: Sequence[WidthPart], context: int) -> LayerSplit:
     caches = sum(cache.bytes_at(context) for cache in info.caches)
-    total = sum(held_bytes)
+    total = sum(part.layer_bytes + part.head_share * info.head_work for part in parts)
     stages = []
-    for rank, (machine, held) in enumerate(zip(machines, held_bytes, strict=True)):
-        head = info.head_bytes if rank == 0 else 0
-        work = (held + (info.head_work if rank == 0 else 0.0)) / machine.speed
-        stages.append(StagePlan(machine, 0, info.num_layers, held + head, caches, work, held / total))
+    for rank, (machine, part) in enumerate(zip(machines, parts, strict=True)):
+        weights = part.layer_bytes + part.moved_head_bytes + (info.head_bytes if rank == 0 else 0)
+        read = part.layer_bytes + part.head_share * info.head_work
+        stages.append(StagePlan(machine, 0, info.num_layers, weights, caches, read / machine.speed, read / total))
     return LayerSplit(stages, context, info)

@@ -7,7 +7,6 @@ says it in one line, and all end with the same status.
 from __future__ import annotations
 
 import os
-import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,22 +14,21 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint, open_lazily
+from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint
 from hippo_mpi.config.checks import above_0
 from hippo_mpi.environment import SPEED
-from hippo_mpi.errors import HippoError, LaunchError, UserError, error_with_status
+from hippo_mpi.errors import HippoError, LaunchError, error_with_status
 from hippo_mpi.planning.costs import ModelInfo
-from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
+from hippo_mpi.planning.layer_split import LayerSplit, Machine
 from hippo_mpi.planning.machine import available_bytes, measured_speeds, usual_flops_per_byte
 from hippo_mpi.planning.model_costs import model_info
-from hippo_mpi.planning.width_plan import plan_widths, width_shares
+from hippo_mpi.runtime.layout_planner import LayoutPlanner, PlanConstraints, PlannedLayout, time_rank
 from hippo_mpi.runtime.source_digest import source_digest
 from hippo_mpi.sharding.slot_caches import KVSettings
-from hippo_mpi.sharding.tensor import ShardPlan, plan_shards
-from hippo_mpi.tracing.twin import blank_twin
+from hippo_mpi.sharding.tensor import ShardPlan
+from hippo_mpi.transport.collective import is_in_graph
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.layout import Layout
-from hippo_mpi.transport.pulse import Activity
 from hippo_mpi.transport.world import World
 
 _EQUAL_SPEED = 1.1  # speeds closer than this are taken for the same: a measurement isn't better
@@ -61,18 +59,6 @@ class Introduction:
 
 
 @dataclass(frozen=True)
-class PlanConstraints:
-    """What people have fixed of the plan; the same on every rank."""
-
-    layer_split: tuple[int, ...] | None
-    max_context: int | None
-    num_draft_tokens: int = 0
-    is_tensor: bool = False  # whether each rank holds a part of every layer
-    width_split: tuple[int, ...] | None = None
-    collectives: str | None = None  # "graph" or "stepwise"
-
-
-@dataclass(frozen=True)
 class _Plan:
     """What rank 0 has planned, as in `Agreement`."""
 
@@ -93,17 +79,22 @@ class DraftModel:
 
 @dataclass
 class Agreement:
-    """What all ranks have agreed on before a weight is loaded. `split` and `draft` are on rank 0 only."""
+    """What all ranks have agreed on before a weight is loaded. `planned` and `draft` are on rank 0 only."""
 
     checkpoint: Checkpoint
     counts: list[int]  # layers of each stage
     max_context: int
     can_batch: bool | None  # False: mlx-lm can't run rows together; None: the model must be asked
     vocab_size: int
-    split: LayerSplit | None
+    planned: PlannedLayout | None
     draft: DraftModel | None = None
     shards: ShardPlan | None = None  # how each layer is split, if it is
     collectives: str | None = None  # as in `PlanConstraints`
+
+    @property
+    def split(self) -> LayerSplit | None:
+        """Return what each rank holds; on rank 0 only."""
+        return None if self.planned is None else self.planned.split
 
     @property
     def layout(self) -> Layout:
@@ -157,48 +148,68 @@ def negotiate(
     except HippoError as error:
         introduction.error, introduction.exit_code = str(error), error.exit_code
     introductions = control.gather(introduction)
-    split = draft = shards = None
+    draft = planner = None
     if introductions is not None:
         try:
             _compare(introductions)
             assert checkpoint is not None
             info, draft = model_info(checkpoint, settings, shares_head), _open_draft(find_draft())
             info = info.with_draft(draft.info, constraints.num_draft_tokens) if draft else info
-            split, shards = _planned(checkpoint, info, machines or machines_of(introductions), constraints, control)
+            planner = LayoutPlanner(checkpoint, info, machines or machines_of(introductions), constraints, control)
         except HippoError as error:
             control.fail(error)
-    plan = None
-    if split is not None:
-        can_batch = None if split.info.can_batch else False
-        counts = split.counts if shards is None else [split.info.num_layers]
-        plan = _Plan(counts, split.max_context, can_batch, split.info.vocab_size, shards)
-    plan = control.share(plan, _Plan)
     assert checkpoint is not None
-    return Agreement(checkpoint, **vars(plan), split=split, draft=draft, collectives=constraints.collectives)
+    num_ranks = len(machines) if machines else world.size
+    try:
+        if constraints.compares and num_ranks > 1:
+            layout = _compared(planner, checkpoint, constraints, world, control, is_here=machines is None)
+        else:
+            layout = planner.plan() if planner is not None else None
+    except HippoError as error:
+        control.fail(error)
+    plan = None
+    if layout is not None:
+        info, shards = layout.split.info, layout.shards
+        can_batch = None if info.can_batch else False
+        counts = layout.split.counts if shards is None else [info.num_layers]
+        plan = _Plan(counts, layout.split.max_context, can_batch, info.vocab_size, shards)
+    plan = control.share(plan, _Plan)
+    return Agreement(checkpoint, **vars(plan), planned=layout, draft=draft, collectives=constraints.collectives)
 
 
-def _planned(
-    checkpoint: Checkpoint, info: ModelInfo, machines: list[Machine], constraints: PlanConstraints, control: Control
-) -> tuple[LayerSplit, ShardPlan | None]:
-    """Return which rank holds what; if each holds a part of every layer, also how layers are split."""
-    layer_split, width_split = constraints.layer_split, constraints.width_split
-    if constraints.is_tensor and layer_split is not None:
-        raise UserError(
-            "--layer-split is for --parallel pipeline; with tensor, --width-split 5,3 gives parts of each layer"
-        )
-    if width_split is not None and not constraints.is_tensor:
-        raise UserError("--width-split is for --parallel tensor; in a pipeline, --layer-split gives layers per rank")
-    if constraints.is_tensor and len(machines) > 1:
-        shares = width_shares(machines, width_split)
-        model, _ = open_lazily(checkpoint.source)
-        doing = "trying how the layers can be split"
-        shards = plan_shards(blank_twin(model), shares, lambda: control.progress(doing, Activity.COMPUTING))
-        for layer, why in shards.refused.items():
-            sys.stderr.write(f"layer {layer} stays whole on every rank: {why}\n")
-        if not shards.is_whole:
-            return plan_widths(info, machines, shards.held_bytes, constraints.max_context), shards
-        sys.stderr.write("no layer of this model can be split over ranks: each rank gets some layers instead\n")
-    return plan_split(info, machines, constraints.max_context, layer_split), None
+@dataclass(frozen=True)
+class _Offer:
+    """How layers could be split, for every rank to time."""
+
+    shards: ShardPlan
+
+
+def _compared(
+    planner: LayoutPlanner | None,
+    checkpoint: Checkpoint,
+    constraints: PlanConstraints,
+    world: World,
+    control: Control,
+    is_here: bool,
+) -> PlannedLayout | None:
+    """Time what the ways to share a model take, on every rank; return rank 0's plan.
+
+    Args:
+        planner: rank 0's.
+        checkpoint: the model.
+        constraints: the same on every rank.
+        world: the ranks.
+        control: to the others.
+        is_here: whether the ranks are those that are planned for.
+    """
+    offer = _Offer(planner.widths()) if planner is not None else None
+    if not is_here:
+        if planner is None or offer is None:
+            return None
+        return planner.planned(offer.shards, planner.time_elsewhere(offer.shards))
+    shards = control.share(offer, _Offer).shards
+    timed = control.gather(time_rank(checkpoint, shards, world, control, is_in_graph(constraints.collectives)))
+    return planner.planned(shards, timed) if planner is not None and timed is not None else None
 
 
 def _open_draft(source: ModelSource | None) -> DraftModel | None:

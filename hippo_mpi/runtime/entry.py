@@ -16,7 +16,8 @@ from hippo_mpi.config.yaml_file import expanded
 from hippo_mpi.errors import ForeignError, HippoError, UserError, interrupted, print_error, printable, unread
 from hippo_mpi.offline.progress import Progress
 from hippo_mpi.planning.layer_split import Machine
-from hippo_mpi.runtime.agreement import PlanConstraints, compare_ranks, negotiate
+from hippo_mpi.runtime.agreement import compare_ranks, negotiate
+from hippo_mpi.runtime.layout_planner import PlanConstraints
 from hippo_mpi.runtime.session import Session
 from hippo_mpi.sharding.slot_caches import KVSettings
 from hippo_mpi.transport.console import LentConsole, borrow_console
@@ -147,9 +148,13 @@ def _with_model(joined: _Joined[_R], body: Callable[[Session[_R]], int], machine
         options.layer_split,
         options.max_context,
         num_draft_tokens,
-        options.parallel == "tensor",
+        options.parallel,
         options.width_split,
+        options.tensor == "exact",
         options.collectives,
+        options.load,
+        options.planned_link,
+        options.has_comparison,
     )
     agreement = negotiate(
         world,
@@ -161,6 +166,9 @@ def _with_model(joined: _Joined[_R], body: Callable[[Session[_R]], int], machine
         machines,
         lambda: ModelSource.of_draft(options, not options.only_plans, looking),
     )
+    for note in agreement.planned.notes if agreement.planned is not None else ():
+        progress.clear()
+        print(note, file=sys.stderr, flush=True)
     try:
         return body(Session(options, world, control, launcher, settings, agreement, progress))
     finally:

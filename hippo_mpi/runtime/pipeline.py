@@ -18,7 +18,7 @@ from hippo_mpi.sharding.sharded_stage import ShardedStage, load_sharded_stage
 from hippo_mpi.sharding.slot_caches import KVSettings
 from hippo_mpi.sharding.stage import Stage, load_stage
 from hippo_mpi.transport.channel import RingChannel
-from hippo_mpi.transport.collective import RankCollective
+from hippo_mpi.transport.collective import RankCollective, is_in_graph
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.pulse import Activity
@@ -56,7 +56,7 @@ class Pipeline:
         sizes, shards, head = checkpoint.weight_bytes, agreement.shards, checkpoint.flow.head_weights
         self.weight_bytes = sum(sizes[name] for name in checkpoint.stage_weights(start, stop))
         if shards is not None:
-            self.weight_bytes = shards.held_bytes[world.rank]
+            self.weight_bytes = shards.held_bytes[world.rank] + shards.moved_head_bytes(world.rank)
             self.weight_bytes += sum(sizes[name] for name in head) if world.rank == 0 else 0
 
         def loaded(done: int) -> None:
@@ -84,8 +84,7 @@ class Pipeline:
         checkpoint, shards = self.agreement.checkpoint, self.agreement.shards
         if shards is None:
             return load_stage(checkpoint, *self._layers, on_progress)
-        asked, is_on_cpu = self.agreement.collectives, mx.default_device() == mx.cpu
-        collective = RankCollective(self.world, is_lazy=is_on_cpu if asked is None else asked == "graph")
+        collective = RankCollective(self.world, is_in_graph(self.agreement.collectives))
         self.control.meet()  # from here on, all ranks are at the same sum
         collective.choose()
         return load_sharded_stage(checkpoint, shards, self.world.rank, collective, on_progress)

@@ -2,7 +2,8 @@
 
 A linear layer that holds some of its rows returns zeros for the others, so that the code around it sees the shapes that
 it knows, or only its own ones, where the code works with them (`narrowing.py`). One that holds some of its columns
-multiplies these, and adds up over the ranks.
+multiplies these, and adds up over the ranks. In the exact form it holds rows, too: what it takes is gathered from all
+ranks, and so is what it makes. Nothing is added in another order then.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import mlx.nn as nn
 
 from hippo_mpi.sharding.linear_layers import Range, linear_layers, num_outputs, take_columns, take_rows
 from hippo_mpi.sharding.narrowing import narrow
-from hippo_mpi.sharding.width_split import LayerShards
+from hippo_mpi.sharding.width_split import Bounds, LayerShards, widths
 from hippo_mpi.transport.collective import Collective
 
 
@@ -33,10 +34,16 @@ def shard_layer(layer: nn.Module, shards: LayerShards, rank: int, collective: Co
     for path, bounds in shards.columns.items():
         linear: Any = linears[path]
         columns = (bounds[rank], bounds[rank + 1])
+        own = None if path in shards.narrowings else columns
+        if path in shards.outputs:
+            outputs = shards.outputs[path]
+            take_rows(linear, [(outputs[rank], outputs[rank + 1])])
+            linear.__class__ = _gathering(type(linear), own, bounds, outputs, collective)
+            continue
         take_columns(linear, columns)
         if rank > 0 and "bias" in linear:
             linear.bias = mx.zeros_like(linear.bias)  # it is added once
-        linear.__class__ = _summed(type(linear), None if path in shards.narrowings else columns, collective)
+        linear.__class__ = _summed(type(linear), own, collective)
     for path, held in shards.rows.items():
         linear = linears[path]
         width = num_outputs(linear)
@@ -51,6 +58,15 @@ def _summed(kind: type, columns: Range | None, collective: Collective) -> type:
     def call(linear: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         part = x if columns is None else x[..., columns[0] : columns[1]]
         return collective.sum(kind.__call__(linear, part, *args, **kwargs))
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _gathering(kind: type, columns: Range | None, inputs: Bounds, outputs: Bounds, collective: Collective) -> type:
+    def call(linear: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        part = x if columns is None else x[..., columns[0] : columns[1]]
+        made = kind.__call__(linear, collective.gather(part, widths(inputs)), *args, **kwargs)
+        return collective.gather(made, widths(outputs))
 
     return type(kind.__name__, (kind,), {"__call__": call})
 

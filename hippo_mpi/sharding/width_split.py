@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -38,7 +38,25 @@ _SELECTING = re.compile(r"\b(?:argpartition|argsort|topk)\(")
 _EXPERTS = "mlx_lm.models.switch_layers"  # sorts tokens by expert and back, and picks none
 
 Bounds = tuple[int, ...]
-"""Columns [bounds[r], bounds[r + 1]) belong to rank r."""
+"""Rows or columns [bounds[r], bounds[r + 1]) belong to rank r."""
+
+
+def widths(bounds: Bounds) -> list[int]:
+    """Return how many belong to each rank."""
+    return [stop - start for start, stop in pairwise(bounds)]
+
+
+def cut(width: int, shares: Sequence[float]) -> Bounds | None:
+    """Return bounds near those that the shares ask for, at multiples of what kernels work on at once.
+
+    None if there is too little for so many ranks.
+    """
+    unit = 64 if width >= 4096 else 8
+    bounds, wanted = [0], 0.0
+    for share in shares[:-1]:
+        wanted += share
+        bounds.append(max(bounds[-1] + unit, round(wanted * width / unit) * unit))
+    return (*bounds, width) if bounds[-1] < width else None
 
 
 @dataclass(frozen=True)
@@ -49,16 +67,32 @@ class LayerShards:
         columns: by path, the bounds between ranks.
         rows: by path and rank, the ranges of rows that a rank holds; ranges of several ranks may overlap.
         narrowings: by path of one that is split by columns, how the code in front of it works on a rank's part only.
+        outputs: in the exact form, by path of what `columns` has: each rank holds these rows and all columns; `columns`
+            are then the parts of its inputs that each rank makes.
+        feeds: by path of what `rows` has, which of `columns` its outputs go to.
     """
 
     columns: dict[str, Bounds] = field(default_factory=dict)
     rows: dict[str, Rows] = field(default_factory=dict)
     narrowings: dict[str, Narrowing] = field(default_factory=dict)
+    outputs: dict[str, Bounds] = field(default_factory=dict)
+    feeds: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def narrow_rows(self) -> set[str]:
         """Linear layers that return nothing but their own rows."""
         return {path for narrowing in self.narrowings.values() for path in narrowing.linears}
+
+    def only(self, chosen: Container[str]) -> LayerShards:
+        """Return a split of nothing but some of `columns`, and of what feeds only these."""
+        rows = {path: held for path, held in self.rows.items() if all(to in chosen for to in self.feeds[path])}
+        return LayerShards(
+            {path: bounds for path, bounds in self.columns.items() if path in chosen},
+            rows,
+            {path: narrowing for path, narrowing in self.narrowings.items() if path in chosen},
+            {path: bounds for path, bounds in self.outputs.items() if path in chosen},
+            {path: self.feeds[path] for path in rows},
+        )
 
     def held_share(self, layer: nn.Module, rank: int) -> float:
         """Return the share of the bytes of all linear layers that a rank holds."""
@@ -74,20 +108,21 @@ class LayerShards:
         return held / total if total else 1.0
 
 
-def split_layer(probe: ProbedModel, call: Call, shares: Sequence[float]) -> LayerShards:
+def split_layer(probe: ProbedModel, call: Call, shares: Sequence[float], is_exact: bool = False) -> LayerShards:
     """Split the linear layers of a layer.
 
     Args:
         probe: the model.
         call: of the layer, from `ProbedModel.calls`.
         shares: of the work, by rank; their sum is 1.
+        is_exact: whether nothing may be added up over the ranks.
     """
-    return _LayerSplitter(probe, call, shares).split()
+    return _LayerSplitter(probe, call, shares, is_exact).split()
 
 
 class _LayerSplitter:
-    def __init__(self, probe: ProbedModel, call: Call, shares: Sequence[float]) -> None:
-        self._probe, self._call, self._shares = probe, call, shares
+    def __init__(self, probe: ProbedModel, call: Call, shares: Sequence[float], is_exact: bool) -> None:
+        self._probe, self._call, self._shares, self._is_exact = probe, call, shares, is_exact
         self._linears = linear_layers(probe.layers[call.layer])
         self._widths = {path: num_outputs(linear) for path, linear in self._linears.items()}
         blind = probe.baseline(call)
@@ -119,7 +154,10 @@ class _LayerSplitter:
                 held = self._rows(source, {path: columns[path] for path in targets})
                 if any(ranges != ((0, self._widths[source]),) for ranges in held):
                     rows[source] = held
-        return LayerShards(columns, rows, self._narrowings(columns, rows, feeds))
+        outputs = {path: cut(self._widths[path], self._shares) for path in columns if self._is_exact}
+        exact = {path: bounds for path, bounds in outputs.items() if bounds is not None}
+        fed = {path: tuple(sorted(feeds[path])) for path in rows}
+        return LayerShards(columns, rows, self._narrowings(columns, rows, feeds), exact, fed)
 
     def _selects(self, path: str, whole: dict[str, Reach]) -> bool:
         """Return whether code in front of a linear layer picks some positions or experts out of many.
@@ -163,11 +201,14 @@ class _LayerSplitter:
         """
         linear = self._linears[path]
         width, unit = num_inputs(linear), column_unit(linear)
+        step = max(unit, 8 if width >= 64 else 1)  # kernels work on that many at once
+        if self._is_exact and cut(self._widths[path], self._shares) is None:
+            return None
         bounds, wanted = [0], 0.0
         for share in self._shares[:-1]:
             wanted += share
             ideal = min(width - 1, max(1, round(wanted * width)))
-            candidates = {ideal // unit * unit, -(-ideal // unit) * unit}
+            candidates = {ideal // step * step, -(-ideal // step) * step}
             for source in sources:
                 candidates |= {end for end in self._part_around(source, path, ideal) if end % unit == 0}
             usable = sorted(end for end in candidates if bounds[-1] < end < width)
@@ -177,7 +218,10 @@ class _LayerSplitter:
         return (*bounds, width)
 
     def _part_around(self, source: str, path: str, column: int) -> Range:
-        """Return the hull of the columns that are reached together with `column`, by a single row of `source`."""
+        """Return the hull of the columns that are reached together with `column`, by a single row of `source`.
+
+        Nothing if it is reached alone.
+        """
         start, stop = 0, self._widths[source]
         while stop - start > 1:
             middle = (start + stop) // 2
@@ -186,7 +230,7 @@ class _LayerSplitter:
             else:
                 start = middle
         together = np.flatnonzero(self._reach(source, (start, stop)).columns[path])
-        return (int(together[0]), int(together[-1]) + 1) if len(together) else (0, 0)
+        return (int(together[0]), int(together[-1]) + 1) if len(together) > 1 else (0, 0)
 
     def _cost(self, path: str, sources: Sequence[str], cut: int, wanted: float) -> float:
         """Return the work of the busier side of a cut in units of a fair share, counting what both sides need twice."""

@@ -1,6 +1,6 @@
-"""Sums over all ranks, in the order in which every rank's code asks for them.
+"""Sums over all ranks and joined parts of them, in the order in which every rank's code asks for them.
 
-`RankCollective` adds up over `mx.distributed`, `LocalCollective` in one process, where each rank is a greenlet.
+`RankCollective` works over `mx.distributed`, `LocalCollective` in one process, where each rank is a greenlet.
 
 Measured on two ranks of one machine, between matrix products (24 sums of 3 KiB a step): on the ring, an all_gather whose
 parts are added locally costs 130 us, an all_sum 305 us, as it takes twice as many phases; under MPI, 110 and 40 us. A
@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from greenlet import getcurrent, greenlet
@@ -25,42 +28,29 @@ _TRIES = (20, 20, 5)
 _TRIED_SIZES = (1 << 10, 1 << 14, 1 << 18)  # values: about hidden states of one token, of a few rows, of a prompt
 
 
-class Collective(Protocol):
-    """Adds up arrays over all ranks."""
+class Collective(ABC):
+    """Adds up or joins arrays of all ranks; every rank must ask for the same, in the same order.
 
-    def sum(self, part: mx.array) -> mx.array:
-        """Return the sum of all ranks' parts, in the same bits on each; every rank must ask, in the same order."""
-
-
-class RankCollective(Collective):
-    """Sums over `mx.distributed`.
-
-    Args:
-        world: the ranks.
-        is_lazy: whether sums are part of the graph. MLX computes them on a CPU stream: on a CPU that is the stream of the
-            computation itself. On a GPU a kernel would wait for the network, which can hang a Mac; there, each sum
-            is evaluated at once, and everything before it.
+    Attributes:
+        is_lazy: whether what is returned is part of the graph, and computed with it.
+        last: what the next sum or gather waits for.
     """
 
-    def __init__(self, world: World, is_lazy: bool) -> None:
-        self._world, self.is_lazy = world, is_lazy
-        self.last: mx.array | None = None  # the sum that the next one waits for
-        self._gathers = dict.fromkeys(_TRIED_SIZES, False)  # by the least size that was tried and isn't smaller
+    is_lazy = True
+    last: mx.array | None = None
 
-    def choose(self) -> None:
-        """Take the faster way to add up arrays of each size, by the sum of the ranks' times. All ranks must call it."""
-        for size, tries in zip(_TRIED_SIZES, _TRIES, strict=True):
-            part = mx.zeros((size,))
-            summed, gathered = (
-                statistics.median(self._seconds(gathers, part) for _ in range(tries)) for gathers in (False, True)
-            )
-            gained = self._all_sum(mx.array([summed - gathered]))
-            self._gathers[size] = bool((gained > 0).item())
+    @abstractmethod
+    def sum(self, part: mx.array) -> mx.array:
+        """Return the sum of all ranks' parts, in the same bits on each."""
 
-    def _seconds(self, gathers: bool, part: mx.array) -> float:
-        began = time.perf_counter()
-        mx.eval(self._gathered(part) if gathers else self._all_sum(part))
-        return time.perf_counter() - began
+    @abstractmethod
+    def gather(self, part: mx.array, widths: Sequence[int]) -> mx.array:
+        """Return all ranks' parts side by side.
+
+        Args:
+            part: (..., widths[rank]).
+            widths: by rank.
+        """
 
     def begin(self) -> None:
         """Begin a step: what the sums of the step before were made from isn't kept any longer."""
@@ -71,18 +61,68 @@ class RankCollective(Collective):
         if self.last is not None:
             mx.eval(self.last)
 
+
+class RankCollective(Collective):
+    """Works over `mx.distributed`.
+
+    Args:
+        world: the ranks.
+        is_lazy: whether sums are part of the graph. MLX computes them on a CPU stream: on a CPU that is the stream of the
+            computation itself. On a GPU a kernel would wait for the network, which can hang a Mac; there, each sum
+            is evaluated at once, and everything before it.
+    """
+
+    def __init__(self, world: World, is_lazy: bool) -> None:
+        self._world, self.is_lazy = world, is_lazy
+        self._gathers = dict.fromkeys(_TRIED_SIZES, False)  # by the least size that was tried and isn't smaller
+
+    def choose(self) -> list[tuple[int, float]]:
+        """Take the faster way to add up arrays of each size, by the sum of the ranks' times. All ranks must call it.
+
+        Returns:
+            Numbers of values, and the seconds that adding them up takes on this rank.
+        """
+        found = []
+        for size, tries in zip(_TRIED_SIZES, _TRIES, strict=True):
+            part = mx.zeros((size,))
+            summed, gathered = (
+                statistics.median(self._seconds(gathers, part) for _ in range(tries)) for gathers in (False, True)
+            )
+            gained = self._all_sum(mx.array([summed - gathered]))
+            self._gathers[size] = bool((gained > 0).item())
+            found.append((size, gathered if self._gathers[size] else summed))
+        return found
+
+    def _seconds(self, gathers: bool, part: mx.array) -> float:
+        began = time.perf_counter()
+        mx.eval(self._gathered(part) if gathers else self._all_sum(part))
+        return time.perf_counter() - began
+
     def sum(self, part: mx.array) -> mx.array:
         """Return the sum of all ranks' parts."""
+        return self._in_order(part, self._added)
+
+    def gather(self, part: mx.array, widths: Sequence[int]) -> mx.array:
+        """Return all ranks' parts side by side."""
+        return self._in_order(part, lambda own: self._joined(own, widths))
+
+    def _in_order(self, part: mx.array, operation: Callable[[mx.array], mx.array]) -> mx.array:
         if not self.is_lazy:
             mx.eval(part)
         elif self.last is not None:
             # Two sums that don't depend on each other might be computed in another order on another rank.
             part = mx.depends([part], [self.last])[0]
-        total = self._added(part)
+        whole = operation(part)
         if not self.is_lazy:
-            mx.eval(total)
-        self.last = total
-        return total
+            mx.eval(whole)
+        self.last = whole
+        return whole
+
+    def _joined(self, part: mx.array, widths: Sequence[int]) -> mx.array:
+        missing = max(widths) - part.shape[-1]
+        padded = mx.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, missing)]) if missing else part
+        parts = mx.distributed.all_gather(padded[None], group=self._world.group)
+        return mx.concatenate([parts[rank][..., :width] for rank, width in enumerate(widths)], -1)
 
     def _added(self, part: mx.array) -> mx.array:
         size = next((size for size in _TRIED_SIZES if size >= part.size), _TRIED_SIZES[-1])
@@ -99,13 +139,38 @@ class RankCollective(Collective):
         return total
 
 
+def is_in_graph(asked: str | None) -> bool:
+    """Return whether sums are part of the graph: as it was asked for ("graph" or "stepwise"), or on a CPU."""
+    return mx.default_device() == mx.cpu if asked is None else asked == "graph"
+
+
 class LocalCollective(Collective):
     """Sums between ranks that run in one process, each in a greenlet of `run_ranks`."""
 
     def sum(self, part: mx.array) -> mx.array:
         """Return the sum of all ranks' parts."""
-        total: mx.array = getcurrent().parent.switch(part)
-        return total
+        return self._ask(part, part.shape, lambda parts: reduce(mx.add, parts))
+
+    def gather(self, part: mx.array, widths: Sequence[int]) -> mx.array:
+        """Return all ranks' parts side by side."""
+        return self._ask(part, (*part.shape[:-1], *widths), lambda parts: mx.concatenate(parts, -1))
+
+    def _ask(self, part: mx.array, shape: tuple[int, ...], operation: Callable[[list[mx.array]], mx.array]) -> mx.array:
+        asker = hub = getcurrent()
+        while hub.parent is not None:  # a rank may run code in greenlets of its own
+            hub = hub.parent
+        found: mx.array = hub.switch(_Asked(asker, part, shape, operation))
+        return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a rank of `run_ranks` waits for."""
+
+    asker: greenlet
+    part: mx.array
+    shape: tuple[int, ...]
+    operation: Callable[[list[mx.array]], mx.array]
 
 
 def run_ranks(ranks: Sequence[Callable[[], _T]]) -> list[_T]:
@@ -120,13 +185,12 @@ def run_ranks(ranks: Sequence[Callable[[], _T]]) -> list[_T]:
         results[rank] = ranks[rank]()
 
     running = [greenlet(run) for _ in ranks]
-    parts = [rank.switch(number) for number, rank in enumerate(running)]
-    while not all(rank.dead for rank in running):
-        shapes = [None if rank.dead else part.shape for rank, part in zip(running, parts, strict=True)]
+    asked: list[_Asked | None] = [rank.switch(number) for number, rank in enumerate(running)]
+    while any(asked):
+        waiting = [one for one in asked if one is not None]
+        shapes = [None if one is None else one.shape for one in asked]
         if len(set(shapes)) > 1:
             raise DesyncError(f"ranks add up different arrays: {shapes}")
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        parts = [rank.switch(total) for rank in running]
+        found = waiting[0].operation([one.part for one in waiting])
+        asked = [one.asker.switch(found) for one in waiting]
     return results

@@ -150,7 +150,7 @@ def measure_draft(_: str, preload: str, trials: int) -> None:
 
 
 _HOP = """
-from hippo_mpi.measure.hop_times import echo, time_ring
+from hippo_mpi.transport.hop_times import echo, time_ring
 from hippo_mpi.transport.channel import RingChannel
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.layout import Layout

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ def expected_tokens(folder: Path, num_tokens: int) -> list[int]:
 @pytest.mark.parametrize(
     ("name", "num_ranks", "backend", "options"),
     [
-        ("llama", 2, "ring", []), ("gpt_oss", 2, "mpi", []), ("gemma3n", 2, "ring", []), ("talkie", 2, "ring", []),
+        ("llama", 2, "ring", []), ("gpt_oss", 2, "mpi", []), ("gemma3n", 2, "ring", []), ("talkie", 2, "ring", ["--tensor", "exact"]),
         ("mixtral", 3, "ring", ["--width-split", "3,2,1"]), ("nanbeige-loops", 2, "mpi", []), ("dbrx", 2, "ring", []),
         ("qwen3", 2, "ring", ["--collectives", "stepwise"]), ("olmo2", 2, "mpi", ["--collectives", "stepwise"]),
     ],
@@ -51,6 +53,22 @@ def test_200_tokens_are_those_of_mlx_lm(
     found = answer["token_ids"]
     assert found == expected_tokens(folder, 200)[: len(found)]
     assert len(found) == 200 or answer["finish_reason"] == "stop"
+
+
+def test_a_layout_is_chosen(tmp_path: Path) -> None:
+    """Whatever is chosen: the same tokens, and a line that says why."""
+    folder = tiny_models.make_checkpoint("mixtral", tmp_path)
+    save_tokenizer(folder)
+    prompt = " ".join(f"w{token}" for token in PROMPT)
+    command = [
+        str(ranks.BIN / "hippo_mpi.generate"), "--model", str(folder), "--ignore-chat-template", "--prompt", prompt,
+        "--max-tokens", "30", "--max-context", "256", "--json", "--parallel", "auto",
+    ]  # fmt: skip
+    with ranks.ring([command] * 2) as running:
+        assert [rank.wait(60) for rank in running] == [0, 0]
+    found = json.loads(running[0].out)["token_ids"]
+    assert found == expected_tokens(folder, 30)[: len(found)]
+    assert re.search(r"chosen: .*, [\d,.]+ tokens/s predicted for one request; ", running[0].err)
 
 
 @pytest.mark.parametrize(("name", "num_ranks", "backend"), [("gemma3_text", 2, "ring"), ("qwen3_moe", 2, "mpi")])

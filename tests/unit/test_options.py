@@ -19,6 +19,7 @@ from hippo_mpi.config.parser import OptionsParser, changed
 from hippo_mpi.config.yaml_file import expanded, read_card, read_catalogue, read_config, read_start
 from hippo_mpi.errors import HippoError, UserError
 from hippo_mpi.offline.conversation import ask
+from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.run_key import RunKey
 
 FILE = """
@@ -336,14 +337,12 @@ def test_help_has_the_bundled_models_that_an_error_has() -> None:
 def test_links_of_one_rank_are_refused() -> None:
     options = plan.make_parser().read(["--simulate", "--link", "wifi", "--link", "10gbe"])
     folder = SimpleNamespace(source=SimpleNamespace(path=Path("models/story-3m")))
-    session: Any = SimpleNamespace(
-        options=options, agreement=SimpleNamespace(shards=None, counts=[12], checkpoint=folder)
-    )
+    session: Any = SimpleNamespace(options=options, agreement=SimpleNamespace(layout=Layout(1), checkpoint=folder))
     with pytest.raises(
         UserError, match=r"--link needs several ranks: give --machine .* ./launch/run -n 2 --command plan"
     ):
         plan._check(session)
-    session.agreement.counts = [6, 6]
+    session.agreement.layout = Layout(2)
     plan._check(session)
 
 

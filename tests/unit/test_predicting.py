@@ -8,7 +8,8 @@ from dataclasses import asdict
 import msgspec
 import pytest
 
-from hippo_mpi.measure.prediction import Link, MeasuredStage, StageTimes, StepTime, Workload, one_machine, predict
+from hippo_mpi.config.links import Link
+from hippo_mpi.measure.prediction import MeasuredStage, StageTimes, StepTime, Workload, one_machine, predict
 from hippo_mpi.measure.simulation_report import prediction_table
 
 NO_LINK = Link(0.0, float("inf"))

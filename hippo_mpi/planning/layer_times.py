@@ -1,0 +1,236 @@
+"""Times a model's layers on this machine, whole and split by width, without its weights.
+
+A layer's time depends on shapes only, so that a few copies of one layer of each kind, filled with noise, say how long all
+of them take. There are as many copies as it takes for their weights to come from memory, as in a model of many layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import make_prompt_cache
+
+from hippo_mpi.sharding.dependence import Call, ProbedModel
+from hippo_mpi.sharding.linear_layers import num_inputs
+from hippo_mpi.sharding.sharded_head import HeadShards, shard_head
+from hippo_mpi.sharding.sharded_layers import shard_layer
+from hippo_mpi.sharding.tensor import ShardPlan, fuse_adapters, structure_of
+from hippo_mpi.sharding.width_split import LayerShards
+from hippo_mpi.tracing import nested_arrays
+from hippo_mpi.tracing.nested_arrays import Opaque
+from hippo_mpi.tracing.twin import blank_twin
+from hippo_mpi.transport.collective import Collective
+
+SHAPES = ((1, 1), (4, 1), (16, 1), (1, 256))
+"""Rows and tokens of the steps that are timed: answers of 1, 4 and 16 requests, and a piece of a prompt."""
+
+_PAST_TOKENS = 32  # in the caches
+_COPIED_BYTES = 256 << 20  # more than any processor's caches hold
+_MIN_TRIES, _TRYING_S = 5, 0.1
+_NOISE_BYTES = 16 << 20  # larger weights are zeros, which take as long
+
+
+@dataclass(frozen=True)
+class KindTimes:
+    """Seconds that a layer takes, by place in SHAPES.
+
+    Args:
+        layers: numbers of the layers of this kind.
+        whole: if it is whole.
+        split: if all is split that can be.
+        parts: by path of a linear layer that can be split by its columns: if that one, and what feeds it, is split.
+    """
+
+    layers: tuple[int, ...]
+    whole: tuple[float, ...]
+    split: tuple[float, ...]
+    parts: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def at_speed(self, speed: float) -> KindTimes:
+        """Scale the times to a machine that is `speed` times as fast."""
+        parts = {path: _scaled(times, speed) for path, times in self.parts.items()}
+        return KindTimes(self.layers, _scaled(self.whole, speed), _scaled(self.split, speed), parts)
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """What a rank has timed.
+
+    Args:
+        kinds: of layers.
+        head: seconds to make all logits, by place in SHAPES.
+        head_part: seconds to make this rank's.
+    """
+
+    kinds: tuple[KindTimes, ...]
+    head: tuple[float, ...]
+    head_part: tuple[float, ...]
+
+    def at_speed(self, speed: float) -> RankTimes:
+        """Scale the times to a machine that is `speed` times as fast."""
+        kinds = tuple(kind.at_speed(speed) for kind in self.kinds)
+        return RankTimes(kinds, _scaled(self.head, speed), _scaled(self.head_part, speed))
+
+
+def time_layers(model: nn.Module, plan: ShardPlan, rank: int, on_progress: Callable[[], None]) -> RankTimes:
+    """Time the layers of a model.
+
+    Args:
+        model: whose structure counts; its weights are never read.
+        plan: how layers would be split.
+        rank: whose part is timed.
+        on_progress: called after each layer of a kind.
+    """
+    twin = blank_twin(model)
+    fuse_adapters(twin)
+    steps, layers = _steps(blank_twin(twin)), list(twin.layers)
+    by_kind: dict[str, list[int]] = {}
+    for number, (first, *_) in enumerate(steps):
+        structure = structure_of(layers[first.call.layer], first.call)
+        by_kind.setdefault(structure + repr(plan.layers[first.call.layer]), []).append(number)
+    kinds = []
+    for numbers in by_kind.values():
+        own = steps[numbers[0]]
+        layer, shards = layers[own[0].call.layer], plan.layers[own[0].call.layer]
+        paths = list(shards.columns)
+        forms = [LayerShards(), shards, *(shards.only({path}) for path in paths)]
+        whole, split, *parts = _times(layer, own, len(numbers), forms, rank)
+        here = tuple(steps[number][0].call.layer for number in numbers)
+        kinds.append(KindTimes(here, whole, split, dict(zip(paths, parts, strict=True))))
+        on_progress()
+    return RankTimes(tuple(kinds), *_head_times(twin, plan, rank))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A call of a layer that is timed, and the one before it, which leaves something in the cache."""
+
+    call: Call
+    before: Call | None
+
+
+def _steps(model: nn.Module) -> list[list[_Step]]:
+    """Return, for each call of a layer, the steps to be timed: one of each shape."""
+    probe = ProbedModel(model)
+    found: list[list[_Step]] = []
+    for rows, tokens in SHAPES:
+        cache = make_prompt_cache(model)
+        before = probe.calls(cache, rows, _PAST_TOKENS) if tokens == 1 else None
+        calls = probe.calls(cache, rows, tokens)
+        found.append([_Step(call, before[number] if before else None) for number, call in enumerate(calls)])
+    return [list(steps) for steps in zip(*found, strict=True)]
+
+
+def _times(
+    layer: nn.Module, steps: Sequence[_Step], count: int, forms: Sequence[LayerShards], rank: int
+) -> list[tuple[float, ...]]:
+    """Return, for each form of a layer, the seconds of each step; the model has `count` such layers."""
+    copies = [_copies(layer, count, shards, rank) for shards in forms]
+    by_step = [_medians_s([part if step.before else part[:1] for part in copies], step) for step in steps]
+    return list(zip(*by_step, strict=True))
+
+
+def _copies(layer: nn.Module, count: int, shards: LayerShards, rank: int) -> list[nn.Module]:
+    part = _filled(layer)
+    shard_layer(part, shards, rank, _Absent(rank))
+    mx.eval(part.parameters())
+    size = sum(array.nbytes for _, array in tree_flatten(part.parameters()))
+    return [part] + [_copied(part) for _ in range(min(count, 1 + _COPIED_BYTES // max(1, size)) - 1)]
+
+
+def _medians_s(forms: Sequence[Sequence[nn.Module]], step: _Step) -> list[float]:
+    """Return the seconds of a step of each form of a layer; these take turns, so that what slows them down hits all."""
+    past: list[list[Any] | None] = [None] * len(forms)
+    if step.before is not None:
+        past = [_called(copies[0], step.before, None)[1] for copies in forms]
+        mx.eval([vars(cache) for caches in past for cache in caches or ()])
+    times: list[list[float]] = []
+    ends = time.perf_counter() + len(forms) * _TRYING_S
+    while len(times) <= _MIN_TRIES or time.perf_counter() < ends:
+        times.append([_step_s(copies, step.call, caches) for copies, caches in zip(forms, past, strict=True)])
+    return [statistics.median(trials) for trials in zip(*times[1:], strict=True)]  # the first one was a warm-up
+
+
+def _step_s(copies: Sequence[nn.Module], call: Call, caches: list[Any] | None) -> float:
+    made = [_called(layer, call, copy.deepcopy(caches))[0] for layer in copies]
+    began = time.perf_counter()
+    mx.eval(made)
+    return (time.perf_counter() - began) / len(copies)
+
+
+def _called(layer: Any, call: Call, caches: list[Any] | None) -> tuple[list[mx.array], list[Any]]:
+    """Return what a call makes, unevaluated, and the caches that it leaves."""
+    inputs, left = call.again(caches)
+    result = layer(*inputs["args"], **inputs["kwargs"])
+    found = nested_arrays.find((result, [vars(cache) for cache in left]), Opaque(left))
+    return [array for _, array in found], left
+
+
+def _head_times(model: nn.Module, plan: ShardPlan, rank: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    none = (0.0,) * len(SHAPES)
+    if plan.head is None:
+        return none, none
+    whole = _filled(dict(model.named_modules())[plan.head.path])
+    part = _copied(whole)
+    shard_head(part, plan.head, rank, _Absent(rank))
+    return tuple(tuple(_head_s(plan.head, head, rows) for rows, _ in SHAPES) for head in (whole, part))  # type: ignore[return-value]
+
+
+def _head_s(shards: HeadShards, head: nn.Module, num_rows: int) -> float:
+    x, times = mx.random.normal((num_rows, 1, num_inputs(head))).astype(head.get("scales", head["weight"]).dtype), []
+    mx.eval(x, head.parameters())
+    for _ in range(_MIN_TRIES + 1):
+        began = time.perf_counter()
+        mx.eval(getattr(head, shards.method)(x))
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def _scaled(times: Sequence[float], speed: float) -> tuple[float, ...]:
+    return tuple(seconds / speed for seconds in times)
+
+
+def _filled(module: nn.Module) -> nn.Module:
+    """Return a copy of a module, with noise instead of its weights."""
+    copied = copy.deepcopy(module, {id(array): array for _, array in tree_flatten(module.parameters())})
+    filled = []
+    for number, (name, array) in enumerate(tree_flatten(copied.parameters())):
+        if mx.issubdtype(array.dtype, mx.floating) and array.nbytes <= _NOISE_BYTES:
+            noise = 0.02 * mx.random.normal(array.shape, key=mx.random.key(number))
+            filled.append((name, noise.astype(array.dtype)))
+        else:
+            filled.append((name, mx.zeros(array.shape, array.dtype)))
+    copied.update(tree_unflatten(filled))
+    return copied
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """Return a copy of a module with weights in memory of its own."""
+    copied = copy.deepcopy(module)
+    copied.update(tree_unflatten([(name, mx.array(array)) for name, array in tree_flatten(copied.parameters())]))
+    mx.eval(copied.parameters())
+    return copied
+
+
+class _Absent(Collective):
+    """Stands in for the other ranks: what it returns has the right shape, at once."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def sum(self, part: mx.array) -> mx.array:
+        """Return the rank's own part."""
+        return part
+
+    def gather(self, part: mx.array, widths: Sequence[int]) -> mx.array:
+        """Return the rank's own part beside zeros."""
+        before, behind = sum(widths[: self._rank]), sum(widths[self._rank + 1 :])
+        return mx.pad(part, [(0, 0)] * (part.ndim - 1) + [(before, behind)])

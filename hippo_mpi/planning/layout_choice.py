@@ -1,0 +1,272 @@
+"""Chooses how ranks share a model, from measured times: each some layers, or each a part of every layer. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
+
+from hippo_mpi.config.links import Link
+from hippo_mpi.planning.layer_times import SHAPES, KindTimes, RankTimes
+
+LOADS = ("one", "many", "prompts")
+"""What a layout is chosen for: answers of one request, of 16 at once, or long prompts."""
+
+_SHAPE_OF = {"one": 0, "many": 2, "prompts": 3}
+_LOAD_WORDS = {"one": "for one request", "many": "for 16 at once", "prompts": "of long prompts"}
+_LINK_BYTES = (4 << 10, 64 << 10, 1 << 20)
+PIPELINE, TENSOR, ALONE = "pipeline", "tensor", "one rank alone"
+_CHUNKS_IN_FLIGHT = 8  # pieces of a long prompt: filling a pipeline takes one for each of its other stages
+
+
+@dataclass(frozen=True)
+class LinkTimes:
+    """What messages between ranks cost.
+
+    Args:
+        sums: numbers of values, and the seconds that adding them up over all ranks takes.
+        hops: bytes of a message, and the seconds until the next rank has it.
+    """
+
+    sums: tuple[tuple[int, float], ...]
+    hops: tuple[tuple[int, float], ...]
+
+    def sum_s(self, num_values: int) -> float:
+        """Return the seconds to add up arrays of this size."""
+        return _between(self.sums, num_values)
+
+    def hop_s(self, num_bytes: int) -> float:
+        """Return the seconds of a message of this size."""
+        return _between(self.hops, num_bytes)
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What travels.
+
+    Args:
+        hidden: values of a token's hidden state.
+        vocab: values of its logits.
+        value_bytes: of one of them.
+        num_shared: arrays that rank 0 has prepared for layers, in each step.
+    """
+
+    hidden: int
+    vocab: int
+    value_bytes: int
+    num_shared: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a way to share the model would give.
+
+    Args:
+        name: of the way.
+        tokens_per_s: by load.
+        blocks: of layers that are split by width, by path; empty if each rank gets some layers.
+        has_split_head: whether the logits are made by all ranks, too.
+        problem: why it can't be taken.
+    """
+
+    name: str
+    tokens_per_s: Mapping[str, float]
+    blocks: tuple[str, ...] = ()
+    has_split_head: bool = False
+    problem: str = ""
+
+
+def predict_pipeline(
+    times: Sequence[RankTimes], counts: Sequence[int], link: LinkTimes, sizes: ModelSizes
+) -> Mapping[str, float]:
+    """Return the tokens per second of a pipeline, by load.
+
+    Args:
+        times: of each rank.
+        counts: layers per rank.
+        link: between two ranks.
+        sizes: of what travels.
+    """
+    num_ranks = len(counts)
+    bounds = [sum(counts[:rank]) for rank in range(num_ranks + 1)]
+
+    def stage_s(rank: int, shape: float) -> float:
+        layers = range(bounds[rank], bounds[rank + 1])
+        return sum(
+            _at(kind.whole, shape) * sum(1 for layer in kind.layers if layer in layers) for kind in times[rank].kinds
+        )
+
+    def rate(load: str) -> float:
+        rows, tokens = SHAPES[_SHAPE_OF[load]]
+        if load == "prompts":
+            hop = link.hop_s(tokens * sizes.hidden * sizes.value_bytes) if num_ranks > 1 else 0.0
+            stages = [stage_s(rank, _SHAPE_OF[load]) + (hop if num_ranks > 1 else 0.0) for rank in range(num_ranks)]
+            return tokens * _CHUNKS_IN_FLIGHT / (sum(stages) + max(stages) * (_CHUNKS_IN_FLIGHT - 1))
+        batches = min(rows, num_ranks)
+        shape = _shape_of_rows(rows / batches)
+        stages = [stage_s(rank, shape) for rank in range(num_ranks)]
+        stages[0] += _at(times[0].head, shape)
+        hop = link.hop_s(round(rows / batches) * sizes.hidden * sizes.value_bytes) if num_ranks > 1 else 0.0
+        return rows / max(batches * max(stages), sum(stages) + num_ranks * hop)
+
+    return {load: rate(load) for load in LOADS}
+
+
+def predict_widths(
+    times: Sequence[RankTimes], blocks: Sequence[str], has_split_head: bool, link: LinkTimes, sizes: ModelSizes
+) -> Mapping[str, float]:
+    """Return the tokens per second if some blocks of layers are split over all ranks, by load.
+
+    Args:
+        times: of each rank.
+        blocks: that are split, by path of the linear layer whose results are added up.
+        has_split_head: whether each rank makes a part of the logits.
+        link: between the ranks.
+        sizes: of what travels.
+    """
+
+    def rate(load: str) -> float:
+        index = _SHAPE_OF[load]
+        rows, tokens = SHAPES[index]
+        num_values = rows * tokens * sizes.hidden
+        total = sizes.num_shared * link.sum_s(num_values)
+        for place, kind in enumerate(times[0].kinds):
+            here = [path for path in blocks if path in kind.parts]
+            layer_s = max(_split_s(rank.kinds[place], here, index) for rank in times)
+            total += len(kind.layers) * (layer_s + len(here) * link.sum_s(num_values))
+        if load != "prompts":
+            if has_split_head:
+                gathered = rows * sizes.vocab // len(times)
+                total += max(rank.head_part[index] for rank in times) + link.sum_s(gathered)
+            else:
+                total += times[0].head[index]
+        return rows * tokens / total
+
+    return {load: rate(load) for load in LOADS}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the ways to share a model are compared by.
+
+    Args:
+        times: of each rank.
+        counts: layers per rank in a pipeline; None if there can't be one.
+        can_split_head: whether logits can be made by all ranks.
+        sizes: of what travels.
+        link: between the ranks.
+    """
+
+    times: Sequence[RankTimes]
+    counts: Sequence[int] | None
+    can_split_head: bool
+    sizes: ModelSizes
+    link: LinkTimes
+
+    def over(self, link: Link) -> Comparison:
+        """Return the comparison for another link."""
+        return replace(self, link=link_times(link, len(self.times), self.sizes.value_bytes))
+
+    def predictions(self) -> list[Prediction]:
+        """Return a prediction for each way: a pipeline, one rank, all of each layer split, or only some of it."""
+        num_layers = sum(len(kind.layers) for kind in self.times[0].kinds)
+        found = []
+        if self.counts is not None:
+            found.append(Prediction(PIPELINE, predict_pipeline(self.times, self.counts, self.link, self.sizes)))
+        alone = predict_pipeline(self.times[:1], [num_layers], self.link, self.sizes)
+        found.append(Prediction(ALONE, alone, problem="needs a start with one rank"))
+        names: dict[str, set[str]] = {}
+        for kind in self.times[0].kinds:
+            for path in kind.parts:
+                names.setdefault(path.partition(".")[0], set()).add(path)  # self_attn, mlp ...
+        for count in range(len(names), 0, -1):
+            for chosen in combinations(names, count):
+                blocks = tuple(sorted(path for name in chosen for path in names[name]))
+                found += self._of_blocks(TENSOR if count == len(names) else f"{' and '.join(chosen)} only", blocks)
+        return found
+
+    def _of_blocks(self, name: str, blocks: tuple[str, ...]) -> list[Prediction]:
+        """Return predictions with these blocks split: with the head split, too, and with the head whole."""
+        heads = (True, False) if self.can_split_head else (False,)
+        return [
+            Prediction(
+                name if has_split_head == self.can_split_head else f"{name}, head whole",
+                predict_widths(self.times, blocks, has_split_head, self.link, self.sizes),
+                blocks,
+                has_split_head,
+            )
+            for has_split_head in heads
+        ]
+
+
+def link_times(link: Link, num_ranks: int, value_bytes: int) -> LinkTimes:
+    """Return what messages over a link cost; sums are made of what every rank has gathered, round a ring."""
+    hops = tuple((size, link.latency_s + size / link.bytes_per_s) for size in _LINK_BYTES)
+    return LinkTimes(tuple((size // value_bytes, (num_ranks - 1) * seconds) for size, seconds in hops), hops)
+
+
+def best(predictions: Sequence[Prediction], load: str) -> Prediction:
+    """Return the fastest of those that can be taken; of equals the first."""
+    return max((one for one in predictions if not one.problem), key=lambda one: one.tokens_per_s[load])
+
+
+def _split_s(kind: KindTimes, blocks: Sequence[str], index: int) -> float:
+    """Return the seconds of a layer of which some blocks are split; of several, what each saves alone is added up."""
+    if set(blocks) == set(kind.parts):
+        return kind.split[index]
+    whole = kind.whole[index]
+    return max(0.0, whole - sum(whole - kind.parts[path][index] for path in blocks))
+
+
+def _shape_of_rows(rows: float) -> float:
+    """Return the place in SHAPES of a step of so many rows, which may lie between two."""
+    known = [shape[0] for shape in SHAPES if shape[1] == 1]
+    for place, (low, high) in enumerate(pairwise(known)):
+        if rows <= high:
+            return place + (rows - low) / (high - low)
+    return float(len(known) - 1)
+
+
+def _at(values: Sequence[float], place: float) -> float:
+    low = int(place)
+    part = place - low
+    return values[low] if not part else values[low] * (1 - part) + values[low + 1] * part
+
+
+def _between(points: Sequence[tuple[int, float]], size: int) -> float:
+    """Return the time of a size, on lines through the measured ones."""
+    if size <= points[0][0] or len(points) == 1:
+        return points[0][1]
+    for (a, a_s), (b, b_s) in pairwise(points):
+        if size <= b:
+            return a_s + (b_s - a_s) * (size - a) / (b - a)
+    (a, a_s), (b, b_s) = points[-2:]
+    return b_s + max(0.0, b_s - a_s) * (size - b) / (b - a)
+
+
+def reason(chosen: Prediction, predictions: Sequence[Prediction], load: str) -> str:
+    """Return a sentence that says what was chosen, and why."""
+
+    def rate(one: Prediction) -> float:
+        return one.tokens_per_s[load]
+
+    text = f"chosen: {chosen.name}, {rate(chosen):,.1f} tokens/s predicted {_LOAD_WORDS[load]}"
+    others = [one for one in predictions if one is not chosen and not one.problem]
+    if others:
+        second = max(others, key=rate)
+        text += f"; {second.name}: {rate(second):,.1f}"
+    alone = next(one for one in predictions if one.name == ALONE)
+    if rate(alone) > 1.05 * rate(chosen):
+        text += f"; one rank alone would give {rate(alone):,.1f}"
+    return text
+
+
+def table(predictions: Sequence[Prediction], load: str) -> str:
+    """Return the predictions as a text table in tokens per second; the one that is taken is marked."""
+    chosen = best(predictions, load)
+    lines = [f"{'layout':<28} {'one request':>12} {'16 at once':>12} {'long prompts':>13}  predicted tokens/s"]
+    for one in predictions:
+        rates = "".join(f" {one.tokens_per_s[name]:>{12 + (name == 'prompts')},.1f}" for name in one.tokens_per_s)
+        mark = "*" if one is chosen else ""
+        lines.append(f"{one.name:<28}{rates}  {mark or one.problem}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,255 @@
+"""Plans how ranks share a model: as they were asked to, or the way that measurement says is fastest."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from hippo_mpi.checkpoint.checkpoint import Checkpoint, open_lazily
+from hippo_mpi.config.links import LINKS, Link
+from hippo_mpi.errors import PlanError, UserError
+from hippo_mpi.planning.costs import ModelInfo
+from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
+from hippo_mpi.planning.layer_times import RankTimes, time_layers
+from hippo_mpi.planning.layout_choice import (
+    PIPELINE,
+    TENSOR,
+    Comparison,
+    LinkTimes,
+    ModelSizes,
+    Prediction,
+    best,
+    link_times,
+    reason,
+)
+from hippo_mpi.planning.width_plan import WidthPart, plan_widths, width_shares
+from hippo_mpi.sharding.tensor import ShardPlan, plan_shards, restrict
+from hippo_mpi.tracing.dataflow import Dataflow
+from hippo_mpi.tracing.twin import blank_twin
+from hippo_mpi.transport.channel import RingChannel
+from hippo_mpi.transport.collective import RankCollective
+from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.hop_times import echo, time_ring
+from hippo_mpi.transport.layout import Layout
+from hippo_mpi.transport.pulse import Activity
+from hippo_mpi.transport.world import World
+
+_HOP_BYTES = (4 << 10, 64 << 10, 1 << 20)
+_HOP_TRIES = 20
+
+
+@dataclass(frozen=True)
+class PlanConstraints:
+    """What people have fixed of the plan; the same on every rank."""
+
+    layer_split: tuple[int, ...] | None
+    max_context: int | None
+    num_draft_tokens: int = 0
+    parallel: str = PIPELINE  # or "tensor": each rank holds a part of every layer; or "auto": what is faster
+    width_split: tuple[int, ...] | None = None
+    is_exact: bool = False  # whether nothing is added up over the ranks
+    collectives: str | None = None  # "graph" or "stepwise"
+    load: str = "one"  # for which "auto" chooses
+    link: Link | None = None  # between machines that aren't here
+    has_comparison: bool = False  # whether the ways to share the model are timed, although none is to be chosen
+
+    @property
+    def compares(self) -> bool:
+        """Whether the ways to share the model are timed."""
+        return self.parallel == "auto" or self.has_comparison
+
+
+@dataclass(frozen=True)
+class PlannedLayout:
+    """How ranks share a model.
+
+    Args:
+        split: what each rank holds.
+        shards: how each layer is split, if it is.
+        comparison: by what it was chosen, if it was.
+        notes: sentences for people, about what was found on the way.
+    """
+
+    split: LayerSplit
+    shards: ShardPlan | None = None
+    comparison: Comparison | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a rank has timed."""
+
+    layers: RankTimes
+    link: LinkTimes
+
+
+def time_rank(checkpoint: Checkpoint, shards: ShardPlan, world: World, control: Control, is_lazy: bool) -> Timed:
+    """Time layers, sums and hops on this rank; every rank must call it."""
+
+    def going_on() -> None:
+        control.progress("timing layers", Activity.COMPUTING)
+
+    going_on()
+    model, _ = open_lazily(checkpoint.source)
+    layers = time_layers(model, shards, world.rank, going_on)
+    mx.clear_cache()
+    control.gather(True)
+    control.meet()
+    sums = RankCollective(world, is_lazy).choose()
+    channel = RingChannel(world, control, Layout(world.size))
+    hops = []
+    if world.rank == 0:
+        hops = time_ring(channel, world.size, control.progress, _HOP_BYTES, _HOP_TRIES)
+    else:
+        echo(channel)
+    return Timed(layers, LinkTimes(tuple(sums), tuple((hop.size_bytes, hop.median_s) for hop in hops)))
+
+
+class LayoutPlanner:
+    """Rank 0's plans of how ranks share a model.
+
+    Args:
+        checkpoint: the model.
+        info: its costs.
+        machines: by rank.
+        constraints: what people have fixed.
+        control: told of progress.
+
+    Raises:
+        UserError: the constraints don't go together.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        info: ModelInfo,
+        machines: Sequence[Machine],
+        constraints: PlanConstraints,
+        control: Control,
+    ) -> None:
+        self._checkpoint, self._info, self._machines = checkpoint, info, machines
+        self._asked, self._control = constraints, control
+        self._check()
+
+    def _check(self) -> None:
+        asked = self._asked
+        if asked.parallel != PIPELINE and asked.layer_split is not None:
+            raise UserError(
+                f"--layer-split is for --parallel pipeline; with {asked.parallel}, --width-split 5,3 gives parts of each"
+                " layer"
+            )
+        if asked.parallel == PIPELINE and asked.width_split is not None:
+            raise UserError(
+                "--width-split is for --parallel tensor; in a pipeline, --layer-split gives layers per rank"
+            )
+        if asked.parallel == PIPELINE and asked.is_exact:
+            raise UserError("--tensor exact is for --parallel tensor: a pipeline is exact")
+
+    def plan(self) -> PlannedLayout:
+        """Plan what was asked for.
+
+        Raises:
+            PlanError: it doesn't fit.
+        """
+        if self._asked.parallel == PIPELINE or len(self._machines) == 1:
+            return self._pipeline()
+        shards = self.widths()
+        notes = _refusals(shards)
+        if not shards.is_whole:
+            return PlannedLayout(self._fitted(shards), shards, notes=notes)
+        none = "no layer of this model can be split over ranks: each rank gets some layers instead"
+        return replace(self._pipeline(), notes=(*notes, none))
+
+    def widths(self) -> ShardPlan:
+        """Find how the layers can be split over all ranks, by speed or as it was asked for."""
+        shares = width_shares(self._machines, self._asked.width_split)
+        return plan_shards(self._twin(), shares, self._trying, self._asked.is_exact)
+
+    def planned(self, shards: ShardPlan, timed: Sequence[Timed]) -> PlannedLayout:
+        """Plan what was asked for, or choose, beside what the ways to share the model would give.
+
+        Raises:
+            PlanError: it doesn't fit.
+        """
+        comparison = self.compare(shards, timed)
+        if self._asked.parallel == "auto":
+            return self.choose(shards, comparison)
+        return replace(self.plan(), comparison=comparison)
+
+    def compare(self, shards: ShardPlan, timed: Sequence[Timed]) -> Comparison:
+        """Return what ways to share the model are compared by, from what the ranks have timed."""
+        counts = None
+        with contextlib.suppress(PlanError):
+            counts = self._pipeline().split.counts
+        sizes = _sizes(self._checkpoint.flow, self._info)
+        return Comparison([one.layers for one in timed], counts, shards.head is not None, sizes, timed[0].link)
+
+    def choose(self, shards: ShardPlan, comparison: Comparison) -> PlannedLayout:
+        """Take the fastest way that fits.
+
+        Raises:
+            PlanError: none fits.
+        """
+        predictions, load = comparison.predictions(), self._asked.load
+        while True:
+            chosen = best(predictions, load)
+            try:
+                found = self._by_width(shards, chosen) if chosen.blocks else self._pipeline()
+            except PlanError as error:
+                place = predictions.index(chosen)
+                predictions[place] = replace(chosen, problem=str(error).partition("\n")[0])
+                if all(one.problem for one in predictions):
+                    raise
+                continue
+            notes = (*found.notes, reason(chosen, predictions, load))
+            return replace(found, comparison=comparison, notes=notes)
+
+    def time_elsewhere(self, shards: ShardPlan) -> list[Timed]:
+        """Time every rank's part here, for machines that aren't, and a link that isn't either."""
+        model, _ = open_lazily(self._checkpoint.source)
+        value_bytes = _sizes(self._checkpoint.flow, self._info).value_bytes
+        link = link_times(self._asked.link or LINKS[0], len(self._machines), value_bytes)
+        return [
+            Timed(time_layers(model, shards, rank, self._trying).at_speed(machine.speed), link)
+            for rank, machine in enumerate(self._machines)
+        ]
+
+    def _pipeline(self) -> PlannedLayout:
+        return PlannedLayout(plan_split(self._info, self._machines, self._asked.max_context, self._asked.layer_split))
+
+    def _by_width(self, shards: ShardPlan, chosen: Prediction) -> PlannedLayout:
+        """Return the plan in which only some blocks of each layer are split."""
+        notes = _refusals(shards)
+        if chosen.name != TENSOR:
+            shards = restrict(self._twin(), shards, chosen.blocks, chosen.has_split_head, self._trying)
+        return PlannedLayout(self._fitted(shards), shards, notes=notes)
+
+    def _fitted(self, shards: ShardPlan) -> LayerSplit:
+        parts = [
+            WidthPart(held, shards.moved_head_bytes(rank), shards.head_share(rank))
+            for rank, held in enumerate(shards.held_bytes)
+        ]
+        return plan_widths(self._info, self._machines, parts, self._asked.max_context)
+
+    def _twin(self) -> nn.Module:
+        model, _ = open_lazily(self._checkpoint.source)
+        return blank_twin(model)
+
+    def _trying(self) -> None:
+        self._control.progress("trying how the layers can be split", Activity.COMPUTING)
+
+
+def _sizes(flow: Dataflow, info: ModelInfo) -> ModelSizes:
+    shapes = [shape for call in flow.calls for shape in call.outputs.values()]
+    hidden = max((dim.constant for shape in shapes[:1] for dim in shape.dims), default=1)
+    value_bytes = shapes[0].dtype.size if shapes else 4
+    return ModelSizes(hidden, info.vocab_size, value_bytes, sum(len(call.prepared) for call in flow.calls))
+
+
+def _refusals(shards: ShardPlan) -> tuple[str, ...]:
+    return tuple(f"layer {layer} stays whole on every rank: {why}" for layer, why in shards.refused.items())

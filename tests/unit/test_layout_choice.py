@@ -1,0 +1,110 @@
+"""What is predicted for ways to share a model, against sums made by hand."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hippo_mpi.config.links import Link
+from hippo_mpi.planning.layer_times import SHAPES, KindTimes, RankTimes
+from hippo_mpi.planning.layout_choice import (
+    ALONE,
+    LOADS,
+    PIPELINE,
+    TENSOR,
+    Comparison,
+    LinkTimes,
+    ModelSizes,
+    Prediction,
+    best,
+    link_times,
+    reason,
+    table,
+)
+
+MS = 1e-3
+WHOLE = (4 * MS, 5 * MS, 8 * MS, 100 * MS)
+SPLIT = (2 * MS, 2.5 * MS, 4 * MS, 50 * MS)
+ATTENTION, MLP = (3.2 * MS, 4 * MS, 6.4 * MS, 80 * MS), (2.8 * MS, 3.5 * MS, 5.6 * MS, 70 * MS)
+PARTS = {"self_attn.o_proj": ATTENTION, "mlp.down_proj": MLP}
+HEAD, HEAD_PART = (6 * MS,) * 4, (3 * MS,) * 4
+SIZES = ModelSizes(hidden=1024, vocab=32768, value_bytes=4, num_shared=1)
+NUM_LAYERS = 10
+
+
+def compared(link: LinkTimes, num_ranks: int = 2, counts: list[int] | None = None) -> Comparison:
+    rank = RankTimes((KindTimes(tuple(range(NUM_LAYERS)), WHOLE, SPLIT, PARTS),), HEAD, HEAD_PART)
+    return Comparison([rank] * num_ranks, counts or [5, 5], True, SIZES, link)
+
+
+def free(seconds: float = 0.0) -> LinkTimes:
+    return LinkTimes(((1 << 10, seconds),), ((4 << 10, seconds),))
+
+
+def rates(comparison: Comparison) -> dict[str, dict[str, float]]:
+    return {one.name: dict(one.tokens_per_s) for one in comparison.predictions()}
+
+
+def test_without_a_link_each_way_takes_what_its_parts_take() -> None:
+    found = rates(compared(free()))
+    assert found[ALONE]["one"] == pytest.approx(1 / (NUM_LAYERS * 4 * MS + 6 * MS))
+    assert found[PIPELINE]["one"] == pytest.approx(found[ALONE]["one"])  # the ranks work one after the other
+    assert found[TENSOR]["one"] == pytest.approx(1 / (NUM_LAYERS * 2 * MS + 3 * MS))
+    assert found["mlp only, head whole"]["one"] == pytest.approx(1 / (NUM_LAYERS * 2.8 * MS + 6 * MS))
+    eight_rows = (5 + (8 - 5) / 3) * MS  # between 4 and 16
+    assert found[PIPELINE]["many"] == pytest.approx(16 / (2 * (5 * eight_rows + 6 * MS)))
+    assert found[TENSOR]["prompts"] == pytest.approx(256 / (NUM_LAYERS * 50 * MS))
+
+
+def test_each_sum_costs_what_the_link_says() -> None:
+    quick, slow = (rates(compared(free(seconds))) for seconds in (0.0, 1 * MS))
+    sums = 2 * NUM_LAYERS + 1 + 1  # of both blocks, of what rank 0 shares, and of the logits
+    assert 1 / slow[TENSOR]["one"] - 1 / quick[TENSOR]["one"] == pytest.approx(sums * MS)
+    assert 1 / slow[PIPELINE]["one"] - 1 / quick[PIPELINE]["one"] == pytest.approx(2 * MS)
+
+
+@pytest.mark.parametrize(
+    ("sum_s", "chosen"),
+    # An attention saves 0.8 ms, an MLP 1.2, the head 3.
+    [(0.1, TENSOR), (1.0, "mlp only"), (1.4, PIPELINE), (5.0, PIPELINE)],
+)
+def test_what_costs_more_than_it_saves_is_not_split(sum_s: float, chosen: str) -> None:
+    link = LinkTimes(((1 << 10, sum_s * MS),), ((4 << 10, 0.0),))
+    assert best(compared(link).predictions(), "one").name == chosen
+
+
+def test_many_requests_fill_a_pipeline_over_a_slow_link() -> None:
+    predictions = compared(free(3 * MS)).predictions()
+    assert best(predictions, "many").name == PIPELINE
+    said = reason(best(predictions, "many"), predictions, "many")
+    assert said.startswith("chosen: pipeline, ")
+    assert "for 16 at once" in said
+
+
+def test_one_rank_that_would_be_faster_is_named() -> None:
+    predictions = compared(free(50 * MS)).predictions()
+    assert "one rank alone would give 21.7" in reason(best(predictions, "one"), predictions, "one")
+    assert table(predictions, "one").count("*") == 1
+
+
+def test_what_cannot_be_taken_is_passed_over() -> None:
+    tensor = Prediction(TENSOR, dict.fromkeys(LOADS, 9.0), ("mlp",), problem="it doesn't fit")
+    pipeline = Prediction(PIPELINE, dict.fromkeys(LOADS, 1.0))
+    assert best([tensor, pipeline], "one") is pipeline
+
+
+@given(latency=st.floats(1e-6, 0.1), rate=st.floats(1e6, 1e10), num_ranks=st.integers(2, 8))
+def test_a_slower_link_is_never_faster(latency: float, rate: float, num_ranks: int) -> None:
+    counts = [1] * (num_ranks - 1) + [NUM_LAYERS - num_ranks + 1]
+    here, slower = (
+        rates(compared(link_times(Link(latency * factor, rate / factor), num_ranks, 4), num_ranks, counts))
+        for factor in (1, 2)
+    )
+    for name, by_load in here.items():
+        assert all(slower[name][load] <= by_load[load] * (1 + 1e-9) for load in LOADS)
+
+
+def test_shapes_that_are_timed() -> None:
+    """`layout_choice` reads loads from fixed places."""
+    assert [SHAPES[place] for place in (0, 2, 3)] == [(1, 1), (16, 1), (1, 256)]
