@@ -160,6 +160,11 @@ class RankOptions(DeadlineOptions):
         "with --parallel tensor or auto: parts of each layer per rank, such as 5,3; default: by speed",
         check=checks.parts,
     )
+    stages: int = option(
+        1,
+        "with --parallel tensor, groups of ranks that share some layers, one group after the other, as on 4 ranks 2",
+        check=checks.positive,
+    )
     tensor: str = option(
         "sum",
         "with --parallel tensor, sum: parts of results are added up over the ranks, which rounds otherwise than one rank"

@@ -179,7 +179,8 @@ class Leader:
         """Send a step on once it is computed; evaluate its caches while it is on its way."""
         if step.forward.outgoing is not None:
             mx.eval(step.forward.outgoing)
-            self._channel.deliver(step.forward.outgoing)
+            if self._stage.sends:
+                self._channel.deliver(step.forward.outgoing)
         if step.forward.logits is None:
             mx.eval(step.state)
             step.state = []
@@ -207,18 +208,23 @@ class Leader:
         return message
 
     def _announce(self, plan: StepPlan, arrays: list[mx.array]) -> None:
-        if not self._stage.is_whole:
+        if self._stage.sends:
             self._channel.announce(encode(plan), arrays)
 
 
 class Follower:
-    """Every other rank's side: carries out one message after the other."""
+    """Every other rank's side: carries out one message after the other.
+
+    Where several ranks hold a stage, the first of them receives its input, and the last one sends what it makes; the
+    others pass on what rank 0 has planned before they take part in the stage's sums.
+    """
 
     def __init__(
         self, stage: Stage, channel: Channel, settings: KVSettings, is_last: bool, progress: Progress = _quiet
     ) -> None:
         self._stage, self._channel, self._progress = stage, channel, progress
         self._is_last = is_last
+        self._computing = Activity.TOGETHER if stage.is_sharded else Activity.COMPUTING
         self.caches = SlotCaches(stage.model, settings)
         self._next_serial = 0
         self._halfway: dict[int, Forward] = {}  # steps that come round again, by serial (models with looped layers)
@@ -254,6 +260,8 @@ class Follower:
             cache = self.caches.at(plan.slots, plan.positions, plan.counts)
             tokens = mx.zeros((len(plan.slots), plan.num_tokens), mx.int32)  # only their shape matters here
             forward = self._stage.forward(tokens, cache, plan.wants_logits)
+        if not self._stage.sends:
+            self._channel.announce(header, [])
         self._compute(plan, forward, message)
         if forward.is_done:
             mx.eval(self.caches.advance(plan.slots, plan.ends))
@@ -268,23 +276,25 @@ class Follower:
         The graph is built while the rank before still computes the input; the phantoms are walked through while this
         rank computes.
         """
-        looks = self._stage.flow.looks_at_values
+        looks = self._stage.flow.looks_at_values or not self._stage.is_lazy
         if looks:
             message.wait()
-            self._progress(f"computing {plan}", Activity.COMPUTING)  # such a model computes while its graph is built
+            self._progress(f"computing {plan}", self._computing)  # such a model computes while its graph is built
         forward.run(message.arrays)
         outgoing = forward.outgoing
-        if outgoing is not None:
+        if outgoing is not None and self._stage.sends:
             self._channel.announce(message.header, outgoing)
         if not looks:
             message.wait()
-        self._progress(f"computing {plan}", Activity.COMPUTING)
+        self._progress(f"computing {plan}", self._computing)
         if outgoing is not None:
             mx.async_eval(outgoing)  # type: ignore[no-untyped-call]
-        forward.run(None)
+        if not forward.is_done:
+            forward.run(None)
         if outgoing is not None:
             mx.eval(outgoing)
-            self._channel.deliver(outgoing)
+            if self._stage.sends:
+                self._channel.deliver(outgoing)
 
 
 def rearrange(caches: SlotCaches, plan: StepPlan) -> None:

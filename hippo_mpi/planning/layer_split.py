@@ -73,26 +73,22 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class LayerSplit:
-    """Layers [start, stop) per rank, for a context of `max_context` tokens."""
+    """Layers [start, stop) per rank, for a context of `max_context` tokens; `num_shards` ranks in turn share theirs."""
 
     stages: list[StagePlan]
     max_context: int
     info: ModelInfo
+    num_shards: int = 1
 
     @property
     def counts(self) -> list[int]:
-        """Layers per rank."""
-        return [stage.stop - stage.start for stage in self.stages]
+        """Layers per stage."""
+        return [stage.stop - stage.start for stage in self.stages[:: self.num_shards]]
 
     @property
     def fits(self) -> bool:
         """True if every stage fits into its machine's memory."""
         return all(stage.margin_bytes >= 0 for stage in self.stages)
-
-    @property
-    def is_by_width(self) -> bool:
-        """True if each rank holds a part of every layer."""
-        return len(self.stages) > 1 and self.stages[1].start == 0
 
     def cache_room(self, max_rows: int) -> tuple[int, int | None]:
         """Return how many sequences may run at once, and how many tokens they may have together (None: any number).
@@ -129,7 +125,7 @@ class LayerSplit:
     def table(self) -> str:
         """Return the plan as a text table with a line per rank."""
         head = f"{'rank':>4}  {'host':<16} {'layers':<9} {'weights':>9} {'KV cache':>9} {'memory':>9} {'margin':>9} {'work':>5}"
-        how = f", each split over {len(self.stages)} ranks" if self.is_by_width else ""
+        how = f", each split over {self.num_shards} ranks" if self.num_shards > 1 else ""
         lines = [f"{count_of(self.info.num_layers, 'layer')}{how}, context of {self.max_context:,} tokens", head]
         for rank, stage in enumerate(self.stages):
             layers = f"{stage.start}-{stage.stop - 1}" + ("+head" if rank == 0 and len(self.stages) > 1 else "")

@@ -34,18 +34,24 @@ class WidthPart:
     """What a rank holds if every layer is split.
 
     Args:
+        layers: [start, stop).
         layer_bytes: weights of its parts of layers.
         moved_head_bytes: how much more it holds than if embedding, norm and head lay on rank 0.
         head_share: which part of the logits it makes.
     """
 
+    layers: tuple[int, int]
     layer_bytes: int
     moved_head_bytes: int
     head_share: float
 
 
 def plan_widths(
-    info: ModelInfo, machines: Sequence[Machine], parts: Sequence[WidthPart], max_context: int | None = None
+    info: ModelInfo,
+    machines: Sequence[Machine],
+    parts: Sequence[WidthPart],
+    num_shards: int,
+    max_context: int | None = None,
 ) -> LayerSplit:
     """Return what each rank holds if every layer is split.
 
@@ -53,6 +59,7 @@ def plan_widths(
         info: costs of the model.
         machines: by rank.
         parts: what each rank holds.
+        num_shards: ranks that hold a stage together.
         max_context: tokens of cache to plan for; None: the model's own limit, or the largest half, quarter ... of it
             that fits. Caches count as if they were whole: those of some models are.
 
@@ -61,7 +68,7 @@ def plan_widths(
     """
     context = max_context or info.max_positions or 4096
     while True:
-        split = _split(info, machines, parts, context)
+        split = _split(info, machines, parts, num_shards, context)
         if split.fits:
             return split
         if max_context is not None or context <= 2048:
@@ -69,12 +76,14 @@ def plan_widths(
         context = max(2048, context // 2)
 
 
-def _split(info: ModelInfo, machines: Sequence[Machine], parts: Sequence[WidthPart], context: int) -> LayerSplit:
-    caches = sum(cache.bytes_at(context) for cache in info.caches)
+def _split(
+    info: ModelInfo, machines: Sequence[Machine], parts: Sequence[WidthPart], num_shards: int, context: int
+) -> LayerSplit:
     total = sum(part.layer_bytes + part.head_share * info.head_work for part in parts)
     stages = []
     for rank, (machine, part) in enumerate(zip(machines, parts, strict=True)):
         weights = part.layer_bytes + part.moved_head_bytes + (info.head_bytes if rank == 0 else 0)
+        caches = sum(cache.bytes_at(context) for cache in info.caches[slice(*part.layers)])
         read = part.layer_bytes + part.head_share * info.head_work
-        stages.append(StagePlan(machine, 0, info.num_layers, weights, caches, read / machine.speed, read / total))
-    return LayerSplit(stages, context, info)
+        stages.append(StagePlan(machine, *part.layers, weights, caches, read / machine.speed, read / total))
+    return LayerSplit(stages, context, info, num_shards)

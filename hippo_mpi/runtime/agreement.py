@@ -99,7 +99,7 @@ class Agreement:
     @property
     def layout(self) -> Layout:
         """Return how the ranks share the model."""
-        return Layout(len(self.counts)) if self.shards is None else Layout(1, shards=self.shards.num_ranks)
+        return Layout(len(self.counts), shards=1 if self.shards is None else self.shards.num_ranks)
 
     def layers_of(self, rank: int) -> tuple[int, int]:
         """Return the layers [start, stop) of a rank."""
@@ -171,8 +171,7 @@ def negotiate(
     if layout is not None:
         info, shards = layout.split.info, layout.shards
         can_batch = None if info.can_batch else False
-        counts = layout.split.counts if shards is None else [info.num_layers]
-        plan = _Plan(counts, layout.split.max_context, can_batch, info.vocab_size, shards)
+        plan = _Plan(layout.split.counts, layout.split.max_context, can_batch, info.vocab_size, shards)
     plan = control.share(plan, _Plan)
     return Agreement(checkpoint, **vars(plan), planned=layout, draft=draft, collectives=constraints.collectives)
 

@@ -150,6 +150,7 @@ def _with_model(joined: _Joined[_R], body: Callable[[Session[_R]], int], machine
         num_draft_tokens,
         options.parallel,
         options.width_split,
+        options.stages,
         options.tensor == "exact",
         options.collectives,
         options.load,

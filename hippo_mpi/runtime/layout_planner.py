@@ -51,6 +51,7 @@ class PlanConstraints:
     num_draft_tokens: int = 0
     parallel: str = PIPELINE  # or "tensor": each rank holds a part of every layer; or "auto": what is faster
     width_split: tuple[int, ...] | None = None
+    num_stages: int = 1  # of ranks that share each layer
     is_exact: bool = False  # whether nothing is added up over the ranks
     collectives: str | None = None  # "graph" or "stepwise"
     load: str = "one"  # for which "auto" chooses
@@ -100,7 +101,7 @@ def time_rank(checkpoint: Checkpoint, shards: ShardPlan, world: World, control: 
     mx.clear_cache()
     control.gather(True)
     control.meet()
-    sums = RankCollective(world, is_lazy).choose()
+    sums = RankCollective(world.group, world.size, is_lazy).choose()
     channel = RingChannel(world, control, Layout(world.size))
     hops = []
     if world.rank == 0:
@@ -137,18 +138,30 @@ class LayoutPlanner:
         self._check()
 
     def _check(self) -> None:
-        asked = self._asked
-        if asked.parallel != PIPELINE and asked.layer_split is not None:
+        asked, num_ranks = self._asked, len(self._machines)
+        if asked.parallel == PIPELINE:
+            for option, is_given in (
+                ("--width-split", asked.width_split is not None),
+                ("--tensor exact", asked.is_exact),
+                ("--stages", asked.num_stages > 1),
+            ):
+                if is_given:
+                    raise UserError(
+                        f"{option} is for --parallel tensor; in a pipeline, each rank is a stage of whole layers, and"
+                        " --layer-split gives their numbers"
+                    )
+        elif asked.layer_split is not None and asked.num_stages == 1:
             raise UserError(
                 f"--layer-split is for --parallel pipeline; with {asked.parallel}, --width-split 5,3 gives parts of each"
                 " layer"
             )
-        if asked.parallel == PIPELINE and asked.width_split is not None:
+        if asked.num_stages > 1 and (num_ranks % asked.num_stages or num_ranks == asked.num_stages):
             raise UserError(
-                "--width-split is for --parallel tensor; in a pipeline, --layer-split gives layers per rank"
+                f"--stages {asked.num_stages} needs {2 * asked.num_stages}, {3 * asked.num_stages} ... ranks: as many in"
+                f" each stage, at least 2; there {'is' if num_ranks == 1 else 'are'} {num_ranks}"
             )
-        if asked.parallel == PIPELINE and asked.is_exact:
-            raise UserError("--tensor exact is for --parallel tensor: a pipeline is exact")
+        if asked.num_stages > 1 and self._checkpoint.flow.num_rounds > 1:
+            raise UserError("--stages can't be used with this model, which goes through its layers several times")
 
     def plan(self) -> PlannedLayout:
         """Plan what was asked for.
@@ -166,9 +179,11 @@ class LayoutPlanner:
         return replace(self._pipeline(), notes=(*notes, none))
 
     def widths(self) -> ShardPlan:
-        """Find how the layers can be split over all ranks, by speed or as it was asked for."""
-        shares = width_shares(self._machines, self._asked.width_split)
-        return plan_shards(self._twin(), shares, self._trying, self._asked.is_exact)
+        """Find how the layers can be split over the ranks of a stage, by speed or as it was asked for."""
+        asked = self._asked
+        shares = width_shares(self._teams(), asked.width_split)
+        # In a pipeline of stages, the last hidden states come back to rank 0 alone.
+        return plan_shards(self._twin(), shares, self._trying, asked.is_exact, has_whole_head=asked.num_stages > 1)
 
     def planned(self, shards: ShardPlan, timed: Sequence[Timed]) -> PlannedLayout:
         """Plan what was asked for, or choose, beside what the ways to share the model would give.
@@ -230,11 +245,30 @@ class LayoutPlanner:
         return PlannedLayout(self._fitted(shards), shards, notes=notes)
 
     def _fitted(self, shards: ShardPlan) -> LayerSplit:
-        parts = [
-            WidthPart(held, shards.moved_head_bytes(rank), shards.head_share(rank))
-            for rank, held in enumerate(shards.held_bytes)
-        ]
-        return plan_widths(self._info, self._machines, parts, self._asked.max_context)
+        """Return what each rank holds: of all layers, or of those of its stage."""
+        num_shards, asked = shards.num_ranks, self._asked
+        counts = [self._info.num_layers]
+        if asked.num_stages > 1:
+            stages = [self._machines[first : first + num_shards] for first in range(0, len(self._machines), num_shards)]
+            counts = plan_split(self._info, [_together(stage) for stage in stages], None, asked.layer_split).counts
+        parts = []
+        for rank in range(len(self._machines)):
+            stage, place = divmod(rank, num_shards)
+            layers = (sum(counts[:stage]), sum(counts[: stage + 1]))
+            held = shards.held_bytes(place, layers)
+            parts.append(
+                WidthPart(
+                    layers,
+                    held,
+                    *((shards.moved_head_bytes(place), shards.head_share(place)) if stage == 0 else (0, 0.0)),
+                )
+            )
+        return plan_widths(self._info, self._machines, parts, num_shards, asked.max_context)
+
+    def _teams(self) -> list[Machine]:
+        """Return, for each place in a stage, a machine as fast as those that have it in all stages together."""
+        num_shards = len(self._machines) // self._asked.num_stages
+        return [_together(self._machines[place::num_shards]) for place in range(num_shards)]
 
     def _twin(self) -> nn.Module:
         model, _ = open_lazily(self._checkpoint.source)
@@ -242,6 +276,12 @@ class LayoutPlanner:
 
     def _trying(self) -> None:
         self._control.progress("trying how the layers can be split", Activity.COMPUTING)
+
+
+def _together(machines: Sequence[Machine]) -> Machine:
+    """Return a machine with the memory and the speed of several, each of which gets an equal part."""
+    memory = len(machines) * min(machine.memory_bytes for machine in machines)
+    return replace(machines[0], memory_bytes=memory, speed=sum(machine.speed for machine in machines))
 
 
 def _sizes(flow: Dataflow, info: ModelInfo) -> ModelSizes:

@@ -18,7 +18,7 @@ from hippo_mpi.sharding.sharded_stage import ShardedStage, load_sharded_stage
 from hippo_mpi.sharding.slot_caches import KVSettings
 from hippo_mpi.sharding.stage import Stage, load_stage
 from hippo_mpi.transport.channel import RingChannel
-from hippo_mpi.transport.collective import RankCollective, is_in_graph
+from hippo_mpi.transport.collective import collective_of, is_in_graph
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.pulse import Activity
@@ -56,7 +56,8 @@ class Pipeline:
         sizes, shards, head = checkpoint.weight_bytes, agreement.shards, checkpoint.flow.head_weights
         self.weight_bytes = sum(sizes[name] for name in checkpoint.stage_weights(start, stop))
         if shards is not None:
-            self.weight_bytes = shards.held_bytes[world.rank] + shards.moved_head_bytes(world.rank)
+            place = agreement.layout.place(world.rank).shard
+            self.weight_bytes = shards.held_bytes(place, self._layers) + shards.moved_head_bytes(place)
             self.weight_bytes += sum(sizes[name] for name in head) if world.rank == 0 else 0
 
         def loaded(done: int) -> None:
@@ -84,10 +85,11 @@ class Pipeline:
         checkpoint, shards = self.agreement.checkpoint, self.agreement.shards
         if shards is None:
             return load_stage(checkpoint, *self._layers, on_progress)
-        collective = RankCollective(self.world, is_in_graph(self.agreement.collectives))
+        layout, rank = self.agreement.layout, self.world.rank
+        collective = collective_of(self.world, layout, is_in_graph(self.agreement.collectives))
         self.control.meet()  # from here on, all ranks are at the same sum
         collective.choose()
-        return load_sharded_stage(checkpoint, shards, self.world.rank, collective, on_progress)
+        return load_sharded_stage(checkpoint, shards, self._layers, layout.place(rank).shard, collective, on_progress)
 
     def _agree_that_loaded(self, error: HippoError | None) -> None:
         gathered = self.control.gather(
@@ -108,7 +110,7 @@ class Pipeline:
         """Run rank 0's steps until it calls `release`."""
         is_last = self.world.rank == self.world.size - 1  # there is one replica
         follower: Follower | ShardedFollower
-        if isinstance(self.stage, ShardedStage):
+        if isinstance(self.stage, ShardedStage) and self.stage.is_whole:
             follower = ShardedFollower(self.stage, self.channel, self._settings, is_last, self.timeline)
         else:
             follower = Follower(self.stage, self.channel, self._settings, is_last, self.timeline)

@@ -1,8 +1,8 @@
-"""All layers of a model, of each of which this rank holds a part."""
+"""Layers of a model, of each of which this rank holds a part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -10,57 +10,80 @@ import mlx.nn as nn
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, load_weights
 from hippo_mpi.sharding.sharded_head import HeadShards
-from hippo_mpi.sharding.stage import Forward, Stage, argument, replace_argument
+from hippo_mpi.sharding.stage import Forward, Place, Stage
 from hippo_mpi.sharding.tensor import ShardPlan, shard_model
 from hippo_mpi.tracing.dataflow import Dataflow
 from hippo_mpi.transport.collective import Collective
 
 
 class ShardedStage(Stage):
-    """A part of every layer of `model`, ready to run steps that all ranks take together.
+    """A part of every layer of a stage, ready to run steps that all ranks of the stage take together.
 
-    Rank 0 embeds; what it makes of the tokens for the layers is shared by a sum to which others add zeros.
+    What one of them makes or receives alone (on rank 0, what comes of the tokens) is shared by a sum to which the
+    others add zeros.
 
     Args:
         model: an mlx-lm model, reduced to this rank's part.
         flow: what `trace` found for the same model.
-        leads: whether this is rank 0, which holds embedding, norm and head.
+        layers: [start, stop) of the stage.
+        place: of this rank among those of the stage: the first of them receives, and in the first stage it holds
+            embedding, norm and head.
+        num_places: how many ranks hold the stage; the last of them sends.
         collective: what the layers add up with.
         head: how the matrix that makes logits is split, if it is.
     """
 
     def __init__(
-        self, model: nn.Module, flow: Dataflow, leads: bool, collective: Collective, head: HeadShards | None = None
+        self,
+        model: nn.Module,
+        flow: Dataflow,
+        layers: tuple[int, int],
+        place: int,
+        num_places: int,
+        collective: Collective,
+        head: HeadShards | None = None,
     ) -> None:
-        super().__init__(model, flow, 0, flow.num_layers)
-        self.is_sharded, self.leads, self.holds_head = True, leads, leads
+        super().__init__(model, flow, *layers)
+        self.is_first, self.is_last = place == 0, place == num_places - 1
+        self.leads = self.holds_head = self.is_first and self.start == 0
+        self.is_sharded = True
         self.collective, self.is_lazy = collective, collective.is_lazy
-        self._next_call, self._wants_logits = 0, True
+        self._wants_logits = True
         if head is not None:
             part = dict(model.named_modules())[head.path]
             part.__class__ = self._unless_unwanted(type(part), head)
-        for layer in model.layers:
-            layer.__class__ = self._sharing(type(layer))
+        if self.is_whole:
+            self._hook_layers()  # to share what they are given
+
+    @property
+    def sends(self) -> bool:
+        """Whether this rank sends to another stage what this one has made."""
+        return self.is_last and not self.is_whole
 
     def forward(self, tokens: mx.array, cache: list[Any], wants_logits: bool = True, **options: Any) -> Forward:
         """Begin a step; other ranks than the first look at the shape of the tokens only."""
-        self._next_call, self._wants_logits = 0, wants_logits
+        self._wants_logits = wants_logits
         self.collective.begin()
         return super().forward(tokens, cache, wants_logits, **options)
 
-    def _sharing(self, kind: type) -> type:
-        """Return a subclass of a layer's class that is given what rank 0 has made of the tokens."""
+    def shared(self, array: mx.array) -> mx.array:
+        """Return what the first rank of this stage has for an array."""
+        return self.collective.sum(array if self.is_first else mx.zeros_like(array))
 
-        def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-            inputs: dict[str, Any] = {"args": args, "kwargs": kwargs}
-            prepared = self.flow.calls[self._next_call].prepared
-            self._next_call += 1
-            for path in sorted(prepared, key=repr):
-                own = argument(inputs, path)
-                replace_argument(inputs, path, self.collective.sum(own if self.leads else mx.zeros_like(own)))
-            return kind.__call__(layer, *inputs["args"], **inputs["kwargs"])
+    def received(
+        self, cut: int, incoming: Sequence[mx.array] | None, rows_tokens: tuple[int, int]
+    ) -> dict[Place, mx.array]:
+        """Return the arrays that arrived at the cut before call `cut`, on every rank of this stage.
 
-        return type(kind.__name__, (kind,), {"__call__": call})
+        Of what the first stage has prepared, only the first rank has something; it is shared where it is used.
+        """
+        arrays = super().received(cut, incoming, rows_tokens) if self.is_first else {}
+        for call, path in self.crossing[cut]:
+            shape = self.flow.calls[call].outputs.get(path)
+            if shape is not None:
+                own = arrays.get((call, path))
+                arrays[call, path] = self.shared(mx.zeros(shape(*rows_tokens), shape.dtype) if own is None else own)
+        return arrays
 
     def _unless_unwanted(self, kind: type, head: HeadShards) -> type:
         """Return a subclass of the head's class that takes part in no sum where a step wants no logits."""
@@ -76,18 +99,20 @@ class ShardedStage(Stage):
 def load_sharded_stage(
     checkpoint: Checkpoint,
     plan: ShardPlan,
-    rank: int,
+    layers: tuple[int, int],
+    place: int,
     collective: Collective,
     on_progress: Callable[[int], None] = lambda done_bytes: None,
 ) -> ShardedStage:
-    """Load a rank's part of every layer of a model, and of the head; on rank 0 also embedding and norm.
+    """Load a rank's part of every layer of a stage; on rank 0 also embedding, norm and head, or its part of that.
 
     Weights are read and cut some 64 MiB at a time, so that only few whole tensors are ever held beside the rank's own part.
 
     Args:
         checkpoint: the model's structure, from `open_checkpoint`.
         plan: from `plan_shards`.
-        rank: whose part.
+        layers: [start, stop) of the stage.
+        place: of this rank among those of the stage.
         collective: what the layers add up with.
         on_progress: called with the bytes read so far.
 
@@ -95,9 +120,9 @@ def load_sharded_stage(
         ModelError: a file can't be read or downloaded.
         UserError: an adapter can't be fused.
     """
-    flow, leads = checkpoint.flow, rank == 0
-    wanted = flow.stage_weights(0, flow.num_layers)
-    if not leads and flow.num_rounds == 1:  # a model that loops over its layers may use its norm in between
+    flow = checkpoint.flow
+    wanted = flow.stage_weights(*layers)
+    if place > 0 and flow.num_rounds == 1:  # a model that loops over its layers may use its norm in between
         wanted = wanted - (flow.head_weights - (flow.output_weights if plan.head else set()))
-    model = load_weights(checkpoint, wanted, on_progress, lambda model: shard_model(model, plan, rank, collective))
-    return ShardedStage(model, flow, leads, collective, plan.head)
+    model = load_weights(checkpoint, wanted, on_progress, lambda model: shard_model(model, plan, place, collective))
+    return ShardedStage(model, flow, layers, place, plan.num_ranks, collective, plan.head)

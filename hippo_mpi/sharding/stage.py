@@ -64,8 +64,29 @@ class Stage:
         self.crossing = {cut: crossing(flow, cut) for cut in range(1, len(flow.calls) + 1)}
         self._running: Forward | None = None
         if not self.is_whole:
-            for index, layer in enumerate(model.layers):
-                layer.__class__ = _hooked(type(layer), index, self)
+            self._hook_layers()
+
+    def _hook_layers(self) -> None:
+        for index, layer in enumerate(self.model.layers):
+            layer.__class__ = _hooked(type(layer), index, self)
+
+    def shared(self, array: mx.array) -> mx.array:
+        """Return what the first rank of this stage has for an array that is made or received by it alone."""
+        return array
+
+    def received(
+        self, cut: int, incoming: Sequence[mx.array] | None, rows_tokens: tuple[int, int]
+    ) -> dict[Place, mx.array]:
+        """Return the arrays that arrived at the cut before call `cut`.
+
+        Raises:
+            DesyncError: other arrays are expected.
+        """
+        places = self.crossing[cut]
+        if incoming is None or len(incoming) != len(places):
+            got = "nothing" if incoming is None else f"{len(incoming)} arrays"
+            raise DesyncError(f"expected {len(places)} arrays at the cut before layer {cut}, got {got}")
+        return dict(zip(places, incoming, strict=True))
 
     def forward(self, tokens: mx.array, cache: list[Any], wants_logits: bool = True, **options: Any) -> Forward:
         """Begin a step.
@@ -77,6 +98,11 @@ class Stage:
             options: further arguments of the model's own code.
         """
         return Forward(self, tokens, cache, wants_logits, options)
+
+    @property
+    def sends(self) -> bool:
+        """Whether this rank sends to another stage what this one has made."""
+        return not self.is_whole
 
     @property
     def is_alone(self) -> bool:
@@ -153,20 +179,12 @@ class Forward:
 
     def _call_model(self, incoming: Sequence[mx.array] | None) -> None:
         if not self.stage.holds_embedding:
-            self._accept(self.stage.start, incoming)
+            self._held.update(self.stage.received(self.stage.start, incoming, self.num_rows_tokens))
         logits = self.stage.run_model(self.tokens, cache=self.cache, **self._options)
         if self._next_call != len(self.stage.flow.calls) and not self.stage.is_whole:
             raise DesyncError(f"the model called {self._next_call} layers, not {len(self.stage.flow.calls)}")
         if self.stage.holds_head and self.wants_logits:
             self.logits = logits
-
-    def _accept(self, cut: int, incoming: Sequence[mx.array] | None) -> None:
-        """Store the arrays that arrived at the cut before call `cut`."""
-        places = self.stage.crossing[cut]
-        if incoming is None or len(incoming) != len(places):
-            got = "nothing" if incoming is None else f"{len(incoming)} arrays"
-            raise DesyncError(f"expected {len(places)} arrays at the cut before layer {cut}, got {got}")
-        self._held.update(zip(places, incoming, strict=True))
 
     def _on_layer(self, layer: Any, index: int, args: Any, kwargs: Any, real: Any) -> Any:
         """Handle the call of layer `index`: run it if this stage holds it, otherwise act as its phantom."""
@@ -176,17 +194,16 @@ class Forward:
             raise DesyncError(f"the model called layer {index} as its call {number}, unlike when it was traced")
         call, inputs = flow.calls[number], {"args": args, "kwargs": kwargs}
         if self.stage.is_local(index):
-            for path in call.prepared:
-                if (number, path) in self._held:
-                    replace_argument(inputs, path, self._held[number, path])
+            for path in sorted(call.prepared, key=repr):
+                replace_argument(inputs, path, self.stage.shared(self._prepared(number, path, inputs)))
             result = real(layer, *inputs["args"], **inputs["kwargs"])
-            if index == self.stage.stop - 1:
+            if index == self.stage.stop - 1 and not self.stage.is_whole:
                 self._keep_outputs(number, result, inputs)
-                if not self.stage.leads:
+                if self.stage.start > 0 and (not self.stage.is_sharded or self.stage.stop == flow.num_layers):
                     self.outgoing = self._collect(number + 1)
                     self._greenlet.parent.switch()
             return result
-        if self.stage.holds_embedding:
+        if self.stage.holds_embedding or (self.stage.is_sharded and index >= self.stage.stop):
             self._keep_prepared(number, call, inputs)
         for effect in call.effects:
             _apply(effect, inputs, self.num_rows_tokens)
@@ -199,8 +216,14 @@ class Forward:
                 self._held[call, path] = _own(argument({"return": result, **inputs}, path))
 
     def _keep_prepared(self, number: int, call: LayerCall, inputs: dict[str, Any]) -> None:
-        for path in call.prepared:
-            self._held[number, path] = _own(argument(inputs, path))
+        for path in sorted(call.prepared, key=repr):
+            self._held[number, path] = self.stage.shared(_own(self._prepared(number, path, inputs)))
+
+    def _prepared(self, number: int, path: Path, inputs: dict[str, Any]) -> mx.array:
+        """Return what the first stage has made of the tokens for a call, as far as this rank has it."""
+        held = self._held.get((number, path))
+        prepared: mx.array = argument(inputs, path) if held is None else held
+        return prepared
 
     def _collect(self, cut: int) -> list[mx.array] | None:
         """Return the arrays that the next stage needs; None if this is the result and no logits are wanted."""
@@ -213,13 +236,14 @@ class Forward:
         flow, stage = self.stage.flow, self.stage
         next_is_local = number + 1 < len(flow.calls) and flow.calls[number + 1].layer == stage.start
         is_last = number + 1 == len(flow.calls)
-        if stage.leads and (next_is_local or is_last):
+        if (stage.start == 0 and next_is_local) or ((stage.start == 0 or stage.is_sharded) and is_last):
             self.outgoing = self._collect(number + 1 - (flow.num_layers - stage.stop))
-            if is_last and not self.wants_logits:
+            if not stage.leads or (is_last and not self.wants_logits):
                 return
         elif not (next_is_local and number >= flow.num_layers) and not (is_last and stage.holds_head):
             return
-        self._accept(number + 1, self._greenlet.parent.switch())
+        incoming = self._greenlet.parent.switch()
+        self._held.update(Stage.received(stage, number + 1, incoming, self.num_rows_tokens))  # on rank 0 alone
 
     def _stand_in(self, number: int, call: LayerCall, inputs: dict[str, Any]) -> Any:
         """Return what the layer would: arrays that arrived, or zeros of the same shape."""

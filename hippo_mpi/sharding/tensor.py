@@ -40,20 +40,24 @@ class ShardPlan:
         num_ranks: over how many ranks.
         layers: how each layer is split.
         refused: of layers that could have been split, why they stay whole, by number.
-        held_bytes: of layers' weights, by rank.
+        layer_bytes: of each layer's weights, by rank.
         head: how the matrix that makes logits is split, if it is.
     """
 
     num_ranks: int
     layers: tuple[LayerShards, ...]
     refused: dict[int, str]
-    held_bytes: tuple[int, ...] = ()
+    layer_bytes: tuple[tuple[int, ...], ...] = ()
     head: HeadShards | None = None
 
     @property
     def is_whole(self) -> bool:
         """True if no layer is split."""
         return not any(layer.columns for layer in self.layers)
+
+    def held_bytes(self, rank: int, layers: tuple[int, int] | None = None) -> int:
+        """Return the bytes of layers' weights that a rank holds: of all, or of some [start, stop)."""
+        return sum(held[rank] for held in self.layer_bytes[slice(*(layers or (None,)))])
 
     def head_share(self, rank: int) -> float:
         """Return which part of the logits a rank makes."""
@@ -130,7 +134,7 @@ class _Planner:
         self, model: nn.Module, shares: Sequence[float], on_progress: Callable[[], None], is_exact: bool
     ) -> None:
         # Weights that belong to no linear layer; these become noise now.
-        self._other_bytes = sum(_other_bytes(layer) for layer in model.layers)
+        self._other_bytes = [_other_bytes(layer) for layer in model.layers]
         self._probe, self._shares, self._on_progress = ProbedModel(model), shares, on_progress
         self._is_exact = is_exact
         self._calls = self._probe.calls(make_prompt_cache(model), 1, _PROBED_TOKENS)
@@ -153,15 +157,16 @@ class _Planner:
                     refused[call.layer] = f"its output would be off by {off:.1g} of its largest value"
                 self._on_progress()
         found = tuple(layers.get(index, LayerShards()) for index in range(len(self._probe.layers)))
-        return ShardPlan(len(self._shares), found, refused, self._held_bytes(found))
+        return ShardPlan(len(self._shares), found, refused, self._layer_bytes(found))
 
-    def _held_bytes(self, layers: Sequence[LayerShards]) -> tuple[int, ...]:
-        held = [float(self._other_bytes)] * len(self._shares)
-        for layer, shards in zip(self._probe.layers, layers, strict=True):
+    def _layer_bytes(self, layers: Sequence[LayerShards]) -> tuple[tuple[int, ...], ...]:
+        found = []
+        for layer, shards, other in zip(self._probe.layers, layers, self._other_bytes, strict=True):
             linear = sum(num_bytes(one) for one in linear_layers(layer).values())
-            for rank in range(len(self._shares)):
-                held[rank] += linear * shards.held_share(layer, rank)
-        return tuple(round(size) for size in held)
+            found.append(
+                tuple(other + round(linear * shards.held_share(layer, rank)) for rank in range(len(self._shares)))
+            )
+        return tuple(found)
 
     def _find(self, call: Call, number: int) -> tuple[LayerShards, float]:
         """Return a layer's split, and by how much its outputs are off.

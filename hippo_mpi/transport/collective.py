@@ -21,6 +21,7 @@ import mlx.core as mx
 from greenlet import getcurrent, greenlet
 
 from hippo_mpi.errors import DesyncError
+from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.world import World
 
 _T = TypeVar("_T")
@@ -52,6 +53,14 @@ class Collective(ABC):
             widths: by rank.
         """
 
+    def choose(self) -> list[tuple[int, float]]:
+        """Find the fastest way to add up arrays of several sizes; every rank must call it.
+
+        Returns:
+            Numbers of values, and the seconds that adding them up takes on this rank; nothing if there is one way only.
+        """
+        return []
+
     def begin(self) -> None:
         """Begin a step: what the sums of the step before were made from isn't kept any longer."""
         self.last = None
@@ -66,22 +75,19 @@ class RankCollective(Collective):
     """Works over `mx.distributed`.
 
     Args:
-        world: the ranks.
+        group: of all the ranks that take part.
+        num_ranks: in it.
         is_lazy: whether sums are part of the graph. MLX computes them on a CPU stream: on a CPU that is the stream of the
             computation itself. On a GPU a kernel would wait for the network, which can hang a Mac; there, each sum
             is evaluated at once, and everything before it.
     """
 
-    def __init__(self, world: World, is_lazy: bool) -> None:
-        self._world, self.is_lazy = world, is_lazy
+    def __init__(self, group: mx.distributed.Group | None, num_ranks: int, is_lazy: bool) -> None:
+        self._group, self._num_ranks, self.is_lazy = group, num_ranks, is_lazy
         self._gathers = dict.fromkeys(_TRIED_SIZES, False)  # by the least size that was tried and isn't smaller
 
     def choose(self) -> list[tuple[int, float]]:
-        """Take the faster way to add up arrays of each size, by the sum of the ranks' times. All ranks must call it.
-
-        Returns:
-            Numbers of values, and the seconds that adding them up takes on this rank.
-        """
+        """Take the faster way to add up arrays of each size, by the sum of the ranks' times."""
         found = []
         for size, tries in zip(_TRIED_SIZES, _TRIES, strict=True):
             part = mx.zeros((size,))
@@ -121,7 +127,7 @@ class RankCollective(Collective):
     def _joined(self, part: mx.array, widths: Sequence[int]) -> mx.array:
         missing = max(widths) - part.shape[-1]
         padded = mx.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, missing)]) if missing else part
-        parts = mx.distributed.all_gather(padded[None], group=self._world.group)
+        parts = mx.distributed.all_gather(padded[None], group=self._group)
         return mx.concatenate([parts[rank][..., :width] for rank, width in enumerate(widths)], -1)
 
     def _added(self, part: mx.array) -> mx.array:
@@ -129,14 +135,76 @@ class RankCollective(Collective):
         return self._gathered(part) if self._gathers[size] else self._all_sum(part)
 
     def _all_sum(self, part: mx.array) -> mx.array:
-        return mx.distributed.all_sum(part, group=self._world.group)
+        return mx.distributed.all_sum(part, group=self._group)
 
     def _gathered(self, part: mx.array) -> mx.array:
-        parts = mx.distributed.all_gather(part[None], group=self._world.group)
+        parts = mx.distributed.all_gather(part[None], group=self._group)
         total = parts[0]
-        for rank in range(1, self._world.size):
+        for rank in range(1, self._num_ranks):
             total = total + parts[rank]
         return total
+
+
+class ChainCollective(Collective):
+    """Sums over some neighbours on a ring, whose backend can't split a group.
+
+    Partial sums go from the last of them to the first, and the result comes back. Each message is evaluated at once:
+    inside a graph, nothing keeps a receive behind the send that it answers.
+
+    Args:
+        world: all ranks.
+        first: of the ranks that take part.
+        num_ranks: that take part, one after the other.
+    """
+
+    is_lazy = False
+
+    def __init__(self, world: World, first: int, num_ranks: int) -> None:
+        self._world = world
+        self._before = world.rank - 1 if world.rank > first else None
+        self._behind = world.rank + 1 if world.rank < first + num_ranks - 1 else None
+        self._place = world.rank - first
+
+    def sum(self, part: mx.array) -> mx.array:
+        """Return the sum of all ranks' parts."""
+        if self._behind is not None:
+            part = part + self._received(part, self._behind)
+        if self._before is not None:
+            self._send(part, self._before)
+            part = self._received(part, self._before)
+        if self._behind is not None:
+            self._send(part, self._behind)
+        self.last = part
+        return part
+
+    def gather(self, part: mx.array, widths: Sequence[int]) -> mx.array:
+        """Return all ranks' parts side by side; each adds zeros for what others have, which changes no bit."""
+        before, behind = sum(widths[: self._place]), sum(widths[self._place + 1 :])
+        return self.sum(mx.pad(part, [(0, 0)] * (part.ndim - 1) + [(before, behind)]))
+
+    def _send(self, part: mx.array, rank: int) -> None:
+        mx.eval(mx.distributed.send(part, rank, group=self._world.group))
+
+    def _received(self, like: mx.array, rank: int) -> mx.array:
+        received = mx.distributed.recv_like(like, rank, group=self._world.group)
+        mx.eval(received)
+        return received
+
+
+def collective_of(world: World, layout: Layout, is_lazy: bool) -> Collective:
+    """Return what the ranks of this rank's stage add up with.
+
+    Args:
+        world: all ranks.
+        layout: how they share the model.
+        is_lazy: whether sums are part of the graph, where that can be.
+    """
+    if layout.stages == 1:
+        return RankCollective(world.group, world.size, is_lazy)
+    stage = layout.place(world.rank).stage
+    if world.backend == "mpi" and world.group is not None:
+        return RankCollective(world.group.split(stage), layout.shards, is_lazy)
+    return ChainCollective(world, stage * layout.shards, layout.shards)
 
 
 def is_in_graph(asked: str | None) -> bool:

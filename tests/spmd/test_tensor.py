@@ -43,16 +43,31 @@ def expected_tokens(folder: Path, num_tokens: int) -> list[int]:
 def test_200_tokens_are_those_of_mlx_lm(
     name: str, num_ranks: int, backend: str, options: list[str], tmp_path: Path
 ) -> None:
+    assert_tokens(name, num_ranks, backend, options, 200, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_ranks", "backend", "options"),
+    [("qwen3_moe", 4, "ring", []), ("gemma3n", 4, "mpi", []), ("phi3", 6, "ring", ["--layer-split", "2,4"])],
+)
+def test_stages_that_are_held_by_several_ranks(
+    name: str, num_ranks: int, backend: str, options: list[str], tmp_path: Path
+) -> None:
+    """Fewer tokens: of so many ranks, only two at a time find a core here."""
+    assert_tokens(name, num_ranks, backend, ["--stages", "2", *options], 20, tmp_path)
+
+
+def assert_tokens(name: str, num_ranks: int, backend: str, options: list[str], num_tokens: int, tmp_path: Path) -> None:
     folder = tiny_models.make_checkpoint(name, tmp_path)
     save_tokenizer(folder)
     command = [
-        str(ranks.BIN / "hippo_mpi.generate"), "--model", str(folder), "--json", "--ignore-chat-template",
-        "--prompt", " ".join(f"w{token}" for token in PROMPT), "--max-tokens", "200", "--max-context", "256", *TENSOR, *options,
+        str(ranks.BIN / "hippo_mpi.generate"), "--model", str(folder), "--json", "--ignore-chat-template", "--prompt",
+        " ".join(f"w{token}" for token in PROMPT), "--max-tokens", str(num_tokens), "--max-context", "256", *TENSOR, *options,
     ]  # fmt: skip
     answer = answer_of(command, num_ranks, backend)
     found = answer["token_ids"]
-    assert found == expected_tokens(folder, 200)[: len(found)]
-    assert len(found) == 200 or answer["finish_reason"] == "stop"
+    assert found == expected_tokens(folder, num_tokens)[: len(found)]
+    assert len(found) == num_tokens or answer["finish_reason"] == "stop"
 
 
 def test_a_layout_is_chosen(tmp_path: Path) -> None:
