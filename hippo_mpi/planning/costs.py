@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import ceil
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,10 @@ class CacheCost:
         """Return the cache's bytes for a context of this many tokens."""
         tokens = context if self.max_tokens is None else min(context, self.max_tokens)
         return self.fixed + self.per_token * tokens
+
+    def scaled(self, share: float) -> CacheCost:
+        """Return the cost of a part of the cache."""
+        return CacheCost(ceil(self.fixed * share), ceil(self.per_token * share), self.max_tokens)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class StagePlan:
     cache_bytes: int
     work: float  # for a token of an answer and the prompt tokens that go with it: bytes read, divided by the machine's speed
     share: float  # of all work
+    caches: tuple[CacheCost, ...] | None = None  # of its layers, if it holds parts of them only
 
     @property
     def margin_bytes(self) -> int:
@@ -120,7 +121,7 @@ class LayerSplit:
         return max(sum(cache.bytes_at(held) for cache in self._caches_of(stage)) for stage in self.stages)
 
     def _caches_of(self, stage: StagePlan) -> list[CacheCost]:
-        return self.info.caches[stage.start : stage.stop]
+        return self.info.caches[stage.start : stage.stop] if stage.caches is None else list(stage.caches)
 
     def table(self) -> str:
         """Return the plan as a text table with a line per rank."""

@@ -38,12 +38,14 @@ class WidthPart:
         layer_bytes: weights of its parts of layers.
         moved_head_bytes: how much more it holds than if embedding, norm and head lay on rank 0.
         head_share: which part of the logits it makes.
+        cache_shares: which part of each layer's cache it holds.
     """
 
     layers: tuple[int, int]
     layer_bytes: int
     moved_head_bytes: int
     head_share: float
+    cache_shares: tuple[float, ...]
 
 
 def plan_widths(
@@ -61,7 +63,7 @@ def plan_widths(
         parts: what each rank holds.
         num_shards: ranks that hold a stage together.
         max_context: tokens of cache to plan for; None: the model's own limit, or the largest half, quarter ... of it
-            that fits. Caches count as if they were whole: those of some models are.
+            that fits.
 
     Raises:
         PlanError: a rank's part doesn't fit.
@@ -83,7 +85,9 @@ def _split(
     stages = []
     for rank, (machine, part) in enumerate(zip(machines, parts, strict=True)):
         weights = part.layer_bytes + part.moved_head_bytes + (info.head_bytes if rank == 0 else 0)
-        caches = sum(cache.bytes_at(context) for cache in info.caches[slice(*part.layers)])
+        whole = info.caches[slice(*part.layers)]
+        caches = tuple(cache.scaled(share) for cache, share in zip(whole, part.cache_shares, strict=True))
+        held = sum(cache.bytes_at(context) for cache in caches)
         read = part.layer_bytes + part.head_share * info.head_work
-        stages.append(StagePlan(machine, *part.layers, weights, caches, read / machine.speed, read / total))
+        stages.append(StagePlan(machine, *part.layers, weights, held, read / machine.speed, read / total, caches))
     return LayerSplit(stages, context, info, num_shards)

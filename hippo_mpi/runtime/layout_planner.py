@@ -255,14 +255,11 @@ class LayoutPlanner:
         for rank in range(len(self._machines)):
             stage, place = divmod(rank, num_shards)
             layers = (sum(counts[:stage]), sum(counts[: stage + 1]))
-            held = shards.held_bytes(place, layers)
-            parts.append(
-                WidthPart(
-                    layers,
-                    held,
-                    *((shards.moved_head_bytes(place), shards.head_share(place)) if stage == 0 else (0, 0.0)),
-                )
-            )
+            moved = shards.moved_head_bytes(place) if stage == 0 else 0
+            head = shards.head_share(place) if stage == 0 else 0.0
+            # The first layer's counts whole: a draft model's caches, which stay so, are counted with it.
+            caches = tuple(shards.layers[layer].cache_share(place) if layer > 0 else 1.0 for layer in range(*layers))
+            parts.append(WidthPart(layers, shards.held_bytes(place, layers), moved, head, caches))
         return plan_widths(self._info, self._machines, parts, num_shards, asked.max_context)
 
     def _teams(self) -> list[Machine]:

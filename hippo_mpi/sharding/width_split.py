@@ -70,6 +70,7 @@ class LayerShards:
         outputs: in the exact form, by path of what `columns` has: each rank holds these rows and all columns; `columns`
             are then the parts of its inputs that each rank makes.
         feeds: by path of what `rows` has, which of `columns` its outputs go to.
+        kept: those of `rows` whose outputs stay in a cache.
     """
 
     columns: dict[str, Bounds] = field(default_factory=dict)
@@ -77,6 +78,7 @@ class LayerShards:
     narrowings: dict[str, Narrowing] = field(default_factory=dict)
     outputs: dict[str, Bounds] = field(default_factory=dict)
     feeds: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
 
     @property
     def narrow_rows(self) -> set[str]:
@@ -92,6 +94,18 @@ class LayerShards:
             {path: narrowing for path, narrowing in self.narrowings.items() if path in chosen},
             {path: bounds for path, bounds in self.outputs.items() if path in chosen},
             {path: self.feeds[path] for path in rows},
+            tuple(path for path in self.kept if path in rows),
+        )
+
+    def cache_share(self, rank: int) -> float:
+        """Return which part of the layer's cache a rank holds: all of it where zeros stand for others' outputs."""
+        narrow = self.narrow_rows
+        if not self.kept or not all(path in narrow for path in self.kept):
+            return 1.0
+        return max(
+            sum(stop - start for start, stop in self.rows[path][rank])
+            / (max(stop for held in self.rows[path] for _, stop in held))
+            for path in self.kept
         )
 
     def held_share(self, layer: nn.Module, rank: int) -> float:
@@ -157,7 +171,10 @@ class _LayerSplitter:
         outputs = {path: cut(self._widths[path], self._shares) for path in columns if self._is_exact}
         exact = {path: bounds for path, bounds in outputs.items() if bounds is not None}
         fed = {path: tuple(sorted(feeds[path])) for path in rows}
-        return LayerShards(columns, rows, self._narrowings(columns, rows, feeds), exact, fed)
+        kept = tuple(path for path, reach in whole.items() if reach.is_kept)
+        # A cache of which a part comes from elsewhere is held by each rank.
+        kept = kept if all(path in rows for path in kept) else ()
+        return LayerShards(columns, rows, self._narrowings(columns, rows, feeds), exact, fed, kept)
 
     def _selects(self, path: str, whole: dict[str, Reach]) -> bool:
         """Return whether code in front of a linear layer picks some positions or experts out of many.

@@ -24,7 +24,8 @@ from hippo_mpi.errors import UserError
 from hippo_mpi.sharding.dependence import ProbedModel
 from hippo_mpi.sharding.shard_check import Trial, difference, is_right
 from hippo_mpi.sharding.sharded_stage import ShardedStage, load_sharded_stage
-from hippo_mpi.sharding.tensor import ShardPlan, plan_shards, shard_model
+from hippo_mpi.sharding.stage import Forward
+from hippo_mpi.sharding.tensor import ShardPlan, plan_shards, restrict, shard_model
 from hippo_mpi.sharding.width_split import LayerShards, split_layer
 from hippo_mpi.tracing.twin import blank_twin
 from hippo_mpi.transport.collective import LocalCollective, RankCollective, run_ranks
@@ -133,6 +134,69 @@ def test_more_ranks_and_unequal_shares(name: str, shares: tuple[float, ...]) -> 
     assert_close(checkpoint, name, plan)
 
 
+def grid_of(checkpoint: Checkpoint, plan: ShardPlan, counts: Sequence[int]) -> list[list[ShardedStage]]:
+    """Load the model for several stages, each held by all ranks of the plan."""
+    found, start = [], 0
+    for count in counts:
+        layers = (start, start + count)
+        collective = LocalCollective()
+        found.append(
+            [load_sharded_stage(checkpoint, plan, layers, place, collective) for place in range(plan.num_ranks)]
+        )
+        start += count
+    return found
+
+
+def run_grid(grid: list[list[ShardedStage]], name: str) -> list[mx.array]:
+    """Return the logits of the steps of `run`, each taken by one stage after the other."""
+    tokens, found = tokens_for(name), []
+    caches = [[make_prompt_cache(stage.model) for stage in stages] for stages in grid]
+    for position, count in steps(name):
+        arrays, first = None, None
+        for stages, own in zip(grid, caches, strict=True):
+            given = mx.array([tokens[position : position + count]])
+            forwards = [
+                stage.forward(given if stage.leads else mx.zeros_like(given), cache)
+                for stage, cache in zip(stages, own, strict=True)
+            ]
+            first = first or forwards[0]
+            outgoing = run_ranks([partial(run_part, forward, arrays) for forward in forwards])
+            arrays = outgoing[-1]
+            mx.eval(arrays)
+        assert first is not None
+        first.run(arrays)
+        assert first.logits is not None
+        mx.eval(first.logits)
+        found.append(first.logits)
+    return found
+
+
+def run_part(forward: Forward, arrays: list[mx.array] | None) -> list[mx.array] | None:
+    stage = forward.stage
+    assert isinstance(stage, ShardedStage)
+    forward.run(arrays if stage.is_first and stage.start > 0 else None)
+    outgoing = forward.outgoing
+    if not stage.leads and not forward.is_done:
+        forward.run(None)
+    return outgoing
+
+
+GRID = ["llama", "gemma3n", "qwen3_moe", "talkie", "mamba2", "qwen3_next", "gpt_oss", "deepseek_v3", "rwkv7", "gemma4"]
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_stages_of_two_ranks(name: str) -> None:
+    checkpoint = opened(name)
+    allowed = [cut for cut in range(1, checkpoint.flow.num_layers) if cut not in checkpoint.flow.forbidden_cuts()]
+    cut = allowed[len(allowed) // 2]
+    model, _ = open_lazily(checkpoint.source)
+    plan = plan_shards(blank_twin(model), (0.5, 0.5), has_whole_head=True)
+    whole, _ = open_lazily(checkpoint.source)
+    grid = grid_of(checkpoint, plan, [cut, checkpoint.flow.num_layers - cut])
+    for ours, theirs in zip(run_grid(grid, name), run(whole, name), strict=True):
+        assert float(mx.abs(ours - theirs).max() / mx.abs(theirs).max()) <= BOUNDS.get(name, BOUND)
+
+
 def test_three_heads_over_two_ranks() -> None:
     """mlx-lm's own `shard` is off by a fifth here, without an error: it cuts through a head."""
     checkpoint = open_checkpoint(ModelSource(BUNDLED_MODELS / "story-draft", precision="float32"))
@@ -160,6 +224,7 @@ def test_caches_and_weights_are_as_small_as_the_share() -> None:
     def kept_of(stage: ShardedStage) -> int:
         return kept(stage.model, lambda tokens, cache: stage.forward(tokens, cache).run(None))
 
+    assert {layer.cache_share(rank) for layer in plan.layers for rank in range(2)} == {0.5}
     stages = stages_of(checkpoint, plan)
     assert run_ranks([partial(kept_of, stage) for stage in stages]) == [kept(whole, whole) // 2] * 2
     sizes = [sum(array.nbytes for _, array in tree_flatten(stage.model.parameters())) for stage in stages]
@@ -201,6 +266,7 @@ def test_wrong_splits_are_seen() -> None:
     heads = dataclasses.replace(attention, changes=(("n_heads", (1, 1)), ("n_kv_heads", (1, 1))))
     assert not attempt.is_right(changed(narrowings={**right.narrowings, "self_attn.o_proj": heads}))
     padded = changed(narrowings={})
+    assert (right.cache_share(0), padded.cache_share(0)) == (0.5, 1.0)
     assert attempt.is_right(padded)  # zeros for the others' outputs are right, too
     shifted = (((0, 48),), ((48, 64),))
     assert right.rows["self_attn.q_proj"] == (((0, 32),), ((32, 64),))
@@ -209,6 +275,21 @@ def test_wrong_splits_are_seen() -> None:
     assert not attempt.is_right(changed(rows={**right.rows, "mlp.gate_proj": swapped}))
     columns = {**right.columns, "mlp.down_proj": (0, 32, 128)}
     assert not attempt.is_right(changed(columns=columns))
+
+
+@pytest.mark.parametrize("block", ["self_attn.o_proj", "mlp.down_proj"])
+def test_a_part_of_a_split_is_right_too(block: str) -> None:
+    attempt = Attempt("llama", 0)
+    part = attempt.shards.only({block})
+    assert set(part.columns) == {block}
+    assert {path.partition(".")[0] for path in part.rows} == {block.partition(".")[0]}
+    assert attempt.is_right(part)
+    whole = opened("llama")
+    model, _ = open_lazily(whole.source)
+    plan = restrict(blank_twin(model), plan_of(whole, (0.5, 0.5)), {block}, False)
+    assert plan.head is None
+    assert not plan.refused
+    assert_close(whole, "llama", plan)
 
 
 def test_a_sum_that_is_left_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
