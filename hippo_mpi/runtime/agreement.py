@@ -158,13 +158,15 @@ def negotiate(
             planner = LayoutPlanner(checkpoint, info, machines or machines_of(introductions), constraints, control)
         except HippoError as error:
             control.fail(error)
-    assert checkpoint is not None
     num_ranks = len(machines) if machines else world.size
+    layout = None
     try:
-        if constraints.compares and num_ranks > 1:
+        if checkpoint is None:  # rank 0 knows by now, and ends all of them
+            pass
+        elif constraints.compares and num_ranks > 1:
             layout = _compared(planner, checkpoint, constraints, world, control, is_here=machines is None)
-        else:
-            layout = planner.plan() if planner is not None else None
+        elif planner is not None:
+            layout = planner.plan()
     except HippoError as error:
         control.fail(error)
     plan = None
@@ -173,6 +175,7 @@ def negotiate(
         can_batch = None if info.can_batch else False
         plan = _Plan(layout.split.counts, layout.split.max_context, can_batch, info.vocab_size, shards)
     plan = control.share(plan, _Plan)
+    assert checkpoint is not None
     return Agreement(checkpoint, **vars(plan), planned=layout, draft=draft, collectives=constraints.collectives)
 
 

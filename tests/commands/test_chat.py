@@ -15,6 +15,7 @@ from mlx_lm import load, stream_generate
 from hippo_mpi.config.bundled import BUNDLED_MODEL
 from tests import ranks
 from tests.ranks import Rank
+from tests.spmd.test_faults import endless_model
 from tests.terminals import CTRL_C, Terminal, terminal
 
 CHAT = [str(ranks.BIN / "hippo_mpi.chat"), "--max-tokens", "200"]
@@ -99,7 +100,7 @@ STARTED = {
     "alone": CHAT,
     "launch/run": [str(ranks.BIN / "python"), "-m", "hippo_mpi.run", "--command", "hippo_mpi.chat"],
 }
-LONG = ["--max-tokens", "1900", "--temp", "5"]
+LONG = ["--model", endless_model(), "--max-tokens", "1900"]
 
 
 def await_answer(running: Terminal, since: int) -> None:

@@ -14,10 +14,11 @@ import pytest
 
 from hippo_mpi import run
 from tests import ranks
+from tests.spmd.test_faults import endless_model
 from tests.terminals import CTRL_C, terminal
 
 RUN = [sys.executable, "-m", "hippo_mpi.run"]
-LONG = ["--temp", "5", "--max-tokens", "1900"]
+LONG = ["--model", endless_model(), "--max-tokens", "1900"]
 SECONDS = 25.0
 
 
