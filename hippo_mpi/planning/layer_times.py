@@ -2,6 +2,9 @@
 
 A layer's time depends on shapes only, so that a few copies of one layer of each kind, filled with noise, say how long all
 of them take. There are as many copies as it takes for their weights to come from memory, as in a model of many layers.
+
+Ranks that are there time their parts together, sums included: a sum costs more than its message, as it waits for the
+slower rank (here, two ranks of one machine: 75 us by itself, 400 and more between matrix products).
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ SHAPES = ((1, 1), (4, 1), (16, 1), (1, 256))
 
 _PAST_TOKENS = 32  # in the caches
 _COPIED_BYTES = 256 << 20  # more than any processor's caches hold
-_MIN_TRIES, _TRYING_S = 5, 0.1
+_TRIES = 6  # as many on each rank: the first one is a warm-up
 _NOISE_BYTES = 16 << 20  # larger weights are zeros, which take as long
 
 
@@ -80,14 +83,17 @@ class RankTimes:
         return RankTimes(kinds, _scaled(self.head, speed), _scaled(self.head_part, speed))
 
 
-def time_layers(model: nn.Module, plan: ShardPlan, rank: int, on_progress: Callable[[], None]) -> RankTimes:
-    """Time the layers of a model.
+def time_layers(
+    model: nn.Module, plan: ShardPlan, rank: int, collective: Collective, on_progress: Callable[[], None]
+) -> RankTimes:
+    """Time the layers of a model; every rank of the collective must do so.
 
     Args:
         model: whose structure counts; its weights are never read.
         plan: how layers would be split.
         rank: whose part is timed.
-        on_progress: called after each layer of a kind.
+        collective: what the parts add up with, or `AbsentRanks`.
+        on_progress: called after each step of a layer.
     """
     twin = blank_twin(model)
     fuse_adapters(twin)
@@ -102,11 +108,16 @@ def time_layers(model: nn.Module, plan: ShardPlan, rank: int, on_progress: Calla
         layer, shards = layers[own[0].call.layer], plan.layers[own[0].call.layer]
         paths = list(shards.columns)
         forms = [LayerShards(), shards, *(shards.only({path}) for path in paths)]
-        whole, split, *parts = _times(layer, own, len(numbers), forms, rank)
+        copies = [_copies(layer, len(numbers), form, rank, collective) for form in forms]
+        times = []
+        for step in own:
+            taken = [part if step.before else part[:1] for part in copies]
+            times.append(_medians_s(taken, step, collective))
+            on_progress()
+        whole, split, *parts = zip(*times, strict=True)
         here = tuple(steps[number][0].call.layer for number in numbers)
         kinds.append(KindTimes(here, whole, split, dict(zip(paths, parts, strict=True))))
-        on_progress()
-    return RankTimes(tuple(kinds), *_head_times(twin, plan, rank))
+    return RankTimes(tuple(kinds), *_head_times(twin, plan, rank, collective))
 
 
 @dataclass(frozen=True)
@@ -129,39 +140,37 @@ def _steps(model: nn.Module) -> list[list[_Step]]:
     return [list(steps) for steps in zip(*found, strict=True)]
 
 
-def _times(
-    layer: nn.Module, steps: Sequence[_Step], count: int, forms: Sequence[LayerShards], rank: int
-) -> list[tuple[float, ...]]:
-    """Return, for each form of a layer, the seconds of each step; the model has `count` such layers."""
-    copies = [_copies(layer, count, shards, rank) for shards in forms]
-    by_step = [_medians_s([part if step.before else part[:1] for part in copies], step) for step in steps]
-    return list(zip(*by_step, strict=True))
-
-
-def _copies(layer: nn.Module, count: int, shards: LayerShards, rank: int) -> list[nn.Module]:
+def _copies(layer: nn.Module, count: int, shards: LayerShards, rank: int, collective: Collective) -> list[nn.Module]:
+    """Return copies of a part of a layer of which the model has `count`."""
     part = _filled(layer)
-    shard_layer(part, shards, rank, _Absent(rank))
+    shard_layer(part, shards, rank, collective)
     mx.eval(part.parameters())
-    size = sum(array.nbytes for _, array in tree_flatten(part.parameters()))
+    size = sum(array.nbytes for _, array in tree_flatten(layer.parameters()))  # the same on each rank
     return [part] + [_copied(part) for _ in range(min(count, 1 + _COPIED_BYTES // max(1, size)) - 1)]
 
 
-def _medians_s(forms: Sequence[Sequence[nn.Module]], step: _Step) -> list[float]:
+def _medians_s(forms: Sequence[Sequence[nn.Module]], step: _Step, collective: Collective) -> list[float]:
     """Return the seconds of a step of each form of a layer; these take turns, so that what slows them down hits all."""
     past: list[list[Any] | None] = [None] * len(forms)
     if step.before is not None:
-        past = [_called(copies[0], step.before, None)[1] for copies in forms]
-        mx.eval([vars(cache) for caches in past for cache in caches or ()])
-    times: list[list[float]] = []
-    ends = time.perf_counter() + len(forms) * _TRYING_S
-    while len(times) <= _MIN_TRIES or time.perf_counter() < ends:
-        times.append([_step_s(copies, step.call, caches) for copies, caches in zip(forms, past, strict=True)])
-    return [statistics.median(trials) for trials in zip(*times[1:], strict=True)]  # the first one was a warm-up
+        for place, copies in enumerate(forms):
+            made, past[place] = _called(copies[0], step.before, None)
+            mx.eval(made)
+    times = []
+    for _ in range(_TRIES):
+        times.append(
+            [_step_s(copies, step.call, caches, collective) for copies, caches in zip(forms, past, strict=True)]
+        )
+    return [statistics.median(trials) for trials in zip(*times[1:], strict=True)]
 
 
-def _step_s(copies: Sequence[nn.Module], call: Call, caches: list[Any] | None) -> float:
-    made = [_called(layer, call, copy.deepcopy(caches))[0] for layer in copies]
+def _step_s(copies: Sequence[nn.Module], call: Call, caches: list[Any] | None, collective: Collective) -> float:
+    collective.begin()
+    mx.eval(collective.sum(mx.zeros((1,))))  # ranks begin at the same time
     began = time.perf_counter()
+    made = [_called(layer, call, copy.deepcopy(caches))[0] for layer in copies]
+    if collective.is_lazy:
+        began = time.perf_counter()  # what is in the graph is computed only now
     mx.eval(made)
     return (time.perf_counter() - began) / len(copies)
 
@@ -174,20 +183,24 @@ def _called(layer: Any, call: Call, caches: list[Any] | None) -> tuple[list[mx.a
     return [array for _, array in found], left
 
 
-def _head_times(model: nn.Module, plan: ShardPlan, rank: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _head_times(
+    model: nn.Module, plan: ShardPlan, rank: int, collective: Collective
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     none = (0.0,) * len(SHAPES)
     if plan.head is None:
         return none, none
     whole = _filled(dict(model.named_modules())[plan.head.path])
     part = _copied(whole)
-    shard_head(part, plan.head, rank, _Absent(rank))
-    return tuple(tuple(_head_s(plan.head, head, rows) for rows, _ in SHAPES) for head in (whole, part))  # type: ignore[return-value]
+    shard_head(part, plan.head, rank, collective)
+    return tuple(tuple(_head_s(plan.head, head, rows, collective) for rows, _ in SHAPES) for head in (whole, part))  # type: ignore[return-value]
 
 
-def _head_s(shards: HeadShards, head: nn.Module, num_rows: int) -> float:
+def _head_s(shards: HeadShards, head: nn.Module, num_rows: int, collective: Collective) -> float:
     x, times = mx.random.normal((num_rows, 1, num_inputs(head))).astype(head.get("scales", head["weight"]).dtype), []
     mx.eval(x, head.parameters())
-    for _ in range(_MIN_TRIES + 1):
+    for _ in range(_TRIES):
+        collective.begin()
+        mx.eval(collective.sum(mx.zeros((1,))))
         began = time.perf_counter()
         mx.eval(getattr(head, shards.method)(x))
         times.append(time.perf_counter() - began)
@@ -220,8 +233,8 @@ def _copied(module: nn.Module) -> nn.Module:
     return copied
 
 
-class _Absent(Collective):
-    """Stands in for the other ranks: what it returns has the right shape, at once."""
+class AbsentRanks(Collective):
+    """Stands in for ranks that aren't there: what it returns has the right shape, at once."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank

@@ -113,7 +113,12 @@ def predict_pipeline(
 
 
 def predict_widths(
-    times: Sequence[RankTimes], blocks: Sequence[str], has_split_head: bool, link: LinkTimes, sizes: ModelSizes
+    times: Sequence[RankTimes],
+    blocks: Sequence[str],
+    has_split_head: bool,
+    link: LinkTimes,
+    sizes: ModelSizes,
+    include_sums: bool,
 ) -> Mapping[str, float]:
     """Return the tokens per second if some blocks of layers are split over all ranks, by load.
 
@@ -123,21 +128,23 @@ def predict_widths(
         has_split_head: whether each rank makes a part of the logits.
         link: between the ranks.
         sizes: of what travels.
+        include_sums: whether the times are those of layers together with their sums.
     """
 
     def rate(load: str) -> float:
         index = _SHAPE_OF[load]
         rows, tokens = SHAPES[index]
         num_values = rows * tokens * sizes.hidden
+        sum_s = 0.0 if include_sums else link.sum_s(num_values)
         total = sizes.num_shared * link.sum_s(num_values)
         for place, kind in enumerate(times[0].kinds):
             here = [path for path in blocks if path in kind.parts]
             layer_s = max(_split_s(rank.kinds[place], here, index) for rank in times)
-            total += len(kind.layers) * (layer_s + len(here) * link.sum_s(num_values))
+            total += len(kind.layers) * (layer_s + len(here) * sum_s)
         if load != "prompts":
             if has_split_head:
-                gathered = rows * sizes.vocab // len(times)
-                total += max(rank.head_part[index] for rank in times) + link.sum_s(gathered)
+                gather_s = 0.0 if include_sums else link.sum_s(rows * sizes.vocab // len(times))
+                total += max(rank.head_part[index] for rank in times) + gather_s
             else:
                 total += times[0].head[index]
         return rows * tokens / total
@@ -155,6 +162,7 @@ class Comparison:
         can_split_head: whether logits can be made by all ranks.
         sizes: of what travels.
         link: between the ranks.
+        include_sums: whether the times are those of layers together with their sums.
     """
 
     times: Sequence[RankTimes]
@@ -162,6 +170,7 @@ class Comparison:
     can_split_head: bool
     sizes: ModelSizes
     link: LinkTimes
+    include_sums: bool = False
 
     def over(self, link: Link) -> Comparison:
         """Return the comparison for another link."""
@@ -191,7 +200,7 @@ class Comparison:
         return [
             Prediction(
                 name if has_split_head == self.can_split_head else f"{name}, head whole",
-                predict_widths(self.times, blocks, has_split_head, self.link, self.sizes),
+                predict_widths(self.times, blocks, has_split_head, self.link, self.sizes, self.include_sums),
                 blocks,
                 has_split_head,
             )

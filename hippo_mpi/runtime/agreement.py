@@ -26,7 +26,6 @@ from hippo_mpi.runtime.layout_planner import LayoutPlanner, PlanConstraints, Pla
 from hippo_mpi.runtime.source_digest import source_digest
 from hippo_mpi.sharding.slot_caches import KVSettings
 from hippo_mpi.sharding.tensor import ShardPlan
-from hippo_mpi.transport.collective import is_in_graph
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.world import World
@@ -158,18 +157,15 @@ def negotiate(
             planner = LayoutPlanner(checkpoint, info, machines or machines_of(introductions), constraints, control)
         except HippoError as error:
             control.fail(error)
-    num_ranks = len(machines) if machines else world.size
-    layout = None
+    layout = plan = None
     try:
-        if checkpoint is None:  # rank 0 knows by now, and ends all of them
-            pass
-        elif constraints.compares and num_ranks > 1:
-            layout = _compared(planner, checkpoint, constraints, world, control, is_here=machines is None)
+        if constraints.compares and (len(machines) if machines else world.size) > 1:
+            if checkpoint is not None:  # otherwise rank 0 knows by now, and ends all of them
+                layout = _compared(planner, checkpoint, constraints, world, control, is_here=machines is None)
         elif planner is not None:
             layout = planner.plan()
     except HippoError as error:
         control.fail(error)
-    plan = None
     if layout is not None:
         info, shards = layout.split.info, layout.shards
         can_batch = None if info.can_batch else False
@@ -208,10 +204,12 @@ def _compared(
     if not is_here:
         if planner is None or offer is None:
             return None
-        return planner.planned(offer.shards, planner.time_elsewhere(offer.shards))
+        return planner.planned(offer.shards, planner.time_elsewhere(offer.shards), include_sums=False)
     shards = control.share(offer, _Offer).shards
-    timed = control.gather(time_rank(checkpoint, shards, world, control, is_in_graph(constraints.collectives)))
-    return planner.planned(shards, timed) if planner is not None and timed is not None else None
+    timed = control.gather(time_rank(checkpoint, shards, world, control, constraints))
+    if planner is None or timed is None:
+        return None
+    return planner.planned(shards, timed, include_sums=constraints.link is None)
 
 
 def _open_draft(source: ModelSource | None) -> DraftModel | None:

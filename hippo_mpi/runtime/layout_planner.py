@@ -14,7 +14,7 @@ from hippo_mpi.config.links import LINKS, Link
 from hippo_mpi.errors import PlanError, UserError
 from hippo_mpi.planning.costs import ModelInfo
 from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
-from hippo_mpi.planning.layer_times import RankTimes, time_layers
+from hippo_mpi.planning.layer_times import AbsentRanks, RankTimes, time_layers
 from hippo_mpi.planning.layout_choice import (
     PIPELINE,
     TENSOR,
@@ -31,7 +31,7 @@ from hippo_mpi.sharding.tensor import ShardPlan, plan_shards, restrict
 from hippo_mpi.tracing.dataflow import Dataflow
 from hippo_mpi.tracing.twin import blank_twin
 from hippo_mpi.transport.channel import RingChannel
-from hippo_mpi.transport.collective import RankCollective
+from hippo_mpi.transport.collective import RankCollective, is_in_graph
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.hop_times import echo, time_ring
 from hippo_mpi.transport.layout import Layout
@@ -89,21 +89,27 @@ class Timed:
     link: LinkTimes
 
 
-def time_rank(checkpoint: Checkpoint, shards: ShardPlan, world: World, control: Control, is_lazy: bool) -> Timed:
-    """Time layers, sums and hops on this rank; every rank must call it."""
+def time_rank(
+    checkpoint: Checkpoint, shards: ShardPlan, world: World, control: Control, constraints: PlanConstraints
+) -> Timed:
+    """Time layers, sums and hops on this rank; every rank must call it.
+
+    For a link that isn't there, layers are timed without their sums.
+    """
 
     def going_on() -> None:
-        control.progress("timing layers", Activity.COMPUTING)
+        control.progress("timing layers", Activity.TOGETHER)
 
-    going_on()
     model, _ = open_lazily(checkpoint.source)
-    layers = time_layers(model, shards, world.rank, going_on)
-    mx.clear_cache()
+    own = RankCollective(world.group, world.size, is_in_graph(constraints.collectives))
     control.gather(True)
     control.meet()
-    sums = RankCollective(world.group, world.size, is_lazy).choose()
-    channel = RingChannel(world, control, Layout(world.size))
-    hops = []
+    going_on()
+    sums = own.choose()
+    collective = own if constraints.link is None else AbsentRanks(world.rank)
+    layers = time_layers(model, shards, world.rank, collective, going_on)
+    mx.clear_cache()
+    channel, hops = RingChannel(world, control, Layout(world.size)), []
     if world.rank == 0:
         hops = time_ring(channel, world.size, control.progress, _HOP_BYTES, _HOP_TRIES)
     else:
@@ -185,24 +191,25 @@ class LayoutPlanner:
         # In a pipeline of stages, the last hidden states come back to rank 0 alone.
         return plan_shards(self._twin(), shares, self._trying, asked.is_exact, has_whole_head=asked.num_stages > 1)
 
-    def planned(self, shards: ShardPlan, timed: Sequence[Timed]) -> PlannedLayout:
+    def planned(self, shards: ShardPlan, timed: Sequence[Timed], include_sums: bool) -> PlannedLayout:
         """Plan what was asked for, or choose, beside what the ways to share the model would give.
 
         Raises:
             PlanError: it doesn't fit.
         """
-        comparison = self.compare(shards, timed)
+        comparison = self.compare(shards, timed, include_sums)
         if self._asked.parallel == "auto":
             return self.choose(shards, comparison)
         return replace(self.plan(), comparison=comparison)
 
-    def compare(self, shards: ShardPlan, timed: Sequence[Timed]) -> Comparison:
+    def compare(self, shards: ShardPlan, timed: Sequence[Timed], include_sums: bool) -> Comparison:
         """Return what ways to share the model are compared by, from what the ranks have timed."""
         counts = None
         with contextlib.suppress(PlanError):
             counts = self._pipeline().split.counts
         sizes = _sizes(self._checkpoint.flow, self._info)
-        return Comparison([one.layers for one in timed], counts, shards.head is not None, sizes, timed[0].link)
+        times, can_split_head = [one.layers for one in timed], shards.head is not None
+        return Comparison(times, counts, can_split_head, sizes, timed[0].link, include_sums)
 
     def choose(self, shards: ShardPlan, comparison: Comparison) -> PlannedLayout:
         """Take the fastest way that fits.
@@ -230,7 +237,7 @@ class LayoutPlanner:
         value_bytes = _sizes(self._checkpoint.flow, self._info).value_bytes
         link = link_times(self._asked.link or LINKS[0], len(self._machines), value_bytes)
         return [
-            Timed(time_layers(model, shards, rank, self._trying).at_speed(machine.speed), link)
+            Timed(time_layers(model, shards, rank, AbsentRanks(rank), self._trying).at_speed(machine.speed), link)
             for rank, machine in enumerate(self._machines)
         ]
 

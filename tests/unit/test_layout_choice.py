@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,6 +64,12 @@ def test_each_sum_costs_what_the_link_says() -> None:
     sums = 2 * NUM_LAYERS + 1 + 1  # of both blocks, of what rank 0 shares, and of the logits
     assert 1 / slow[TENSOR]["one"] - 1 / quick[TENSOR]["one"] == pytest.approx(sums * MS)
     assert 1 / slow[PIPELINE]["one"] - 1 / quick[PIPELINE]["one"] == pytest.approx(2 * MS)
+
+
+def test_sums_that_were_timed_with_the_layers_are_not_counted_twice() -> None:
+    timed = replace(compared(free(1 * MS)), include_sums=True)
+    shared_s = 1 * MS
+    assert rates(timed)[TENSOR]["one"] == pytest.approx(1 / (NUM_LAYERS * 2 * MS + 3 * MS + shared_s))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,29 @@
+"""Layers are timed by kind, without weights, and by themselves where the other ranks aren't there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hippo_mpi.checkpoint.checkpoint import ModelSource, open_lazily
+from hippo_mpi.planning.layer_times import SHAPES, AbsentRanks, time_layers
+from hippo_mpi.sharding.tensor import plan_shards
+from hippo_mpi.tracing.twin import blank_twin
+from tests.parity import tiny_models
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("llama", 2), ("gemma3_text", 2), ("deepseek_v3", 3)])
+def test_each_kind_is_timed_whole_and_in_parts(name: str, blocks: int, tmp_path: Path) -> None:
+    model, _ = open_lazily(ModelSource(tiny_models.make_checkpoint(name, tmp_path)))
+    plan = plan_shards(blank_twin(model), (0.5, 0.5))
+    steps: list[None] = []
+    times = time_layers(model, plan, 1, AbsentRanks(1), lambda: steps.append(None))
+    assert sorted(layer for kind in times.kinds for layer in kind.layers) == list(range(len(model.layers)))
+    assert max(len(kind.parts) for kind in times.kinds) == blocks
+    assert len(steps) == len(times.kinds) * len(SHAPES)
+    every = [times.head, times.head_part]
+    for kind in times.kinds:
+        every += [kind.whole, kind.split, *kind.parts.values()]
+    assert all(len(found) == len(SHAPES) and min(found) > 0 for found in every)
+    assert times.at_speed(2.0).head[0] == times.head[0] / 2
