@@ -60,6 +60,14 @@ class ShardedStage(Stage):
         """Whether this rank sends to another stage what this one has made."""
         return self.is_last and not self.is_whole
 
+    @property
+    def hands_over_early(self) -> bool:
+        """Whether the next stage gets what it needs as soon as this stage's last layer has run.
+
+        What the first stage has prepared for later layers is shared only in the phantoms of these.
+        """
+        return self.start > 0 and self.stop == self.flow.num_layers
+
     def forward(self, tokens: mx.array, cache: list[Any], wants_logits: bool = True, **options: Any) -> Forward:
         """Begin a step; other ranks than the first look at the shape of the tokens only."""
         self._wants_logits = wants_logits

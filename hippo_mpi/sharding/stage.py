@@ -105,6 +105,11 @@ class Stage:
         return not self.is_whole
 
     @property
+    def hands_over_early(self) -> bool:
+        """Whether the next stage gets what it needs as soon as this stage's last layer has run."""
+        return self.start > 0
+
+    @property
     def is_alone(self) -> bool:
         """True if no other rank takes part in steps."""
         return self.is_whole and not self.is_sharded
@@ -199,7 +204,7 @@ class Forward:
             result = real(layer, *inputs["args"], **inputs["kwargs"])
             if index == self.stage.stop - 1 and not self.stage.is_whole:
                 self._keep_outputs(number, result, inputs)
-                if self.stage.start > 0 and (not self.stage.is_sharded or self.stage.stop == flow.num_layers):
+                if self.stage.hands_over_early:
                     self.outgoing = self._collect(number + 1)
                     self._greenlet.parent.switch()
             return result
@@ -236,7 +241,7 @@ class Forward:
         flow, stage = self.stage.flow, self.stage
         next_is_local = number + 1 < len(flow.calls) and flow.calls[number + 1].layer == stage.start
         is_last = number + 1 == len(flow.calls)
-        if (stage.start == 0 and next_is_local) or ((stage.start == 0 or stage.is_sharded) and is_last):
+        if not stage.hands_over_early and (is_last or (stage.start == 0 and next_is_local)):
             self.outgoing = self._collect(number + 1 - (flow.num_layers - stage.stop))
             if not stage.leads or (is_last and not self.wants_logits):
                 return
