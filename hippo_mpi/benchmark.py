@@ -134,6 +134,8 @@ def _facts(session: Session[BenchmarkOptions]) -> dict[str, Any]:
         "precision": options.precision,
         "ranks": session.world.size,
         "backend": session.world.backend,
+        "parallel": options.parallel,
+        "notes": session.agreement.planned.notes if session.agreement.planned is not None else (),
         "prompt_tokens": options.prompt_tokens,
         "generation_tokens": options.generation_tokens,
         "trials": options.trials,

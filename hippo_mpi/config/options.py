@@ -148,9 +148,9 @@ class RankOptions(DeadlineOptions):
     )
     plan_for: str | None = option(
         None,
-        "with --parallel auto, what has to be fast: answers of one request, of many at once, or reading long prompts;"
-        " default: many for batch files, otherwise one",
-        choices=("one", "many", "prompts"),
+        "with --parallel auto, what has to be fast: answers of one request, of a few (4) or many (16) at once, or reading"
+        " long prompts; default: few for a server, many for a batch file, otherwise one",
+        choices=("one", "few", "many", "prompts"),
     )
     layer_split: tuple[int, ...] | None = option(
         None, "layers per rank, such as 14,10; default: planned", check=checks.counts

@@ -131,3 +131,8 @@ class AccessOptions:
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(CardOptions, ManyOptions, ServerOptions, StartOptions, AccessOptions):
     """All options of hippo_mpi.serve."""
+
+    @property
+    def load(self) -> str:
+        """What has to be fast."""
+        return self.plan_for or "few"

@@ -9,11 +9,12 @@ from itertools import combinations, pairwise
 from hippo_mpi.config.links import Link
 from hippo_mpi.planning.layer_times import SHAPES, KindTimes, RankTimes
 
-LOADS = ("one", "many", "prompts")
-"""What a layout is chosen for: answers of one request, of 16 at once, or long prompts."""
+LOADS = ("one", "few", "many", "prompts")
+"""What a layout is chosen for: answers of one request, of 4 or 16 at once, or long prompts; as in SHAPES."""
 
-_SHAPE_OF = {"one": 0, "many": 2, "prompts": 3}
-_LOAD_WORDS = {"one": "for one request", "many": "for 16 at once", "prompts": "of long prompts"}
+_SHAPE_OF = {load: place for place, load in enumerate(LOADS)}
+_LOAD_WORDS = {"one": "for one request", "few": "for 4 at once", "many": "for 16 at once", "prompts": "of long prompts"}
+_NEARLY = 0.95  # predictions are off by more
 _LINK_BYTES = (4 << 10, 64 << 10, 1 << 20)
 PIPELINE, TENSOR, ALONE = "pipeline", "tensor", "one rank alone"
 _CHUNKS_IN_FLIGHT = 8  # pieces of a long prompt: filling a pipeline takes one for each of its other stages
@@ -215,8 +216,12 @@ def link_times(link: Link, num_ranks: int, value_bytes: int) -> LinkTimes:
 
 
 def best(predictions: Sequence[Prediction], load: str) -> Prediction:
-    """Return the fastest of those that can be taken; of equals the first."""
-    return max((one for one in predictions if not one.problem), key=lambda one: one.tokens_per_s[load])
+    """Return the fastest of those that can be taken; a pipeline if it is nearly as fast, as it asks least of the link."""
+    usable = [one for one in predictions if not one.problem]
+    fastest = max(usable, key=lambda one: one.tokens_per_s[load])
+    pipelines = [one for one in usable if one.name == PIPELINE]
+    is_near = any(one.tokens_per_s[load] >= _NEARLY * fastest.tokens_per_s[load] for one in pipelines)
+    return pipelines[0] if is_near else fastest
 
 
 def _split_s(kind: KindTimes, blocks: Sequence[str], index: int) -> float:
@@ -273,9 +278,10 @@ def reason(chosen: Prediction, predictions: Sequence[Prediction], load: str) -> 
 def table(predictions: Sequence[Prediction], load: str) -> str:
     """Return the predictions as a text table in tokens per second; the one that is taken is marked."""
     chosen = best(predictions, load)
-    lines = [f"{'layout':<28} {'one request':>12} {'16 at once':>12} {'long prompts':>13}  predicted tokens/s"]
+    titles = "".join(f" {title:>12}" for title in ("one request", "4 at once", "16 at once", "long prompts"))
+    lines = [f"{'layout':<26}{titles}  predicted tokens/s"]
     for one in predictions:
-        rates = "".join(f" {one.tokens_per_s[name]:>{12 + (name == 'prompts')},.1f}" for name in one.tokens_per_s)
+        rates = "".join(f" {one.tokens_per_s[name]:>12,.1f}" for name in LOADS)
         mark = "*" if one is chosen else ""
-        lines.append(f"{one.name:<28}{rates}  {mark or one.problem}".rstrip())
+        lines.append(f"{one.name:<26}{rates}  {mark or one.problem}".rstrip())
     return "\n".join(lines)

@@ -96,6 +96,14 @@ def test_one_rank_that_would_be_faster_is_named() -> None:
     assert table(predictions, "one").count("*") == 1
 
 
+def test_a_pipeline_is_taken_if_it_is_nearly_as_fast() -> None:
+    pipeline, near, far = (
+        Prediction(name, dict.fromkeys(LOADS, rate)) for name, rate in ((PIPELINE, 10.0), (TENSOR, 10.4), ("far", 10.6))
+    )
+    assert best([pipeline, near], "one") is pipeline
+    assert best([pipeline, near, far], "one") is far
+
+
 def test_what_cannot_be_taken_is_passed_over() -> None:
     tensor = Prediction(TENSOR, dict.fromkeys(LOADS, 9.0), ("mlp",), problem="it doesn't fit")
     pipeline = Prediction(PIPELINE, dict.fromkeys(LOADS, 1.0))
@@ -115,4 +123,4 @@ def test_a_slower_link_is_never_faster(latency: float, rate: float, num_ranks: i
 
 def test_shapes_that_are_timed() -> None:
     """`layout_choice` reads loads from fixed places."""
-    assert [SHAPES[place] for place in (0, 2, 3)] == [(1, 1), (16, 1), (1, 256)]
+    assert dict(zip(LOADS, SHAPES, strict=True)) == {"one": (1, 1), "few": (4, 1), "many": (16, 1), "prompts": (1, 256)}
