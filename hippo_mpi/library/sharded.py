@@ -33,6 +33,7 @@ def shard(
     group: Group | None = None,
     shares: Sequence[float] | None = None,
     *,
+    exact: bool = False,
     timeout: float = TIMEOUT_S,
     start_timeout: float = START_TIMEOUT_S,
 ) -> ShardPlan:
@@ -48,6 +49,8 @@ def shard(
         model: an mlx-lm model, loaded or lazily loaded.
         group: from `mx.distributed.init()`; None: the one that the launcher's environment describes.
         shares: of the work, by rank, in any unit; None: equal ones.
+        exact: whether parts are only put side by side, twice as often as they would be added up, for the bits of the whole
+            model.
         timeout: seconds that a rank may be silent, or a call without progress, before all ranks end with status 3.
         start_timeout: seconds that ranks wait for each other to start.
 
@@ -65,7 +68,7 @@ def shard(
     try:
         if getattr(model, "is_pipelined", False):
             raise UserError("this model is already split over the ranks")
-        plan = _plan(ring, model, _checked(shares, size))
+        plan = _plan(ring, model, _checked(shares, size), exact)
         collective = RankCollective(ring.world.group, size, is_lazy=mx.default_device() == mx.cpu)
         collective.choose()
         shard_model(model, plan, ring.world.rank, collective)
@@ -83,9 +86,9 @@ def shard(
     return plan
 
 
-def _plan(ring: ScriptRing, model: nn.Module, shares: Sequence[float]) -> ShardPlan:
+def _plan(ring: ScriptRing, model: nn.Module, shares: Sequence[float], is_exact: bool) -> ShardPlan:
     adapt(model, str(getattr(model, "model_type", "")))
-    check_same(ring, {"model": structure_of(model), "shares": str(shares)})
+    check_same(ring, {"model": structure_of(model), "shares": str(shares), "exact": str(is_exact)})
     plan = None
     if ring.world.rank == 0:
 
@@ -93,7 +96,7 @@ def _plan(ring: ScriptRing, model: nn.Module, shares: Sequence[float]) -> ShardP
             ring.control.progress(_TRYING, Activity.COMPUTING)
 
         # mlx-lm builds the logits of whole prompts, which nobody looks at: other ranks' parts would travel for nothing.
-        plan = plan_shards(blank_twin(model), shares, tried, has_whole_head=True)
+        plan = plan_shards(blank_twin(model), shares, tried, is_exact, has_whole_head=True)
     return ring.control.share(plan, ShardPlan)
 
 

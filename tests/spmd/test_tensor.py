@@ -86,12 +86,15 @@ def test_a_layout_is_chosen(tmp_path: Path) -> None:
     assert re.search(r"chosen: .*, [\d,.]+ tokens/s predicted for one request; ", running[0].err)
 
 
-@pytest.mark.parametrize(("name", "num_ranks", "backend"), [("gemma3_text", 2, "ring"), ("qwen3_moe", 2, "mpi")])
-def test_scripts(name: str, num_ranks: int, backend: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "num_ranks", "backend", "call"),
+    [("gemma3_text", 2, "ring", "shard(model, group)"), ("qwen3_moe", 2, "mpi", "shard(model, group, exact=True)")],
+)
+def test_scripts(name: str, num_ranks: int, backend: str, call: str, tmp_path: Path) -> None:
     folder = tiny_models.make_checkpoint(name, tmp_path)
     model, _ = load_model(folder)
     expected = f"{expected_tokens(folder, 12)} {in_batches(model, *BATCH)}\n"
-    ended = run(SHARDS, num_ranks, backend, folder, (PROMPT, *BATCH))
+    ended = run(SHARDS.replace("shard(model, group)", call), num_ranks, backend, folder, (PROMPT, *BATCH))
     assert not any(rank.process.returncode for rank in ended), ended[0].err
     assert "".join(rank.out for rank in ended) == expected * num_ranks
     assert not any("[ring]" in rank.err for rank in ended)  # sums that nobody waited for at the end
