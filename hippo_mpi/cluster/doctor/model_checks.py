@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 
 from hippo_mpi.cluster.asking.facts import Probed
@@ -17,14 +18,16 @@ def _model(hosts: Sequence[Probed]) -> Iterator[Finding]:
             continue
         name = host.host.ssh
         found = f"no weights of {host.model} are in {facts.cache}"
+        sync = f"./launch/cluster sync {shlex.quote(host.model or 'MODEL')} --hostfile FILE"
         if not facts.hub:
-            fix = "copy the folder there" if host.model and host.model.startswith(("/", "~", ".")) else "download it"
+            is_folder = host.model and host.model.startswith(("/", "~", "."))
+            fix = sync if is_folder else f"download it there, or from here: {sync}"
             yield Finding("model-missing", name, found, fix, WARNING)
         elif facts.hub in _DENIED:
             fix = "log in there with an account that may read it: hf auth login, or set HF_TOKEN"
             yield Finding("hub-token", name, f"the hub answers {facts.hub} for {host.model}", fix, WARNING)
         elif not facts.hub.isdigit() and "CERTIFICATE" not in facts.hub:
-            fix = "copy the model there, or let it reach the hub"
+            fix = f"{sync}; or let it reach the hub"
             yield Finding("no-internet", name, f"{found}, and the hub isn't reached: {facts.hub[:100]}", fix, WARNING)
         else:
             yield Finding("model-missing", name, found, "the start downloads the layers of its rank", WARNING)
