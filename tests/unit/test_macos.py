@@ -240,7 +240,7 @@ def test_of_models_and_machines(check: str, fields: dict[str, Any]) -> None:
     found = [one for one in diagnose(hosts) if one.check == check]
     assert [one.host for one in found] == ["mini2" if check != "memory-short" else "127.0.0.1"], found
     assert found[0].found and found[0].fix
-    if check in ("model-missing", "no-internet"):
+    if check == "no-internet":
         assert "./launch/cluster sync org/name --hostfile" in found[0].fix
     if check == "memory-taken":
         assert "holds 7.00 GiB" in found[0].found

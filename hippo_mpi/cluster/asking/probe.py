@@ -163,12 +163,27 @@ def model_bytes(model: str) -> dict[str, int] | None:
     folders = [os.path.expanduser(model), f"{home}/hub/models--{name}/snapshots/*", f"{home}/hippo_mpi/{name}--*"]
     if "/" not in model and not os.path.isdir(folders[0]):
         return None
+    folders += [glob.escape(folder) for folder in synced_folders(f"{home}/hippo_mpi", model)]
     sizes, here = [0], [0]
     for folder in [path for pattern in folders for path in glob.glob(pattern)]:
         files = [os.stat(path) for path in glob.glob(f"{folder}/*.safetensors") if os.path.exists(path)]
         sizes.append(sum(one.st_size for one in files))
         here.append(sum(min(one.st_size, one.st_blocks * 512) for one in files))
     return {"size": max(sizes), "here": max(here)}
+
+
+def synced_folders(views: str, model: str) -> list[str]:
+    """Return where sync has put what it calls so, of a folder of another machine."""
+    found, path = [], os.path.abspath(os.path.expanduser(model))
+    for note in glob.glob(f"{glob.escape(views)}/local--*/.hippo-hub.json"):
+        try:
+            with open(note) as file:
+                said = json.load(file)
+            if model in said["models"] or path == said["origin"]:
+                found.append(os.path.dirname(note))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def cache_folder() -> str:
