@@ -221,6 +221,14 @@ def with_facts(number: int, hosts: list[Probed], **fields: Any) -> list[Probed]:
     return [*hosts[:number], replace(hosts[number], facts=replace(facts, **fields)), *hosts[number + 1 :]]
 
 
+def test_a_folder_is_not_sought_in_the_hub() -> None:
+    hosts = [replace(one, model="/models/bear") for one in ask(triangle())]
+    (found,) = [one for one in diagnose(with_facts(2, hosts, model=(0, 0))) if one.check == "model-missing"]
+    assert (found.host, found.weight, found.fix) == (
+        "mini2", "error", "./launch/cluster sync /models/bear --hostfile FILE",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("check", "fields"),
     [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hippo_mpi.cluster.asking.probe import model_bytes
+from hippo_mpi.cluster.asking.probe import is_path, model_bytes
 from hippo_mpi.views import view
 
 
@@ -28,3 +28,9 @@ def test_a_folder_that_sync_brought_is_found_as_a_run_finds_it(
     found = model_bytes(asked)
     assert found is not None
     assert (found["here"] > 0) == (view.synced_view(asked) is not None) == (asked != "/elsewhere/bear")
+
+
+def test_a_repo_is_no_path() -> None:
+    assert [is_path(name) for name in ("org/model", "story-3m", "./a", "../a/b", "~/a", "/a", "a/b/c")] == [
+        False, False, True, True, True, True, True,
+    ]  # fmt: skip

@@ -156,6 +156,11 @@ def reach(address: str, limit_s: float) -> dict[str, Any]:
     return found
 
 
+def is_path(model: str) -> bool:
+    """Return whether a model is a folder's path, and no repo of the hub."""
+    return model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
+
+
 def model_bytes(model: str) -> dict[str, int] | None:
     """Return the bytes of a model's weights, and how many of them are here; None: it comes with the package."""
     home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
@@ -219,7 +224,7 @@ def main(
     commands["versions"] = [python, "-c", VERSIONS]
     if backend == "mpi":
         commands["mpi"] = ["env", f"PATH={os.path.dirname(python)}:{os.environ.get('PATH', '')}", "mpirun", "--version"]
-    if model and "/" in model and not os.path.exists(os.path.expanduser(model)):
+    if model and "/" in model and not is_path(model) and not os.path.exists(os.path.expanduser(model)):
         commands["hub"] = [sys.executable, "-c", HUB, model]
     with ThreadPoolExecutor(16) as pool:
         outputs = {name: pool.submit(run, words, limit_s) for name, words in commands.items()}

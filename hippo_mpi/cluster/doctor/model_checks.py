@@ -6,7 +6,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from hippo_mpi.cluster.asking.facts import Probed
+from hippo_mpi.cluster.asking.probe import is_path
 from hippo_mpi.cluster.doctor.findings import WARNING, Check, Finding, known
+from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.units import show_bytes
 
 _DENIED = ("401", "403")
@@ -19,10 +21,11 @@ def _model(hosts: Sequence[Probed]) -> Iterator[Finding]:
         name = host.host.ssh
         found = f"no weights of {host.model} are in {facts.cache}"
         sync = f"./launch/cluster sync {shlex.quote(host.model or 'MODEL')} --hostfile FILE"
-        if not facts.hub:
-            is_folder = host.model and host.model.startswith(("/", "~", "."))
-            fix = sync if is_folder else f"download it there, or from here: {sync}"
-            yield Finding("model-missing", name, found, fix, WARNING)
+        if host.model and is_path(host.model):
+            fix = "name a folder that has them" if name == THIS_MACHINE else sync
+            yield Finding("model-missing", name, f"no weights are in {host.model}, and sync has brought none", fix)
+        elif not facts.hub:
+            yield Finding("model-missing", name, found, f"download it there, or from here: {sync}", WARNING)
         elif facts.hub in _DENIED:
             fix = "log in there with an account that may read it: hf auth login, or set HF_TOKEN"
             yield Finding("hub-token", name, f"the hub answers {facts.hub} for {host.model}", fix, WARNING)
