@@ -40,8 +40,10 @@ def _ssh(hosts: Sequence[Probed]) -> Iterator[Finding]:
         if host.facts is not None or not said or said == HAS_NO_PYTHON:
             continue
         if name == THIS_MACHINE:  # which isn't asked through ssh
-            fix = "end what keeps it busy, or wait longer: doctor --timeout 60"
-            yield Finding("no-answer", name, f"this machine hasn't said what it is: {said}", fix, WARNING)
+            is_busy = said.startswith("no answer")
+            fix = "end what keeps it busy, or wait longer: doctor --timeout 60" if is_busy else "please report this"
+            weight = WARNING if is_busy else ERROR
+            yield Finding("no-answer", name, f"this machine hasn't said what it is: {said}", fix, weight)
         elif "Host key verification failed" in said or "IDENTIFICATION HAS CHANGED" in said:
             fix = f"log in once and compare the fingerprint: ssh {name}; if its system was installed anew: ssh-keygen -R {name}"
             yield Finding("ssh-host-key", name, said, fix)
