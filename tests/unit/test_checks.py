@@ -108,6 +108,18 @@ def test_this_machine_is_not_said_to_refuse_ssh() -> None:
     assert here.check in NAMES and exit_code(hosts[:1], []) == 3
 
 
+def test_a_machine_that_went_down_has_no_firewall() -> None:
+    """Linux goes on to call its neighbor reachable for half a minute."""
+    hosts = healthy(3)
+    address = hosts[1].host.ips[0]
+    lost = Reach(hosts[0].host.ips[0], "timed out", is_on_link=True)
+    hosts = change(hosts, 0, reached={address: lost})
+    assert ("firewall", hosts[1].host.ssh) in {(one.check, one.host) for one in diagnose(hosts)}
+    hosts[1] = replace(hosts[1], facts=None, error="ssh: connect to host mini1 port 22: Connection timed out")
+    found = {one.check for one in diagnose(hosts)}
+    assert "ssh-refused" in found and "firewall" not in found
+
+
 def test_one_machine_under_two_names() -> None:
     hosts = next(hosts for hosts in map(healthy, range(100)) if len(hosts) > 2)
     facts = hosts[1].facts

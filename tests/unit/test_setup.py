@@ -24,9 +24,9 @@ from hippo_mpi.cluster.hostfile import Host, Hostfile, read_hostfile
 from hippo_mpi.cluster.setting_up import discovery, fitting, packing, session, setup, setup_steps
 from hippo_mpi.cluster.setting_up.fitting import There
 from hippo_mpi.cluster.setting_up.made_hostfile import MadeHostfile
-from hippo_mpi.cluster.verbs import find
+from hippo_mpi.cluster.verbs import find, remove
 from hippo_mpi.cluster.verbs.host_options import HostOptions, hosts_meant
-from hippo_mpi.errors import LaunchError
+from hippo_mpi.errors import LaunchError, RankError
 from hippo_mpi.runtime.source_digest import source_digest
 from hippo_mpi.units import visible
 from tests.unit.test_checks import raw
@@ -249,3 +249,17 @@ def test_who_names_no_host_is_told_of_the_hostfile(
     assert len(hosts_meant(HostOptions()).hosts) == 1
     assert capsys.readouterr().err == "only this machine is meant; for the hosts of hosts.json: --hostfile hosts.json\n"
     assert len(hosts_meant(HostOptions(hosts=("mini2",))).hosts) == 2 and capsys.readouterr().err == ""
+
+
+def test_a_host_that_is_gone_can_be_taken_out_of_the_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> bool:
+        raise RankError("ssh-refused on mini2: timed out")
+
+    monkeypatch.setattr(remove, "take_away", lost)
+    path = tmp_path / "hosts.json"
+    options = remove.Options(host="mini2", hostfile=path)
+    with pytest.raises(RankError, match=r"timed out$"):
+        remove.run(options)
+    made(path)
+    with pytest.raises(RankError, match=r"timed out; if it is gone for good, take its entry out of .*hosts\.json$"):
+        remove.run(options)
