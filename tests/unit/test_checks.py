@@ -111,9 +111,13 @@ def test_this_machine_is_not_said_to_refuse_ssh() -> None:
 def test_a_machine_that_went_down_has_no_firewall() -> None:
     """Linux goes on to call its neighbor reachable for half a minute."""
     hosts = healthy(3)
-    address = hosts[1].host.ips[0]
-    lost = Reach(hosts[0].host.ips[0], "timed out", is_on_link=True)
-    hosts = change(hosts, 0, reached={address: lost})
+    facts = hosts[0].facts
+    assert facts is not None
+    hosts = change(
+        hosts,
+        0,
+        reached={where: replace(one, why="timed out", is_on_link=True) for where, one in facts.reached.items()},
+    )
     assert ("firewall", hosts[1].host.ssh) in {(one.check, one.host) for one in diagnose(hosts)}
     hosts[1] = replace(hosts[1], facts=None, error="ssh: connect to host mini1 port 22: Connection timed out")
     found = {one.check for one in diagnose(hosts)}
