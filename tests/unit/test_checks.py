@@ -99,6 +99,31 @@ def test_a_slow_answer_is_no_clock_that_is_off() -> None:
     assert [one.found for one in diagnose(change(hosts, 1, clock=940.0))] == ["its clock is -60 s off"]
 
 
+def test_this_machine_is_not_said_to_refuse_ssh() -> None:
+    """A busy one that says nothing in time: nothing of what is done about ssh helps, and no run has failed by it."""
+    hosts = [replace(one, facts=None, error="no answer within 10 s") for one in healthy(3)[:2]]
+    here, other = diagnose(hosts)[::-1]
+    assert (here.check, here.host, here.weight) == ("no-answer", "127.0.0.1", "warning") and "ssh" not in here.fix
+    assert (other.check, other.host, other.weight) == ("ssh-refused", "mini1", "error")
+    assert here.check in NAMES and exit_code(hosts[:1], []) == 3
+
+
+def test_a_machine_that_went_down_has_no_firewall() -> None:
+    """Linux goes on to call its neighbor reachable for half a minute."""
+    hosts = healthy(3)
+    facts = hosts[0].facts
+    assert facts is not None
+    hosts = change(
+        hosts,
+        0,
+        reached={where: replace(one, why="timed out", is_on_link=True) for where, one in facts.reached.items()},
+    )
+    assert ("firewall", hosts[1].host.ssh) in {(one.check, one.host) for one in diagnose(hosts)}
+    hosts[1] = replace(hosts[1], facts=None, error="ssh: connect to host mini1 port 22: Connection timed out")
+    found = {one.check for one in diagnose(hosts)}
+    assert "ssh-refused" in found and "firewall" not in found
+
+
 def test_one_machine_under_two_names() -> None:
     hosts = next(hosts for hosts in map(healthy, range(100)) if len(hosts) > 2)
     facts = hosts[1].facts

@@ -221,6 +221,14 @@ def with_facts(number: int, hosts: list[Probed], **fields: Any) -> list[Probed]:
     return [*hosts[:number], replace(hosts[number], facts=replace(facts, **fields)), *hosts[number + 1 :]]
 
 
+def test_a_folder_is_not_sought_in_the_hub() -> None:
+    hosts = [replace(one, model="/models/bear") for one in ask(triangle())]
+    (found,) = [one for one in diagnose(with_facts(2, hosts, model=(0, 0))) if one.check == "model-missing"]
+    assert (found.host, found.weight, found.fix) == (
+        "mini2", "error", "./launch/cluster sync /models/bear --hostfile FILE",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("check", "fields"),
     [
@@ -240,6 +248,8 @@ def test_of_models_and_machines(check: str, fields: dict[str, Any]) -> None:
     found = [one for one in diagnose(hosts) if one.check == check]
     assert [one.host for one in found] == ["mini2" if check != "memory-short" else "127.0.0.1"], found
     assert found[0].found and found[0].fix
+    if check == "no-internet":
+        assert "./launch/cluster sync org/name --hostfile" in found[0].fix
     if check == "memory-taken":
         assert "holds 7.00 GiB" in found[0].found
 

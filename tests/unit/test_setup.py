@@ -21,11 +21,12 @@ from hippo_mpi.cluster.asking.facts import Interface, Probed, read_facts
 from hippo_mpi.cluster.cabling.address_plan import AddressPlan
 from hippo_mpi.cluster.cabling.topology import Topology
 from hippo_mpi.cluster.hostfile import Host, Hostfile, read_hostfile
-from hippo_mpi.cluster.setting_up import discovery, fitting, packing, session, setup
+from hippo_mpi.cluster.setting_up import discovery, fitting, packing, session, setup, setup_steps
 from hippo_mpi.cluster.setting_up.fitting import There
 from hippo_mpi.cluster.setting_up.made_hostfile import MadeHostfile
-from hippo_mpi.cluster.verbs import find
-from hippo_mpi.errors import LaunchError
+from hippo_mpi.cluster.verbs import find, remove
+from hippo_mpi.cluster.verbs.host_options import HostOptions, hosts_meant
+from hippo_mpi.errors import LaunchError, RankError
 from hippo_mpi.runtime.source_digest import source_digest
 from hippo_mpi.units import visible
 from tests.unit.test_checks import raw
@@ -228,3 +229,37 @@ def test_another_s_hostfile_is_not_overwritten(content: str, tmp_path: Path) -> 
     path.write_text(content)
     with pytest.raises(LaunchError, match="wasn't written by setup, and stays as it is"):
         MadeHostfile(path)
+
+
+def test_a_copy_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = packing.Bundle("venv-1", [], {f"part{number}": bytes(4 << 20) for number in range(8)})
+    now_s, said = iter(range(0, 1000, 2)), list[str]()
+    monkeypatch.setattr(setup_steps.time, "monotonic", lambda: float(next(now_s)))
+    data = b"".join(setup_steps.told(bundle, said.append))
+    assert data == b"".join(bundle.chunks())
+    assert 5 < len(said) < 12 and all(line.endswith(" of 32.0 MiB copied") for line in said), said
+
+
+def test_who_names_no_host_is_told_of_the_hostfile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(hosts_meant(HostOptions()).hosts) == 1 and capsys.readouterr().err == ""
+    made(tmp_path / "hosts.json")
+    assert len(hosts_meant(HostOptions()).hosts) == 1
+    assert capsys.readouterr().err == "only this machine is meant; for the hosts of hosts.json: --hostfile hosts.json\n"
+    assert len(hosts_meant(HostOptions(hosts=("mini2",))).hosts) == 2 and capsys.readouterr().err == ""
+
+
+def test_a_host_that_is_gone_can_be_taken_out_of_the_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> bool:
+        raise RankError("ssh-refused on mini2: timed out")
+
+    monkeypatch.setattr(remove, "take_away", lost)
+    path = tmp_path / "hosts.json"
+    options = remove.Options(host="mini2", hostfile=path)
+    with pytest.raises(RankError, match=r"timed out$"):
+        remove.run(options)
+    made(path)
+    with pytest.raises(RankError, match=r"timed out; if it is gone for good, take its entry out of .*hosts\.json$"):
+        remove.run(options)

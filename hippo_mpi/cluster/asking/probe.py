@@ -156,6 +156,11 @@ def reach(address: str, limit_s: float) -> dict[str, Any]:
     return found
 
 
+def is_path(model: str) -> bool:
+    """Return whether a model is a folder's path, and no repo of the hub."""
+    return model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
+
+
 def model_bytes(model: str) -> dict[str, int] | None:
     """Return the bytes of a model's weights, and how many of them are here; None: it comes with the package."""
     home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
@@ -163,12 +168,27 @@ def model_bytes(model: str) -> dict[str, int] | None:
     folders = [os.path.expanduser(model), f"{home}/hub/models--{name}/snapshots/*", f"{home}/hippo_mpi/{name}--*"]
     if "/" not in model and not os.path.isdir(folders[0]):
         return None
+    folders += [glob.escape(folder) for folder in synced_folders(f"{home}/hippo_mpi", model)]
     sizes, here = [0], [0]
     for folder in [path for pattern in folders for path in glob.glob(pattern)]:
         files = [os.stat(path) for path in glob.glob(f"{folder}/*.safetensors") if os.path.exists(path)]
         sizes.append(sum(one.st_size for one in files))
         here.append(sum(min(one.st_size, one.st_blocks * 512) for one in files))
     return {"size": max(sizes), "here": max(here)}
+
+
+def synced_folders(views: str, model: str) -> list[str]:
+    """Return where sync has put what it calls so, of a folder of another machine."""
+    found, path = [], os.path.abspath(os.path.expanduser(model))
+    for note in glob.glob(f"{glob.escape(views)}/local--*/.hippo-hub.json"):
+        try:
+            with open(note) as file:
+                said = json.load(file)
+            if model in said["models"] or path == said["origin"]:
+                found.append(os.path.dirname(note))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def cache_folder() -> str:
@@ -204,7 +224,7 @@ def main(
     commands["versions"] = [python, "-c", VERSIONS]
     if backend == "mpi":
         commands["mpi"] = ["env", f"PATH={os.path.dirname(python)}:{os.environ.get('PATH', '')}", "mpirun", "--version"]
-    if model and "/" in model and not os.path.exists(os.path.expanduser(model)):
+    if model and "/" in model and not is_path(model) and not os.path.exists(os.path.expanduser(model)):
         commands["hub"] = [sys.executable, "-c", HUB, model]
     with ThreadPoolExecutor(16) as pool:
         outputs = {name: pool.submit(run, words, limit_s) for name, words in commands.items()}

@@ -131,8 +131,13 @@ def _route_by(facts: Facts, address: str, near: Interface) -> str:
 
 
 def _is_kept_out(reach: Reach, there: Facts | None) -> bool:
-    """Return True if a firewall is what keeps calls from a host: it has one, or the link itself is well."""
-    return reach.is_on_link or bool(there and there.has_firewall and reach.why not in _AT_ONCE)
+    """Return True if a firewall is what keeps calls from a host: it has one, or the link itself is well.
+
+    Linux takes a neighbor that has gone for reachable half a minute longer; such a one doesn't answer ssh either.
+    """
+    if there is None:
+        return False
+    return reach.is_on_link or bool(there.has_firewall and reach.why not in _AT_ONCE)
 
 
 def _firewall(host: Probed, other: Probed, found: str, source: str | None) -> Finding:

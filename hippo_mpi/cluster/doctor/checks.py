@@ -39,8 +39,13 @@ def _ssh(hosts: Sequence[Probed]) -> Iterator[Finding]:
         name, said = host.host.ssh, host.error
         if host.facts is not None or not said or said == HAS_NO_PYTHON:
             continue
-        if "Host key verification failed" in said or "IDENTIFICATION HAS CHANGED" in said:
-            fix = f"log in once and compare the fingerprint: ssh {name}; if the machine is new: ssh-keygen -R {name}"
+        if name == THIS_MACHINE:  # which isn't asked through ssh
+            is_busy = said.startswith("no answer")
+            fix = "end what keeps it busy, or wait longer: doctor --timeout 60" if is_busy else "please report this"
+            weight = WARNING if is_busy else ERROR
+            yield Finding("no-answer", name, f"this machine hasn't said what it is: {said}", fix, weight)
+        elif "Host key verification failed" in said or "IDENTIFICATION HAS CHANGED" in said:
+            fix = f"log in once and compare the fingerprint: ssh {name}; if its system was installed anew: ssh-keygen -R {name}"
             yield Finding("ssh-host-key", name, said, fix)
         elif "Permission denied" in said:
             yield Finding("ssh-refused", name, said, f"give it your key: ssh-copy-id {name}")
@@ -192,7 +197,7 @@ CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 """Causes before what they lead to."""
 NAMES = (
-    "ssh-refused", "ssh-host-key", "ssh-noise", "login-shell", "python-missing", "path-differs", "versions-differ",
+    "ssh-refused", "ssh-host-key", "no-answer", "ssh-noise", "login-shell", "python-missing", "path-differs", "versions-differ",
     "names-same", "stale-ranks", "disk-full", "memory-taken", "open-files", "fast-synch", "clock",
     *address_checks.NAMES, *cable_checks.NAMES, *rdma_checks.NAMES, *model_checks.NAMES, *mac_checks.NAMES,
 )  # fmt: skip

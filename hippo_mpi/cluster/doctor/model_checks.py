@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 
 from hippo_mpi.cluster.asking.facts import Probed
+from hippo_mpi.cluster.asking.probe import is_path
 from hippo_mpi.cluster.doctor.findings import WARNING, Check, Finding, known
+from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.units import show_bytes
 
 _DENIED = ("401", "403")
@@ -17,14 +20,17 @@ def _model(hosts: Sequence[Probed]) -> Iterator[Finding]:
             continue
         name = host.host.ssh
         found = f"no weights of {host.model} are in {facts.cache}"
-        if not facts.hub:
-            fix = "copy the folder there" if host.model and host.model.startswith(("/", "~", ".")) else "download it"
-            yield Finding("model-missing", name, found, fix, WARNING)
+        sync = f"./launch/cluster sync {shlex.quote(host.model or 'MODEL')} --hostfile FILE"
+        if host.model and is_path(host.model):
+            fix = "name a folder that has them" if name == THIS_MACHINE else sync
+            yield Finding("model-missing", name, f"no weights are in {host.model}, and sync has brought none", fix)
+        elif not facts.hub:
+            yield Finding("model-missing", name, found, f"download it there, or from here: {sync}", WARNING)
         elif facts.hub in _DENIED:
             fix = "log in there with an account that may read it: hf auth login, or set HF_TOKEN"
             yield Finding("hub-token", name, f"the hub answers {facts.hub} for {host.model}", fix, WARNING)
         elif not facts.hub.isdigit() and "CERTIFICATE" not in facts.hub:
-            fix = "copy the model there, or let it reach the hub"
+            fix = f"{sync}; or let it reach the hub"
             yield Finding("no-internet", name, f"{found}, and the hub isn't reached: {facts.hub[:100]}", fix, WARNING)
         else:
             yield Finding("model-missing", name, found, "the start downloads the layers of its rank", WARNING)

@@ -122,6 +122,7 @@ def _give_key(session: Session, agrees: Callable[[str], bool], say: Say) -> None
         raise RankError(
             f"{session.name} has the key, but still asks for a password: does its sshd allow PubkeyAuthentication?"
         )
+    session.has_new_key = True
     say(session.name, "key", "installed")
 
 

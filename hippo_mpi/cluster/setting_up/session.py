@@ -64,6 +64,7 @@ class Session:
     def __init__(self, name: str) -> None:
         self.name = name
         self.noise = ""
+        self.has_new_key = False
         self._agent: subprocess.Popen[bytes] | None = None
         self._read = bytearray()
 

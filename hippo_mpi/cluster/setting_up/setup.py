@@ -63,6 +63,10 @@ def set_up(path: Path, names: Sequence[str], agrees: Agrees, say: Say, timeout_s
         last = FirstRun(cluster, file, [project.bundle.name, *environment.mark], is_anew)
         steps = [Addresses(cluster), *copies, Link(cluster), last]
         if not _is_agreed(steps, agrees):
+            new = [name for name, session in reached.items() if session.has_new_key]
+            for name in new:
+                say(name, "key", f"stays; to take it out: ./launch/cluster remove {name}")
+            print(f"nothing {'else ' if new else ''}was changed")
             return False
         try:
             last.start_alone()

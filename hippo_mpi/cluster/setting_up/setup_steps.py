@@ -8,7 +8,7 @@ import shlex
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -30,6 +30,7 @@ PYTHON = f"{FOLDER}/venv/bin/python"
 _ROUND_TRIPS = 50
 _COPY_S = 900.0
 _PIP_S = 1900.0
+_TELL_S = 5.0  # between two lines of how much is copied
 _ROOM = 1.2  # of a copy on a disk, in parts of its bytes
 
 
@@ -119,7 +120,7 @@ class Project:
 
         def one(host: str) -> None:
             began_s = time.monotonic()
-            _send(self.cluster, host, self.bundle, "project", is_environment=False)
+            _send(self.cluster, host, self.bundle, "project", self.name, say)
             say(host, self.name, f"{self._what}, {time.monotonic() - began_s:.1f} s")
 
         at_all(self._missing, one)
@@ -173,11 +174,12 @@ class Environment:
     def _do(self, host: str, say: Say) -> None:
         began_s = time.monotonic()
         if host in self._reasons:
+            say(host, self.name, "pip installs; this takes some minutes")
             self._install(host)
             how = "installed by pip"
         else:
             assert self._bundle
-            _send(self.cluster, host, self._bundle, "venv", is_environment=True)
+            _send(self.cluster, host, self._bundle, "venv", self.name, say)
             how = f"copied from here, {show_bytes(self._bundle.size)}"
         say(
             host,
@@ -222,10 +224,22 @@ def _tell_done(step: Step, hosts: Sequence[str], missing: Sequence[str], say: Sa
             say(host, step.name, "as here")
 
 
-def _send(cluster: Cluster, host: str, bundle: packing.Bundle, link: str, is_environment: bool) -> None:
+def _send(cluster: Cluster, host: str, bundle: packing.Bundle, link: str, step: str, say: Say) -> None:
+    chunks = told(bundle, lambda what: say(host, step, what))
     cluster.sessions[host].send(
-        agent.receive, bundle.chunks(), _COPY_S, name=bundle.name, link=link, is_environment=is_environment
+        agent.receive, chunks, _COPY_S, name=bundle.name, link=link, is_environment=link == "venv"
     )
+
+
+def told(bundle: packing.Bundle, tell: Callable[[str], None]) -> Iterator[bytes]:
+    """Yield what is to be sent, and tell how much of it has gone, every few seconds."""
+    gone, told_s = 0, time.monotonic()
+    for chunk in bundle.chunks():
+        yield chunk
+        gone += len(chunk)
+        if time.monotonic() - told_s > _TELL_S:
+            told_s = time.monotonic()
+            tell(f"{show_bytes(min(gone, bundle.size))} of {show_bytes(bundle.size)} copied")
 
 
 @dataclass
@@ -305,6 +319,7 @@ class FirstRun:
         if not self.describe():
             say("", self.name, f"{ranks}: as they were")
             return
+        say("", self.name, f"{ranks} start; up to a minute or two")
         began_s = time.monotonic()
         compare(self._alone, self._wanted)
         say(

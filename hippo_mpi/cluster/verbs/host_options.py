@@ -38,6 +38,8 @@ def hosts_meant(options: HostOptions) -> Hostfile:
         raise UserError("give hosts, or --hostfile, not both")
     if options.hostfile:
         return read_hostfile(options.hostfile)
+    if not options.hosts and HOSTFILE.exists():
+        print(f"only this machine is meant; for the hosts of {HOSTFILE}: --hostfile {HOSTFILE}", file=sys.stderr)
     return hostfile_of([{"ssh": name} for name in (THIS_MACHINE, *options.hosts)], "the command line")
 
 

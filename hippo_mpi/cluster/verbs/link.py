@@ -21,7 +21,7 @@ from hippo_mpi.config import checks
 from hippo_mpi.config.parser import option
 from hippo_mpi.errors import RankError, UserError
 
-_NOT_REACHED = ("ssh-refused", "ssh-host-key", "python-missing", "address-missing")
+_NOT_REACHED = ("ssh-refused", "ssh-host-key", "no-answer", "python-missing", "address-missing")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from hippo_mpi.cluster.setting_up.removing import take_away
 from hippo_mpi.cluster.verbs.host_options import HOSTFILE, agreement_of, tell
 from hippo_mpi.config.parser import option
+from hippo_mpi.errors import RankError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,11 @@ def run(options: Options) -> int:
         LaunchError: something is in the way.
         RankError: the host can't be reached.
     """
-    if not take_away(options.hostfile, options.host, agreement_of(options.yes), tell):
-        print("nothing was changed")
+    try:
+        if not take_away(options.hostfile, options.host, agreement_of(options.yes), tell):
+            print("nothing was changed")
+    except RankError as error:
+        if not options.hostfile.exists():
+            raise
+        raise RankError(f"{error}; if it is gone for good, take its entry out of {options.hostfile}") from None
     return 0

@@ -34,8 +34,6 @@ def run(options: Options) -> int:
         LaunchError: something is in the way.
         RankError: a host can't be reached.
     """
-    if not set_up(options.hostfile, options.hosts, agreement_of(options.yes), tell, options.timeout):
-        print("nothing was changed")
-        return 0
-    print(f"now: ./launch/run --hostfile {options.hostfile} --model MODEL")
+    if set_up(options.hostfile, options.hosts, agreement_of(options.yes), tell, options.timeout):
+        print(f"now: ./launch/run --hostfile {options.hostfile} --model MODEL")
     return 0
