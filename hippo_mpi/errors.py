@@ -18,9 +18,12 @@ import contextlib
 import os
 import select
 import shlex
+import shutil
+import sys
 import time
 import traceback
 from importlib.metadata import requires
+from pathlib import Path
 
 from hippo_mpi.environment import LOG_LINES
 
@@ -137,11 +140,14 @@ def print_traceback(error: BaseException) -> None:
 def install_hint(extra: str) -> str:
     """Return the pip command that installs the requirements of one of our extras.
 
-    It names the packages themselves, so that it works wherever hippo-mpi was installed from.
+    It names the packages themselves, so that it works wherever hippo-mpi was installed from, and the pip of this Python.
     """
     ends = (f"extra == '{extra}'", f'extra == "{extra}"')  # build backends differ
     listed = [line.partition(";")[0].strip() for line in requires("hippo-mpi") or () if line.endswith(ends)]
-    return f"pip install {shlex.join(listed)}"
+    own = Path(sys.executable).with_name("pip")
+    is_first = shutil.which("pip") == str(own) or not own.exists()
+    pip = "pip" if is_first else str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
+    return f"{shlex.quote(pip)} install {shlex.join(listed)}"
 
 
 def print_error(line: str, starts_anew: bool = False) -> None:

@@ -109,7 +109,9 @@ def test_mpirun_is_found_beside_it(installed: Path, tmp_path: Path) -> None:
         env={"PATH": str(tmp_path)},
     )  # fmt: skip
     assert found.returncode == 2
-    assert found.stderr.startswith("error: --backend mpi needs mpirun, which isn't installed: pip install ")
+    assert found.stderr.startswith(
+        f"error: --backend mpi needs mpirun, which isn't installed: {installed / 'pip'} install "
+    )
     (installed / "mpirun").symlink_to(Path(sys.executable).parent / "mpirun")
     assert run(installed / "hippo-mpi", "run", "--backend", "mpi", "-n", "2", "-m", "5", cwd=tmp_path).strip()
 
@@ -131,7 +133,12 @@ def test_an_editable_installation_is_the_checkout(tmp_path: Path) -> None:
     assert run(commands / "hippo-mpi", "generate", "-m", "5", cwd=tmp_path).strip()
 
 
-def test_hints_name_what_the_extras_list() -> None:
+def test_hints_name_what_the_extras_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extras = PROJECT["optional-dependencies"]
-    assert install_hint("serve") == f"pip install {shlex.join(extras['serve'])}"
+    monkeypatch.chdir(tmp_path)
+    pip = Path(sys.executable).with_name("pip")
+    assert install_hint("serve") == f"{pip} install {shlex.join(extras['serve'])}"
+    monkeypatch.chdir(pip.parent.parent)
+    assert install_hint("page") == "bin/pip install 'gradio>=6' 'openai>=2'"
+    monkeypatch.setenv("PATH", str(pip.parent))
     assert install_hint("page") == "pip install 'gradio>=6' 'openai>=2'"
