@@ -25,7 +25,7 @@ import traceback
 from importlib.metadata import requires
 from pathlib import Path
 
-from hippo_mpi.environment import LOG_LINES
+from hippo_mpi.environment import LOG_LINES, TRACEBACK
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -133,7 +133,7 @@ def unread() -> HippoError:
 
 def print_traceback(error: BaseException) -> None:
     """Print the traceback of an error if HIPPO_TRACEBACK is set."""
-    if os.environ.get("HIPPO_TRACEBACK"):
+    if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
 
 

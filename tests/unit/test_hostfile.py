@@ -185,3 +185,11 @@ def test_a_host_s_speed_is_told_to_its_rank() -> None:
     hostfile = hostfile_of([{"ssh": "a", "ips": ["10.0.0.1"], "speed": 1.5}, {"ssh": "b", "ips": ["10.0.0.2"]}], "x")
     plan = start_plan(hostfile, "ring", ["-m", "x"], 17000)
     assert [rank.environment for rank in plan.ranks] == [{"MLX_RANK": "0", "HIPPO_SPEED": "1.5"}, {"MLX_RANK": "1"}]
+
+
+def test_tracebacks_are_asked_for_on_every_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    hostfile = hostfile_of([{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "b", "ips": ["10.0.0.2"]}], "x")
+    monkeypatch.delenv("HIPPO_TRACEBACK", raising=False)
+    assert start_plan(hostfile, "ring", ["-m", "x"], 17000).environment == {}
+    monkeypatch.setenv("HIPPO_TRACEBACK", "1")
+    assert start_plan(hostfile, "ring", ["-m", "x"], 17000).environment == {"HIPPO_TRACEBACK": "1"}

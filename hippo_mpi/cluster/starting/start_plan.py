@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from hippo_mpi.cluster.hostfile import Hostfile
-from hippo_mpi.environment import SPEED
+from hippo_mpi.environment import SPEED, TRACEBACK
 from hippo_mpi.transport.ports import THIS_MACHINE
 
 START = (sys.executable, "-m", "hippo_mpi.cluster.starting.start")
@@ -71,7 +71,8 @@ def start_plan(hostfile: Hostfile, backend: str, words: Sequence[str], first_por
         first_port: of the ring's, one for each address in turn; of JACCL, the one on which rank 0 meets the others.
     """
     hosts = hostfile.hosts
-    environment = dict(one.split("=", 1) for one in hostfile.envs)
+    environment = {name: os.environ[name] for name in (TRACEBACK,) if name in os.environ}
+    environment |= dict(one.split("=", 1) for one in hostfile.envs)
     if backend == "ring":
         ports = iter(range(first_port, 1 << 16))
         places = [[f"{address}:{next(ports)}" for address in host.ips] for host in hosts]
