@@ -55,8 +55,11 @@ def service_of(words: Sequence[str], system: str = platform.system(), home: Path
     """
     home = Path.home() if home is None else home
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    if any(ord(char) < 32 for word in (*words, os.getcwd(), *environment.values()) for char in word):
-        raise UserError("options of a service can't have control characters")
+    told = [*words, os.getcwd(), *environment.values()]
+    if any(ord(char) < 32 or "\ud800" <= char <= "\udfff" for word in told for char in word):
+        raise UserError("options of a service, and its folder, can't have control characters, or others than UTF-8's")
+    if os.getcwd().endswith(("\\", " ")):
+        raise UserError("a service can't work in a folder whose name ends with a backslash or a space")
     command = [sys.executable, "-m", "hippo_mpi.serve", *words]
     is_mac = system == "Darwin"
     state = home / ("Library/Application Support" if is_mac else ".local/state") / NAME
@@ -131,13 +134,12 @@ def _launchd(command: list[str], environment: dict[str, str], home: Path, state:
 
 
 def install(service: Service) -> int:
-    """Write a service's file and start it, the one of before ended first; return the exit status.
+    """Write a service's file and start it, once the one of before has ended; return the exit status.
 
     Raises:
-        UserError: a file can't be written.
+        UserError: a file can't be written; the one of before goes on.
     """
-    if service.file.exists():
-        _run(service.stop)
+    is_new = not service.file.exists()
     try:
         for folder in service.folders:
             folder.mkdir(parents=True, exist_ok=True)
@@ -146,6 +148,8 @@ def install(service: Service) -> int:
     except OSError as error:
         raise UserError(f"can't write {service.file}: {error.strerror}") from None
     print(f"wrote {service.file}")
+    if not is_new:
+        _run(service.stop)
     if why := _run(service.start):
         print_error(f"{why}; start it with: {' && '.join(map(shlex.join, service.start))}")
         return UserError.exit_code
