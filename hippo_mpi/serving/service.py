@@ -32,6 +32,7 @@ class Service:
         stop: commands that end it.
         log: the command that shows what it says.
         folders: that must be there.
+        stays: what is left of it when it is removed.
     """
 
     file: Path
@@ -40,6 +41,7 @@ class Service:
     stop: Sequence[Sequence[str]]
     log: Sequence[str]
     folders: Sequence[Path]
+    stays: str = "its journal and log are kept"
 
 
 def service_of(words: Sequence[str], system: str = platform.system(), home: Path | None = None) -> Service:
@@ -100,6 +102,8 @@ WantedBy=default.target
         ((*systemctl, "disable", "--now", NAME),),
         ("journalctl", "--user", "-u", NAME, "-f"),
         (file.parent, state),
+        # Somebody else may have use for it by now.
+        f"{Service.stays}, and so is lingering, which loginctl disable-linger ends",
     )
 
 
@@ -158,13 +162,13 @@ def install(service: Service) -> int:
 
 
 def uninstall(service: Service) -> int:
-    """End a service and remove its file; its journal and log stay. Returns the exit status."""
+    """End a service and remove its file; says what stays. Returns the exit status."""
     if not service.file.exists():
         print(f"not installed: there is no {service.file}")
         return 0
     why = _run(service.stop)
     service.file.unlink()
-    print(f"removed {service.file}; its journal and log are kept")
+    print(f"removed {service.file}; {service.stays}")
     if why:
         print_error(f"{why}; end it with: {' && '.join(map(shlex.join, service.stop))}")
         return UserError.exit_code

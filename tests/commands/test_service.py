@@ -114,6 +114,7 @@ def test_installed_and_uninstalled(tmp_path: Path) -> None:
 
     gone = run(tmp_path, "uninstall")
     assert gone.returncode == 0 and not file.exists() and str(file) in gone.stdout
+    assert "loginctl disable-linger" in gone.stdout.splitlines()[-1]  # nobody knows who else has use for it
     assert run(tmp_path, "uninstall").stdout == f"not installed: there is no {file}\n"
     failed = run(tmp_path, "install", "--ranks", "1", FAILS="1")
     assert failed.returncode == 2 and failed.stderr.startswith("error: systemctl: status 1; start it with: systemctl ")
