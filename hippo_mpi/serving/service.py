@@ -32,6 +32,7 @@ class Service:
         stop: commands that end it.
         log: the command that shows what it says.
         folders: that must be there.
+        stays: what is left of it when it is removed.
     """
 
     file: Path
@@ -40,6 +41,7 @@ class Service:
     stop: Sequence[Sequence[str]]
     log: Sequence[str]
     folders: Sequence[Path]
+    stays: str = "its journal and log are kept"
 
 
 def service_of(words: Sequence[str], system: str = platform.system(), home: Path | None = None) -> Service:
@@ -55,8 +57,11 @@ def service_of(words: Sequence[str], system: str = platform.system(), home: Path
     """
     home = Path.home() if home is None else home
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    if any(ord(char) < 32 for word in (*words, os.getcwd(), *environment.values()) for char in word):
-        raise UserError("options of a service can't have control characters")
+    told = [*words, os.getcwd(), *environment.values()]
+    if any(ord(char) < 32 or "\ud800" <= char <= "\udfff" for word in told for char in word):
+        raise UserError("options of a service, and its folder, can't have control characters, or others than UTF-8's")
+    if os.getcwd().endswith(("\\", " ")):
+        raise UserError("a service can't work in a folder whose name ends with a backslash or a space")
     command = [sys.executable, "-m", "hippo_mpi.serve", *words]
     is_mac = system == "Darwin"
     state = home / ("Library/Application Support" if is_mac else ".local/state") / NAME
@@ -97,6 +102,8 @@ WantedBy=default.target
         ((*systemctl, "disable", "--now", NAME),),
         ("journalctl", "--user", "-u", NAME, "-f"),
         (file.parent, state),
+        # Somebody else may have use for it by now.
+        f"{Service.stays}, and so is lingering, which loginctl disable-linger ends",
     )
 
 
@@ -131,13 +138,12 @@ def _launchd(command: list[str], environment: dict[str, str], home: Path, state:
 
 
 def install(service: Service) -> int:
-    """Write a service's file and start it, the one of before ended first; return the exit status.
+    """Write a service's file and start it, once the one of before has ended; return the exit status.
 
     Raises:
-        UserError: a file can't be written.
+        UserError: a file can't be written; the one of before goes on.
     """
-    if service.file.exists():
-        _run(service.stop)
+    is_new = not service.file.exists()
     try:
         for folder in service.folders:
             folder.mkdir(parents=True, exist_ok=True)
@@ -146,6 +152,8 @@ def install(service: Service) -> int:
     except OSError as error:
         raise UserError(f"can't write {service.file}: {error.strerror}") from None
     print(f"wrote {service.file}")
+    if not is_new:
+        _run(service.stop)
     if why := _run(service.start):
         print_error(f"{why}; start it with: {' && '.join(map(shlex.join, service.start))}")
         return UserError.exit_code
@@ -154,13 +162,13 @@ def install(service: Service) -> int:
 
 
 def uninstall(service: Service) -> int:
-    """End a service and remove its file; its journal and log stay. Returns the exit status."""
+    """End a service and remove its file; says what stays. Returns the exit status."""
     if not service.file.exists():
         print(f"not installed: there is no {service.file}")
         return 0
     why = _run(service.stop)
     service.file.unlink()
-    print(f"removed {service.file}; its journal and log are kept")
+    print(f"removed {service.file}; {service.stays}")
     if why:
         print_error(f"{why}; end it with: {' && '.join(map(shlex.join, service.stop))}")
         return UserError.exit_code

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hippo_mpi.errors import UserError
 from hippo_mpi.serve import make_parser
-from hippo_mpi.serving.service import service_of
+from hippo_mpi.serving.service import Service, install, service_of
 from tests.servers import SERVE
 
 WORDS = st.lists(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1), max_size=4)
@@ -51,8 +51,28 @@ def test_both_are_services_of_servers_that_could_start(monkeypatch: pytest.Monke
     assert b"\nRestart=always\n" in unit.text and told["KeepAlive"] is True
     for options in (["--journal", "j"], ["--config", "hippo.yaml"], ["--config=hippo.yaml"]):
         assert b"state" not in service_of(options, "Linux").text
-    with pytest.raises(UserError, match="control characters"):
-        service_of(["--model", "a\nExecStart=/bin/sh"], "Linux")
+    for odd in ("a\nExecStart=/bin/sh", os.fsdecode(b"\xff")):
+        for system in ("Linux", "Darwin"):
+            with pytest.raises(UserError, match="control characters"):
+                service_of(["--model", odd], system)
+
+
+@pytest.mark.parametrize("name", ["ends\\", "ends "])
+def test_a_folder_that_systemd_would_read_otherwise(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(UserError, match="backslash"):
+        service_of([], "Linux")
+
+
+def test_a_service_goes_on_if_its_new_file_can_not_be_written(tmp_path: Path) -> None:
+    file, stopped = tmp_path / "unit", tmp_path / "stopped"
+    file.write_text("as before")
+    (tmp_path / "no-folder").write_text("")
+    service = Service(file, b"", (), (("touch", str(stopped)),), (), (tmp_path / "no-folder" / "state",))
+    with pytest.raises(UserError, match="can't write"):
+        install(service)
+    assert file.read_text() == "as before" and not stopped.exists()
 
 
 def run(home: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -94,6 +114,7 @@ def test_installed_and_uninstalled(tmp_path: Path) -> None:
 
     gone = run(tmp_path, "uninstall")
     assert gone.returncode == 0 and not file.exists() and str(file) in gone.stdout
+    assert "loginctl disable-linger" in gone.stdout.splitlines()[-1]  # nobody knows who else has use for it
     assert run(tmp_path, "uninstall").stdout == f"not installed: there is no {file}\n"
     failed = run(tmp_path, "install", "--ranks", "1", FAILS="1")
     assert failed.returncode == 2 and failed.stderr.startswith("error: systemctl: status 1; start it with: systemctl ")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from hippo_mpi.cluster.hostfile import Host
+from hippo_mpi.cluster.link.link_end import _MAX_STRANGERS
 from hippo_mpi.cluster.programs import far_end
 from hippo_mpi.cluster.programs.far_end import read_netstat, read_proc_net_dev
 from hippo_mpi.cluster.programs.host_program import HostLost, HostProgram, _command, _modules
@@ -82,6 +83,22 @@ def test_strangers_are_sent_away_and_the_other_end_is_let_in() -> None:
             assert len(said["times"]) == 10 and await accepting == {}
             for stranger in strangers:
                 stranger.close()
+
+    asyncio.run(run())
+
+
+def test_strangers_who_say_nothing_keep_the_other_end_waiting_but_not_out() -> None:
+    async def run() -> None:
+        async with program() as one:
+            port = (await one.ask(START_S, do="listen", address="127.0.0.1"))["port"]
+            told = {"port": port, "streams": 1, "size": 64, "seconds": 5.0, "count": 10, "token": "a secret"}
+            with contextlib.ExitStack() as stack:
+                for _ in range(_MAX_STRANGERS):
+                    stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                accepting = asyncio.create_task(one.ask(START_S, do="accept", role="echo", **told))
+                await asyncio.sleep(0.5)  # so that they have its ear
+                said = await one.ask(START_S, do="call", role="ping", address="127.0.0.1", **told)
+            assert len(said["times"]) == 10 and await accepting == {}
 
     asyncio.run(run())
 

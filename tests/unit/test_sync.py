@@ -29,7 +29,7 @@ from hippo_mpi.config.bundled import BUNDLED_NAMES
 from hippo_mpi.errors import UserError
 from hippo_mpi.units import visible
 from hippo_mpi.views.spans import Span, merged, num_bytes, recorded, spans_here
-from hippo_mpi.views.view import is_view, note_of, sample_of_files, views_folder
+from hippo_mpi.views.view import NOTE, is_view, note_of, sample_of_files, views_folder
 from tests.small_disk import fill as fill_disk
 from tests.small_disk import small_disk
 
@@ -126,7 +126,7 @@ def test_frames_arrive_as_they_were_sent_behind_a_greeting() -> None:
 
 @pytest.mark.parametrize(
     "sent", [b"\xff" * 8, (1).to_bytes(4, "big") + (PIECE_BYTES + 1).to_bytes(4, "big"), bytes([0, 0, 0, 2, 0, 0, 0, 0]) + b"[]",
-             bytes([0, 0, 0, 2, 0, 0, 0, 0]) + b"{{"]
+             bytes([0, 0, 0, 2, 0, 0, 0, 0]) + b"{{", bytes([0, 1, 0, 0, 0, 0, 0, 0]) + b"[" * 65536]
 )  # fmt: skip
 def test_what_is_no_frame(sent: bytes) -> None:
     with connected() as (one, other):
@@ -143,6 +143,24 @@ def test_silence_and_the_end_are_noticed() -> None:
             one.write(bytes(8 << 20))
     with pytest.raises(FrameError, match="ended"):
         other.receive()
+
+
+def test_a_greeting_that_never_ends_is_given_up() -> None:
+    with connected(0.3) as (one, other):
+        over = threading.Event()
+
+        def drip() -> None:
+            while not over.wait(0.02):
+                one.write(b"x")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        try:
+            with pytest.raises(FrameError, match="prints without end"):
+                other.await_mark()
+        finally:
+            over.set()
+            dripping.join()
 
 
 # ---- what comes off the network
@@ -371,3 +389,55 @@ def test_a_folder_that_has_changed_replaces_what_it_was(home: Path) -> None:
     fill(new := new_place(replace(MODEL, commit="cd" * 32)))
     assert new.folder != old.folder and not old.folder.exists() and is_view(new.folder)
     assert json.loads((new.folder / ".hippo-hub.json").read_text())["models"] == [MODEL.model]
+
+
+def test_of_a_cache_only_the_small_files_that_are_asked_for_are_read(home: Path) -> None:
+    model = replace(MODEL, repo="someone/story", revision="main", commit="ab" * 20)
+    snapshot = home / "hub" / "models--someone--story" / "snapshots" / model.commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    with (snapshot / "consolidated.safetensors").open("wb") as stream:
+        stream.truncate(1 << 40)
+    names = ["config.json", "tokenizer.json", NAME]
+    assert ask(model, "open", small=names)["small"] == {"config.json": digest(b"{}")}
+    with pytest.raises(UserError, match="no name"):
+        ask(model, "open", small=["../../refs/main"])
+
+
+def test_what_a_kill_has_left_of_a_view_gives_way(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(old := new_place())
+    with monkeypatch.context() as patched, pytest.raises(Kill):
+        patched.setattr("shutil.rmtree", lambda *words, **named: kill())
+        (old.folder / NAME).unlink()
+        new_place()
+    assert not old.folder.exists()
+    fill(new := new_place())
+    (new.folder / NOTE).unlink()  # as by a rank, whose removal a kill has ended
+    fill(again := new_place())
+    assert again.folder == old.folder and (again.folder / NAME).read_bytes() == DATA
+    assert [path.name for path in views_folder().iterdir()] == [old.folder.name]
+
+
+def kill() -> None:
+    raise Kill
+
+
+def test_at_an_adapter_s_path_nothing_of_others_is_replaced(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link whose disk is away just now, one that leads to itself, and a folder that came meanwhile."""
+    path = tmp_path / "adapters" / "mine"
+    model = replace(MODEL, model=str(path), link=str(path))
+    fill(place := new_place(model))
+    path.mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        place.answer({"op": "link"}, b"")
+    path.rmdir()
+    assert list(path.parent.iterdir()) == []
+    for goal in (tmp_path / "disk" / "mine", path):
+        path.symlink_to(goal)
+        with pytest.raises(UserError, match="another adapter than here"):
+            new_place(model)
+        path.unlink()
+    place.answer({"op": "link"}, b"")
+    assert path.resolve() == place.folder

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -75,6 +76,30 @@ def test_who_does_not_know_the_key_gets_nothing(port: int, monkeypatch: pytest.M
         with contextlib.suppress(ConnectionResetError):  # what it said wasn't read
             assert not stranger.recv(1)
         stranger.close()
+
+
+def test_strangers_who_say_nothing_keep_nobody_out(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for as long as they have to prove who they are."""
+    monkeypatch.setattr(direct, "_PROOF_S", 1.0)
+    with contextlib.ExitStack() as stack:
+        for _ in range(direct._MAX_STRANGERS):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        assert borrowed(port)[0] == DATA[5:]
+
+
+def test_many_hosts_may_call_at_the_same_time(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over links on which a proof takes a while."""
+    sign, count = direct._sign, 4 * direct._MAX_STRANGERS
+
+    def slow(key: bytes, side: str, said: bytes) -> bytes:
+        if side == "borrower":
+            time.sleep(0.05)
+        return sign(key, side, said)
+
+    monkeypatch.setattr(direct, "_sign", slow)
+    with ThreadPoolExecutor(count) as pool:
+        found = list(pool.map(lambda _: borrowed(port, span=(0, 9))[0], range(count)))
+    assert found == [bytearray(DATA[:9])] * count
 
 
 def between(port: int, change: Callable[[bytearray], None]) -> int:

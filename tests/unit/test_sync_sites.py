@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ import pytest
 from hippo_mpi.checkpoint import hub_place
 from hippo_mpi.checkpoint.hub_spans import NoRangesError
 from hippo_mpi.cluster.hostfile import Host
+from hippo_mpi.cluster.sync import needs
 from hippo_mpi.cluster.sync.links import Links
 from hippo_mpi.cluster.sync.model_files import ModelFiles
+from hippo_mpi.cluster.sync.needs import Needs
 from hippo_mpi.cluster.sync.pieces import Piece
+from hippo_mpi.cluster.sync.session import HostState, SyncSession
 from hippo_mpi.cluster.sync.site import LostError, RefusalError, Site, command_of
 from hippo_mpi.cluster.sync.transfer import HERE, HOSTS, Transfer
+from hippo_mpi.errors import RankError
 
 START_S = 30.0
 # Answers what is asked; the first argument is a file that only one process may create, the second what happens else.
@@ -154,3 +159,53 @@ def test_of_a_hub_without_ranges_whole_files_are_kept(tmp_path: Path, monkeypatc
     monkeypatch.setattr(hub_place, "hf_hub_download", lambda *_, **__: str(tmp_path / "f"))
     model = ModelFiles("a/b", "ab" * 20, {"f": 6}, "a/b", "main")
     assert hub_place.read_piece(model, "f", (2, 4), lambda: None) == b"cd"
+
+
+# ---- hosts that answer anything
+
+WELL = {"free": 1 << 40, "small": {}, "is_kept": False, "is_made": False, "folder": "f", "here": {}}
+
+
+@pytest.mark.parametrize(
+    ("op", "answer"),
+    [
+        ("open", WELL | {"free": float("inf")}), ("open", WELL | {"free": "1"}), ("open", WELL | {"here": 5}),
+        ("verify", {}), ("verify", {"bad": "x", "unchecked": 0}), ("verify", {"bad": 0, "unchecked": float("inf")}),
+    ],
+)  # fmt: skip
+def test_a_host_that_answers_rubbish_is_left_out_and_the_other_goes_on(op: str, answer: Any, tmp_path: Path) -> None:
+    files = ModelFiles("story", "ab" * 32, {"model.safetensors": 10}, origin="/story")
+    wanted = Needs(files, tmp_path, {}, [], None, [])
+    hosts = [HostState(Host(name), [0], {}) for name in ("mini2", "127.0.0.1")]
+    session = SyncSession(hosts, wanted, "/", {}, {}, START_S)
+    good = {"open": WELL, "verify": {"bad": 1, "unchecked": 2}}
+    session._sites = [Answering(good | {op: answer}), Answering(good)]  # type: ignore[list-item]
+    session.verify()
+    assert [state.error for state in hosts] == [hosts[0].error, ""] and "can't be read" in hosts[0].error
+    assert (hosts[0].code, hosts[1].damaged, hosts[1].unchecked) == (2, 1, 2)
+
+
+class Answering:
+    """A site that always says the same."""
+
+    def __init__(self, answers: dict[str, Any]) -> None:
+        self._answers = answers
+
+    def ask(self, asked: dict[str, Any]) -> tuple[Any, bytes]:
+        return self._answers[asked["op"]], b""
+
+
+def test_of_a_host_that_prints_without_end_only_the_end_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = '{"memory_bytes": 5, "bytes_per_s": 1, "flops_per_s": 1}'
+    script = f"yes | head -c 9000000; echo; echo '{said}'"
+    tracemalloc.start()
+    try:
+        monkeypatch.setattr(needs, "command_of", lambda *_: ["sh", "-c", script])
+        (found,) = needs.introduce([Host("mini2")], START_S, {**os.environ})
+        assert found["memory_bytes"] == 5 and tracemalloc.get_traced_memory()[1] < 4 << 20
+        monkeypatch.setattr(needs, "command_of", lambda *_: ["yes"])
+        monkeypatch.setattr(needs, "_MLX_S", 0.0)
+        with pytest.raises(RankError, match="mini2: no answer within"):
+            needs.introduce([Host("mini2")], 0.3, {**os.environ})
+    finally:
+        tracemalloc.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -131,10 +132,34 @@ def test_what_a_server_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         bodies["/metrics"] = (200, "<html>a proxy's page</html>")
         with pytest.raises(ValueError, match="no hippo_generated_tokens_total"):
             fetch_tokens(url)
+        for odd in ("[1]", "5", "null"):
+            bodies["/ready"] = (200, odd)
+            with pytest.raises(ValueError, match="no object"):
+                fetch_status(url)
         monkeypatch.setenv("HIPPO_API_KEYS", "")
         with pytest.raises(OSError):
             fetch_tokens(url)
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"HTTP/9 rubbish\r\n\r\n", b"\0\n\n", b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n",
+     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"HTTP/1.1 503 No\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"],
+)  # fmt: skip
+def test_what_speaks_no_http_does_not_answer(said: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            with listener.accept()[0] as caller:
+                caller.recv(4096)
+                caller.sendall(said)
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        with pytest.raises(OSError, match="isn't HTTP"):
+            fetch_status(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        answering.join()
 
 
 def test_many_hosts_fit_a_small_terminal() -> None:

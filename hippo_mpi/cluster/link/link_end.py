@@ -94,14 +94,13 @@ def _accepted(listener: socket.socket, token: bytes, count: int) -> list[socket.
     while len(found) < count:
         if time.monotonic() > ends_s:
             raise OSError(f"nobody called within {WAIT_S:.0f} s")
-        try:
-            one, _ = listener.accept()
-            if slots.acquire(blocking=False):
-                threading.Thread(target=_admit, args=(one, token, proved, slots), daemon=True).start()
+        if slots.acquire(timeout=0.02):  # else the other end waits, too, until strangers have to go
+            try:
+                one, _ = listener.accept()
+            except OSError:  # nobody yet
+                slots.release()
             else:
-                one.close()
-        except OSError:  # nobody yet
-            pass
+                threading.Thread(target=_admit, args=(one, token, proved, slots), daemon=True).start()
         while not proved.empty():
             found.append(proved.get())
     return found

@@ -24,6 +24,7 @@ from pathlib import Path
 
 SILENCE_S = 2.5
 """Without a word from the starter, after which its machine counts as gone."""
+_ERRAND_S = 30.0  # for the starter to say what is to be run
 _TERM_S = 1.0  # from SIGTERM to SIGKILL
 _MAX_WORDS = 1 << 16
 
@@ -102,10 +103,10 @@ class Keeper:
 
 
 def _read_errand() -> Errand | None:
-    """Return what the first line says; None if the starter is gone before. No byte beyond it is read."""
+    """Return what the first line says; None if the starter, or its machine, is gone before. No byte beyond it is read."""
     line = bytearray()
     while not line.endswith(b"\n"):
-        if not (byte := os.read(0, 1)):
+        if not select.select([0], [], [], _ERRAND_S)[0] or not (byte := os.read(0, 1)):
             return None
         line += byte
     return Errand(**json.loads(line))

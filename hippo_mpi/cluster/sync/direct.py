@@ -25,8 +25,8 @@ Address = tuple[str, int]
 Reader = Callable[[str, Span], tuple[bytearray, str]]
 """Returns a piece of a file, and its SHA-256."""
 _NONCE_BYTES = _PROOF_BYTES = 32
-_MAX_STRANGERS = 16  # that haven't proved yet who they are
-_PROOF_S = 5.0  # for a connection, and as long again for the proof
+_MAX_STRANGERS = 16  # that haven't proved yet who they are; others wait
+_PROOF_S = 5.0  # for a connection, and as long again for a caller's proof; a lender has twice that, for it may be busy
 _SILENCE_S = 10.0  # in the middle of a piece
 _IDLE_S = 600.0  # between pieces
 _RETRY_S = 0.1
@@ -88,17 +88,16 @@ class Lender:
             except OSError:  # such as too many open files
                 time.sleep(_RETRY_S)
                 continue
-            if self._strangers.acquire(blocking=False):
-                threading.Thread(target=self._lend, args=[caller], daemon=True).start()
-            else:
-                caller.close()
+            self._strangers.acquire()  # all hosts of a sync may call at the same time
+            threading.Thread(target=self._lend, args=[caller], daemon=True).start()
 
     def _lend(self, caller: socket.socket) -> None:
         with caller, contextlib.suppress(OSError, FrameError):
             try:
-                nonces = _read(caller, _NONCE_BYTES) + secrets.token_bytes(_NONCE_BYTES)
+                ends_s = time.monotonic() + _PROOF_S
+                nonces = _read(caller, _NONCE_BYTES, ends_s) + secrets.token_bytes(_NONCE_BYTES)
                 caller.sendall(nonces[_NONCE_BYTES:] + _sign(self._key, "lender", nonces))
-                if not hmac.compare_digest(_read(caller, _PROOF_BYTES), _sign(self._key, "borrower", nonces)):
+                if not hmac.compare_digest(_read(caller, _PROOF_BYTES, ends_s), _sign(self._key, "borrower", nonces)):
                     return
             finally:
                 self._strangers.release()
@@ -166,10 +165,10 @@ class Borrower:
             try:
                 link = socket.create_connection(address, _PROOF_S)
                 link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                nonces = secrets.token_bytes(_NONCE_BYTES)
+                nonces, ends_s = secrets.token_bytes(_NONCE_BYTES), time.monotonic() + 2 * _PROOF_S
                 link.sendall(nonces)
-                nonces += _read(link, _NONCE_BYTES)
-                if not hmac.compare_digest(_read(link, _PROOF_BYTES), _sign(key, "lender", nonces)):
+                nonces += _read(link, _NONCE_BYTES, ends_s)
+                if not hmac.compare_digest(_read(link, _PROOF_BYTES, ends_s), _sign(key, "lender", nonces)):
                     raise OSError("somebody else listens there")
                 link.sendall(_sign(key, "borrower", nonces))
                 frames = Frames(link.fileno(), link.fileno(), _SILENCE_S, self._on_bytes)
@@ -205,13 +204,13 @@ def _sign_piece(session: bytes, name: str, span: Span, digest: str) -> str:
     return _sign(session, "piece", f"{name}/{span[0]}/{span[1]}/{digest}".encode()).hex()
 
 
-def _read(link: socket.socket, count: int) -> bytes:
+def _read(link: socket.socket, count: int, ends_s: float) -> bytes:
     """Return exactly so many bytes.
 
     Raises:
         OSError: they don't come in time.
     """
-    data, ends_s = b"", time.monotonic() + _PROOF_S
+    data = b""
     while len(data) < count:
         link.settimeout(max(1e-3, ends_s - time.monotonic()))
         got = link.recv(count - len(data))

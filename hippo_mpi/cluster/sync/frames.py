@@ -8,6 +8,7 @@ import json
 import os
 import select
 import struct
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -84,22 +85,22 @@ class Frames:
             raise FrameError(f"a frame of {header_bytes:,} and {data_bytes:,} bytes")
         try:
             header = json.loads(self._read(header_bytes))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise FrameError("a frame that is no JSON") from None
         if not isinstance(header, dict):
             raise FrameError("a frame that is no object")
         return header, self._read(data_bytes)
 
     def await_mark(self) -> None:
-        """Read up to the mark.
+        """Read up to the mark, for as long as a silence may last.
 
         Raises:
             FrameError: it doesn't come.
         """
-        seen = bytearray()
+        seen, ends_s = bytearray(), time.monotonic() + self._silence_ms / 1000
         while not seen.endswith(MARK):
             seen += self._read(1)
-            if len(seen) > _MAX_NOISE_BYTES:
+            if len(seen) > _MAX_NOISE_BYTES or time.monotonic() > ends_s:
                 raise FrameError("its shell prints without end")
 
     def _read(self, count: int) -> bytearray:

@@ -75,9 +75,10 @@ class ModelFiles:
         """
         if self.repo:
             return view_of_repo(self.repo, self.commit)
-        path = Path(os.path.expanduser(self.link or self.model))
-        is_ours = bool(self.link) and path.is_symlink() and path.resolve().parent == views_folder().resolve()
-        if os.path.exists(path) and not is_ours:
+        path, views = Path(os.path.expanduser(self.link or self.model)), os.path.realpath(views_folder())
+        is_ours = bool(self.link) and path.is_symlink() and os.path.dirname(os.path.realpath(path)) == views
+        is_taken = os.path.lexists(path) if self.link else os.path.exists(path)  # a link's disk may be away just now
+        if is_taken and not is_ours:
             if not path.is_dir() or sample_of_files(path) != self.commit:
                 what = "adapter" if self.link else "model"
                 raise UserError(f"{path} there is another {what} than here: move it away, or make it the same")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hippo_mpi.cluster.hostfile import Host
 from hippo_mpi.cluster.sync.model_files import ModelFiles, check_name, read_spans
@@ -22,6 +24,8 @@ from hippo_mpi.views.spans import Span
 _MODULE = "hippo_mpi.runtime.model_needs"
 _MLX_S = 60.0  # for a Python to load MLX and to look at its machine
 _SSH_FAILED = 255
+_LAST_WORDS_S = 2.0
+_MAX_SAID_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,43 @@ def introduce(hosts: Sequence[Host], timeout_s: float, environment: Mapping[str,
         return list(pool.map(lambda host: _introduce(host, timeout_s, environment), hosts))
 
 
+def _run(
+    command: Sequence[str], timeout_s: float, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a command; return the end of what it prints, which may be without end.
+
+    Raises:
+        OSError, subprocess.TimeoutExpired: it can't be started, or doesn't end.
+    """
+    said = bytearray(), bytearray()
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    streams = zip((process.stdout, process.stderr), said, strict=True)
+    readers = [threading.Thread(target=_keep_end, args=one, daemon=True) for one in streams]
+    for reader in readers:
+        reader.start()
+    try:
+        code = process.wait(timeout_s)
+    finally:
+        process.kill()
+        process.wait()
+    for reader in readers:
+        reader.join(_LAST_WORDS_S)
+    return subprocess.CompletedProcess(command, code, bytes(said[0]), bytes(said[1]))
+
+
+def _keep_end(stream: BinaryIO, said: bytearray) -> None:
+    with stream:
+        while data := os.read(stream.fileno(), _MAX_SAID_BYTES):
+            said += data
+            del said[:-_MAX_SAID_BYTES]
+
+
 def _introduce(host: Host, timeout_s: float, environment: Mapping[str, str]) -> dict[str, Any]:
     command = command_of(host, f"-m {_MODULE} --introduce", timeout_s)
     try:
-        ended = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s + _MLX_S, env=environment
-        )
+        ended = _run(command, timeout_s + _MLX_S, environment)
     except subprocess.TimeoutExpired:
         raise RankError(f"{host.ssh}: no answer within {timeout_s + _MLX_S:.0f} s") from None
     except OSError as error:

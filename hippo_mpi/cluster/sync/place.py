@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class Place:
         self.folder = model.folder()
         has_all = all((self.folder / name).exists() for name in model.sizes)
         if self.folder.parent == views_folder() and is_view(self.folder) and not (has_all and is_usable(self.folder)):
-            shutil.rmtree(self.folder)
+            _remove(self.folder)
         self._staged: Path | None = None
         self._lock = -1
         self._told_s = time.monotonic()
@@ -99,7 +99,7 @@ class Place:
         place = self.folder
         while not place.is_dir():
             place = place.parent
-        small = {} if self._is_kept else self._small_files()
+        small = {} if self._is_kept else self._small_files(header.get("small", ()))
         return {
             "here": self._here(), "free": shutil.disk_usage(place).free, "small": small,
             "folder": str(self.folder), "is_kept": self._is_kept, "is_made": is_view(self.folder),
@@ -116,13 +116,11 @@ class Place:
             return content_here(self.folder, self._model.sizes)
         return content_here(self._snapshot, self._model.sizes) if self._model.repo else {}
 
-    def _small_files(self) -> dict[str, str]:
+    def _small_files(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the SHA-256 of those that are here, and of no others: beside them a cache may have files of any size."""
         folder = self._snapshot if self._model.repo else self.folder
-        found = {}
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if path.name not in self._model.sizes and not path.name.endswith(_RECORDS) and path.is_file():
-                found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        return found
+        paths = [folder / check_name(name) for name in names if name not in self._model.sizes]
+        return {path.name: digest_of_whole(path, path.stat().st_size, self._tell) for path in paths if path.is_file()}
 
     @property
     def _snapshot(self) -> Path:
@@ -201,8 +199,12 @@ class Place:
         try:
             os.rename(staged, self.folder)
         except OSError:
-            if not is_view(self.folder):  # otherwise a rank of this host was faster
+            if is_view(self.folder):  # a rank of this host was faster
+                return
+            if self.folder.parent != views_folder() or not self.folder.is_dir():
                 raise
+            _remove(self.folder)  # what a kill has left of a view that was being removed
+            os.rename(staged, self.folder)
 
     def _commit_snapshot(self, staged: Path) -> None:
         """Give the hub's own library what it needs to find the repo without the hub."""
@@ -238,7 +240,7 @@ class Place:
         for path in views_folder().glob(f"local--*/{NOTE}"):
             with contextlib.suppress(OSError, ValueError):
                 if path.parent != self.folder and note_of(path.parent).get("origin") == self._model.origin:
-                    shutil.rmtree(path.parent)
+                    _remove(path.parent)
 
     def _put(self, header: Header, data: Data) -> tuple[Header, Data]:
         """Write a piece into its stand-in, if it arrived as it was sent."""
@@ -303,8 +305,11 @@ class Place:
             path = Path(os.path.abspath(os.path.expanduser(self._model.link)))
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            temporary.symlink_to(self.folder)
-            os.replace(temporary, path)
+            try:
+                temporary.symlink_to(self.folder)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
         return {}, b""
 
     def _tell(self) -> None:
@@ -324,6 +329,14 @@ class Place:
             unchecked += num_bytes(without(spans_here(file), recorded(file)))
             bad += num_bytes(forget_damaged(file, on_progress=lambda count: self._tell()))
         return {"bad": bad, "unchecked": unchecked}, b""
+
+
+def _remove(view: Path) -> None:
+    """Remove a view: a kill in the middle leaves what the next sync removes, and nothing at its path."""
+    away = Path(tempfile.mkdtemp(prefix=_STAGED, dir=view.parent))
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        os.replace(view, away)
+    shutil.rmtree(away, ignore_errors=True)
 
 
 def read_good(folder: Path, name: str, span: Span) -> tuple[bytearray, str]:

@@ -190,7 +190,7 @@ class SyncSession:
         answer, _ = site.ask({"op": "compare", "sums": dict(asked)})
         try:
             bad = [name for name in asked if name in answer["bad"]]
-            state.unchecked = max(0, state.unchecked - int(answer["checked"]))
+            state.unchecked = max(0, state.unchecked - _count(answer["checked"]))
         except (KeyError, TypeError, ValueError):
             raise RefusalError("an answer that can't be read") from None
         state.compared |= {*asked}
@@ -237,10 +237,10 @@ class SyncSession:
             list(pool.map(one, self._sites, self.hosts))
 
     def _open(self, site: Site, state: HostState) -> None:
-        answer, _ = site.ask({"op": "open"})
+        answer, _ = site.ask({"op": "open", "small": [*self._needs.small]})
         try:
             state.opened = {
-                "free": int(answer["free"]), "small": dict(answer["small"]), "is_kept": answer["is_kept"] is True,
+                "free": _count(answer["free"]), "small": dict(answer["small"]), "is_kept": answer["is_kept"] is True,
                 "is_made": answer["is_made"] is True, "folder": visible(str(answer["folder"])),
             }  # fmt: skip
             state.here = read_spans(answer["here"], self._needs.files.sizes)
@@ -249,7 +249,10 @@ class SyncSession:
 
     def _verify(self, site: Site, state: HostState) -> None:
         answer, _ = site.ask({"op": "verify"})
-        state.damaged, state.unchecked = int(answer["bad"]), int(answer["unchecked"])
+        try:
+            state.damaged, state.unchecked = _count(answer["bad"]), _count(answer["unchecked"])
+        except (KeyError, ValueError):
+            raise RefusalError("an answer that can't be read") from None
 
     def _prepare(self, site: Site, state: HostState) -> None:
         lacks, free = _size(state.lacks), state.opened["free"]
@@ -274,6 +277,17 @@ class SyncSession:
         self._open(site, state)
         if left := _size(state.lacks):
             raise RefusalError(f"{show_bytes(left)} didn't arrive")
+
+
+def _count(found: object) -> int:
+    """Return a number of bytes that a host says.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if type(found) is not int or found < 0:
+        raise ValueError("no number of bytes")
+    return found
 
 
 def _stage(site: Site, name: str, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -28,9 +29,9 @@ def fetch_status(url: str) -> dict[str, Any]:
         ValueError: its answer isn't JSON.
     """
     try:
-        return dict(json.loads(_fetch(f"{url}/ready")))
+        return _object(_fetch(f"{url}/ready"))
     except urllib.error.HTTPError as error:  # status 503: the body says why it isn't ready
-        return dict(json.loads(error.read(_MAX_BYTES)))
+        return _object(_body(error))
 
 
 def fetch_tokens(url: str) -> float:
@@ -48,5 +49,22 @@ def fetch_tokens(url: str) -> float:
 
 def _fetch(url: str) -> bytes:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {own_key()}"})
-    with urllib.request.urlopen(request, timeout=_REQUEST_TIMEOUT_S) as answer:
+    try:
+        with urllib.request.urlopen(request, timeout=_REQUEST_TIMEOUT_S) as answer:
+            return _body(answer)
+    except http.client.HTTPException as error:
+        raise OSError(f"what it says isn't HTTP: {type(error).__name__}") from None
+
+
+def _body(answer: http.client.HTTPResponse | urllib.error.HTTPError) -> bytes:
+    try:
         return bytes(answer.read(_MAX_BYTES))
+    except http.client.HTTPException as error:
+        raise OSError(f"what it says isn't HTTP: {type(error).__name__}") from None
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("no object")
+    return found
