@@ -36,8 +36,8 @@ SHAPES = ((1, 1), (4, 1), (16, 1), (1, 256))
 """Rows and tokens of the steps that are timed: answers of 1, 4 and 16 requests, and a piece of a prompt."""
 
 _PAST_TOKENS = 32  # in the caches
-_COPIED_BYTES = 256 << 20  # more than any processor's caches hold
-_TRIES = 6  # as many on each rank: the first one is a warm-up
+_COPIED_BYTES = 128 << 20  # more than any processor's caches hold
+_TRIES, _ROUNDS = 4, 2  # as many on each rank: the first try is a warm-up
 _NOISE_BYTES = 16 << 20  # larger weights are zeros, which take as long
 
 
@@ -151,11 +151,11 @@ def _copies(layer: nn.Module, count: int, shards: LayerShards, rank: int, collec
 
 def _medians_s(forms: Sequence[Sequence[nn.Module]], step: _Step, collective: Collective) -> list[float]:
     """Return the seconds of a step of each form of a layer; these take turns, so that what slows them down hits all."""
-    past: list[list[Any] | None] = [None] * len(forms)
+    past: list[list[Any]] = [[] for _ in forms]
     if step.before is not None:
         for place, copies in enumerate(forms):
-            made, past[place] = _called(copies[0], step.before, None)
-            mx.eval(made)
+            inputs, past[place] = step.before.again()
+            mx.eval(_made(copies[0], inputs, past[place]))
     times = []
     for _ in range(_TRIES):
         times.append(
@@ -164,19 +164,23 @@ def _medians_s(forms: Sequence[Sequence[nn.Module]], step: _Step, collective: Co
     return [statistics.median(trials) for trials in zip(*times[1:], strict=True)]
 
 
-def _step_s(copies: Sequence[nn.Module], call: Call, caches: list[Any] | None, collective: Collective) -> float:
-    fresh = [_fresh(caches) for _ in copies]
+def _step_s(copies: Sequence[nn.Module], call: Call, caches: list[Any], collective: Collective) -> float:
+    """Return the seconds of a step of one of the copies; graphs are built while the step before is computed."""
+    rounds = [[call.again(_fresh(caches)) for _ in copies] for _ in range(_ROUNDS)]
     collective.begin()
     mx.eval(collective.sum(mx.zeros((1,))))  # ranks begin at the same time
     began = time.perf_counter()
-    made = [_called(layer, call, own)[0] for layer, own in zip(copies, fresh, strict=True)]
-    if collective.is_lazy:
-        began = time.perf_counter()  # what is in the graph is computed only now
-    mx.eval(made)
-    return (time.perf_counter() - began) / len(copies)
+    before: list[mx.array] = []
+    for given in rounds:
+        made = [array for layer, own in zip(copies, given, strict=True) for array in _made(layer, *own)]
+        mx.async_eval(made)  # type: ignore[no-untyped-call]
+        mx.eval(before)
+        before = made
+    mx.eval(before)
+    return (time.perf_counter() - began) / (_ROUNDS * len(copies))
 
 
-def _fresh(caches: list[Any] | None) -> list[Any] | None:
+def _fresh(caches: list[Any]) -> list[Any]:
     """Return copies of caches in memory of their own, so that they are updated in place, as in a run."""
     copied = copy.deepcopy(caches)
     nested_arrays.replace(copied, Opaque([]), lambda path, array: mx.array(array))
@@ -184,12 +188,10 @@ def _fresh(caches: list[Any] | None) -> list[Any] | None:
     return copied
 
 
-def _called(layer: Any, call: Call, caches: list[Any] | None) -> tuple[list[mx.array], list[Any]]:
-    """Return what a call makes, unevaluated, and the caches that it leaves."""
-    inputs, left = call.again(caches)
+def _made(layer: Any, inputs: dict[str, Any], caches: list[Any]) -> list[mx.array]:
+    """Return what a call makes and keeps, unevaluated."""
     result = layer(*inputs["args"], **inputs["kwargs"])
-    found = nested_arrays.find((result, [vars(cache) for cache in left]), Opaque(left))
-    return [array for _, array in found], left
+    return [array for _, array in nested_arrays.find((result, [vars(cache) for cache in caches]), Opaque(caches))]
 
 
 def _head_times(
