@@ -36,8 +36,10 @@ SHAPES = ((1, 1), (4, 1), (16, 1), (1, 256))
 """Rows and tokens of the steps that are timed: answers of 1, 4 and 16 requests, and a piece of a prompt."""
 
 _PAST_TOKENS = 32  # in the caches
-_COPIED_BYTES = 128 << 20  # more than any processor's caches hold
-_TRIES, _ROUNDS = 4, 2  # as many on each rank: the first try is a warm-up
+_COPIED_BYTES = (
+    512 << 20
+)  # more than processors' caches hold, also of parts; of larger layers, one form at a time is here
+_TRIES = 5  # as many on each rank: the first one is a warm-up
 _NOISE_BYTES = 16 << 20  # larger weights are zeros, which take as long
 
 
@@ -108,13 +110,17 @@ def time_layers(
         layer, shards = layers[own[0].call.layer], plan.layers[own[0].call.layer]
         paths = list(shards.columns)
         forms = [LayerShards(), shards, *(shards.only({path}) for path in paths)]
-        copies = [_copies(layer, len(numbers), form, rank, collective) for form in forms]
-        times = []
-        for step in own:
-            taken = [part if step.before else part[:1] for part in copies]
-            times.append(_medians_s(taken, step, collective))
-            on_progress()
-        whole, split, *parts = zip(*times, strict=True)
+        size = sum(array.nbytes for _, array in tree_flatten(layer.parameters()))  # the same on each rank
+        num_copies = min(len(numbers), 1 + _COPIED_BYTES // max(1, size))
+        times: list[tuple[float, ...]] = []
+        for turns in [forms] if size <= _COPIED_BYTES else [[form] for form in forms]:
+            copies = [_copies(layer, num_copies, form, rank, collective) for form in turns]
+            by_step = []
+            for step in own:
+                by_step.append(_medians_s([part if step.before else part[:1] for part in copies], step, collective))
+                on_progress()
+            times += zip(*by_step, strict=True)
+        whole, split, *parts = times
         here = tuple(steps[number][0].call.layer for number in numbers)
         kinds.append(KindTimes(here, whole, split, dict(zip(paths, parts, strict=True))))
     return RankTimes(tuple(kinds), *_head_times(twin, plan, rank, collective))
@@ -141,12 +147,11 @@ def _steps(model: nn.Module) -> list[list[_Step]]:
 
 
 def _copies(layer: nn.Module, count: int, shards: LayerShards, rank: int, collective: Collective) -> list[nn.Module]:
-    """Return copies of a part of a layer of which the model has `count`."""
+    """Return copies of a part of a layer, filled with noise."""
     part = _filled(layer)
     shard_layer(part, shards, rank, collective)
     mx.eval(part.parameters())
-    size = sum(array.nbytes for _, array in tree_flatten(layer.parameters()))  # the same on each rank
-    return [part] + [_copied(part) for _ in range(min(count, 1 + _COPIED_BYTES // max(1, size)) - 1)]
+    return [part] + [_copied(part) for _ in range(count - 1)]
 
 
 def _medians_s(forms: Sequence[Sequence[nn.Module]], step: _Step, collective: Collective) -> list[float]:
@@ -165,19 +170,20 @@ def _medians_s(forms: Sequence[Sequence[nn.Module]], step: _Step, collective: Co
 
 
 def _step_s(copies: Sequence[nn.Module], call: Call, caches: list[Any], collective: Collective) -> float:
-    """Return the seconds of a step of one of the copies; graphs are built while the step before is computed."""
-    rounds = [[call.again(_fresh(caches)) for _ in copies] for _ in range(_ROUNDS)]
+    """Return the seconds of a step of one of the copies; graphs are built while others are computed."""
+    half = len(copies) // 2
+    rounds = [[(layer, *call.again(_fresh(caches))) for layer in some] for some in (copies[:half], copies[half:])]
     collective.begin()
     mx.eval(collective.sum(mx.zeros((1,))))  # ranks begin at the same time
     began = time.perf_counter()
     before: list[mx.array] = []
     for given in rounds:
-        made = [array for layer, own in zip(copies, given, strict=True) for array in _made(layer, *own)]
+        made = [array for one in given for array in _made(*one)]
         mx.async_eval(made)  # type: ignore[no-untyped-call]
         mx.eval(before)
         before = made
     mx.eval(before)
-    return (time.perf_counter() - began) / (_ROUNDS * len(copies))
+    return (time.perf_counter() - began) / len(copies)
 
 
 def _fresh(caches: list[Any]) -> list[Any]:

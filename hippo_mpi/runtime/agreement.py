@@ -17,7 +17,7 @@ from typing import Any
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, ModelSource, open_checkpoint
 from hippo_mpi.config.checks import above_0
 from hippo_mpi.environment import SPEED
-from hippo_mpi.errors import HippoError, LaunchError, error_with_status
+from hippo_mpi.errors import HippoError, LaunchError, PlanError, UserError, error_with_status
 from hippo_mpi.planning.costs import ModelInfo
 from hippo_mpi.planning.layer_split import LayerSplit, Machine
 from hippo_mpi.planning.machine import available_bytes, measured_speeds, usual_flops_per_byte
@@ -177,9 +177,10 @@ def negotiate(
 
 @dataclass(frozen=True)
 class _Offer:
-    """How layers could be split, for every rank to time."""
+    """How layers could be split, for every rank to time; None: they can't be, for the reason `why_not`."""
 
-    shards: ShardPlan
+    shards: ShardPlan | None
+    why_not: str = ""
 
 
 def _compared(
@@ -200,16 +201,25 @@ def _compared(
         control: to the others.
         is_here: whether the ranks are those that are planned for.
     """
-    offer = _Offer(planner.widths()) if planner is not None else None
+    offer = None
+    if planner is not None:
+        try:
+            offer = _Offer(planner.widths())
+        except UserError as error:  # such as adapters that can't be fused
+            if constraints.parallel != "auto" or isinstance(error, PlanError):
+                raise
+            offer = _Offer(None, str(error))
+    if is_here:
+        offer = control.share(offer, _Offer)
+    if offer is None or offer.shards is None:
+        return planner.pipeline(offer.why_not) if planner is not None and offer is not None else None
     if not is_here:
-        if planner is None or offer is None:
-            return None
+        assert planner is not None
         return planner.planned(offer.shards, planner.time_elsewhere(offer.shards), include_sums=False)
-    shards = control.share(offer, _Offer).shards
-    timed = control.gather(time_rank(checkpoint, shards, world, control, constraints))
+    timed = control.gather(time_rank(checkpoint, offer.shards, world, control, constraints))
     if planner is None or timed is None:
         return None
-    return planner.planned(shards, timed, include_sums=constraints.link is None)
+    return planner.planned(offer.shards, timed, include_sums=constraints.link is None)
 
 
 def _open_draft(source: ModelSource | None) -> DraftModel | None:

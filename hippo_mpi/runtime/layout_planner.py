@@ -161,6 +161,8 @@ class LayoutPlanner:
                 f"--layer-split is for --parallel pipeline; with {asked.parallel}, --width-split 5,3 gives parts of each"
                 " layer"
             )
+        if asked.num_stages > 1 and asked.parallel == "auto":
+            raise UserError("--stages is for --parallel tensor: auto compares other ways")
         if asked.num_stages > 1 and (num_ranks % asked.num_stages or num_ranks == asked.num_stages):
             raise UserError(
                 f"--stages {asked.num_stages} needs {2 * asked.num_stages}, {3 * asked.num_stages} ... ranks: as many in"
@@ -176,13 +178,22 @@ class LayoutPlanner:
             PlanError: it doesn't fit.
         """
         if self._asked.parallel == PIPELINE or len(self._machines) == 1:
-            return self._pipeline()
+            return self.pipeline()
         shards = self.widths()
         notes = _refusals(shards)
         if not shards.is_whole:
             return PlannedLayout(self._fitted(shards), shards, notes=notes)
         none = "no layer of this model can be split over ranks: each rank gets some layers instead"
-        return replace(self._pipeline(), notes=(*notes, none))
+        return self.pipeline(*notes, none)
+
+    def pipeline(self, *notes: str) -> PlannedLayout:
+        """Plan a pipeline of whole layers.
+
+        Raises:
+            PlanError: it doesn't fit.
+        """
+        split = plan_split(self._info, self._machines, self._asked.max_context, self._asked.layer_split)
+        return PlannedLayout(split, notes=notes)
 
     def widths(self) -> ShardPlan:
         """Find how the layers can be split over the ranks of a stage, by speed or as it was asked for."""
@@ -206,7 +217,7 @@ class LayoutPlanner:
         """Return what ways to share the model are compared by, from what the ranks have timed."""
         counts = None
         with contextlib.suppress(PlanError):
-            counts = self._pipeline().split.counts
+            counts = self.pipeline().split.counts
         sizes = _sizes(self._checkpoint.flow, self._info)
         times, can_split_head = [one.layers for one in timed], shards.head is not None
         return Comparison(times, counts, can_split_head, sizes, timed[0].link, include_sums)
@@ -218,18 +229,17 @@ class LayoutPlanner:
             PlanError: none fits.
         """
         predictions, load = comparison.predictions(), self._asked.load
-        while True:
+        while not all(one.problem for one in predictions):
             chosen = best(predictions, load)
             try:
-                found = self._by_width(shards, chosen) if chosen.blocks else self._pipeline()
+                found = self._by_width(shards, chosen) if chosen.blocks else self.pipeline()
             except PlanError as error:
                 place = predictions.index(chosen)
                 predictions[place] = replace(chosen, problem=str(error).partition("\n")[0])
-                if all(one.problem for one in predictions):
-                    raise
                 continue
             notes = (*found.notes, reason(chosen, predictions, load))
             return replace(found, comparison=comparison, notes=notes)
+        return self.pipeline()  # which says what doesn't fit
 
     def time_elsewhere(self, shards: ShardPlan) -> list[Timed]:
         """Time every rank's part here, for machines that aren't, and a link that isn't either."""
@@ -240,9 +250,6 @@ class LayoutPlanner:
             Timed(time_layers(model, shards, rank, AbsentRanks(rank), self._trying).at_speed(machine.speed), link)
             for rank, machine in enumerate(self._machines)
         ]
-
-    def _pipeline(self) -> PlannedLayout:
-        return PlannedLayout(plan_split(self._info, self._machines, self._asked.max_context, self._asked.layer_split))
 
     def _by_width(self, shards: ShardPlan, chosen: Prediction) -> PlannedLayout:
         """Return the plan in which only some blocks of each layer are split."""
