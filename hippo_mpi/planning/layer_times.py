@@ -39,7 +39,7 @@ _PAST_TOKENS = 32  # in the caches
 _COPIED_BYTES = (
     512 << 20
 )  # more than processors' caches hold, also of parts; of larger layers, one form at a time is here
-_TRIES = 5  # as many on each rank: the first one is a warm-up
+_TRIES, _HEAD_TRIES = 5, 15  # as many on each rank: the first one is a warm-up
 _NOISE_BYTES = 16 << 20  # larger weights are zeros, which take as long
 
 
@@ -215,7 +215,7 @@ def _head_times(
 def _head_s(shards: HeadShards, head: nn.Module, num_rows: int, collective: Collective) -> float:
     x, times = mx.random.normal((num_rows, 1, num_inputs(head))).astype(head.get("scales", head["weight"]).dtype), []
     mx.eval(x, head.parameters())
-    for _ in range(_TRIES):
+    for _ in range(_HEAD_TRIES):
         collective.begin()
         mx.eval(collective.sum(mx.zeros((1,))))
         began = time.perf_counter()
