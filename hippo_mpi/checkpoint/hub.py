@@ -26,7 +26,18 @@ from hippo_mpi.config.bundled import BUNDLED_MODELS, BUNDLED_NAMES
 from hippo_mpi.errors import ModelError
 from hippo_mpi.units import show_bytes
 from hippo_mpi.views.spans import Span, num_bytes, spans_here, spans_of, without, write_here
-from hippo_mpi.views.view import LAYOUT, NOTE, SMALL_FILES, is_usable, is_view, note_of, synced_view, view_of_repo
+from hippo_mpi.views.view import (
+    LAYOUT,
+    NOTE,
+    SMALL_FILES,
+    is_usable,
+    is_view,
+    note_of,
+    put_view,
+    remove_view,
+    synced_view,
+    view_of_repo,
+)
 
 _FILES_OF_A_PLAN = [
     "config.json",
@@ -85,7 +96,7 @@ def open_repo(repo: str, revision: str | None, on_progress: Callable[[], None], 
         snapshot = Path(snapshot_download(repo, revision=revision, **small))
         view = view_of_repo(repo, snapshot.name)
         if is_view(view) and not is_usable(view):
-            shutil.rmtree(view, ignore_errors=True)
+            remove_view(view)
         if not is_view(view):
             _make_view(view, repo, snapshot, on_progress)
         _link_small_files(view, snapshot)
@@ -140,7 +151,7 @@ def fetch(folder: Path, needed: Mapping[str, Iterable[str]], on_progress: Callab
 
 def _check_is_here(view: Path, missing: Sequence[Span]) -> None:
     if missing:
-        origin = note_of(view)["origin"]
+        origin = note_of(view).get("origin", view)
         raise ModelError(
             f"{show_bytes(num_bytes(missing))} of this rank's layers of {origin} aren't on this host: run"
             f" hippo_mpi.cluster sync {origin} with the same hostfile and --layer-split as this run, or with --whole"
@@ -173,10 +184,7 @@ def _make_view(view: Path, repo: str, snapshot: Path, on_progress: Callable[[], 
                 one.result()
                 on_progress()
         (folder / NOTE).write_text(json.dumps({"repo": repo, "commit": snapshot.name, "layout": LAYOUT}))
-        os.rename(folder, view)
-    except OSError:
-        if not is_view(view):  # otherwise another rank was faster
-            raise
+        put_view(folder, view)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -26,7 +26,7 @@ from hippo_mpi.planning.model_costs import model_info
 from hippo_mpi.runtime.agreement import Introduction, machines_of
 from hippo_mpi.sharding.slot_caches import KVSettings
 from hippo_mpi.views.spans import Span, header_bytes, merged, spans_of
-from hippo_mpi.views.view import NOTE, SMALL_FILES, is_view, note_of, sample_of_files
+from hippo_mpi.views.view import NOTE, SMALL_FILES, note_of, sample_of_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def answer(question: Question) -> dict[str, Any]:
         checkpoint = open_checkpoint(source)
         counts = _counts(checkpoint, question)
         needs = [_needs(checkpoint, sum(counts[:rank]), count, heads) for rank, count in enumerate(counts)]
-    note = note_of(folder) if is_view(folder) else {}
+    note = note_of(folder)
     model = {
         "model": question.model, "sizes": sizes, "repo": note.get("repo", ""),
         "revision": (question.revision or "main") if note.get("repo") else "",

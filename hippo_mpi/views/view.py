@@ -6,10 +6,14 @@ another machine by sync alone. Loads no MLX.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,8 @@ LAYOUT = 2
 NOTE = ".hippo-hub.json"
 """Marks a view; has its repo and commit, or its origin's path, and the content that is there instead of a commit."""
 SMALL_FILES = ("*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja")
+STAGED = ".staged-"
+"""Begins the names of folders in which what isn't a view yet, or any more, is; sync removes those that a kill has left."""
 _SAMPLES_PER_FILE, _SAMPLE_BYTES = 64, 1024
 _LOCAL = "local--"
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
@@ -55,27 +61,50 @@ def is_view(folder: Path) -> bool:
 
 def is_usable(view: Path) -> bool:
     """Return whether a view is as views are made now, and what it links to is still there."""
-    try:
-        is_current = note_of(view).get("layout") == LAYOUT
-    except (OSError, ValueError):
-        return False
-    return is_current and all(
+    return note_of(view).get("layout") == LAYOUT and all(
         path.exists() for path in view.iterdir() if path.is_symlink()
     )  # the hub's cache is cleaned
 
 
 def note_of(view: Path) -> dict[str, Any]:
-    """Return what a view says of itself.
+    """Return what a view says of itself: nothing if that can't be read, and a folder that is none."""
+    try:
+        note = json.loads((view / NOTE).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def remove_view(view: Path) -> None:
+    """Remove a view: a kill in the middle leaves what the next sync removes, and nothing at its path."""
+    away = Path(tempfile.mkdtemp(prefix=STAGED, dir=view.parent))
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        os.replace(view, away)
+    shutil.rmtree(away, ignore_errors=True)
+
+
+def put_view(made: Path, view: Path) -> None:
+    """Let a finished folder be a view, unless another process was faster; what a kill has left of one gives way.
 
     Raises:
-        OSError, ValueError: it can't be read.
+        OSError: something else is at its path.
     """
-    return json.loads((view / NOTE).read_text())  # type: ignore[no-any-return]
+    folder = os.open(views_folder(), os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # or two ranks of a host would remove each other's
+        if is_view(view):
+            return
+        if view.parent == views_folder() and view.is_dir():
+            remove_view(view)
+        os.rename(made, view)
+    finally:
+        os.close(folder)
 
 
 def commit_of(folder: Path) -> str | None:
     """Return the commit of a view's repo, or the content of its origin; None for an ordinary folder."""
-    return str(note_of(folder)["commit"]) if is_view(folder) else None
+    commit = note_of(folder).get("commit")
+    return None if commit is None else str(commit)
 
 
 def synced_view(model: str) -> Path | None:
@@ -90,7 +119,7 @@ def synced_view(model: str) -> Path | None:
             said = note_of(note.parent)
             if model in said["models"] or path == said["origin"]:
                 found.append((note.stat().st_mtime_ns, note.parent))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, KeyError, TypeError):
             continue
     return max(found)[1] if found else None
 

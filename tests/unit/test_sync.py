@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hippo_mpi.checkpoint import hub
 from hippo_mpi.cluster.hostfile import hostfile_of
 from hippo_mpi.cluster.sync.frames import MARK, PIECE_BYTES, FrameError, Frames
 from hippo_mpi.cluster.sync.model_files import ModelFiles, check_name, read_spans
@@ -26,10 +28,20 @@ from hippo_mpi.cluster.sync.place import Place, told
 from hippo_mpi.cluster.sync.session import state_of
 from hippo_mpi.cluster.verbs.sync import Options, _questions, ranks_by_host
 from hippo_mpi.config.bundled import BUNDLED_NAMES
-from hippo_mpi.errors import UserError
+from hippo_mpi.errors import ModelError, UserError
 from hippo_mpi.units import visible
 from hippo_mpi.views.spans import Span, merged, num_bytes, recorded, spans_here
-from hippo_mpi.views.view import NOTE, is_view, note_of, sample_of_files, views_folder
+from hippo_mpi.views.view import (
+    NOTE,
+    commit_of,
+    is_usable,
+    is_view,
+    note_of,
+    put_view,
+    sample_of_files,
+    synced_view,
+    views_folder,
+)
 from tests.small_disk import fill as fill_disk
 from tests.small_disk import small_disk
 
@@ -416,6 +428,58 @@ def test_what_a_kill_has_left_of_a_view_gives_way(home: Path, monkeypatch: pytes
     fill(again := new_place())
     assert again.folder == old.folder and (again.folder / NAME).read_bytes() == DATA
     assert [path.name for path in views_folder().iterdir()] == [old.folder.name]
+
+
+def test_what_a_kill_has_left_of_a_rank_s_view_gives_way(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = home / "hub" / "models--a--b" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    monkeypatch.setattr(hub, "_weight_files", lambda *_: [NAME])
+    monkeypatch.setattr(hub, "_make_weight_file", lambda path, *_: path.write_bytes(b"new"))
+    view = hub.open_repo("a/b", None, lambda: None)
+    (view / NOTE).unlink()  # the removal of one that was unusable was ended after this
+    assert hub.open_repo("a/b", None, lambda: None) == view and (view / NAME).read_bytes() == b"new"
+    (view / NOTE).write_text("{}")
+    (view / NAME).write_bytes(b"old")
+    with monkeypatch.context() as patched, pytest.raises(Kill):
+        patched.setattr("shutil.rmtree", lambda *words, **named: kill())
+        hub.open_repo("a/b", None, lambda: None)
+    assert not view.exists()
+    assert hub.open_repo("a/b", None, lambda: None) == view and (view / NAME).read_bytes() == b"new"
+
+
+def test_of_ranks_that_make_a_view_at_once_one_is_first(home: Path) -> None:
+    made = [views_folder() / f"made{number}" for number in range(8)]
+    view = views_folder() / "a--b--0"
+    view.mkdir(parents=True)
+    (view / "left").touch()
+    for number, folder in enumerate(made):
+        folder.mkdir()
+        (folder / NOTE).write_text(json.dumps({"layout": number}))
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(lambda folder: [put_view(folder, view), note_of(view)["layout"]][1], made))
+    assert len({*seen}) == 1 and not (view / "left").exists()
+
+
+@pytest.mark.parametrize("note", ["[1]", "5", "null", "{", "[" * 100_000, '{"models": 5}', '{"layout": [2]}'])
+def test_a_note_that_says_something_else_is_none(note: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(place := new_place())
+    (place.folder / NOTE).write_text(note)
+    assert is_view(place.folder) and not is_usable(place.folder)
+    assert (commit_of(place.folder), synced_view(MODEL.model)) == (None, None)
+    monkeypatch.setattr(hub, "spans_of", lambda *_: [(0, SIZE + 1)])
+    with pytest.raises(ModelError, match="aren't on this host"):
+        hub.fetch(place.folder, {NAME: ["w"]}, lambda: None)
+    fill(again := new_place())
+    assert is_usable(again.folder) and synced_view(MODEL.model) == again.folder
+
+
+@pytest.mark.parametrize("spans", ["[[0, 1e400]]", "[" * 100_000, "[[0, NaN]]", "{}", "[[1]]"])
+def test_spans_that_can_not_be_read_are_none(spans: str, home: Path) -> None:
+    fill(place := new_place())
+    (place.folder / f"{NAME}.spans").write_text(spans)
+    assert spans_here(place.folder / NAME) == [] and recorded(place.folder / NAME) == {}
 
 
 def kill() -> None:

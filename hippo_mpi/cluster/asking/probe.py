@@ -186,7 +186,7 @@ def synced_folders(views: str, model: str) -> list[str]:
                 said = json.load(file)
             if model in said["models"] or path == said["origin"]:
                 found.append(os.path.dirname(note))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return found
 

@@ -45,11 +45,21 @@ from hippo_mpi.views.spans import (
     without,
     write_here,
 )
-from hippo_mpi.views.view import LAYOUT, NOTE, content_here, is_usable, is_view, note_of, views_folder
+from hippo_mpi.views.view import (
+    LAYOUT,
+    NOTE,
+    STAGED,
+    content_here,
+    is_usable,
+    is_view,
+    note_of,
+    put_view,
+    remove_view,
+    views_folder,
+)
 
 _SILENCE_S = 600.0  # without a word, after which whoever asks counts as gone
 _TOLD_EVERY_S = 1.0
-_STAGED = ".staged-"
 _RECORDS = (".spans", ".sums", ".lock")  # beside a stand-in
 
 
@@ -69,7 +79,7 @@ class Place:
         self.folder = model.folder()
         has_all = all((self.folder / name).exists() for name in model.sizes)
         if self.folder.parent == views_folder() and is_view(self.folder) and not (has_all and is_usable(self.folder)):
-            _remove(self.folder)
+            remove_view(self.folder)
         self._staged: Path | None = None
         self._lock = -1
         self._told_s = time.monotonic()
@@ -152,13 +162,13 @@ class Place:
         if self._staged is None:
             views = views_folder()
             views.mkdir(parents=True, exist_ok=True)
-            for left in views.glob(f"{_STAGED}*"):
+            for left in views.glob(f"{STAGED}*"):
                 with contextlib.suppress(OSError):
                     descriptor = os.open(left / ".lock", os.O_RDWR | os.O_CREAT)
                     with contextlib.closing(os.fdopen(descriptor)):
                         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         shutil.rmtree(left)
-            self._staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=views))
+            self._staged = Path(tempfile.mkdtemp(prefix=STAGED, dir=views))
             self._lock = os.open(self._staged / ".lock", os.O_RDWR | os.O_CREAT)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         return self._staged
@@ -196,15 +206,7 @@ class Place:
                 (staged / name).symlink_to((self._snapshot / name).resolve())
         self._write_note(staged)
         (staged / ".lock").unlink()
-        try:
-            os.rename(staged, self.folder)
-        except OSError:
-            if is_view(self.folder):  # a rank of this host was faster
-                return
-            if self.folder.parent != views_folder() or not self.folder.is_dir():
-                raise
-            _remove(self.folder)  # what a kill has left of a view that was being removed
-            os.rename(staged, self.folder)
+        put_view(staged, self.folder)
 
     def _commit_snapshot(self, staged: Path) -> None:
         """Give the hub's own library what it needs to find the repo without the hub."""
@@ -228,7 +230,7 @@ class Place:
         if model.repo:
             note["repo"] = model.repo
         else:
-            known = note_of(folder)["models"] if is_view(folder) else []
+            known = note_of(folder).get("models", ())
             note |= {"origin": model.origin, "models": sorted({*known, model.model})}
             self._remove_older()
         temporary = folder / f"{NOTE}.{os.getpid()}"
@@ -238,9 +240,9 @@ class Place:
     def _remove_older(self) -> None:
         """Remove the views of what was in the same folder before."""
         for path in views_folder().glob(f"local--*/{NOTE}"):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError):
                 if path.parent != self.folder and note_of(path.parent).get("origin") == self._model.origin:
-                    _remove(path.parent)
+                    remove_view(path.parent)
 
     def _put(self, header: Header, data: Data) -> tuple[Header, Data]:
         """Write a piece into its stand-in, if it arrived as it was sent."""
@@ -329,14 +331,6 @@ class Place:
             unchecked += num_bytes(without(spans_here(file), recorded(file)))
             bad += num_bytes(forget_damaged(file, on_progress=lambda count: self._tell()))
         return {"bad": bad, "unchecked": unchecked}, b""
-
-
-def _remove(view: Path) -> None:
-    """Remove a view: a kill in the middle leaves what the next sync removes, and nothing at its path."""
-    away = Path(tempfile.mkdtemp(prefix=_STAGED, dir=view.parent))
-    with contextlib.suppress(FileNotFoundError):  # another process was faster
-        os.replace(view, away)
-    shutil.rmtree(away, ignore_errors=True)
 
 
 def read_good(folder: Path, name: str, span: Span) -> tuple[bytearray, str]:
