@@ -16,7 +16,10 @@ from hippo_mpi.errors import LaunchError
 
 # No option of ssh's, and nothing that a terminal would obey. ssh itself splits "user@host".
 _NAME = re.compile(r"(?!-)[A-Za-z0-9._:\[\]%-]+(@(?!-)[A-Za-z0-9._:\[\]%-]+)?")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
+# No process can be given a NUL, nor what isn't UTF-8's.
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\0\ud800-\udfff]*")
+_PLAIN = ", without NULs and lone surrogates"
+_PATH = re.compile(r"~?/[^\0\ud800-\udfff]*")
 
 
 @dataclass(frozen=True)
@@ -134,13 +137,15 @@ def read_hostfile(path: Path) -> Hostfile:
         raise LaunchError(f"{where} can't be read: {error.strerror}") from None
     except ValueError as error:
         raise LaunchError(f"{where} is not JSON: {error}") from None
+    except RecursionError:
+        raise LaunchError(f"{where} is too deeply nested") from None
     if not isinstance(content, dict):
         return hostfile_of(content, where)
     backend, envs = content.get("backend") or None, content.get("envs") or []
     if backend is not None and not isinstance(backend, str):
         raise LaunchError(f'{where}: "backend" must be a name such as "ring", not {json.dumps(backend)}')
     if not isinstance(envs, list) or not all(isinstance(one, str) and _VARIABLE.fullmatch(one) for one in envs):
-        raise LaunchError(f'{where}: "envs" must be a list of "NAME=value"')
+        raise LaunchError(f'{where}: "envs" must be a list of "NAME=value"{_PLAIN}')
     return replace(hostfile_of(content.get("hosts"), where), backend=backend, envs=tuple(envs))
 
 
@@ -165,14 +170,17 @@ def _host(entry: Any, rank: int, where: str) -> Host:
     for key, values in (("ips", ips), ("rdma", rdma)):
         if not isinstance(values, list):
             raise LaunchError(f'{where}: "{key}" of rank {rank} ({name}) must be a list')
+    for one in rdma:
+        if one is not None and not all(isinstance(device, str) for device in (one if isinstance(one, list) else [one])):
+            raise LaunchError(f'{where}: "rdma" of rank {rank} ({name}) must have names of devices')
     for ip in ips:
         try:
-            ipaddress.ip_address(ip)
+            ipaddress.ip_address(ip if isinstance(ip, str) else "")
         except ValueError:
             raise LaunchError(f"{where}: {ip!r} of rank {rank} is not an IP address") from None
     python = entry.get("python")
-    if python is not None and (not isinstance(python, str) or not python.startswith(("/", "~/"))):
-        raise LaunchError(f'{where}: "python" of rank {rank} ({name}) must be a path that begins with / or ~/')
+    if python is not None and not (isinstance(python, str) and _PATH.fullmatch(python)):
+        raise LaunchError(f'{where}: "python" of rank {rank} ({name}) must be a path that begins with / or ~/{_PLAIN}')
     speed = entry.get("speed")
     if speed is not None and (
         not isinstance(speed, int | float) or isinstance(speed, bool) or not 0 < speed < math.inf

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hippo_mpi.cluster import host_checks
+from hippo_mpi.cluster.host_formats import read_any
 from hippo_mpi.cluster.hostfile import Host, Hostfile, hostfile_of, read_hostfile
 from hippo_mpi.cluster.starting.start_plan import start_plan
 from hippo_mpi.errors import LaunchError
@@ -107,11 +108,27 @@ def test_what_a_backend_lacks_is_named(entries: list[Any], backend: str, told: s
         ({"backend": 1, "hosts": [{"ssh": "a"}]}, '"backend" must be a name such as "ring", not 1'),
         ({"envs": "A=1", "hosts": [{"ssh": "a"}]}, '"envs" must be a list of "NAME=value"'),
         ({"envs": ["A B=1"], "hosts": [{"ssh": "a"}]}, '"envs" must be a list of "NAME=value"'),
+        ({"envs": ["A=1\0"], "hosts": [{"ssh": "a"}]}, '"envs" must be a list of "NAME=value"'),
+        ({"envs": ["A=\ud800"], "hosts": [{"ssh": "a"}]}, '"envs" must be a list of "NAME=value"'),
+        ([{"ssh": "a", "python": "/x\0"}], r'"python" of rank 0 \(a\) must be a path'),
+        ([{"ssh": "a", "python": "~/\udfffx"}], r'"python" of rank 0 \(a\) must be a path'),
+        ([{"ssh": "a", "ips": [1]}], "1 of rank 0 is not an IP address"),
+        ([{"ssh": "a", "rdma": [1]}], r'"rdma" of rank 0 \(a\) must have names of devices'),
+        ([{"ssh": "a", "rdma": [["x", None]]}], r'"rdma" of rank 0 \(a\) must have names of devices'),
     ],
 )  # fmt: skip
 def test_what_no_hostfile_is_gets_a_line(content: Any, told: str, tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=f"hosts.json:? .*{told}"):
         read_hostfile(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("brackets", ["[", '{"a":', "[" * 500 + "]" * 500])
+def test_a_hostfile_of_many_brackets_gets_a_line(brackets: str, tmp_path: Path) -> None:
+    path = tmp_path / "hosts.json"
+    for text in (brackets * 20_000, f'{{"backend": {"[" * 900 + "]" * 900}}}'):
+        path.write_text(text)
+        with pytest.raises(LaunchError, match=r"is too deeply nested|is not JSON|must be a name"):
+            read_any(path)
 
 
 @pytest.mark.parametrize("name", ["mini2", "anna@mini2.local", "10.0.0.1", "[fe80::1%en5]", "a_b-c"])
