@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from hippo_mpi.cluster.asking import remote
 from hippo_mpi.cluster.asking.facts import Facts, Interface, Probed, Process, Reach, read_facts
 from hippo_mpi.cluster.doctor.checks import NAMES, diagnose
-from hippo_mpi.cluster.doctor.doctor import exit_code, lines_of, read_saved, save
+from hippo_mpi.cluster.doctor.doctor import exit_code, lines_of, read_saved, save, to_json
 from hippo_mpi.cluster.hostfile import Host
+from hippo_mpi.cluster.link.link import addresses_of
+from hippo_mpi.cluster.link.link_kinds import kinds_of
+from hippo_mpi.cluster.top import top
 from hippo_mpi.errors import UserError
+from tests.fake_macs import draw
 
 VERSIONS: dict[str, str | None] = {"Python": "3.12.1", "hippo-mpi": "0.1.0", "mlx": "0.32.4", "mlx-lm": "0.32.2"}
 GIB = 1 << 30
@@ -198,12 +210,125 @@ def test_numbers_with_many_digits_are_no_ids(tmp_path: Path) -> None:
     assert "89abcdef" not in (tmp_path / "report.json").read_text().lower()
 
 
+ADDRESSES = [
+    {"ifname": "lo", "flags": ["UP"], "mtu": 65536, "addr_info": [{"family": "inet", "local": "127.0.0.1", "prefixlen": 8}]},
+    {"ifname": "eth0", "flags": ["UP"], "mtu": 1500, "addr_info": [{"family": "inet", "local": "10.0.0.1", "prefixlen": 24}]},
+    {"ifname": "br0", "flags": ["UP"], "mtu": 1500, "addr_info": [], "linkinfo": {"info_kind": "bridge", "info_data": {"stp_state": 0}}},
+    {"ifname": "eth1", "flags": ["UP", "LOWER_UP"], "master": "br0", "mtu": 1500, "addr_info": []},
+]  # fmt: skip
+LINUX = {
+    "addresses": ADDRESSES, "links": ADDRESSES, "routes": [{"dst": "default"}, {"dst": "10.0.0.0/24"}],
+    "memory": "MemTotal: 64000000 kB\nMemAvailable: 1000000 kB\n", "footprints": "  1000  7 python\n", "machine": "0ab\n",
+    "processes": "1 0 root 1-00 /sbin/init\n7 1 anna 1-00 python -m hippo_mpi.generate\n", "governor": "acpi\npowersave\n",
+    "firewall services": "active\n", "hub": "404\n", "mpi": "mpirun (Open MPI) 5.0\n", "versions": VERSIONS,
+    "settings": "hw.memsize: 68719476736\niogpu.wired_limit_mb: 60000\n",
+}  # fmt: skip
+ODD = (
+    None,
+    -1,
+    0,
+    1e400,
+    float("nan"),
+    10**30,
+    10**400,
+    "",
+    " ",
+    "x",
+    "²",
+    "9" * 400,
+    "[" * 100_000,
+    [],
+    {},
+    [None],
+    {"a": 1},
+    True,
+    "\x1b[31m",
+    [[["x"]]],
+)
+
+
+def linux() -> dict[str, Any]:
+    outputs = {
+        name: {"out": text if isinstance(text, str) else json.dumps(text), "err": "", "status": 0}
+        for name, text in LINUX.items()
+    }
+    reached = {"10.0.0.2": {"source": "10.0.0.1", "why": "timed out", "seconds": 2.0, "neighbor": outputs["hub"]}}
+    facts = {"own": {"10.0.0.1": ""}, "reached": reached, "taken": {"17000": "Address already in use"}}
+    environment = {"SSH_CONNECTION": "10.0.0.9 1 10.0.0.1 22"}
+    model = {"size": 5 << 40, "here": 0}
+    return {**raw(), **facts, "system": "Linux", "outputs": outputs, "environment": environment, "model": model}
+
+
+def mac() -> dict[str, Any]:
+    return draw.raw(draw.random_graph(3), 0, [Host("a", ("10.205.0.1",)), Host("b", ("10.205.0.2",))])
+
+
+def mutated(value: Any, chosen: random.Random) -> Any:
+    """A value of JSON, also of JSON in texts, somewhere in which something else stands."""
+    inner = None
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        inner = json.loads(value)
+    if isinstance(inner, list | dict):
+        return json.dumps(mutated(inner, chosen))
+    if not isinstance(value, list | dict) or not value or chosen.random() < 0.1:
+        if isinstance(value, str) and chosen.random() < 0.5:
+            return re.sub(r"\d+", lambda found: chosen.choice([found[0], "9" * 400, "9" * 5000, "²", "0"]), value)
+        return chosen.choice(ODD)
+    key = chosen.choice(range(len(value)) if isinstance(value, list) else list(value))
+    changed = mutated(value[key], chosen)
+    if isinstance(value, list):
+        return [*value[:key], changed, *value[key + 1 :]]
+    return {**value, key: changed}
+
+
+@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from([linux, mac]), st.randoms(use_true_random=False), st.integers(1, 3))
+def test_whatever_a_host_says_of_itself_is_judged_or_gets_a_line(
+    made: Callable[[], dict[str, Any]], chosen: random.Random, count: int
+) -> None:
+    answer: Any = made()
+    for _ in range(count):
+        answer = mutated(answer, chosen)
+    said = f"{remote._MARK}\n{json.dumps(answer)}"
+    host = Host("a", ("10.0.0.1", "10.205.0.1"))
+    one = remote._read(host, subprocess.CompletedProcess([], 0, said, ""), 1000.0)
+    assert one.facts or "an answer that can't be read" in one.error
+    sound = Probed(Host("127.0.0.1", ("10.0.0.2", "10.205.0.2")), read_facts(linux()), asked_s=1000.0, raw=linux())
+    hosts = [replace(one, backend="mpi", model="a/b"), sound]
+    findings = diagnose(hosts)
+    assert all(line.isprintable() for line in lines_of(hosts, findings)) and to_json(hosts, findings)
+    assert kinds_of(one, {}) is not None and isinstance(addresses_of([Probed(Host("a"), one.facts), sound], 0), tuple)
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from([linux, mac]), st.randoms(use_true_random=False))
+def test_whatever_a_report_says_is_judged_or_refused(made: Callable[[], dict[str, Any]], chosen: random.Random) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.json"
+        save([Probed(Host("a", ("10.0.0.1",)), read_facts(made()), asked_s=1000.0, raw=made(), envs=("A=1",))], path)
+        path.write_text(json.dumps(mutated(json.loads(path.read_text()), chosen)))
+        try:
+            hosts = read_saved(path)
+        except UserError as error:
+            assert "is not what --save writes" in str(error)
+            return
+        findings = diagnose(hosts)
+        assert list(lines_of(hosts, findings)) and to_json(hosts, findings)
+
+
+def test_a_host_that_answers_in_endless_brackets_gets_a_line() -> None:
+    said = subprocess.CompletedProcess([], 0, f"{remote._MARK}\n{'[' * 100_000}", "")
+    one = remote._read(Host("mini2"), said, 1000.0)
+    assert one.facts is None and "an answer that can't be read: RecursionError" in one.error
+    assert top.data_interfaces([one], 0) == ()
+
+
 NO_FACTS = json.dumps(
     [{"host": {"ssh": "a", "ips": [], "rdma": [], "python": None}, "error": "", "noise": "", "asked_s": 0.0, "raw": {**raw(), "reached": []}}]
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", "[1]", '[{"host": {}}]', NO_FACTS])
+@pytest.mark.parametrize("content", ["", "{}", "[]", "[1]", '[{"host": {}}]', NO_FACTS, "[" * 100_000])
 def test_what_is_no_report(content: str, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(content)

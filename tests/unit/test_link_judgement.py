@@ -151,7 +151,8 @@ def test_kinds_on_macos_come_from_its_own_lists() -> None:
         "en0": ethernet(10e9), "en1": WIFI, "en6": thunderbolt(80e9), "bridge0": thunderbolt(80e9),
     }  # fmt: skip
     assert macos_kinds("", "", "no JSON") == macos_kinds("x", "y", '{"SPThunderboltDataType": [3]}') == {}
-    outputs = {"ports": {"out": PORTS}, "addresses": {"out": ADDRESSES}, "thunderbolt": {"out": json.dumps(BUSES)}}
+    texts = {"ports": PORTS, "addresses": ADDRESSES, "thunderbolt": json.dumps(BUSES)}
+    outputs = {name: {"out": text, "status": 0} for name, text in texts.items()}
     host = Probed(Host("mini2.local"), facts(1, "Darwin"), raw={"outputs": outputs})
     assert kinds_of(host, {}) == kinds
 

@@ -1,12 +1,16 @@
-"""What is known of each host: the probe's answer, read into dataclasses. What can't be read is unknown, never absent."""
+"""What is known of each host: the probe's answer, read into dataclasses. What can't be read is unknown, never absent.
+
+All of it may be made up, so every type is looked at here, once.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import json
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from hippo_mpi.cluster.asking.linux import LinuxFacts, read_linux
 from hippo_mpi.cluster.asking.macos import (
@@ -26,6 +30,9 @@ HAS_NO_PYTHON = "no Python"
 _OF_GUESTS = re.compile(
     r"(docker|podman|cni|cbr|virbr|lxcbr|lxdbr|incusbr|kube-bridge|weave|vmnet|vboxnet)\d*|cni-\w+|br-[0-9a-f]{12}|bridge1\d\d"
 )
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_MOST = 1e15  # of numbers of ours, in whatever unit
+_T = TypeVar("_T")
 _AT_ONCE_S = 0.2  # far less than it takes to find out that nobody answers
 
 
@@ -79,6 +86,9 @@ class Facts:
     Args:
         system: Linux or Darwin.
         name: its own.
+        clock: None: unknown.
+        open_files: that a process may have; -1: as many as it likes, or unknown.
+        cache_free: bytes; None: unknown.
         shell: that accounts log in to.
         versions: of Python and packages, in the ranks' Python; empty: there is none.
         interfaces: None: unknown.
@@ -108,10 +118,10 @@ class Facts:
     release: str
     name: str
     shell: str
-    clock: float
+    clock: float | None
     open_files: int
     cache: str
-    cache_free: int
+    cache_free: int | None
     versions: dict[str, str | None]
     versions_error: str
     environment: dict[str, str]
@@ -182,69 +192,124 @@ def read_facts(raw: dict[str, Any]) -> Facts:
     """Return the facts in a probe's answer.
 
     Raises:
-        KeyError, TypeError, ValueError: it is no probe's answer.
+        KeyError, TypeError, ValueError, AttributeError, RecursionError: it is no probe's answer.
     """
-    outputs, is_linux = raw["outputs"], raw["system"] == "Linux"
+    outputs, is_linux = _outputs(raw["outputs"]), raw["system"] == "Linux"
     versions = outputs["versions"]
-    mac = read_mac(_printed(outputs)) if raw["system"] == "Darwin" else None
+    mac = (_known(read_mac, printed(outputs)) or MacFacts()) if raw["system"] == "Darwin" else None
     return Facts(
-        raw["system"], raw["release"], raw["name"], raw["shell"], float(raw["clock"]), int(raw["open_files"]), raw["cache"],
-        int(raw["cache_free"]), json.loads(versions["out"]) if versions["status"] == 0 else {}, _last_line(versions["err"]),
-        dict(raw["environment"]), dict(raw["own"]),
-        {address: _reach(one) for address, one in raw["reached"].items()},
-        {int(port): why for port, why in raw["taken"].items()},
-        (_linux_interfaces if is_linux else _macos_interfaces)(_output(outputs, "addresses")),
-        _linux_memory(_output(outputs, "memory")) if is_linux else _macos_memory(outputs),
-        _processes(_output(outputs, "processes")),
+        as_text(raw["system"]), as_text(raw["release"]), as_text(raw["name"]), as_text(raw["shell"]), as_number(raw["clock"]),
+        _whole(raw["open_files"], -1), as_text(raw["cache"]), _whole(raw["cache_free"]),
+        _versions(versions["out"]) if versions["status"] == 0 else {}, _last_line(as_text(versions.get("err"))),
+        _texts(raw["environment"]), _of_addresses(raw["own"]),
+        {address: reach for address, one in raw["reached"].items() if is_address(address) and (reach := _reach(one))},
+        {int(port): why for port, why in _texts(raw["taken"]).items() if re.fullmatch(r"[0-9]{1,5}", port)},
+        _known(_linux_interfaces if is_linux else _macos_interfaces, _output(outputs, "addresses")),
+        _known(_linux_memory, _output(outputs, "memory")) if is_linux else _known(_macos_memory, outputs),
+        _known(_processes, _output(outputs, "processes")),
         _first_process(_output(outputs, "processes")),
         _output(outputs, "machine").strip() or (mac.domain if mac else None),
         mac,
-        (_linux_routes if is_linux else read_routes)(_output(outputs, "routes")),
-        str(raw.get("home", "")), str(raw.get("ranks_python", "")),
-        (_linux_interfaces(_output(outputs, "addresses"), is_up=False) or ()) if is_linux else (),
-        (_linux_footprints if is_linux else read_footprints)(_output(outputs, "footprints")),
+        _known(_linux_routes if is_linux else read_routes, _output(outputs, "routes")),
+        as_text(raw.get("home")), as_text(raw.get("ranks_python")),
+        (_known(_interfaces_off, _output(outputs, "addresses")) or ()) if is_linux else (),
+        _known(_linux_footprints if is_linux else read_footprints, _output(outputs, "footprints")),
         _linux_firewall(outputs) if is_linux else mac.has_firewall if mac else None,
         _linux_governor(_output(outputs, "governor")),
         _output(outputs, "mpi").partition("\n")[0] or None,
-        (int(raw["model"]["size"]), int(raw["model"]["here"])) if raw.get("model") else None,
+        _known(_model, raw.get("model")),
         _output(outputs, "hub").strip() or None,
-        read_linux(_printed(outputs)) if is_linux else None,
-        {str(address): str(why) for address, why in raw.get("called", {}).items()},
+        (_known(read_linux, printed(outputs)) or LinuxFacts()) if is_linux else None,
+        _of_addresses(raw.get("called", {})),
     )  # fmt: skip
 
 
-def _output(outputs: dict[str, Any], name: str) -> str:
+def is_address(text: object) -> bool:
+    """Return whether a text is an IP address."""
+    return isinstance(text, str) and _known(ipaddress.ip_address, text) is not None
+
+
+def _known(read: Callable[[Any], _T], found: Any) -> _T | None:
+    """Return what was read; None if it can't be."""
+    try:
+        return read(found)
+    except _UNREADABLE:
+        return None
+
+
+def as_text(found: object) -> str:
+    """Return a text; an empty one for what is none."""
+    return found if isinstance(found, str) else ""
+
+
+def _texts(found: Mapping[str, Any]) -> dict[str, str]:
+    return {name: one for name, one in found.items() if isinstance(one, str)}
+
+
+def _of_addresses(found: Mapping[str, Any]) -> dict[str, str]:
+    return {address: why for address, why in _texts(found).items() if is_address(address)}
+
+
+def as_number(found: object) -> float | None:
+    """Return a number; None for what is none, or endless."""
+    return float(found) if type(found) in (int, float) and abs(found) < _MOST else None  # type: ignore[arg-type]
+
+
+def _whole(found: object, unknown: _T = None) -> int | _T:  # type: ignore[assignment]
+    return found if type(found) is int and -1 <= found < 1 << 63 else unknown
+
+
+def _model(found: Mapping[str, Any]) -> tuple[int, int] | None:
+    size, here = _whole(found["size"]), _whole(found["here"])
+    return None if size is None or here is None else (size, here)
+
+
+def _versions(text: str) -> dict[str, str | None]:
+    found: dict[str, str | None] = json.loads(text)
+    if not all(one is None or isinstance(one, str) for one in found.values()):
+        raise TypeError("versions that are no texts")
+    return found
+
+
+def _outputs(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what of commands is as the probe has it."""
+    return {name: one for name, one in found.items()
+            if isinstance(one, dict) and isinstance(one.get("out"), str) and type(one.get("status", "")) in (int, type(None))}  # fmt: skip
+
+
+def _output(outputs: Mapping[str, Any], name: str) -> str:
     found = outputs.get(name, {})
     return str(found["out"]) if found.get("status") == 0 else ""
 
 
-def _printed(outputs: dict[str, Any]) -> dict[str, str]:
+def printed(outputs: Mapping[str, Any]) -> dict[str, str]:
     """Return what each command has printed, also if it failed in the end, as sysctl does for one unknown name."""
-    return {name: str(one["out"]) for name, one in outputs.items() if one.get("status") is not None}
+    return {name: one["out"] for name, one in _outputs(outputs).items() if one["status"] is not None}
 
 
 def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
-def _linux_interfaces(text: str, is_up: bool = True) -> tuple[Interface, ...] | None:
+def _linux_interfaces(text: str, is_up: bool = True) -> tuple[Interface, ...]:
     """Read `ip -j addr`: the interfaces that are on, or those that are off."""
-    try:
-        return tuple(
-            Interface(
-                one["ifname"],
-                tuple(
-                    ipaddress.IPv4Interface(f"{a['local']}/{a['prefixlen']}")
-                    for a in one["addr_info"]
-                    if a["family"] == "inet"
-                ),
-                one.get("mtu"),
-            )
-            for one in json.loads(text)
-            if "ifname" in one and ("UP" in one.get("flags", ())) == is_up
+    return tuple(
+        Interface(
+            str(one["ifname"]),
+            tuple(
+                ipaddress.IPv4Interface(f"{a['local']}/{a['prefixlen']}")
+                for a in one["addr_info"]
+                if a["family"] == "inet"
+            ),
+            _whole(one.get("mtu")),
         )
-    except (ValueError, KeyError, TypeError):
-        return None
+        for one in json.loads(text)
+        if "ifname" in one and ("UP" in one.get("flags", ())) == is_up
+    )
+
+
+def _interfaces_off(text: str) -> tuple[Interface, ...]:
+    return _linux_interfaces(text, is_up=False)
 
 
 def _macos_interfaces(text: str) -> tuple[Interface, ...] | None:
@@ -261,22 +326,26 @@ def _macos_interfaces(text: str) -> tuple[Interface, ...] | None:
 
 def _linux_memory(text: str) -> tuple[int, int] | None:
     """Read /proc/meminfo."""
-    found = dict(re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE))
-    if not {"MemTotal", "MemAvailable"} <= found.keys():
+    found = dict(re.findall(r"^(\w+):\s+(\d{1,15}) kB", text, re.MULTILINE))
+    if not {"MemTotal", "MemAvailable"} <= found.keys() or not int(found["MemTotal"]):
         return None
     return int(found["MemTotal"]) << 10, int(found["MemAvailable"]) << 10
 
 
-def _reach(one: dict[str, Any]) -> Reach:
-    """Read how an address is reached.
+def _reach(one: Any) -> Reach | None:
+    """Read how an address is reached; None: that isn't known.
 
     macOS keeps Python out of the local network at once, without asking the other host; Apple's own programs go on.
     """
-    interface = re.search(r"interface: (\S+)", str(one.get("route", {}).get("out", "")))
-    is_at_once = float(one.get("seconds", _AT_ONCE_S)) < _AT_ONCE_S
-    is_denied = is_at_once and one.get("nc", {}).get("status") == 0
-    is_on_link = '"REACHABLE"' in str(one.get("neighbor", {}).get("out", ""))
-    return Reach(one["source"], one["why"], interface[1] if interface else None, is_denied, is_on_link)
+    if not isinstance(one, dict) or not isinstance(one.get("why"), str):
+        return None
+    outputs = _outputs(one)
+    interface = re.search(r"interface: (\S+)", printed(outputs).get("route", ""))
+    seconds = as_number(one.get("seconds"))
+    is_denied = seconds is not None and seconds < _AT_ONCE_S and outputs.get("nc", {}).get("status") == 0
+    is_on_link = '"REACHABLE"' in printed(outputs).get("neighbor", "")
+    source = one.get("source") if is_address(one.get("source")) else None
+    return Reach(source, one["why"], interface[1] if interface else None, is_denied, is_on_link)
 
 
 def _linux_firewall(outputs: dict[str, Any]) -> bool | None:
@@ -293,7 +362,7 @@ def _linux_firewall(outputs: dict[str, Any]) -> bool | None:
 
 def _linux_footprints(text: str) -> tuple[Footprint, ...] | None:
     """Read `ps -A -o rss=,pid=,comm=`."""
-    lines = re.findall(r"^\s*(\d+)\s+(\d+) (.+)$", text, re.MULTILINE)
+    lines = re.findall(r"^\s*(\d{1,15})\s+(\d+) (.+)$", text, re.MULTILINE)
     return tuple(Footprint(int(size) << 10, int(pid), name) for size, pid, name in lines) or None
 
 
@@ -303,18 +372,15 @@ def _linux_governor(text: str) -> str | None:
     return words[1] if len(words) == 2 and words[1] == "powersave" and "pstate" not in words[0] else None
 
 
-def _linux_routes(text: str) -> tuple[ipaddress.IPv4Network, ...] | None:
+def _linux_routes(text: str) -> tuple[ipaddress.IPv4Network, ...]:
     """Read `ip -j route`."""
-    try:
-        words = [str(one["dst"]) for one in json.loads(text)]
-        return tuple(ipaddress.IPv4Network(word) for word in words if word != "default")
-    except (ValueError, KeyError, TypeError):
-        return None
+    words = [str(one["dst"]) for one in json.loads(text)]
+    return tuple(ipaddress.IPv4Network(word) for word in words if word != "default")
 
 
 def _macos_memory(outputs: dict[str, Any]) -> tuple[int, int] | None:
-    printed = _printed(outputs)
-    return read_memory(printed.get("memory", ""), read_settings(printed.get("settings", "")))[0]
+    texts = printed(outputs)
+    return read_memory(texts.get("memory", ""), read_settings(texts.get("settings", "")))[0]
 
 
 def _processes(text: str) -> tuple[Process, ...] | None:
@@ -327,4 +393,4 @@ def _processes(text: str) -> tuple[Process, ...] | None:
 
 def _first_process(text: str) -> str:
     found = re.search(r"^\s*1\s+0\s+\S+\s+\S+\s+(.+)$", text, re.MULTILINE)
-    return found[1] if found else ""
+    return found[1].strip() if found else ""

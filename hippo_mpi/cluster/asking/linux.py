@@ -87,7 +87,7 @@ def _bridges(text: str) -> tuple[LinuxBridge, ...] | None:
                 outward = tuple(port for port in ports if not _GUEST_PORT.match(port))
                 found.append(LinuxBridge(str(one["ifname"]), outward, bool(about["info_data"]["stp_state"])))
         return tuple(found)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

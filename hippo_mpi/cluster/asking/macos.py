@@ -177,24 +177,24 @@ def read_rdma_devices(devices: str, info: str) -> dict[str, bool | None] | None:
 
 def read_settings(text: str) -> dict[str, str]:
     """Read `sysctl NAME...`."""
-    return dict(re.findall(r"^([\w.]+): (.+)$", text, re.MULTILINE))
+    return dict(re.findall(r"^([\w.]+): ([ -~]{1,200})$", text, re.MULTILINE))
 
 
 def read_memory(vm_stat: str, settings: Mapping[str, str]) -> tuple[tuple[int, int] | None, int | None]:
     """Return (total, free) bytes, and wired ones, of `vm_stat` and the settings."""
-    page = re.search(r"page size of (\d+) bytes", vm_stat)
-    pages = {name: int(count) for name, count in re.findall(r"^Pages ([\w ]+):\s+(\d+)\.", vm_stat, re.MULTILINE)}
+    page = re.search(r"page size of (\d{1,9}) bytes", vm_stat)
+    pages = {name: int(count) for name, count in re.findall(r"^Pages ([\w ]+):\s+(\d{1,15})\.", vm_stat, re.MULTILINE)}
     total = settings.get("hw.memsize", "")
     if not page or not {"free", "inactive", "wired down"} <= pages.keys():
         return None, None
     free = sum(pages.get(name, 0) for name in ("free", "inactive", "speculative", "purgeable"))
-    memory = (int(total), min(int(total), free * int(page[1]))) if total.isdigit() else None
+    memory = (int(total), min(int(total), free * int(page[1]))) if total.isdigit() and int(total) else None
     return memory, pages["wired down"] * int(page[1])
 
 
 def read_footprints(text: str) -> tuple[Footprint, ...] | None:
     """Read `top -l 1 -stats mem,pid,command`."""
-    lines = re.findall(r"^(\d+)([BKMG])[+-]?\s+(\d+)[*+-]?\s+(.+)$", text, re.MULTILINE)
+    lines = re.findall(r"^(\d{1,15})([BKMG])[+-]?\s+(\d+)[*+-]?\s+(.+)$", text, re.MULTILINE)
     found = (Footprint(int(size) << 10 * "BKMG".index(unit), int(pid), name.strip()) for size, unit, pid, name in lines)
     return tuple(found) or None
 

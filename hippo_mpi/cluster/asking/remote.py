@@ -76,7 +76,7 @@ def _read(host: Host, ended: subprocess.CompletedProcess[str], asked_s: float) -
     try:
         raw: dict[str, Any] = json.loads(answer)
         return Probed(host, read_facts(raw), noise=noise.strip(), asked_s=asked_s, raw=raw)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Probed(
             host,
             error=f"an answer that can't be read: {error!r}; {ended.stderr[-200:]}",

@@ -160,7 +160,7 @@ def _stale_ranks(hosts: Sequence[Probed]) -> Iterator[Finding]:
 
 def _room(hosts: Sequence[Probed]) -> Iterator[Finding]:
     for _, host, facts in known(hosts):
-        if facts.cache_free < _MIN_FREE_BYTES:
+        if facts.cache_free is not None and facts.cache_free < _MIN_FREE_BYTES:
             found = f"{show_bytes(facts.cache_free)} are free in {facts.cache}, where models are kept"
             yield Finding("disk-full", host.host.ssh, found, "make room, or set HF_HOME to another disk")
         if facts.memory and facts.memory[1] < facts.memory[0] // 4:
@@ -185,9 +185,9 @@ def _environment(hosts: Sequence[Probed]) -> Iterator[Finding]:
         if facts.governor:
             found = f"its CPU's clock is set by the governor {facts.governor}"
             yield Finding("low-power", host.host.ssh, found, "sudo cpupower frequency-set -g performance", WARNING)
-        off_s = facts.clock - host.asked_s
+        off_s = facts.clock - host.asked_s if host.asked_s and facts.clock is not None else 0.0
         off_s = min(off_s, max(0.0, off_s - host.took_s))  # it looked at its clock some time in between
-        if host.asked_s and abs(off_s) > _MOST_OFF_S:
+        if abs(off_s) > _MOST_OFF_S:
             yield Finding("clock", host.host.ssh, f"its clock is {off_s:+.0f} s off", "set it by NTP", WARNING)
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hippo_mpi.cluster.asking.facts import Facts, Probed, read_facts
+from hippo_mpi.cluster.asking.facts import Facts, Probed, as_number, as_text, read_facts
 from hippo_mpi.cluster.asking.remote import ask
 from hippo_mpi.cluster.doctor.checks import diagnose
 from hippo_mpi.cluster.doctor.findings import ERROR, INFO, Finding
 from hippo_mpi.cluster.doctor.listening import with_calls
 from hippo_mpi.cluster.doctor.shares import with_plan
-from hippo_mpi.cluster.hostfile import Host, Hostfile
-from hippo_mpi.errors import RankError, UserError
+from hippo_mpi.cluster.hostfile import Hostfile, hostfile_of
+from hippo_mpi.errors import LaunchError, RankError, UserError
 from hippo_mpi.transport.ports import THIS_MACHINE
 from hippo_mpi.units import show_bytes, visible
 
@@ -124,7 +124,7 @@ def read_saved(path: Path) -> list[Probed]:
         hosts = [_probed(one) for one in json.loads(path.read_text())]
     except OSError as error:
         raise UserError(f"--from {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, LaunchError):
         hosts = []
     if not hosts:
         raise UserError(f"--from {path} is not what --save writes")
@@ -132,13 +132,10 @@ def read_saved(path: Path) -> list[Probed]:
 
 
 def _probed(one: dict[str, Any]) -> Probed:
-    host = Host(one["host"]["ssh"], tuple(one["host"]["ips"]), tuple(one["host"]["rdma"]), one["host"]["python"])
+    (host,) = hostfile_of([one["host"]], "host").hosts
     facts = read_facts(one["raw"]) if one["raw"] else None
-    saved = Probed(host, facts, one["error"], one["noise"], one["asked_s"], one["raw"])
-    given: dict[str, Any] = {
-        "backend": one.get("backend"),
-        "envs": tuple(one.get("envs", ())),
-        "model": one.get("model"),
-        "shortage": one.get("shortage"),
-    }
-    return replace(saved, took_s=one.get("took_s", 0.0), **given)
+    texts = {name: one[name] if isinstance(one.get(name), str) else None for name in ("backend", "model", "shortage")}
+    return Probed(
+        host, facts, as_text(one["error"]), as_text(one["noise"]), as_number(one["asked_s"]) or 0.0, one["raw"],
+        as_number(one.get("took_s")) or 0.0, envs=tuple(map(as_text, one.get("envs", ()))), **texts,
+    )  # fmt: skip

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hippo_mpi.cluster.asking.facts import Facts, Probed
+from hippo_mpi.cluster.asking.facts import Facts, Probed, is_address
 from hippo_mpi.cluster.link.link_kinds import LinkKind, kinds_of
 from hippo_mpi.cluster.link.link_measure import Measured, Pair, measure_alone, measure_at_once
 from hippo_mpi.cluster.programs.host_program import HostLost, HostProgram
@@ -63,7 +63,7 @@ def addresses_of(hosts: Sequence[Probed], rank: int) -> tuple[str, ...]:
     asked, place = (others, 0) if host.host.ssh == THIS_MACHINE else ([host], 2)
     for one in asked:
         words = one.facts.environment.get("SSH_CONNECTION", "").split() if one.facts else []
-        if len(words) == 4:
+        if len(words) == 4 and is_address(words[place]):
             return (words[place],)
     return ()
 

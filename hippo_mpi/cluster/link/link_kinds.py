@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hippo_mpi.cluster.asking.facts import Probed
+from hippo_mpi.cluster.asking.facts import Probed, printed
 
 _WIRED_S, _MOST_WIRED_S = 0.4e-3, 2e-3  # usual round trips, and what is too long
 _MAX_BITS_PER_S = 1e15  # of what a host may say
@@ -65,9 +65,8 @@ def kinds_of(host: Probed, told: Mapping[str, Any]) -> dict[str, LinkKind]:
         told: what Linux says of its interfaces: "kind" and "bits_per_s".
     """
     if host.facts and host.facts.system == "Darwin":
-        outputs = host.raw.get("outputs", {})
-        texts = (str(outputs.get(name, {}).get("out", "")) for name in ("ports", "addresses", "thunderbolt"))
-        return macos_kinds(*texts)
+        texts = printed(host.raw.get("outputs", {}))
+        return macos_kinds(*(texts.get(name, "") for name in ("ports", "addresses", "thunderbolt")))
     found = ((name, _linux_kind(about)) for name, about in told.items() if isinstance(about, dict))
     return {name: kind for name, kind in found if kind}
 
@@ -113,6 +112,6 @@ def _receptacle_rates(text: str) -> dict[str, float]:
             rate = re.fullmatch(r"(\d+) Gb/s", str(tag.get("current_speed_key", "")))  # "Up to" is no cable's
             if rate:
                 found[str(tag.get("receptacle_id_key"))] = float(rate[1]) * 1e9
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
     return found
