@@ -148,6 +148,7 @@ def install(service: Service) -> int:
         for folder in service.folders:
             folder.mkdir(parents=True, exist_ok=True)
         with replacing(service.file) as stream:
+            os.fchmod(stream.fileno(), 0o600)  # HF_ENDPOINT, for one, may have a password
             stream.write(service.text)
     except OSError as error:
         raise UserError(f"can't write {service.file}: {error.strerror}") from None

@@ -75,6 +75,14 @@ def test_a_service_goes_on_if_its_new_file_can_not_be_written(tmp_path: Path) ->
     assert file.read_text() == "as before" and not stopped.exists()
 
 
+def test_what_a_service_inherits_is_for_nobody_else(tmp_path: Path) -> None:
+    file = tmp_path / "unit"
+    for _ in range(2):
+        assert install(Service(file, b"HF_ENDPOINT=https://me:secret@hub", (), (), (), (tmp_path,))) == 0
+        assert file.stat().st_mode & 0o777 == 0o600
+        file.chmod(0o644)  # as earlier versions have left it
+
+
 def run(home: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
     path = f"{home / 'bin'}:{os.environ['PATH']}"
     return subprocess.run(
