@@ -263,3 +263,10 @@ def test_a_host_that_is_gone_can_be_taken_out_of_the_hostfile(tmp_path: Path, mo
     made(path)
     with pytest.raises(RankError, match=r"timed out; if it is gone for good, take its entry out of .*hosts\.json$"):
         remove.run(options)
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b"5", b'["error"]', b'"an error"', b"{}"])
+def test_an_agent_s_answer_that_is_none_gets_a_line(line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.Session, "_line", lambda *_: line)
+    with pytest.raises(RankError, match="mini2 gave an answer that can't be read"):
+        session.Session("mini2")._answer(0.0)

@@ -138,9 +138,10 @@ class Session:
             answer = json.loads(line)
             if "error" not in answer:
                 return answer["result"]
-        except (ValueError, TypeError, KeyError):
+            why = visible(answer["error"])
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise RankError(f"{self.name} gave an answer that can't be read: {visible(line[:80])}") from None
-        raise LaunchError(f"{self.name}: {visible(answer['error'])}")
+        raise LaunchError(f"{self.name}: {why}")
 
     def _has_output(self) -> bool:
         assert self._agent and self._agent.stdout

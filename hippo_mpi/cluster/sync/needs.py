@@ -139,5 +139,5 @@ def _introduce(host: Host, timeout_s: float, environment: Mapping[str, str]) -> 
         if not all(0 < number < float("inf") for number in numbers.values()):
             raise ValueError
         return {"host": host.ssh, "given_speed": host.speed, **numbers, "memory_bytes": int(numbers["memory_bytes"])}
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError):
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
         raise UserError(f"{host.ssh} says of itself what can't be read: {visible(repr(ended.stdout[-200:]))}") from None
