@@ -75,13 +75,14 @@ def main() -> None:
         frames.write(MARK)
         errand, _ = frames.receive()
         model = ModelFiles.from_object(errand["model"])
-        told_s = time.monotonic()
+        told_s, done = time.monotonic(), 0
 
         def tell() -> None:
-            nonlocal told_s
+            nonlocal told_s, done
+            done += 1
             if time.monotonic() > told_s + _TOLD_EVERY_S:
                 told_s = time.monotonic()
-                frames.send({"goes_on": True})
+                frames.send({"goes_on": done})
 
         while True:
             asked, _ = frames.receive()

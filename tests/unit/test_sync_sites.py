@@ -15,6 +15,7 @@ from hippo_mpi.checkpoint import hub_place
 from hippo_mpi.checkpoint.hub_spans import NoRangesError
 from hippo_mpi.cluster.hostfile import Host
 from hippo_mpi.cluster.sync import needs
+from hippo_mpi.cluster.sync import site as sites
 from hippo_mpi.cluster.sync.links import Links
 from hippo_mpi.cluster.sync.model_files import ModelFiles
 from hippo_mpi.cluster.sync.needs import Needs
@@ -22,7 +23,7 @@ from hippo_mpi.cluster.sync.pieces import Piece
 from hippo_mpi.cluster.sync.session import HostState, SyncSession
 from hippo_mpi.cluster.sync.site import LostError, RefusalError, Site, command_of
 from hippo_mpi.cluster.sync.transfer import HERE, HOSTS, Transfer
-from hippo_mpi.errors import RankError
+from hippo_mpi.errors import RankError, UserError
 
 START_S = 30.0
 # Answers what is asked; the first argument is a file that only one process may create, the second what happens else.
@@ -43,8 +44,9 @@ try:
         if header["op"] == "die":
             sys.stderr.write("out of\\x1b[2J memory\\n")
             sys.exit(1)
-        time.sleep(0.02)
-        frames.send({"goes_on": True})
+        for step in range(1, header.get("steps", 1) + 1):
+            time.sleep(0.05)
+            frames.send({"goes_on": step if header["op"] != "stall" else True})
         frames.send({"error": "no"} if header["op"] == "fail" else {"pid": os.getpid(), "is_good": header.get("n") != 1}, data)
 except FrameError:
     pass
@@ -74,6 +76,16 @@ def test_a_program_that_dies_takes_its_site_along(tmp_path: Path) -> None:
         here.ask({"op": "die"})
     with pytest.raises(LostError, match="memory"):
         here.ask({"op": "x"})
+
+
+def test_a_program_that_goes_on_for_ever_and_does_nothing_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sites, "_STALLED_S", 0.5)
+    here = site(tmp_path)
+    assert here.ask({"op": "x", "steps": 20})[0]["pid"]
+    with pytest.raises(LostError, match="has done nothing"):
+        here.ask({"op": "stall", "steps": 200})
 
 
 @pytest.mark.parametrize(
@@ -203,6 +215,9 @@ def test_of_a_host_that_prints_without_end_only_the_end_is_kept(monkeypatch: pyt
         monkeypatch.setattr(needs, "command_of", lambda *_: ["sh", "-c", script])
         (found,) = needs.introduce([Host("mini2")], START_S, {**os.environ})
         assert found["memory_bytes"] == 5 and tracemalloc.get_traced_memory()[1] < 4 << 20
+        monkeypatch.setattr(needs, "command_of", lambda *_: ["sh", "-c", "yes '[' | head -n 9000 | tr -d '\\n'"])
+        with pytest.raises(UserError, match="mini2 says of itself what can't be read"):
+            needs.introduce([Host("mini2")], START_S, {**os.environ})
         monkeypatch.setattr(needs, "command_of", lambda *_: ["yes"])
         monkeypatch.setattr(needs, "_MLX_S", 0.0)
         with pytest.raises(RankError, match="mini2: no answer within"):

@@ -82,7 +82,7 @@ class Place:
             remove_view(self.folder)
         self._staged: Path | None = None
         self._lock = -1
-        self._told_s = time.monotonic()
+        self._told_s, self._done = time.monotonic(), 0
         self._borrower = Borrower(self._tell)
 
     def answer(self, header: Header, data: Data) -> tuple[Header, Data]:
@@ -315,10 +315,11 @@ class Place:
         return {}, b""
 
     def _tell(self) -> None:
-        """Say now and then that it goes on."""
+        """Say now and then that it goes on, and how many steps it has done: pieces that were read, for one."""
+        self._done += 1
         if time.monotonic() > self._told_s + _TOLD_EVERY_S:
             self._told_s = time.monotonic()
-            self._frames.send({"goes_on": True})
+            self._frames.send({"goes_on": self._done})
 
     def _verify(self, header: Header, data: Data) -> tuple[Header, Data]:
         """Look whether everything is still as it arrived; what isn't counts as not here from now on."""

@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from hippo_mpi.units import visible
 
 MAX_STREAMS = 4
 _SILENCE_S = 30.0  # without a byte; places say something every second
+_STALLED_S = 60.0  # in which it says that it goes on, and does nothing
 _LAST_WORDS_S = 0.2
 _END_S = 2.0  # for a program, from the end of its input to SIGKILL
 _SSH_FAILED = 255
@@ -71,10 +73,15 @@ class _Stream:
 
     def ask(self, header: Header, data: Data) -> tuple[Header, bytearray]:
         self._frames.send(header, data)
+        most, ends_s = 0, time.monotonic() + _STALLED_S
         while True:
             answer, piece = self._frames.receive()
-            if not answer.get("goes_on"):
+            if not (done := answer.get("goes_on")):
                 return answer, piece
+            if type(done) is int and done > most:
+                most, ends_s = done, time.monotonic() + _STALLED_S
+            elif time.monotonic() > ends_s:
+                raise FrameError(f"it has done nothing for {_STALLED_S:.0f} s")
 
     def why(self, error: FrameError) -> str:
         """End the program; return what it, or ssh, said last, or else what is wrong."""
