@@ -13,7 +13,7 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, TypeVar
 
@@ -75,15 +75,14 @@ class RankCollective(Collective):
     """Works over `mx.distributed`.
 
     Args:
-        group: of all the ranks that take part.
-        num_ranks: in it.
+        world: the ranks that take part. Its group is looked up at each sum: MPI is left when the last reference to it goes.
         is_lazy: whether sums are part of the graph. MLX computes them on a CPU stream: on a CPU that is the stream of the
             computation itself. On a GPU a kernel would wait for the network, which can hang a Mac; there, each sum
             is evaluated at once, and everything before it.
     """
 
-    def __init__(self, group: mx.distributed.Group | None, num_ranks: int, is_lazy: bool) -> None:
-        self._group, self._num_ranks, self.is_lazy = group, num_ranks, is_lazy
+    def __init__(self, world: World, is_lazy: bool) -> None:
+        self._world, self.is_lazy = world, is_lazy
         self._gathers = dict.fromkeys(_TRIED_SIZES, False)  # by the least size that was tried and isn't smaller
 
     def choose(self) -> list[tuple[int, float]]:
@@ -127,7 +126,7 @@ class RankCollective(Collective):
     def _joined(self, part: mx.array, widths: Sequence[int]) -> mx.array:
         missing = max(widths) - part.shape[-1]
         padded = mx.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, missing)]) if missing else part
-        parts = mx.distributed.all_gather(padded[None], group=self._group)
+        parts = mx.distributed.all_gather(padded[None], group=self._world.group)
         return mx.concatenate([parts[rank][..., :width] for rank, width in enumerate(widths)], -1)
 
     def _added(self, part: mx.array) -> mx.array:
@@ -135,12 +134,12 @@ class RankCollective(Collective):
         return self._gathered(part) if self._gathers[size] else self._all_sum(part)
 
     def _all_sum(self, part: mx.array) -> mx.array:
-        return mx.distributed.all_sum(part, group=self._group)
+        return mx.distributed.all_sum(part, group=self._world.group)
 
     def _gathered(self, part: mx.array) -> mx.array:
-        parts = mx.distributed.all_gather(part[None], group=self._group)
+        parts = mx.distributed.all_gather(part[None], group=self._world.group)
         total = parts[0]
-        for rank in range(1, self._num_ranks):
+        for rank in range(1, self._world.size):
             total = total + parts[rank]
         return total
 
@@ -200,11 +199,12 @@ def collective_of(world: World, layout: Layout, is_lazy: bool) -> Collective:
         is_lazy: whether sums are part of the graph, where that can be.
     """
     if layout.stages == 1:
-        return RankCollective(world.group, world.size, is_lazy)
-    stage = layout.place(world.rank).stage
+        return RankCollective(world, is_lazy)
+    place = layout.place(world.rank)
     if world.backend == "mpi" and world.group is not None:
-        return RankCollective(world.group.split(stage), layout.shards, is_lazy)
-    return ChainCollective(world, stage * layout.shards, layout.shards)
+        part = replace(world, rank=place.shard, size=layout.shards, group=world.group.split(place.stage))
+        return RankCollective(part, is_lazy)
+    return ChainCollective(world, place.stage * layout.shards, layout.shards)
 
 
 def is_in_graph(asked: str | None) -> bool:
