@@ -232,7 +232,7 @@ _shtab_hippo_mpi_cluster_doctor_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--version[print the versions of hippo-mpi and mlx-lm, and exit]"
   "--starting-port[look whether this port and those of the other ranks are free]:starting_port:"
-  "--check[only these checks, by their names]:NAME:(ssh-refused ssh-host-key ssh-noise login-shell python-missing path-differs versions-differ names-same stale-ranks disk-full memory-taken open-files fast-synch clock address-missing address-clash vpn-path wrong-interface link-down mtu-differs port-taken bridge-loop cable-absent cable-slow self-assigned rdma-impossible rdma-off jaccl-matrix rdma-no-ipv4 rdma-port-down memory-short mpi-mixed model-missing hub-token no-internet path-private local-network-privacy firewall wired-stranded wired-limit other-daemon sleeps low-power hot filevault-reboot)"
+  "--check[only these checks, by their names]:NAME:(ssh-refused ssh-host-key no-answer ssh-noise login-shell python-missing path-differs versions-differ names-same stale-ranks disk-full memory-taken open-files fast-synch clock address-missing address-clash vpn-path wrong-interface link-down mtu-differs port-taken bridge-loop cable-absent cable-slow self-assigned rdma-impossible rdma-off jaccl-matrix rdma-no-ipv4 rdma-port-down memory-short mpi-mixed model-missing hub-token no-internet path-private local-network-privacy firewall wired-stranded wired-limit other-daemon sleeps low-power hot filevault-reboot)"
   "--model[look whether this model, a path or a repo on the hub, is there, fits, and can be downloaded]:model:"
   "--json[print a JSON object]"
   "--save[write what the hosts answered to this file, without what is private]:FILE:"

@@ -110,8 +110,8 @@ def test_mpirun_is_found_beside_it(installed: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert found.returncode == 2
     assert found.stderr.startswith(
-        f"error: --backend mpi needs mpirun, which isn't installed: {installed / 'pip'} install "
-    )
+        "error: --backend mpi needs mpirun, which isn't installed: pip install "
+    )  # no pip here
     (installed / "mpirun").symlink_to(Path(sys.executable).parent / "mpirun")
     assert run(installed / "hippo-mpi", "run", "--backend", "mpi", "-n", "2", "-m", "5", cwd=tmp_path).strip()
 
