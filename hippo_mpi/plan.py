@@ -28,7 +28,7 @@ from hippo_mpi.measure.simulation_report import (
     read_times,
 )
 from hippo_mpi.planning.layer_split import Machine
-from hippo_mpi.planning.layout_choice import Comparison, table
+from hippo_mpi.planning.layout_choice import Comparison, best, table
 from hippo_mpi.planning.machine import longest_chunk
 from hippo_mpi.runtime.entry import run
 from hippo_mpi.runtime.layout_planner import PlannedLayout
@@ -124,6 +124,10 @@ class _Parser(OptionsParser[PlanOptions]):
             UserError: one is wrong, or the file with times can't be read.
         """
         options = super().read(argv)
+        if not options.simulate and (options.stage_times or (options.links and options.parallel != "auto")):
+            raise UserError("--link and --stage-times need --simulate")
+        if options.stage_times and options.parallel != "pipeline":
+            raise UserError("--stage-times are those of a pipeline's stages: leave it out, or --parallel")
         if options.simulate and options.stage_times and not options.machines:
             return replace(options, machines=read_machines(options.stage_times))
         return options
@@ -159,28 +163,25 @@ def _show_comparison(session: Session[PlanOptions], planned: PlannedLayout, comp
     """Print the plan, and what each way to share the model would give over each link."""
     options = session.options
     by_link = {"": comparison} if not options.links else {link.name: comparison.over(link) for link in options.links}
+    found = {name: by.predictions(planned.problems) for name, by in by_link.items()}
     if options.json:
-        layouts = [
-            {"link": name, "predictions": [asdict(one) for one in by.predictions()]} for name, by in by_link.items()
-        ]
+        layouts = [{"link": name, "predictions": [asdict(one) for one in each]} for name, each in found.items()]
         session.show_plan(True, {"layouts": layouts, "notes": planned.notes})
         return
     session.show_plan(False)
-    for name, by in by_link.items():
+    for name, predictions in found.items():
+        chosen = best(predictions, options.load) if options.parallel == "auto" else None
         print(f"\n{f'over {name}' if name else 'over the link between these ranks, as it was measured'}:")
-        print(table(by.predictions(), options.load), flush=True)
+        print(table(predictions, chosen), flush=True)
 
 
 def _check(session: Session[PlanOptions]) -> None:
     """Raise a UserError for options that can't be followed, before anything is printed."""
     options, folder = session.options, session.agreement.checkpoint.source.path
-    if not options.simulate and (options.stage_times or (options.links and options.parallel != "auto")):
-        raise UserError("--link and --stage-times need --simulate")
-    if options.stage_times and options.parallel != "pipeline":
-        raise UserError("--stage-times are those of a pipeline's stages: leave it out, or --parallel")
-    if options.links and session.agreement.layout.num_ranks == 1:
+    compares = options.links or (options.simulate and options.parallel != "pipeline")
+    if compares and session.agreement.layout.num_ranks == 1:
         raise UserError(
-            "--link needs several ranks: give --machine NAME:GIBIBYTES once per rank, or start them with ./launch/run"
+            f"{'--link' if options.links else '--simulate'} needs several ranks: give --machine NAME:GIBIBYTES once per rank, or start them with ./launch/run"
             " -n 2 --command plan"
         )
     if options.simulate and options.parallel == "pipeline" and not options.stage_times and not has_weights(folder):

@@ -64,7 +64,9 @@ class StagePlan:
     cache_bytes: int
     work: float  # for a token of an answer and the prompt tokens that go with it: bytes read, divided by the machine's speed
     share: float  # of all work
-    caches: tuple[CacheCost, ...] | None = None  # of its layers, if it holds parts of them only
+    # If it holds parts of its layers only: the bytes of these, and the costs of their caches.
+    layer_bytes: int | None = None
+    caches: tuple[CacheCost, ...] | None = None
 
     @property
     def margin_bytes(self) -> int:
@@ -147,20 +149,24 @@ class LayerSplit:
             "max_context": self.max_context,
             "forbidden_cuts": sorted(self.info.forbidden_cuts),
             "assumptions": list(self.info.assumptions),
+            "ranks_per_layer": self.num_shards,
             "ranks": [
                 {
                     "machine": asdict(stage.machine),
                     "layers": [stage.start, stage.stop],
-                    "layer_bytes": sum(self.info.layer_bytes[stage.start : stage.stop]),
-                    "head_bytes": self.info.head_bytes if rank == 0 else self.info.shared_bytes,
+                    "layer_bytes": self._layer_bytes(stage),
+                    "head_bytes": stage.weight_bytes - self._layer_bytes(stage),
                     "cache_bytes": stage.cache_bytes,
                     "working_bytes": _WORKING_BYTES,
                     "margin_bytes": stage.margin_bytes,
                     "work_share": stage.share,
                 }
-                for rank, stage in enumerate(self.stages)
+                for stage in self.stages
             ],
         }
+
+    def _layer_bytes(self, stage: StagePlan) -> int:
+        return sum(self.info.layer_bytes[stage.start : stage.stop]) if stage.layer_bytes is None else stage.layer_bytes
 
 
 def plan_split(

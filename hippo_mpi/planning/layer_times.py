@@ -35,7 +35,7 @@ from hippo_mpi.transport.collective import Collective
 SHAPES = ((1, 1), (4, 1), (16, 1), (1, 256))
 """Rows and tokens of the steps that are timed: answers of 1, 4 and 16 requests, and a piece of a prompt."""
 
-_PAST_TOKENS = 32  # in the caches
+_PAST_TOKENS = 5  # in the caches; as many as `tracing.trace` reads before it
 _COPIED_BYTES = (
     512 << 20
 )  # more than processors' caches hold, also of parts; of larger layers, one form at a time is here
@@ -52,17 +52,19 @@ class KindTimes:
         whole: if it is whole.
         split: if all is split that can be.
         parts: by path of a linear layer that can be split by its columns: if that one, and what feeds it, is split.
+        exchanges: how many sums or gathers that takes, by path.
     """
 
     layers: tuple[int, ...]
     whole: tuple[float, ...]
     split: tuple[float, ...]
     parts: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    exchanges: dict[str, int] = field(default_factory=dict)
 
     def at_speed(self, speed: float) -> KindTimes:
         """Scale the times to a machine that is `speed` times as fast."""
         parts = {path: _scaled(times, speed) for path, times in self.parts.items()}
-        return KindTimes(self.layers, _scaled(self.whole, speed), _scaled(self.split, speed), parts)
+        return KindTimes(self.layers, _scaled(self.whole, speed), _scaled(self.split, speed), parts, self.exchanges)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def time_layers(
         plan: how layers would be split.
         rank: whose part is timed.
         collective: what the parts add up with, or `AbsentRanks`.
-        on_progress: called after each step of a layer.
+        on_progress: called after each try.
     """
     twin = blank_twin(model)
     fuse_adapters(twin)
@@ -117,12 +119,13 @@ def time_layers(
             copies = [_copies(layer, num_copies, form, rank, collective) for form in turns]
             by_step = []
             for step in own:
-                by_step.append(_medians_s([part if step.before else part[:1] for part in copies], step, collective))
-                on_progress()
+                taken = [part if step.before else part[:1] for part in copies]
+                by_step.append(_medians_s(taken, step, collective, on_progress))
             times += zip(*by_step, strict=True)
         whole, split, *parts = times
         here = tuple(steps[number][0].call.layer for number in numbers)
-        kinds.append(KindTimes(here, whole, split, dict(zip(paths, parts, strict=True))))
+        exchanges = {path: 2 if path in shards.outputs else 1 for path in paths}
+        kinds.append(KindTimes(here, whole, split, dict(zip(paths, parts, strict=True)), exchanges))
     return RankTimes(tuple(kinds), *_head_times(twin, plan, rank, collective))
 
 
@@ -154,18 +157,22 @@ def _copies(layer: nn.Module, count: int, shards: LayerShards, rank: int, collec
     return [part] + [_copied(part) for _ in range(count - 1)]
 
 
-def _medians_s(forms: Sequence[Sequence[nn.Module]], step: _Step, collective: Collective) -> list[float]:
+def _medians_s(
+    forms: Sequence[Sequence[nn.Module]], step: _Step, collective: Collective, on_progress: Callable[[], None]
+) -> list[float]:
     """Return the seconds of a step of each form of a layer; these take turns, so that what slows them down hits all."""
     past: list[list[Any]] = [[] for _ in forms]
     if step.before is not None:
         for place, copies in enumerate(forms):
             inputs, past[place] = step.before.again()
             mx.eval(_made(copies[0], inputs, past[place]))
-    times = []
+    times: list[list[float]] = []
     for _ in range(_TRIES):
-        times.append(
-            [_step_s(copies, step.call, caches, collective) for copies, caches in zip(forms, past, strict=True)]
-        )
+        seconds = []
+        for copies, caches in zip(forms, past, strict=True):
+            seconds.append(_step_s(copies, step.call, caches, collective))
+            on_progress()
+        times.append(seconds)
     return [statistics.median(trials) for trials in zip(*times[1:], strict=True)]
 
 

@@ -141,7 +141,7 @@ def predict_widths(
         for place, kind in enumerate(times[0].kinds):
             here = [path for path in blocks if path in kind.parts]
             layer_s = max(_split_s(rank.kinds[place], here, index) for rank in times)
-            total += len(kind.layers) * (layer_s + len(here) * sum_s)
+            total += len(kind.layers) * (layer_s + sum(kind.exchanges[path] for path in here) * sum_s)
         if load != "prompts":
             if has_split_head:
                 gather_s = 0.0 if include_sums else link.sum_s(rows * sizes.vocab // len(times))
@@ -174,11 +174,19 @@ class Comparison:
     include_sums: bool = False
 
     def over(self, link: Link) -> Comparison:
-        """Return the comparison for another link."""
+        """Return the comparison for another link; times that include sums are those of the link that there is."""
         return replace(self, link=link_times(link, len(self.times), self.sizes.value_bytes))
 
-    def predictions(self) -> list[Prediction]:
-        """Return a prediction for each way: a pipeline, one rank, all of each layer split, or only some of it."""
+    def predictions(self, problems: Mapping[str, str] | None = None) -> list[Prediction]:
+        """Return a prediction for each way: a pipeline, one rank, all of each layer split, or only some of it.
+
+        Args:
+            problems: why ways can't be taken, by name.
+        """
+        found = self._predictions()
+        return [replace(one, problem=(problems or {}).get(one.name, one.problem)) for one in found]
+
+    def _predictions(self) -> list[Prediction]:
         num_layers = sum(len(kind.layers) for kind in self.times[0].kinds)
         found = []
         if self.counts is not None:
@@ -275,9 +283,8 @@ def reason(chosen: Prediction, predictions: Sequence[Prediction], load: str) -> 
     return text
 
 
-def table(predictions: Sequence[Prediction], load: str) -> str:
-    """Return the predictions as a text table in tokens per second; the one that is taken is marked."""
-    chosen = best(predictions, load)
+def table(predictions: Sequence[Prediction], chosen: Prediction | None = None) -> str:
+    """Return the predictions as a text table in tokens per second; the one that is chosen is marked."""
     titles = "".join(f" {title:>12}" for title in ("one request", "4 at once", "16 at once", "long prompts"))
     lines = [f"{'layout':<26}{titles}  predicted tokens/s"]
     for one in predictions:

@@ -21,7 +21,8 @@ def width_shares(machines: Sequence[Machine], width_split: Sequence[int] | None)
     text = ",".join(map(str, parts))
     if len(parts) != len(machines):
         raise PlanError(
-            f"width split {text} is for {count_of(len(parts), 'rank')}, but there are {len(machines)}; try"
+            f"width split {text} is for {count_of(len(parts), 'rank')}, but there {'is' if len(machines) == 1 else 'are'}"
+            f" {len(machines)}; try"
             f" --width-split {','.join('1' for _ in machines)}"
         )
     if min(parts) <= 0:
@@ -89,5 +90,6 @@ def _split(
         caches = tuple(cache.scaled(share) for cache, share in zip(whole, part.cache_shares, strict=True))
         held = sum(cache.bytes_at(context) for cache in caches)
         read = part.layer_bytes + part.head_share * info.head_work
-        stages.append(StagePlan(machine, *part.layers, weights, held, read / machine.speed, read / total, caches))
+        work = read / machine.speed
+        stages.append(StagePlan(machine, *part.layers, weights, held, work, read / total, part.layer_bytes, caches))
     return LayerSplit(stages, context, info, num_shards)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -72,12 +72,14 @@ class PlannedLayout:
         split: what each rank holds.
         shards: how each layer is split, if it is.
         comparison: by what it was chosen, if it was.
+        problems: why ways of the comparison can't be taken, by name.
         notes: sentences for people, about what was found on the way.
     """
 
     split: LayerSplit
     shards: ShardPlan | None = None
     comparison: Comparison | None = None
+    problems: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -161,13 +163,20 @@ class LayoutPlanner:
                 f"--layer-split is for --parallel pipeline; with {asked.parallel}, --width-split 5,3 gives parts of each"
                 " layer"
             )
-        if asked.num_stages > 1 and asked.parallel == "auto":
-            raise UserError("--stages is for --parallel tensor: auto compares other ways")
+        if asked.num_stages > 1 and asked.compares:
+            raise UserError("--stages is for --parallel tensor, without --simulate: what is compared are other ways")
         if asked.num_stages > 1 and (num_ranks % asked.num_stages or num_ranks == asked.num_stages):
             raise UserError(
                 f"--stages {asked.num_stages} needs {2 * asked.num_stages}, {3 * asked.num_stages} ... ranks: as many in"
                 f" each stage, at least 2; there {'is' if num_ranks == 1 else 'are'} {num_ranks}"
             )
+        if asked.num_stages > 1 and asked.layer_split is not None and len(asked.layer_split) != asked.num_stages:
+            text = ",".join(map(str, asked.layer_split))
+            raise UserError(
+                f"--layer-split {text} is for {len(asked.layer_split)} stages, but --stages is {asked.num_stages}"
+            )
+        if asked.width_split is not None:
+            width_shares(self._teams(), asked.width_split)
         if asked.num_stages > 1 and self._checkpoint.flow.num_rounds > 1:
             raise UserError("--stages can't be used with this model, which goes through its layers several times")
 
@@ -220,7 +229,8 @@ class LayoutPlanner:
             counts = self.pipeline().split.counts
         sizes = _sizes(self._checkpoint.flow, self._info)
         times, can_split_head = [one.layers for one in timed], shards.head is not None
-        return Comparison(times, counts, can_split_head, sizes, timed[0].link, include_sums)
+        found = Comparison(times, counts, can_split_head, sizes, timed[0].link, include_sums)
+        return found if self._asked.link is None else found.over(self._asked.link)
 
     def choose(self, shards: ShardPlan, comparison: Comparison) -> PlannedLayout:
         """Take the fastest way that fits.
@@ -228,17 +238,18 @@ class LayoutPlanner:
         Raises:
             PlanError: none fits.
         """
-        predictions, load = comparison.predictions(), self._asked.load
+        load, problems = self._asked.load, dict[str, str]()
+        predictions = comparison.predictions()
         while not all(one.problem for one in predictions):
             chosen = best(predictions, load)
             try:
                 found = self._by_width(shards, chosen) if chosen.blocks else self.pipeline()
             except PlanError as error:
-                place = predictions.index(chosen)
-                predictions[place] = replace(chosen, problem=str(error).partition("\n")[0])
+                problems[chosen.name] = str(error).partition("\n")[0]
+                predictions = comparison.predictions(problems)
                 continue
             notes = (*found.notes, reason(chosen, predictions, load))
-            return replace(found, comparison=comparison, notes=notes)
+            return replace(found, comparison=comparison, problems=problems, notes=notes)
         return self.pipeline()  # which says what doesn't fit
 
     def time_elsewhere(self, shards: ShardPlan) -> list[Timed]:
@@ -264,7 +275,9 @@ class LayoutPlanner:
         counts = [self._info.num_layers]
         if asked.num_stages > 1:
             stages = [self._machines[first : first + num_shards] for first in range(0, len(self._machines), num_shards)]
-            counts = plan_split(self._info, [_together(stage) for stage in stages], None, asked.layer_split).counts
+            counts = plan_split(
+                self._info, [_together(stage) for stage in stages], asked.max_context, asked.layer_split
+            ).counts
         parts = []
         for rank in range(len(self._machines)):
             stage, place = divmod(rank, num_shards)

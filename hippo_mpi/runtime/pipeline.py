@@ -86,8 +86,9 @@ class Pipeline:
         if shards is None:
             return load_stage(checkpoint, *self._layers, on_progress)
         layout, rank = self.agreement.layout, self.world.rank
-        collective = collective_of(self.world, layout, is_in_graph(self.agreement.collectives))
+        self.control.gather(True)
         self.control.meet()  # from here on, all ranks are at the same sum
+        collective = collective_of(self.world, layout, is_in_graph(self.agreement.collectives))
         collective.choose()
         return load_sharded_stage(checkpoint, shards, self._layers, layout.place(rank).shard, collective, on_progress)
 

@@ -177,7 +177,7 @@ class ChainCollective(Collective):
         return part
 
     def gather(self, part: mx.array, widths: Sequence[int]) -> mx.array:
-        """Return all ranks' parts side by side; each adds zeros for what others have, which changes no bit."""
+        """Return all ranks' parts side by side; each adds zeros for what others have, which changes no value."""
         before, behind = sum(widths[: self._place]), sum(widths[self._place + 1 :])
         return self.sum(mx.pad(part, [(0, 0)] * (part.ndim - 1) + [(before, behind)]))
 

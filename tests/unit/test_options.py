@@ -241,7 +241,9 @@ def test_a_list_of_the_file_takes_no_argument_of_the_command_line(tmp_path: Path
 
 def test_a_list_of_an_option_that_is_repeated(tmp_path: Path) -> None:
     path, parser = tmp_path / "plan.yaml", plan.make_parser()
-    path.write_text("machine: [mini1:16, mini2:24]\nlink: [wifi, 10gbe]\nmodel: m\nlayer-split: [4, 8]\n")
+    path.write_text(
+        "machine: [mini1:16, mini2:24]\nlink: [wifi, 10gbe]\nsimulate: true\nmodel: m\nlayer-split: [4, 8]\n"
+    )
 
     def read_plan(*words: str) -> plan.PlanOptions:
         return parser.read(expanded(["--config", str(path), *words], parser.options))

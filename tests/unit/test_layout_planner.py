@@ -1,0 +1,50 @@
+"""What can't be planned as it was asked for is said before anything is timed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hippo_mpi.errors import UserError
+from hippo_mpi.planning.layer_split import Machine
+from hippo_mpi.runtime.layout_planner import LayoutPlanner, PlanConstraints
+
+
+def planner(
+    num_ranks: int, num_rounds: int = 1, layer_split: tuple[int, ...] | None = None, **asked: Any
+) -> LayoutPlanner:
+    checkpoint: Any = SimpleNamespace(flow=SimpleNamespace(num_rounds=num_rounds))
+    unused: Any = None
+    machines = [Machine(f"mini{rank}", 1 << 34) for rank in range(num_ranks)]
+    return LayoutPlanner(checkpoint, unused, machines, PlanConstraints(layer_split, None, **asked), unused)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "asked", "said"),
+    [
+        (2, {"width_split": (5, 3)}, "--width-split is for --parallel tensor; in a pipeline"),
+        (2, {"is_exact": True}, "--tensor exact is for --parallel tensor"),
+        (4, {"num_stages": 2}, "--stages is for --parallel tensor"),
+        (2, {"parallel": "tensor", "layer_split": (6, 6)}, "--layer-split is for --parallel pipeline; with tensor, --width-split"),
+        (2, {"parallel": "auto", "layer_split": (6, 6)}, "--layer-split is for --parallel pipeline; with auto, --width-split"),
+        (3, {"parallel": "tensor", "num_stages": 2}, "--stages 2 needs 4, 6 ... ranks: as many in each stage, at least 2; there are 3"),
+        (2, {"parallel": "tensor", "num_stages": 2}, "--stages 2 needs 4, 6 ... ranks"),
+        (4, {"parallel": "auto", "num_stages": 2}, "--stages is for --parallel tensor, without --simulate"),
+        (4, {"parallel": "tensor", "num_stages": 2, "has_comparison": True}, "--stages is for --parallel tensor, without --simulate"),
+        (4, {"parallel": "tensor", "num_stages": 2, "layer_split": (3, 3, 6)}, "--layer-split 3,3,6 is for 3 stages, but --stages is 2"),
+        (4, {"parallel": "tensor", "num_stages": 2, "width_split": (1, 1, 1)}, "width split 1,1,1 is for 3 ranks, but there are 2"),
+        (1, {"parallel": "tensor", "width_split": (5, 3)}, "width split 5,3 is for 2 ranks, but there is 1"),
+        (4, {"parallel": "tensor", "num_stages": 2, "num_rounds": 2}, "which goes through its layers several times"),
+    ],
+)  # fmt: skip
+def test_refused(num_ranks: int, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        planner(num_ranks, **asked)
+    assert said in str(refused.value)
+
+
+def test_taken() -> None:
+    assert planner(4, parallel="tensor", num_stages=2, layer_split=(2, 10), width_split=(5, 3), is_exact=True)
+    assert planner(3, parallel="auto", width_split=(5, 3, 1))
