@@ -122,26 +122,28 @@ def test_calls_that_differ_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "victim", "backend"),
-    [(signal.SIGKILL, 1, "ring"), (signal.SIGSTOP, 0, "ring"), (signal.SIGKILL, 0, "mpi"), (signal.SIGSTOP, 1, "mpi")],
-)
-def test_a_rank_that_is_gone_inside_a_sum_is_named(fault: signal.Signals, victim: int, backend: str) -> None:
-    command = [*endless(), *TENSOR]
+    ("fault", "victim", "num_ranks"), [(signal.SIGKILL, 1, 2), (signal.SIGSTOP, 0, 2), (signal.SIGSTOP, 1, 4), (signal.SIGKILL, 3, 4)]
+)  # fmt: skip
+def test_a_rank_that_is_gone_inside_a_sum_is_named(fault: signal.Signals, victim: int, num_ranks: int) -> None:
+    """On the ring, where four ranks are two stages."""
+    command = [*endless(), *TENSOR, *(["--stages", "2"] if num_ranks == 4 else [])]
     limit_s = DEATH_S if fault == signal.SIGKILL else TIMEOUT_S
-    if backend == "ring":
-        with ranks.ring([command] * 2) as running:
-            running[0].await_output()
-            running[victim].process.send_signal(fault)
-            survivor = running[1 - victim]
-            assert survivor.wait(limit_s + SLACK_S + 5) == 3
-            # MLX's ring writes lines of its own in pieces, between which ours may come.
-            assert survivor.err.count("error: ") == 1
-            assert f"rank {victim} (" in survivor.err.partition("error: ")[2]
-        return
-    with ranks.single(ranks.mpirun(2, command)) as launcher:
+    with ranks.ring([command] * num_ranks) as running:
+        running[0].await_output()
+        running[victim].process.send_signal(fault)
+        survivor = running[0 if victim else 1]
+        assert survivor.wait(limit_s + SLACK_S + 5) == 3
+        # MLX's ring writes lines of its own in pieces, between which ours may come.
+        assert survivor.err.count("error: ") == 1
+        assert f"rank {victim} (" in survivor.err.partition("error: ")[2]
+
+
+@pytest.mark.parametrize(("fault", "victim"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+def test_a_rank_that_is_gone_inside_a_sum_of_mpi_is_named(fault: signal.Signals, victim: int) -> None:
+    with ranks.single(ranks.mpirun(2, [*endless(), *TENSOR])) as launcher:
         launcher.await_output()
         os.kill(ranks.await_rank(launcher, victim), fault)
-        assert launcher.wait(limit_s + 10) != 0
+        assert launcher.wait((DEATH_S if fault == signal.SIGKILL else TIMEOUT_S) + 10) != 0
         if fault == signal.SIGSTOP:  # of a death, mpirun itself speaks
             assert f"rank {victim} (" in launcher.err
 
