@@ -40,6 +40,7 @@ from tests.real_shapes import CONFIGS, make_sparse_checkpoint
 # Sums are made in another order. Long recurrences, and stand-ins for kernels of a GPU, add up what comes of that.
 BOUND = 1e-5
 BOUNDS = {"falcon_mamba": 1e-4, "muse_spark": 1e-3}
+WHOLE_HEAD = {"prism_hadamard_qwen35", "talkie"}  # whose own code multiplies with it
 PASSES = [(1, 5, True), (1, 1, False), (2, 3, True)]
 
 
@@ -105,7 +106,7 @@ def test_two_ranks(name: str) -> None:
     checkpoint = opened(name)
     plan = plan_of(checkpoint, (0.5, 0.5))
     assert not plan.refused
-    assert plan.head is not None
+    assert (plan.head is None) == (name in WHOLE_HEAD)
     assert_close(checkpoint, name, plan)
 
 

@@ -136,6 +136,7 @@ def test_an_editable_installation_is_the_checkout(tmp_path: Path) -> None:
 def test_hints_name_what_the_extras_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extras = PROJECT["optional-dependencies"]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
     pip = Path(sys.executable).with_name("pip")
     assert install_hint("serve") == f"{pip} install {shlex.join(extras['serve'])}"
     monkeypatch.chdir(pip.parent.parent)
