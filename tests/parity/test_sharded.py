@@ -113,7 +113,7 @@ def test_two_ranks(name: str) -> None:
 EXACT = ["llama", "qwen3", "gemma3_text", "gpt_oss", "mixtral", "deepseek_v3", "phi3", "mamba2", "qwen3_next", "gpt2"]
 
 
-@pytest.mark.parametrize("name", EXACT)
+@every(EXACT, {"llama", "mixtral"})
 def test_exact_form(name: str) -> None:
     """Nothing is added up over the ranks: the same bits, wherever kernels compute rows by themselves."""
     checkpoint = opened(name)
@@ -186,7 +186,7 @@ def run_part(forward: Forward, arrays: list[mx.array] | None) -> list[mx.array] 
 GRID = ["llama", "gemma3n", "qwen3_moe", "talkie", "mamba2", "qwen3_next", "gpt_oss", "deepseek_v3", "rwkv7", "gemma4"]
 
 
-@pytest.mark.parametrize("name", GRID)
+@every(GRID, {"llama", "gemma3n"})
 def test_stages_of_two_ranks(name: str) -> None:
     checkpoint = opened(name)
     allowed = [cut for cut in range(1, checkpoint.flow.num_layers) if cut not in checkpoint.flow.forbidden_cuts()]
