@@ -4,7 +4,7 @@ A layer's time depends on shapes only, so that a few copies of one layer of each
 of them take. There are as many copies as it takes for their weights to come from memory, as in a model of many layers.
 
 Ranks that are there time their parts together, sums included: a sum costs more than its message, as it waits for the
-slower rank (here, two ranks of one machine: 75 us by itself, 400 and more between matrix products).
+slower rank (here, two ranks of one machine: 75 us by itself, 300 to 430 between matrix products).
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ SHAPES = ((1, 1), (4, 1), (16, 1), (1, 256))
 """Rows and tokens of the steps that are timed: answers of 1, 4 and 16 requests, and a piece of a prompt."""
 
 _PAST_TOKENS = 5  # in the caches; as many as `tracing.trace` reads before it
-_COPIED_BYTES = (
-    512 << 20
-)  # more than processors' caches hold, also of parts; of larger layers, one form at a time is here
+_COPIED_BYTES = 512 << 20  # more than processors' caches hold; of a larger layer, one form at a time is in memory
 _TRIES, _HEAD_TRIES = 5, 15  # as many on each rank: the first one is a warm-up
 _NOISE_BYTES = 16 << 20  # larger weights are zeros, which take as long
 

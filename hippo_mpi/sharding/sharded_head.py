@@ -58,7 +58,7 @@ class HeadShards:
 
 
 def split_head(model: nn.Module, shares: Sequence[float]) -> HeadShards | None:
-    """Split the matrix that makes logits; None if the model's code makes them otherwise, or it isn't worth it.
+    """Split the matrix that makes logits; None if the model's code makes them otherwise, or there are too few.
 
     Args:
         model: a twin with no weights; its code is run, and nothing is computed.
