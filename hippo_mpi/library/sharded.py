@@ -69,7 +69,7 @@ def shard(
         if getattr(model, "is_pipelined", False):
             raise UserError("this model is already split over the ranks")
         plan = _plan(ring, model, _checked(shares, size), exact)
-        collective = RankCollective(ring.world, is_lazy=mx.default_device() == mx.cpu)
+        collective = RankCollective(ring.world, mx.default_device() == mx.cpu, ring.control.names)
         collective.choose()
         shard_model(model, plan, ring.world.rank, collective)
         for layer in model.layers:

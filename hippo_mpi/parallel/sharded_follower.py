@@ -75,4 +75,4 @@ class ShardedFollower:
             mx.async_eval(collective.last, state)  # type: ignore[no-untyped-call]
         else:  # as on rank 0: what only logits would need isn't computed, on any rank
             mx.eval(state)
-            collective.begin()
+            collective.forget()

@@ -257,11 +257,11 @@ class Follower:
                 mx.eval(self.caches.moved())
                 self._progress(f"waiting after {plan}", Activity.WAITING)
                 return plan
+            if not self._stage.sends:
+                self._channel.announce(header, [])
             cache = self.caches.at(plan.slots, plan.positions, plan.counts)
             tokens = mx.zeros((len(plan.slots), plan.num_tokens), mx.int32)  # only their shape matters here
             forward = self._stage.forward(tokens, cache, plan.wants_logits)
-        if not self._stage.sends:
-            self._channel.announce(header, [])
         self._compute(plan, forward, message)
         if forward.is_done:
             mx.eval(self.caches.advance(plan.slots, plan.ends))

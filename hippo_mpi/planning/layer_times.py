@@ -178,7 +178,7 @@ def _step_s(copies: Sequence[nn.Module], call: Call, caches: list[Any], collecti
     """Return the seconds of a step of one of the copies; graphs are built while others are computed."""
     half = len(copies) // 2
     rounds = [[(layer, *call.again(_fresh(caches))) for layer in some] for some in (copies[:half], copies[half:])]
-    collective.begin()
+    collective.begin(notes=False)
     mx.eval(collective.sum(mx.zeros((1,))))  # ranks begin at the same time
     began = time.perf_counter()
     before: list[mx.array] = []
@@ -221,7 +221,7 @@ def _head_s(shards: HeadShards, head: nn.Module, num_rows: int, collective: Coll
     x, times = mx.random.normal((num_rows, 1, num_inputs(head))).astype(head.get("scales", head["weight"]).dtype), []
     mx.eval(x, head.parameters())
     for _ in range(_HEAD_TRIES):
-        collective.begin()
+        collective.begin(notes=False)
         mx.eval(collective.sum(mx.zeros((1,))))
         began = time.perf_counter()
         mx.eval(getattr(head, shards.method)(x))
@@ -264,6 +264,9 @@ class AbsentRanks(Collective):
     def sum(self, part: mx.array) -> mx.array:
         """Return the rank's own part."""
         return part
+
+    def note(self, choices: mx.array) -> None:
+        """Do nothing: there is nobody to differ from."""
 
     def gather(self, part: mx.array, widths: Sequence[int]) -> mx.array:
         """Return the rank's own part beside zeros."""

@@ -103,7 +103,7 @@ def time_rank(
         control.progress("timing layers", Activity.TOGETHER)
 
     model, _ = open_lazily(checkpoint.source)
-    own = RankCollective(world, is_in_graph(constraints.collectives))
+    own = RankCollective(world, is_in_graph(constraints.collectives), control.names)
     control.gather(True)
     control.meet()
     going_on()

@@ -88,7 +88,7 @@ class Pipeline:
         layout, rank = self.agreement.layout, self.world.rank
         self.control.gather(True)
         self.control.meet()  # from here on, all ranks are at the same sum
-        collective = collective_of(self.world, layout, is_in_graph(self.agreement.collectives))
+        collective = collective_of(self.world, layout, is_in_graph(self.agreement.collectives), self.control.names)
         collective.choose()
         return load_sharded_stage(checkpoint, shards, self._layers, layout.place(rank).shard, collective, on_progress)
 

@@ -13,11 +13,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from hippo_mpi.sharding.linear_layers import Range, linear_layers, num_outputs, take_columns, take_rows
+from hippo_mpi.sharding.linear_layers import Range, linear_layers, num_outputs, plain_kind, take_columns, take_rows
 from hippo_mpi.sharding.narrowing import narrow
 from hippo_mpi.sharding.width_split import Bounds, LayerShards, widths
 from hippo_mpi.transport.collective import Collective
+
+_TAKE_CHOICES = (SwitchLinear, QuantizedSwitchLinear)
 
 
 def shard_layer(layer: nn.Module, shards: LayerShards, rank: int, collective: Collective, absent: float = 0.0) -> None:
@@ -52,6 +55,17 @@ def shard_layer(layer: nn.Module, shards: LayerShards, rank: int, collective: Co
             linear.__class__ = _padded(type(linear), held[rank], width, absent)
     for narrowing in shards.narrowings.values():
         narrow(layer, narrowing, rank)
+    experts = {path.rpartition(".")[0]: one for path, one in linears.items() if plain_kind(one) in _TAKE_CHOICES}
+    for linear in experts.values():  # one of each block: all of them are given the same choices
+        linear.__class__ = _noting(type(linear), collective)
+
+
+def _noting(kind: type, collective: Collective) -> type:
+    def call(linear: Any, x: mx.array, indices: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        collective.note(indices)
+        return kind.__call__(linear, x, indices, *args, **kwargs)  # type: ignore[no-any-return]
+
+    return type(kind.__name__, (kind,), {"__call__": call})
 
 
 def _summed(kind: type, columns: Range | None, collective: Collective) -> type:

@@ -71,7 +71,7 @@ class ShardedStage(Stage):
     def forward(self, tokens: mx.array, cache: list[Any], wants_logits: bool = True, **options: Any) -> Forward:
         """Begin a step; other ranks than the first look at the shape of the tokens only."""
         self._wants_logits = wants_logits
-        self.collective.begin()
+        self.collective.begin(notes=wants_logits)
         return super().forward(tokens, cache, wants_logits, **options)
 
     def shared(self, array: mx.array) -> mx.array:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -25,6 +26,7 @@ from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.world import World
 
 _T = TypeVar("_T")
+_STEPS_ON_THE_WAY = 2  # one is computed while the graph of the next one is built
 _TRIES = (20, 20, 5)
 _TRIED_SIZES = (1 << 10, 1 << 14, 1 << 18)  # values: about hidden states of one token, of a few rows, of a prompt
 
@@ -61,9 +63,21 @@ class Collective(ABC):
         """
         return []
 
-    def begin(self) -> None:
-        """Begin a step: what the sums of the step before were made from isn't kept any longer."""
+    def begin(self, notes: bool = True) -> None:
+        """Begin a step, which every rank must do.
+
+        Args:
+            notes: whether `note` counts in it: not where some of the step won't be computed.
+        """
+        self.forget()
+
+    def forget(self) -> None:
+        """Keep no longer what the last sum was made from."""
         self.last = None
+
+    @abstractmethod
+    def note(self, choices: mx.array) -> None:
+        """Note which experts this rank's router has chosen, in their order; all ranks should choose the same."""
 
     def flush(self) -> None:
         """Wait for the last sum."""
@@ -71,7 +85,52 @@ class Collective(ABC):
             mx.eval(self.last)
 
 
-class RankCollective(Collective):
+class _BetweenProcesses(Collective):
+    """Compares what the routers of different ranks choose, each for itself, from hidden states that are equal.
+
+    Chips that round differently might choose different experts, whose sums would be nonsense. What a rank has noted in a
+    step goes round at the start of the next one, and is looked at two steps later, when it is there for certain.
+
+    Args:
+        names: of the ranks that take part, for people.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._notes = True
+        self._noted: mx.array | None = None
+        self._compared: deque[mx.array] = deque()
+
+    def begin(self, notes: bool = True) -> None:
+        """Begin a step; compare what was noted in the one before.
+
+        Raises:
+            DesyncError: ranks have chosen different experts.
+        """
+        super().begin()
+        noted, self._noted, self._notes = self._noted, None, notes
+        if noted is not None:
+            self._compared.append(self.gather(noted[None], [1] * len(self._names)))
+        if len(self._compared) > _STEPS_ON_THE_WAY:
+            self._check(self._compared.popleft().tolist())  # type: ignore[arg-type]
+
+    def note(self, choices: mx.array) -> None:
+        """Note which experts this rank's router has chosen."""
+        if self._notes:
+            places = mx.arange(1, choices.size + 1, dtype=mx.uint32)
+            noted = (choices.flatten().astype(mx.uint32) * places).sum()
+            self._noted = noted if self._noted is None else 31 * self._noted + noted
+
+    def _check(self, found: list[int]) -> None:
+        for name, noted in zip(self._names, found, strict=True):
+            if noted != found[0]:
+                raise DesyncError(
+                    f"{name} has chosen other experts than {self._names[0]} for the same tokens: their processors round"
+                    " differently; use --parallel pipeline"
+                )
+
+
+class RankCollective(_BetweenProcesses):
     """Works over `mx.distributed`.
 
     Args:
@@ -79,9 +138,11 @@ class RankCollective(Collective):
         is_lazy: whether sums are part of the graph. MLX computes them on a CPU stream: on a CPU that is the stream of the
             computation itself. On a GPU a kernel would wait for the network, which can hang a Mac; there, each sum
             is evaluated at once, and everything before it.
+        names: of these ranks, for people.
     """
 
-    def __init__(self, world: World, is_lazy: bool) -> None:
+    def __init__(self, world: World, is_lazy: bool, names: Sequence[str]) -> None:
+        super().__init__(names)
         self._world, self.is_lazy = world, is_lazy
         self._gathers = dict.fromkeys(_TRIED_SIZES, False)  # by the least size that was tried and isn't smaller
 
@@ -144,7 +205,7 @@ class RankCollective(Collective):
         return total
 
 
-class ChainCollective(Collective):
+class ChainCollective(_BetweenProcesses):
     """Sums over some neighbours on a ring, whose backend can't split a group.
 
     Partial sums go from the last of them to the first, and the result comes back. Each message is evaluated at once:
@@ -152,16 +213,17 @@ class ChainCollective(Collective):
 
     Args:
         world: all ranks.
-        first: of the ranks that take part.
-        num_ranks: that take part, one after the other.
+        first: of the ranks that take part, one after the other.
+        names: of these ranks, for people.
     """
 
     is_lazy = False
 
-    def __init__(self, world: World, first: int, num_ranks: int) -> None:
+    def __init__(self, world: World, first: int, names: Sequence[str]) -> None:
+        super().__init__(names)
         self._world = world
         self._before = world.rank - 1 if world.rank > first else None
-        self._behind = world.rank + 1 if world.rank < first + num_ranks - 1 else None
+        self._behind = world.rank + 1 if world.rank < first + len(names) - 1 else None
         self._place = world.rank - first
 
     def sum(self, part: mx.array) -> mx.array:
@@ -190,21 +252,24 @@ class ChainCollective(Collective):
         return received
 
 
-def collective_of(world: World, layout: Layout, is_lazy: bool) -> Collective:
+def collective_of(world: World, layout: Layout, is_lazy: bool, names: Sequence[str]) -> Collective:
     """Return what the ranks of this rank's stage add up with.
 
     Args:
         world: all ranks.
         layout: how they share the model.
         is_lazy: whether sums are part of the graph, where that can be.
+        names: of all ranks, for people.
     """
     if layout.stages == 1:
-        return RankCollective(world, is_lazy)
+        return RankCollective(world, is_lazy, names)
     place = layout.place(world.rank)
+    first = place.stage * layout.shards
+    own = names[first : first + layout.shards]
     if world.backend == "mpi" and world.group is not None:
         part = replace(world, rank=place.shard, size=layout.shards, group=world.group.split(place.stage))
-        return RankCollective(part, is_lazy)
-    return ChainCollective(world, place.stage * layout.shards, layout.shards)
+        return RankCollective(part, is_lazy, own)
+    return ChainCollective(world, first, own)
 
 
 def is_in_graph(asked: str | None) -> bool:
@@ -222,6 +287,9 @@ class LocalCollective(Collective):
     def gather(self, part: mx.array, widths: Sequence[int]) -> mx.array:
         """Return all ranks' parts side by side."""
         return self._ask(part, (*part.shape[:-1], *widths), lambda parts: mx.concatenate(parts, -1))
+
+    def note(self, choices: mx.array) -> None:
+        """Do nothing: one processor rounds in one way."""
 
     def _ask(self, part: mx.array, shape: tuple[int, ...], operation: Callable[[list[mx.array]], mx.array]) -> mx.array:
         asker = hub = getcurrent()

@@ -71,6 +71,8 @@ class Control:
         self.world, self.timeout_s = world, timeout_s
         self.hosts = [world.host]
         """Names of the ranks' hosts."""
+        self.names = [f"rank {world.rank} ({world.host})"]
+        """What the ranks are called in errors."""
         self._reports: queue.Queue[tuple[int, msgspec.Raw]] = queue.Queue()
         self._star: dict[int, socket.socket] = {}
         self._readers: dict[int, FrameReader] = {}
@@ -80,9 +82,9 @@ class Control:
         self._pulse = Pulse(timeout_s)
         self._moved_at = time.monotonic()
         self._closing = False
+        self._own_name = f"rank {world.rank} ({world.host})"
         self.on_end: Callable[[int, str], None] = lambda code, why: None  # told of a bad end
         self.own_status: Callable[[], RankStatus | None] = lambda: None  # asked by the watch thread
-        self._rank_line = f"rank {world.rank} ({world.host})"
         if world.size > 1:
             self._connect(start_timeout_s)
         threading.Thread(target=self._watch, name="hippo-watch", daemon=True).start()
@@ -118,7 +120,7 @@ class Control:
 
     def fail(self, error: HippoError) -> NoReturn:
         """Tell everyone and end this process. Rank 0 prints."""
-        line = str(error) if self.world.rank == 0 else f"{self._rank_line}: {error}"
+        line = str(error) if self.world.rank == 0 else f"{self._own_name}: {error}"
         if self.world.rank == 0:
             self._end_all(line, error.exit_code)
         if isinstance(error, UserError):
@@ -229,7 +231,7 @@ class Control:
             with deadline(timeout_s, complaint):
                 key, contacts = introduce(world, places_of(world, listeners))
             self.hosts = [who.host for who in contacts]
-            self._names = [f"rank {rank} ({host})" for rank, host in enumerate(self.hosts)]
+            self.names = [f"rank {rank} ({host})" for rank, host in enumerate(self.hosts)]
             successor, predecessor = (world.rank + 1) % world.size, (world.rank - 1) % world.size
             calls = {"ring": (successor, contacts[successor].places_from(world)[:1])}
             if world.rank > 0:
@@ -237,7 +239,7 @@ class Control:
             expected = {("ring", predecessor)}
             expected |= {("star", rank) for rank in range(1, world.size)} if world.rank == 0 else set()
             made, found = in_own_thread(
-                Meeting(key, world.rank, self._names).meet(listeners, calls, expected, timeout_s)
+                Meeting(key, world.rank, self.names).meet(listeners, calls, expected, timeout_s)
             )
         self._next, self._previous = made["ring"], found.pop(("ring", predecessor))
         self._star |= {0: made["star"]} if world.rank > 0 else {rank: one for (_, rank), one in found.items()}
@@ -246,7 +248,7 @@ class Control:
         now = time.monotonic()
         self._readers = {rank: FrameReader(connection) for rank, connection in self._star.items()}
         pids = [who.pid if who.host == world.host else None for who in contacts]
-        self._peers = {rank: Peer(self._names[rank], now, pids[rank]) for rank in self._star}
+        self._peers = {rank: Peer(self.names[rank], now, pids[rank]) for rank in self._star}
 
     def _send(self, rank: int, message: RankMessage) -> None:
         data = encode(message)
@@ -264,7 +266,7 @@ class Control:
         time.sleep(1.0)
         if self._closing:
             os._exit(0)
-        self.fail(RankError(f"lost {self._names[rank]} while {self._pulse.doing}: {why}"))
+        self.fail(RankError(f"lost {self.names[rank]} while {self._pulse.doing}: {why}"))
 
     # ---- the watch thread
 
@@ -304,9 +306,7 @@ class Control:
         except OSError:
             del self._star[rank]
             if not peer.said_bye and not self._closing:
-                self._on_failure(
-                    f"{peer.name} died; it was {peer.doing}, and {self._rank_line} was {self._pulse.doing}"
-                )
+                self._on_failure(f"{peer.name} died; it was {peer.doing}, and {self._own_name} was {self._pulse.doing}")
             return
         if frame is None:
             return  # a part of one
@@ -332,10 +332,10 @@ class Control:
             if silent_s > self.timeout_s and not peer.said_bye:
                 self._on_failure(
                     f"{peer.name} sent no heartbeat for {silent_s:.1f} s; it was {peer.doing}, and"
-                    f" {self._rank_line} was {self._pulse.doing}"
+                    f" {self._own_name} was {self._pulse.doing}"
                 )
         if self.world.rank == 0 and not self._pulse.is_idle and now - self._moved_at > self._patience_s():
-            ranks = [f"{self._rank_line} is {self._pulse.doing}"]
+            ranks = [f"{self._own_name} is {self._pulse.doing}"]
             ranks += [f"{peer.name} is {peer.doing}" for peer in self._peers.values()]
             self._on_failure(f"no rank made progress for {now - self._moved_at:.0f} s: {'; '.join(ranks)}")
 

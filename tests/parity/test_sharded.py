@@ -365,7 +365,9 @@ def test_adapters_are_added_to_the_weights(tmp_path: Path) -> None:
     assert not plan.refused
     assert plan.layers[0].columns
     assert_close(checkpoint, "llama", plan, bound=1e-4)  # the whole model has them beside the weights
-    stage = load_sharded_stage(checkpoint, plan, (0, 6), 0, RankCollective(World(0, 1, "none", "", ()), is_lazy=True))
+    stage = load_sharded_stage(
+        checkpoint, plan, (0, 6), 0, RankCollective(World(0, 1, "none", "", ()), True, ["rank 0"])
+    )
     assert not any(mx.isnan(array).any().item() for _, array in tree_flatten(stage.model.parameters()))
 
 
@@ -376,7 +378,9 @@ def test_a_rank_holds_no_more_than_its_part(tmp_path: Path) -> None:
     plan = plan_of(checkpoint, (0.5, 0.5))
     gc.collect()
     before = mx.get_active_memory()
-    stage = load_sharded_stage(checkpoint, plan, (0, 2), 1, RankCollective(World(0, 1, "none", "", ()), is_lazy=True))
+    stage = load_sharded_stage(
+        checkpoint, plan, (0, 2), 1, RankCollective(World(0, 1, "none", "", ()), True, ["rank 0"])
+    )
     gc.collect()
     held = mx.get_active_memory() - before
     wanted = plan.held_bytes(1) + plan.moved_head_bytes(1)

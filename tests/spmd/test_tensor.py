@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from tests.parity import tiny_models
 from tests.parity.test_scripts import in_batches
 from tests.servers import server
 from tests.spmd.test_families import answer_of
-from tests.spmd.test_faults import DEATH_S, SLACK_S, TIMEOUT_S, endless
+from tests.spmd.test_faults import DEATH_S, FAULTY, SLACK_S, TIMEOUT_S, endless
 from tests.spmd.test_library import BATCH, GENERATES, PROMPT, run
 from tests.tiny_tokenizer import save_tokenizer
 
@@ -147,6 +149,23 @@ def test_a_rank_that_is_gone_inside_a_sum_of_mpi_is_named(fault: signal.Signals,
         assert launcher.wait((DEATH_S if fault == signal.SIGKILL else TIMEOUT_S) + 10) != 0
         if fault == signal.SIGSTOP:  # of a death, mpirun itself speaks
             assert f"rank {victim} (" in launcher.err
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_rank_whose_router_chooses_other_experts_is_named(num_ranks: int, tmp_path: Path) -> None:
+    """As where chips round differently: sums of other experts' parts would be nonsense."""
+    folder = tiny_models.make_checkpoint("qwen3_moe", tmp_path)
+    save_tokenizer(folder)
+    options = ["--model", str(folder), "--prompt", "w1 w2", "--ignore-chat-template", "--max-tokens", "90", "--json"]
+    options += ["--max-context", "256", *TENSOR, *(["--stages", "2"] if num_ranks == 4 else [])]
+    commands = [[str(ranks.BIN / "hippo_mpi.generate"), *options]] * num_ranks
+    commands[-1] = [sys.executable, FAULTY, "choose", *options]
+    with ranks.ring(commands) as running:
+        assert [rank.wait(60) for rank in running] == [3] * num_ranks, running[0].err
+    names = [rf"rank {rank} \({socket.gethostname()}\)" for rank in (num_ranks - 1, num_ranks - 2)]
+    assert re.search(f"{names[0]} has chosen other experts than {names[1]} for the same tokens", running[0].err), (
+        running[0].err
+    )
 
 
 def test_a_server_goes_on_after_a_rank_was_killed() -> None:
