@@ -110,14 +110,15 @@ def _can_make_hosts() -> bool:
 
 
 @pytest.mark.skipif(not _can_make_hosts(), reason="needs root, ip and nsenter, to make two hosts with a cable")
-def test_a_cut_link_ends_both_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["pipeline", "tensor"])  # between stages, and inside a sum
+def test_a_cut_link_ends_both_ranks(parallel: str, tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts.json"
     hostfile.write_text(json.dumps([[f"10.77.0.{i + 1}:32323"] for i in range(2)]))
     with two_hosts() as names, contextlib.ExitStack() as stack:
         running = []
         for index, name in enumerate(names):
             env = {"MLX_RANK": str(index), "MLX_HOSTFILE": str(hostfile)}
-            inside = ["nsenter", f"--net=/run/netns/{name}", *GENERATE]
+            inside = ["nsenter", f"--net=/run/netns/{name}", *GENERATE, "--parallel", parallel]
             running.append(stack.enter_context(ranks.single(inside, env=env)))
         running[0].await_output()
         _ip("-n", names[0], "link", "set", "cable0", "down")
