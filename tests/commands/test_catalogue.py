@@ -87,8 +87,10 @@ def load(running: Server, model: str) -> dict[str, Any]:
 def test_models_take_turns_and_nothing_is_lost(tmp_path: Path) -> None:
     """Requests for three models at once, a rank killed meanwhile: every answer is that of its model alone."""
     big, missing = tmp_path / "big.yaml", tmp_path / "missing.yaml"
-    for name in (FIRST, OTHER, DRAFT):
-        (tmp_path / f"{name}.yaml").write_text(f"model: {BUNDLED_MODEL.parent / name}\nmax-context: 1000\n")
+    for name, parallel in ((FIRST, "pipeline"), (OTHER, "tensor"), (DRAFT, "pipeline")):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"model: {BUNDLED_MODEL.parent / name}\nmax-context: 1000\nparallel: {parallel}\n"
+        )
     big.write_text(f"model: {BUNDLED_MODEL}\nmax-context: 2000000000\n")
     missing.write_text(f"model: {tmp_path / 'nowhere'}\n")
     with server("--catalogue", str(tmp_path), "--model", FIRST, "--timeout", "8") as running:
