@@ -154,6 +154,7 @@ def _with_model(joined: _Joined[_R], body: Callable[[Session[_R]], int], machine
         options.tensor == "exact",
         options.collectives,
         options.load,
+        options.plan_for is not None,
         options.planned_link,
         options.has_comparison,
     )

@@ -55,6 +55,7 @@ class PlanConstraints:
     is_exact: bool = False  # whether nothing is added up over the ranks
     collectives: str | None = None  # "graph" or "stepwise"
     load: str = "one"  # for which "auto" chooses
+    is_load_given: bool = False
     link: Link | None = None  # between machines that aren't here
     has_comparison: bool = False  # whether the ways to share the model are timed, although none is to be chosen
 
@@ -152,6 +153,7 @@ class LayoutPlanner:
                 ("--width-split", asked.width_split is not None),
                 ("--tensor exact", asked.is_exact),
                 ("--stages", asked.num_stages > 1),
+                ("--collectives", asked.collectives is not None),
             ):
                 if is_given:
                     raise UserError(
@@ -163,6 +165,8 @@ class LayoutPlanner:
                 f"--layer-split is for --parallel pipeline; with {asked.parallel}, --width-split 5,3 gives parts of each"
                 " layer"
             )
+        if asked.is_load_given and asked.parallel != "auto":
+            raise UserError("--plan-for is for --parallel auto, which chooses by it")
         if asked.num_stages > 1 and asked.compares:
             raise UserError("--stages is for --parallel tensor, without --simulate: what is compared are other ways")
         if asked.num_stages > 1 and (num_ranks % asked.num_stages or num_ranks == asked.num_stages):

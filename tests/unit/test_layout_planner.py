@@ -27,6 +27,8 @@ def planner(
         (2, {"width_split": (5, 3)}, "--width-split is for --parallel tensor; in a pipeline"),
         (2, {"is_exact": True}, "--tensor exact is for --parallel tensor"),
         (4, {"num_stages": 2}, "--stages is for --parallel tensor"),
+        (2, {"collectives": "graph"}, "--collectives is for --parallel tensor"),
+        (2, {"parallel": "tensor", "is_load_given": True}, "--plan-for is for --parallel auto"),
         (2, {"parallel": "tensor", "layer_split": (6, 6)}, "--layer-split is for --parallel pipeline; with tensor, --width-split"),
         (2, {"parallel": "auto", "layer_split": (6, 6)}, "--layer-split is for --parallel pipeline; with auto, --width-split"),
         (3, {"parallel": "tensor", "num_stages": 2}, "--stages 2 needs 4, 6 ... ranks: as many in each stage, at least 2; there are 3"),
