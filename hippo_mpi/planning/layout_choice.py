@@ -1,4 +1,7 @@
-"""Chooses how ranks share a model, from measured times: each some layers, or each a part of every layer. Pure arithmetic."""
+"""Chooses how ranks share a model, from measured times. Pure arithmetic.
+
+Each rank gets some layers (a pipeline), or a part of every layer, or ranks form stages that share some layers.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +70,7 @@ class Prediction:
         tokens_per_s: by load.
         blocks: of layers that are split by width, by path; empty if each rank gets some layers.
         has_split_head: whether the logits are made by all ranks, too.
+        num_stages: groups of ranks that share some layers, if there is more than one.
         problem: why it can't be taken.
     """
 
@@ -74,6 +78,7 @@ class Prediction:
     tokens_per_s: Mapping[str, float]
     blocks: tuple[str, ...] = ()
     has_split_head: bool = False
+    num_stages: int = 1
     problem: str = ""
 
 
@@ -111,6 +116,46 @@ def predict_pipeline(
         return rows / max(batches * max(stages), sum(stages) + num_ranks * hop)
 
     return {load: rate(load) for load in LOADS}
+
+
+def stages_of_ranks(
+    times: Sequence[RankTimes], num_stages: int, link: LinkTimes, sizes: ModelSizes, include_sums: bool
+) -> tuple[list[RankTimes], LinkTimes]:
+    """Return what a pipeline whose stages are groups of ranks is predicted from, as if each group was a rank.
+
+    What a part of a layer takes in a group is concluded from what it takes among all ranks: what doesn't get less by
+    splitting stays. Sums in a group are messages from one rank to the next, and back.
+
+    Args:
+        times: of each rank.
+        num_stages: of as many ranks each.
+        link: between the ranks.
+        sizes: of what travels.
+        include_sums: whether the times are those of layers together with their sums.
+    """
+    num_shards = len(times) // num_stages
+    there_and_back = 2 * (num_shards - 1)
+    gained = (1 - 1 / num_shards) / (1 - 1 / len(times))
+
+    def part_s(kind: KindTimes, index: int) -> float:
+        rows, tokens = SHAPES[index]
+        num_values = rows * tokens * sizes.hidden
+        num_sums = sum(kind.exchanges.values())
+        split_s = kind.split[index] - (num_sums * link.sum_s(num_values) if include_sums else 0.0)
+        saved_s = (kind.whole[index] - split_s) * gained
+        return kind.whole[index] - saved_s + num_sums * there_and_back * link.hop_s(num_values * sizes.value_bytes)
+
+    stages = []
+    for first in range(0, len(times), num_shards):
+        kinds = []
+        for place, kind in enumerate(times[first].kinds):
+            same = [rank.kinds[place] for rank in times[first : first + num_shards]]
+            seconds = tuple(max(part_s(one, index) for one in same) for index in range(len(SHAPES)))
+            kinds.append(KindTimes(kind.layers, seconds, seconds))
+        stages.append(replace(times[first], kinds=tuple(kinds)))
+    # What arrives at the first rank of a group is shared by a sum.
+    hops = tuple((size, (1 + there_and_back) * seconds) for size, seconds in link.hops)
+    return stages, replace(link, hops=hops)
 
 
 def predict_widths(
@@ -159,7 +204,8 @@ class Comparison:
 
     Args:
         times: of each rank.
-        counts: layers per rank in a pipeline; None if there can't be one.
+        counts: layers per stage, by the number of stages that there can be: as many as ranks for a pipeline, fewer where
+            ranks share each layer of a stage.
         can_split_head: whether logits can be made by all ranks.
         sizes: of what travels.
         link: between the ranks.
@@ -167,7 +213,7 @@ class Comparison:
     """
 
     times: Sequence[RankTimes]
-    counts: Sequence[int] | None
+    counts: Mapping[int, Sequence[int]]
     can_split_head: bool
     sizes: ModelSizes
     link: LinkTimes
@@ -178,7 +224,7 @@ class Comparison:
         return replace(self, link=link_times(link, len(self.times), self.sizes.value_bytes))
 
     def predictions(self, problems: Mapping[str, str] | None = None) -> list[Prediction]:
-        """Return a prediction for each way: a pipeline, one rank, all of each layer split, or only some of it.
+        """Return a prediction for each way: a pipeline, one rank, all of each layer split, only some of it, stages of ranks.
 
         Args:
             problems: why ways can't be taken, by name.
@@ -189,8 +235,9 @@ class Comparison:
     def _predictions(self) -> list[Prediction]:
         num_layers = sum(len(kind.layers) for kind in self.times[0].kinds)
         found = []
-        if self.counts is not None:
-            found.append(Prediction(PIPELINE, predict_pipeline(self.times, self.counts, self.link, self.sizes)))
+        if len(self.times) in self.counts:
+            counts = self.counts[len(self.times)]
+            found.append(Prediction(PIPELINE, predict_pipeline(self.times, counts, self.link, self.sizes)))
         alone = predict_pipeline(self.times[:1], [num_layers], self.link, self.sizes)
         found.append(Prediction(ALONE, alone, problem="needs a start with one rank"))
         names: dict[str, set[str]] = {}
@@ -201,6 +248,11 @@ class Comparison:
             for chosen in combinations(names, count):
                 blocks = tuple(sorted(path for name in chosen for path in names[name]))
                 found += self._of_blocks(TENSOR if count == len(names) else f"{' and '.join(chosen)} only", blocks)
+        for num_stages, counts in self.counts.items():
+            if names and num_stages < len(self.times):
+                stages, link = stages_of_ranks(self.times, num_stages, self.link, self.sizes, self.include_sums)
+                by_load = predict_pipeline(stages, counts, link, self.sizes)
+                found.append(Prediction(f"{TENSOR}, {num_stages} stages", by_load, num_stages=num_stages))
         return found
 
     def _of_blocks(self, name: str, blocks: tuple[str, ...]) -> list[Prediction]:

@@ -228,9 +228,10 @@ class LayoutPlanner:
 
     def compare(self, shards: ShardPlan, timed: Sequence[Timed], include_sums: bool) -> Comparison:
         """Return what ways to share the model are compared by, from what the ranks have timed."""
-        counts = None
-        with contextlib.suppress(PlanError):
-            counts = self.pipeline().split.counts
+        counts = {}
+        for num_stages in self._numbers_of_stages():
+            with contextlib.suppress(PlanError):
+                counts[num_stages] = self._layers_of_stages(num_stages)
         sizes = _sizes(self._checkpoint.flow, self._info)
         times, can_split_head = [one.layers for one in timed], shards.head is not None
         found = Comparison(times, counts, can_split_head, sizes, timed[0].link, include_sums)
@@ -247,7 +248,7 @@ class LayoutPlanner:
         while not all(one.problem for one in predictions):
             chosen = best(predictions, load)
             try:
-                found = self._by_width(shards, chosen) if chosen.blocks else self.pipeline()
+                found = self._as_chosen(shards, chosen)
             except PlanError as error:
                 problems[chosen.name] = str(error).partition("\n")[0]
                 predictions = comparison.predictions(problems)
@@ -266,6 +267,14 @@ class LayoutPlanner:
             for rank, machine in enumerate(self._machines)
         ]
 
+    def _as_chosen(self, shards: ShardPlan, chosen: Prediction) -> PlannedLayout:
+        if chosen.num_stages > 1:
+            asked = replace(
+                self._asked, parallel=TENSOR, num_stages=chosen.num_stages, has_comparison=False, is_load_given=False
+            )
+            return LayoutPlanner(self._checkpoint, self._info, self._machines, asked, self._control).plan()
+        return self._by_width(shards, chosen) if chosen.blocks else self.pipeline()
+
     def _by_width(self, shards: ShardPlan, chosen: Prediction) -> PlannedLayout:
         """Return the plan in which only some blocks of each layer are split."""
         notes = _refusals(shards)
@@ -276,12 +285,7 @@ class LayoutPlanner:
     def _fitted(self, shards: ShardPlan) -> LayerSplit:
         """Return what each rank holds: of all layers, or of those of its stage."""
         num_shards, asked = shards.num_ranks, self._asked
-        counts = [self._info.num_layers]
-        if asked.num_stages > 1:
-            stages = [self._machines[first : first + num_shards] for first in range(0, len(self._machines), num_shards)]
-            counts = plan_split(
-                self._info, [_together(stage) for stage in stages], asked.max_context, asked.layer_split
-            ).counts
+        counts = [self._info.num_layers] if asked.num_stages == 1 else self._layers_of_stages(asked.num_stages)
         parts = []
         for rank in range(len(self._machines)):
             stage, place = divmod(rank, num_shards)
@@ -292,6 +296,23 @@ class LayoutPlanner:
             caches = tuple(shards.layers[layer].cache_share(place) if layer > 0 else 1.0 for layer in range(*layers))
             parts.append(WidthPart(layers, shards.held_bytes(place, layers), moved, head, caches))
         return plan_widths(self._info, self._machines, parts, num_shards, asked.max_context)
+
+    def _numbers_of_stages(self) -> list[int]:
+        """Return how many stages there can be: as many as ranks, or fewer, of several ranks each."""
+        num_ranks = len(self._machines)
+        is_looped = self._checkpoint.flow.num_rounds > 1
+        fewer = [] if is_looped else [number for number in range(2, num_ranks // 2 + 1) if num_ranks % number == 0]
+        return [num_ranks, *fewer]
+
+    def _layers_of_stages(self, num_stages: int) -> list[int]:
+        """Return how many layers each stage gets.
+
+        Raises:
+            PlanError: they don't fit.
+        """
+        size = len(self._machines) // num_stages
+        stages = [_together(self._machines[first : first + size]) for first in range(0, len(self._machines), size)]
+        return plan_split(self._info, stages, self._asked.max_context, self._asked.layer_split).counts
 
     def _teams(self) -> list[Machine]:
         """Return, for each place in a stage, a machine as fast as those that have it in all stages together."""

@@ -36,11 +36,15 @@ NUM_LAYERS = 10
 
 
 def compared(
-    link: LinkTimes, num_ranks: int = 2, counts: list[int] | None = None, is_exact: bool = False
+    link: LinkTimes,
+    num_ranks: int = 2,
+    counts: list[int] | None = None,
+    is_exact: bool = False,
+    stages: dict[int, list[int]] | None = None,
 ) -> Comparison:
     exchanges = dict.fromkeys(PARTS, 2 if is_exact else 1)
     rank = RankTimes((KindTimes(tuple(range(NUM_LAYERS)), WHOLE, SPLIT, PARTS, exchanges),), HEAD, HEAD_PART)
-    return Comparison([rank] * num_ranks, counts or [5, 5], True, SIZES, link)
+    return Comparison([rank] * num_ranks, {num_ranks: counts or [5, 5], **(stages or {})}, True, SIZES, link)
 
 
 def free(seconds: float = 0.0) -> LinkTimes:
@@ -75,6 +79,20 @@ def test_sums_that_were_timed_with_the_layers_are_not_counted_twice() -> None:
     timed = replace(compared(free(1 * MS)), include_sums=True)
     shared_s = 1 * MS
     assert rates(timed)[TENSOR]["one"] == pytest.approx(1 / (NUM_LAYERS * 2 * MS + 3 * MS + shared_s))
+
+
+def test_stages_of_ranks() -> None:
+    """Four ranks: a part of a layer takes half as long as the whole one, as if a third of it couldn't be split."""
+    shares = {"num_ranks": 4, "counts": [3, 3, 2, 2], "stages": {2: [6, 4]}}
+    layer_s = (4 - 2 * (1 / 2) / (3 / 4)) * MS
+    quick, slow = (rates(compared(free(seconds), **shares))["tensor, 2 stages"] for seconds in (0.0, 1 * MS))
+    assert quick["one"] == pytest.approx(1 / (NUM_LAYERS * layer_s + 6 * MS))
+    messages = 2 * NUM_LAYERS * 2 + 2 * 3  # there and back for each sum; what arrives in a stage is shared by one, too
+    assert 1 / slow["one"] - 1 / quick["one"] == pytest.approx(messages * MS)
+    timed = replace(compared(free(1 * MS), **shares), include_sums=True)
+    assert 1 / slow["one"] - 1 / rates(timed)["tensor, 2 stages"]["one"] == pytest.approx(
+        2 * NUM_LAYERS * (1 / 2) / (3 / 4) * MS
+    )
 
 
 @pytest.mark.parametrize(

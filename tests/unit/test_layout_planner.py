@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from hippo_mpi.checkpoint.checkpoint import ModelSource, open_checkpoint
 from hippo_mpi.errors import UserError
 from hippo_mpi.planning.layer_split import Machine
-from hippo_mpi.runtime.layout_planner import LayoutPlanner, PlanConstraints
+from hippo_mpi.planning.layer_times import KindTimes, RankTimes
+from hippo_mpi.planning.layout_choice import LinkTimes
+from hippo_mpi.planning.model_costs import model_info
+from hippo_mpi.runtime.layout_planner import LayoutPlanner, PlanConstraints, Timed
+from hippo_mpi.sharding.slot_caches import KVSettings
+from tests.parity import tiny_models
 
 
 def planner(
@@ -50,3 +57,20 @@ def test_refused(num_ranks: int, asked: dict[str, Any], said: str) -> None:
 def test_taken() -> None:
     assert planner(4, parallel="tensor", num_stages=2, layer_split=(2, 10), width_split=(5, 3), is_exact=True)
     assert planner(3, parallel="auto", width_split=(5, 3, 1))
+
+
+def test_stages_of_ranks_are_taken_where_they_are_fastest(tmp_path: Path) -> None:
+    """Sums over all four ranks take longer than messages between neighbours."""
+    checkpoint = open_checkpoint(ModelSource(tiny_models.make_checkpoint("llama", tmp_path)))
+    info, link = model_info(checkpoint, KVSettings()), LinkTimes(((1, 1.0),), ((1, 1e-6),))
+    control: Any = SimpleNamespace(progress=lambda *_: None)
+    machines = [Machine(f"mini{rank}", 1 << 34) for rank in range(4)]
+    planner = LayoutPlanner(checkpoint, info, machines, PlanConstraints(None, 256, parallel="auto"), control)
+    shards = planner.widths()
+    split = (0.4,) * 4
+    kind = KindTimes(tuple(range(info.num_layers)), (1.0,) * 4, split, {"mlp.down_proj": split}, {"mlp.down_proj": 1})
+    timed = [Timed(RankTimes((kind,), (0.0,) * 4, (0.0,) * 4), link)] * 4
+    found = planner.planned(shards, timed, include_sums=False)
+    assert found.shards is not None and found.shards.num_ranks == 2
+    assert [(stage.start, stage.stop) for stage in found.split.stages] == [(0, 3), (0, 3), (3, 6), (3, 6)]
+    assert found.notes[-1].startswith("chosen: tensor, 2 stages, ")
