@@ -16,11 +16,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_config, load_model
 
 from hippo_mpi.checkpoint.precision import cast, stored_dtype
-from hippo_mpi.tracing.graph import leaf
+from hippo_mpi.tracing.graph import leaves_of
 
 _ASSUMED_DTYPE = "bfloat16"
 
@@ -100,7 +99,7 @@ def _without_weights(model_class: type[nn.Module], is_tied: bool) -> type[nn.Mod
     """Derive a class whose sanitize() gets the weights that a checkpoint would have, as some models adapt to them."""
 
     def sanitize(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        own = {name: leaf(weight.shape, weight.dtype) for name, weight in tree_flatten(model.parameters())}
+        own = leaves_of(model)
         with contextlib.suppress(Exception):  # one model looks at values, and fails with zeros
             model_class.sanitize(model, {name: w for name, w in own.items() if not (is_tied and "lm_head" in name)})
         return weights

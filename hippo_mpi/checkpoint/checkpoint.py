@@ -214,7 +214,7 @@ def _stored_arrays(source: ModelSource, wanted: set[str]) -> dict[str, set[str]]
         mx.load = load
     targets = [mx.stop_gradient(weight) for name, weight in tree_flatten(model.parameters()) if name in wanted]
     found: dict[str, set[str]] = {}
-    for index in set().union(*ancestors(targets, arrays)):
+    for index in set().union(*ancestors(targets, arrays)[0]):
         file, name = stored[index]
         found.setdefault(file, set()).add(name)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
+from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, open_lazily
@@ -13,7 +13,7 @@ from hippo_mpi.checkpoint.model_errors import running_errors
 from hippo_mpi.planning.costs import CacheCost, ModelInfo, total_cost
 from hippo_mpi.sharding.slot_caches import KVSettings, cache_bytes, merged
 from hippo_mpi.tracing.dataflow import Dataflow
-from hippo_mpi.tracing.graph import leaf
+from hippo_mpi.tracing.graph import leaves_of
 from hippo_mpi.tracing.observer import all_caches
 
 _PROBE_TOKENS = 512
@@ -69,7 +69,7 @@ def model_info(checkpoint: Checkpoint, settings: KVSettings, shares_head: bool =
 
 def _lazy_model(checkpoint: Checkpoint) -> Any:
     model, _ = open_lazily(checkpoint.source)
-    model.update(tree_map(lambda weight: leaf(weight.shape, weight.dtype), model.parameters()))
+    model.update(tree_unflatten(list(leaves_of(model).items())))
     return model
 
 

@@ -3,44 +3,51 @@
 from __future__ import annotations
 
 import io
-import re
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import product
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
-# mx.export_to_dot takes at most 1,024 named arrays. Each drawing names the sources again, so several targets share one.
-_TARGETS_PER_DRAWING, _SOURCES_PER_DRAWING = 200, 800
-
-
-def ancestors(targets: Sequence[mx.array], sources: Sequence[mx.array]) -> list[set[int]]:
-    """Return, for each of the unevaluated `targets`, the indices of the `sources` that it is computed from."""
-    indices: list[set[int]] = [set() for _ in targets]
-    for target, source in product(
-        range(0, len(targets), _TARGETS_PER_DRAWING), range(0, len(sources), _SOURCES_PER_DRAWING)
-    ):
-        drawn = {f"t{i}": i for i in range(target, min(target + _TARGETS_PER_DRAWING, len(targets)))}
-        leaves = {f"s{i}": i for i in range(source, min(source + _SOURCES_PER_DRAWING, len(sources)))}
-        parents = _parents({n: targets[i] for n, i in drawn.items()} | {n: sources[i] for n, i in leaves.items()})
-        for node, index in drawn.items():
-            indices[index].update(leaves[above] for above in _above(node, parents) if above in leaves)
-    return indices
+_TARGETS_PER_DRAWING = 1000  # mx.export_to_dot takes at most 1,024 names
 
 
-def num_nodes(targets: Sequence[mx.array]) -> int:
-    """Return the number of arrays in the graph that the first thousand `targets` are computed from."""
-    return len(_parents({f"t{i}": target for i, target in enumerate(targets[:1000])}))
+def ancestors(targets: Sequence[mx.array], sources: Sequence[mx.array]) -> tuple[list[set[int]], int]:
+    """Find what unevaluated arrays are computed from.
+
+    Args:
+        targets: the arrays.
+        sources: arrays that are computed from no others.
+
+    Returns:
+        For each target the indices of its sources; and how many arrays and operations there are in the graph, of which
+        those that many targets share may be counted several times.
+    """
+    found: list[set[int]] = []
+    num_nodes = 0
+    for first in range(0, len(targets), _TARGETS_PER_DRAWING):
+        drawn = {f"t{number}": target for number, target in enumerate(targets[first : first + _TARGETS_PER_DRAWING])}
+        names, parents = _draw(drawn, sources)
+        indices = {name: index for index, name in enumerate(names)}
+        found += [{indices[above] for above in _above(f'"{node}"', parents) if above in indices} for node in drawn]
+        num_nodes += len(parents)
+    return found, num_nodes
 
 
-def _parents(named: dict[str, mx.array]) -> dict[str, list[str]]:
-    """Return the edges of MLX's graph above the named arrays: for each node the nodes that it is computed from."""
+def _draw(targets: dict[str, mx.array], sources: Sequence[mx.array]) -> tuple[list[str], dict[str, list[str]]]:
+    """Return MLX's names of the sources, and for each node of the graph above the targets the nodes before it."""
     drawing = io.StringIO()
-    mx.export_to_dot(drawing, **named)
+    mx.export_to_dot(drawing, list(sources), **targets)
+    names: list[str] = []
     parents: dict[str, list[str]] = defaultdict(list)
-    for start, stop in re.findall(r'^"?(\w+)"? -> "?(\w+)"?$', drawing.getvalue(), re.MULTILINE):
-        parents[stop].append(start)
-    return parents
+    for line in drawing.getvalue().splitlines():
+        start, arrow, stop = line.partition(" -> ")
+        if arrow:
+            parents[stop].append(start)
+        elif len(names) < len(sources) and line.endswith('"; }'):  # the sources' arrays are drawn first
+            names.append(line[line.index('"') : -3])
+    return names, parents
 
 
 def _above(start: str, parents: dict[str, list[str]]) -> set[str]:
@@ -55,7 +62,12 @@ def _above(start: str, parents: dict[str, list[str]]) -> set[str]:
 
 
 def leaf(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """Return an evaluated array of zeros that takes the memory of a single number, whatever its shape."""
-    array = mx.broadcast_to(mx.zeros((), dtype), shape) if 0 not in shape else mx.zeros(shape, dtype)
-    mx.eval(array)
-    return array
+    """Return an array of zeros that takes, once evaluated, the memory of a single number, whatever its shape."""
+    return mx.broadcast_to(mx.zeros((), dtype), shape) if 0 not in shape else mx.zeros(shape, dtype)
+
+
+def leaves_of(model: nn.Module) -> dict[str, mx.array]:
+    """Return an evaluated array of zeros for each weight of a model, by name."""
+    leaves = {name: leaf(weight.shape, weight.dtype) for name, weight in tree_flatten(model.parameters())}
+    mx.eval(leaves)
+    return leaves

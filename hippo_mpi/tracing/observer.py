@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from hippo_mpi.errors import ModelError
 from hippo_mpi.tracing import nested_arrays
 from hippo_mpi.tracing.dataflow import ArgumentRef, Returned, ReturnedArray, ReturnedSequence, ReturnedValue
-from hippo_mpi.tracing.graph import ancestors, leaf, num_nodes
+from hippo_mpi.tracing.graph import ancestors, leaf, leaves_of
 from hippo_mpi.tracing.nested_arrays import Opaque, Path
 
 _READS = {"make_mask", "size", "empty", "is_trimmable", "keys_and_values", "__getitem__", "__len__", "batch_size"}
@@ -55,10 +55,7 @@ class Observer:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers = list(model.layers)
-        self.weights: dict[str, mx.array] = {}
-        weights = tree_flatten(model.parameters())
-        for name, weight in weights:
-            self.weights[name] = leaf(weight.shape, weight.dtype)
+        self.weights = leaves_of(model)
         model.update(tree_unflatten(list(self.weights.items())))
         self.layer_of_weight = _owning_layers(self.layers, self.weights)
         self.passes: list[list[Seen]] = []
@@ -119,7 +116,10 @@ class Observer:
         self.targets.append((name, mx.stop_gradient(array)))
 
     def _fresh(self, name: Any, like: mx.array) -> mx.array:
-        """Return a leaf called `name` in place of `like`, as a new handle: the model may change it in place."""
+        """Return a leaf called `name` in place of `like`, as a new handle: the model may change it in place.
+
+        It is evaluated when the graph is read, with all the others.
+        """
         fresh = leaf(like.shape, like.dtype)
         self.sources.append((name, fresh))
         return mx.stop_gradient(fresh)
@@ -181,9 +181,10 @@ class Observer:
     def _read_graph(self) -> dict[Any, set[Any]]:
         """Return, for every noted array, the names of the leaves that it is computed from."""
         needs: dict[Any, set[Any]] = defaultdict(set)
-        targets = [array for _, array in self.targets]
-        self.sizes.append(num_nodes(targets))
-        ancestors_of = ancestors(targets, [array for _, array in self.sources])
+        sources = [array for _, array in self.sources]
+        mx.eval(sources)
+        ancestors_of, num_nodes = ancestors([array for _, array in self.targets], sources)
+        self.sizes.append(num_nodes)
         for (name, _), indices in zip(self.targets, ancestors_of, strict=True):
             needs[name] |= {self.sources[index][0] for index in indices}
         self.targets, self.sources = [], []
