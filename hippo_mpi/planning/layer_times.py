@@ -50,14 +50,14 @@ class KindTimes:
         whole: if it is whole.
         split: if all is split that can be.
         parts: by path of a linear layer that can be split by its columns: if that one, and what feeds it, is split.
-        exchanges: how many sums or gathers that takes, by path.
+        exchanges: how many values per token a rank gives to each sum or gather that this takes, by path.
     """
 
     layers: tuple[int, ...]
     whole: tuple[float, ...]
     split: tuple[float, ...]
     parts: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    exchanges: dict[str, int] = field(default_factory=dict)
+    exchanges: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def at_speed(self, speed: float) -> KindTimes:
         """Scale the times to a machine that is `speed` times as fast."""
@@ -122,7 +122,7 @@ def time_layers(
             times += zip(*by_step, strict=True)
         whole, split, *parts = times
         here = tuple(steps[number][0].call.layer for number in numbers)
-        exchanges = {path: 2 if path in shards.outputs else 1 for path in paths}
+        exchanges = {path: _exchanged(layer, shards.only({path}), rank, own[-1]) for path in paths}
         kinds.append(KindTimes(here, whole, split, dict(zip(paths, parts, strict=True)), exchanges))
     return RankTimes(tuple(kinds), *_head_times(twin, plan, rank, collective))
 
@@ -153,6 +153,16 @@ def _copies(layer: nn.Module, count: int, shards: LayerShards, rank: int, collec
     shard_layer(part, shards, rank, collective)
     mx.eval(part.parameters())
     return [part] + [_copied(part) for _ in range(count - 1)]
+
+
+def _exchanged(layer: nn.Module, shards: LayerShards, rank: int, step: _Step) -> tuple[int, ...]:
+    """Return how many values per token a rank gives to each sum or gather."""
+    counting = _CountingRanks(rank)
+    part = copy.deepcopy(layer, {id(array): array for _, array in tree_flatten(layer.parameters())})
+    shard_layer(part, shards, rank, counting)
+    _made(part, *step.call.again([]))  # nothing is computed
+    rows, tokens = SHAPES[-1]
+    return tuple(size // (rows * tokens) for size in counting.sizes)
 
 
 def _medians_s(
@@ -272,3 +282,19 @@ class AbsentRanks(Collective):
         """Return the rank's own part beside zeros."""
         before, behind = sum(widths[: self._rank]), sum(widths[self._rank + 1 :])
         return mx.pad(part, [(0, 0)] * (part.ndim - 1) + [(before, behind)])
+
+
+class _CountingRanks(AbsentRanks):
+    """Counts the values that a rank gives."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self.sizes: list[int] = []
+
+    def sum(self, part: mx.array) -> mx.array:
+        self.sizes.append(part.size)
+        return super().sum(part)
+
+    def gather(self, part: mx.array, widths: Sequence[int]) -> mx.array:
+        self.sizes.append(part.size)
+        return super().gather(part, widths)

@@ -139,11 +139,11 @@ def stages_of_ranks(
 
     def part_s(kind: KindTimes, index: int) -> float:
         rows, tokens = SHAPES[index]
-        num_values = rows * tokens * sizes.hidden
-        num_sums = sum(kind.exchanges.values())
-        split_s = kind.split[index] - (num_sums * link.sum_s(num_values) if include_sums else 0.0)
+        given = [rows * tokens * values for path in kind.exchanges for values in kind.exchanges[path]]
+        split_s = kind.split[index] - (sum(map(link.sum_s, given)) if include_sums else 0.0)
         saved_s = (kind.whole[index] - split_s) * gained
-        return kind.whole[index] - saved_s + num_sums * there_and_back * link.hop_s(num_values * sizes.value_bytes)
+        messages_s = there_and_back * sum(link.hop_s(num_values * sizes.value_bytes) for num_values in given)
+        return kind.whole[index] - saved_s + messages_s
 
     stages = []
     for first in range(0, len(times), num_shards):
@@ -180,13 +180,12 @@ def predict_widths(
     def rate(load: str) -> float:
         index = _SHAPE_OF[load]
         rows, tokens = SHAPES[index]
-        num_values = rows * tokens * sizes.hidden
-        sum_s = 0.0 if include_sums else link.sum_s(num_values)
-        total = sizes.num_shared * link.sum_s(num_values)
+        total = sizes.num_shared * link.sum_s(rows * tokens * sizes.hidden)
         for place, kind in enumerate(times[0].kinds):
             here = [path for path in blocks if path in kind.parts]
             layer_s = max(_split_s(rank.kinds[place], here, index) for rank in times)
-            total += len(kind.layers) * (layer_s + sum(kind.exchanges[path] for path in here) * sum_s)
+            given = [rows * tokens * values for path in here for values in kind.exchanges[path]]
+            total += len(kind.layers) * (layer_s + (0.0 if include_sums else sum(map(link.sum_s, given))))
         if load != "prompts":
             if has_split_head:
                 gather_s = 0.0 if include_sums else link.sum_s(rows * sizes.vocab // len(times))

@@ -25,5 +25,21 @@ def test_each_kind_is_timed_whole_and_in_parts(name: str, blocks: int, tmp_path:
     every = [times.head, times.head_part]
     for kind in times.kinds:
         every += [kind.whole, kind.split, *kind.parts.values()]
+        assert kind.parts.keys() == kind.exchanges.keys()
     assert all(len(found) == len(SHAPES) and min(found) > 0 for found in every)
     assert times.at_speed(2.0).head[0] == times.head[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("is_exact", "given"),
+    [
+        (False, {"self_attn.o_proj": (64,), "mlp.down_proj": (64,)}),
+        (True, {"self_attn.o_proj": (32, 32), "mlp.down_proj": (64, 32)}),
+    ],
+)
+def test_what_a_rank_gives_is_counted(is_exact: bool, given: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    """Sums are as wide as hidden states; to be exact, half of what a matrix takes and half of what it makes goes round."""
+    model, _ = open_lazily(ModelSource(tiny_models.make_checkpoint("llama", tmp_path)))
+    plan = plan_shards(blank_twin(model), (0.5, 0.5), is_exact=is_exact)
+    kinds = time_layers(model, plan, 1, AbsentRanks(1), lambda: None).kinds
+    assert all(kind.exchanges == given for kind in kinds)

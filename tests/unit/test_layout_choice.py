@@ -42,7 +42,7 @@ def compared(
     is_exact: bool = False,
     stages: dict[int, list[int]] | None = None,
 ) -> Comparison:
-    exchanges = dict.fromkeys(PARTS, 2 if is_exact else 1)
+    exchanges = dict.fromkeys(PARTS, (SIZES.hidden,) * (2 if is_exact else 1))
     rank = RankTimes((KindTimes(tuple(range(NUM_LAYERS)), WHOLE, SPLIT, PARTS, exchanges),), HEAD, HEAD_PART)
     return Comparison([rank] * num_ranks, {num_ranks: counts or [5, 5], **(stages or {})}, True, SIZES, link)
 

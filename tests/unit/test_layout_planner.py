@@ -68,7 +68,9 @@ def test_stages_of_ranks_are_taken_where_they_are_fastest(tmp_path: Path) -> Non
     planner = LayoutPlanner(checkpoint, info, machines, PlanConstraints(None, 256, parallel="auto"), control)
     shards = planner.widths()
     split = (0.4,) * 4
-    kind = KindTimes(tuple(range(info.num_layers)), (1.0,) * 4, split, {"mlp.down_proj": split}, {"mlp.down_proj": 1})
+    kind = KindTimes(
+        tuple(range(info.num_layers)), (1.0,) * 4, split, {"mlp.down_proj": split}, {"mlp.down_proj": (1,)}
+    )
     timed = [Timed(RankTimes((kind,), (0.0,) * 4, (0.0,) * 4), link)] * 4
     found = planner.planned(shards, timed, include_sums=False)
     assert found.shards is not None and found.shards.num_ranks == 2
