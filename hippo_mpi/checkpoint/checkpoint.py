@@ -32,6 +32,8 @@ from hippo_mpi.tracing.graph import ancestors
 from hippo_mpi.tracing.trace import trace
 from hippo_mpi.views.view import commit_of, is_view, sample_of_files
 
+_STEP_BYTES = 64 << 20  # of weights that are read at once
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -168,20 +170,22 @@ def hold_weights(
     Args:
         model: changed in place.
         wanted: names of weights.
-        on_progress: called with the bytes read so far, about every 64 MiB.
+        on_progress: called with the bytes read so far.
     """
     weights = dict(tree_flatten(model.parameters()))
     absent = {name: _absent(weight) for name, weight in weights.items() if name not in wanted}
+    mx.eval(absent)
     model.update(tree_unflatten(list(absent.items())))
     del weights
     here = [(name, array) for name, array in tree_flatten(model.parameters()) if name in wanted]
-    done_bytes, step = 0, []
+    done_bytes, step, step_bytes = 0, [], 0
     for name, array in here:
         step.append(array)
-        done_bytes += array.nbytes
-        if sum(a.nbytes for a in step) > 64 << 20 or name == here[-1][0]:
+        step_bytes += array.nbytes
+        if step_bytes > _STEP_BYTES or name == here[-1][0]:
             mx.eval(step)
-            step = []
+            done_bytes += step_bytes
+            step, step_bytes = [], 0
             on_progress(done_bytes)
 
 
@@ -189,9 +193,7 @@ def _absent(weight: mx.array) -> mx.array:
     value = (
         mx.array(float("nan"), weight.dtype) if mx.issubdtype(weight.dtype, mx.floating) else mx.array(0, weight.dtype)
     )
-    absent = mx.broadcast_to(value, weight.shape)
-    mx.eval(absent)
-    return absent
+    return mx.broadcast_to(value, weight.shape)
 
 
 def _stored_arrays(source: ModelSource, wanted: set[str]) -> dict[str, set[str]]:
