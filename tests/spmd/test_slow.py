@@ -76,7 +76,7 @@ print(len(sys.stdin.read()))
 @pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="needs a small pipe")
 def test_a_reader_that_pauses_ends_nothing() -> None:
     """`... | less`, say: rank 0 waits in a write for several timeouts."""
-    command = endless(TIMEOUT_S)
+    command = [*endless(TIMEOUT_S), "--max-tokens", "1300"]
     piped = ["bash", "-c", 'set -o pipefail; "${@:3}" | "$1" -c "$2"', "bash", sys.executable, _LATE_READER, *command]
     with ranks.ring([piped, command]) as running:
         assert running[0].wait() == 0, running[0].err
