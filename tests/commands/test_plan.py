@@ -101,6 +101,7 @@ def test_plan_that_does_not_fit_says_what_is_missing() -> None:
     assert "more ranks, a quantised model or a shorter --max-context" in running.err
 
 
+@pytest.mark.slow
 def test_plan_as_json() -> None:
     """Bytes of each part add up to each machine's memory, and to the checkpoint."""
     machines = ["--machine", "a:8", "--machine", "b:16:2"]
@@ -175,6 +176,7 @@ def test_a_giant_is_planned_in_little_memory(tmp_path: Path) -> None:
     assert int(running.err) * (1 if sys.platform == "darwin" else 1024) < 1 << 30
 
 
+@pytest.mark.slow
 def test_a_config_alone_is_enough_for_a_plan_only(tmp_path: Path) -> None:
     for command, line in (
         ([GENERATE], "has no model*.safetensors"),

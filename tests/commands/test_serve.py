@@ -72,6 +72,7 @@ def test_a_stream_comes_token_by_token(running: Server, wanted: str) -> None:
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 40
 
 
+@pytest.mark.slow
 def test_completions_choices_seeds_and_logprobs(running: Server) -> None:
     def ask(**options: Any) -> Any:
         return running.client().completions.create(
@@ -110,6 +111,7 @@ def test_answers_that_are_json(running: Server) -> None:
         client.chat.completions.create(model=MODEL, messages=ASKED, response_format=asked)
 
 
+@pytest.mark.slow
 def test_stop_words_and_cached_prompts(running: Server, wanted: str) -> None:
     word = wanted.split()[6]
     answer = running.client().chat.completions.create(model=MODEL, messages=ASKED, stop=[word], max_tokens=200)
@@ -171,6 +173,7 @@ def test_anthropic_s_client(running: Server, wanted: str) -> None:
         client.messages.create(model="other", messages=asked, max_tokens=4)
 
 
+@pytest.mark.slow
 def test_responses(running: Server, wanted: str) -> None:
     client = running.client()
     answer = client.responses.create(model=MODEL, input=DEFAULT_PROMPT, max_output_tokens=40)

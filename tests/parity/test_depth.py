@@ -35,8 +35,8 @@ from tests.parity.test_every_model import (
 DEEP, DEPTH = 18, 36
 # mlx-lm takes layer 61 of a deepseek_v3 for the one that predicts further tokens, and drops it.
 DEEPER = {"llama": 80, "qwen3": 64, "qwen3_moe": 94, "gemma3": 62, "gpt_oss": 80, "deepseek_v3": 60, "qwen3_next": 48}
-# For --quick: one that holds more arrays than MLX takes by name, and one that loops over tokens.
-QUICK = {"qwen3", "qwen3_5"}
+# For --quick: one that holds more arrays than MLX takes by name.
+QUICK = {"qwen3"}
 
 
 def uneven_split(checkpoint: Checkpoint) -> list[int]:

@@ -58,8 +58,8 @@ UNCUT = {
 PREFILL, CHUNK = 7, 3
 
 
-# Where rows run together, for --quick: without those that take long to try.
-SAMPLE_OF_ROWS = SAMPLE - {"rwkv7", "kimi_k3"}
+# For --quick: without those that take long to try.
+QUICK_SAMPLE = SAMPLE - {"rwkv7", "kimi_k3"}
 
 
 def every(names: list[str], sample: set[str] = SAMPLE) -> Any:
@@ -187,7 +187,7 @@ def fails_upstream(name: str, capability: str) -> bool:
     return (name, capability) in tiny_models.UPSTREAM_FAILURES
 
 
-@every(NAMES)
+@every(NAMES, QUICK_SAMPLE)
 def test_float32(name: str, tmp_path: Path) -> None:
     if name in UNCUT:
         with pytest.raises(ForeignError, match=UNCUT[name]):
@@ -247,7 +247,7 @@ BATCHED = [
 ]
 
 
-@every(BATCHED, SAMPLE_OF_ROWS)
+@every(BATCHED, QUICK_SAMPLE)
 def test_ragged_batch(name: str) -> None:
     """Two rows of different length are prefilled alone, then decoded together."""
     checkpoint = opened(name)
@@ -309,7 +309,7 @@ def regrouped(ring: LocalRing, name: str) -> list[mx.array]:
     return found
 
 
-@every([n for n in BATCHED if not fails_upstream(n, "batch")], SAMPLE_OF_ROWS)
+@every([n for n in BATCHED if not fails_upstream(n, "batch")], QUICK_SAMPLE)
 def test_regrouping(name: str) -> None:
     """Rows that join, leave, part and are copied give the same logits on one stage and on several."""
     checkpoint = opened(name)
@@ -319,7 +319,7 @@ def test_regrouping(name: str) -> None:
         assert_same(our, their, f"step {step}")
 
 
-@every([n for n in NAMES if n not in UNCUT and not fails_upstream(n, "chunk")], SAMPLE_OF_ROWS)
+@every([n for n in NAMES if n not in UNCUT and not fails_upstream(n, "chunk")], QUICK_SAMPLE)
 def test_batching_is_found_out(name: str) -> None:
     """Models whose rows mlx-lm can't run together, or runs together wrongly, are known before a request comes."""
     checkpoint = opened(name)
@@ -340,7 +340,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> TokenizerWrapper:
     return open_tokenizer(folder, None, (), False)
 
 
-@every([n for n in NAMES if n not in UNCUT and not fails_upstream(n, "trim")], SAMPLE_OF_ROWS)
+@every([n for n in NAMES if n not in UNCUT and not fails_upstream(n, "trim")], QUICK_SAMPLE)
 def test_drafts_change_no_token(name: str, words: TokenizerWrapper) -> None:
     """Right ones and wrong ones, unless the model is found to be unable to take tokens back."""
     checkpoint = opened(name)

@@ -34,6 +34,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "step"), [(16, None), pytest.param(64, None, marks=SLOW), pytest.param(16, 32, marks=SLOW)]
 )
+@pytest.mark.slow
 def test_answers_are_mlx_lm_s(name: str, size: int, step: int | None, tmp_path: Path) -> None:
     """Alone and beside another answer, on one stage and on two."""
     make_checkpoint(name, tmp_path, seed=5021)

@@ -124,6 +124,7 @@ def test_a_model_that_must_call_a_tool(tokenizer: TokenizerWrapper, temperature:
     assert found["message"]["content"] is None
 
 
+@pytest.mark.slow
 def test_an_answer_in_a_format_or_a_call(tokenizer: TokenizerWrapper) -> None:
     """response_format holds for what is said; a call may be made instead."""
     schema = {
@@ -163,6 +164,7 @@ def test_a_model_that_is_served_for_some_modes(tokenizer: TokenizerWrapper) -> N
             body.within(modes)
 
 
+@pytest.mark.slow
 def test_thoughts_are_free_and_limited() -> None:
     """A grammar waits for the end of a thought, and a limit brings it about."""
     thinker = open_tokenizer(Path(BUNDLED_MODEL), [4, 0], (), False)

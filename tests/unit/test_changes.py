@@ -123,6 +123,7 @@ def copied(home: Path, number: int) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_all_goes_on_or_back(home: Path) -> None:
     before = state(home)
     whole = copied(home, 0)

@@ -95,6 +95,7 @@ def test_a_closed_connection_has_no_frames(pair: tuple[socket.socket, socket.soc
         FrameReader(pair[0]).read()
 
 
+@pytest.mark.slow
 def test_an_end_that_waits_in_vain_has_a_deadline() -> None:
     """Even while the interpreter's lock is held, as MLX and MPI do: no thread could end it."""
     code = (

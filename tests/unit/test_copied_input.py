@@ -43,6 +43,7 @@ def is_ended(found: CopiedInput, limit_s: float = 10.0) -> bool:
     return time.monotonic() - began < limit_s
 
 
+@pytest.mark.slow
 def test_lines_and_a_last_one_without_an_end(pipe: tuple[int, int]) -> None:
     with launcher(subprocess.DEVNULL) as pid:
         found = CopiedInput(pipe[0], pid, lambda: None)
@@ -71,6 +72,7 @@ def test_a_pipe_without_writers_is_at_its_end(pipe: tuple[int, int]) -> None:
         assert is_ended(CopiedInput(pipe[0], pid, lambda: None))
 
 
+@pytest.mark.slow
 def test_a_file_that_has_been_read_is_at_its_end(pipe: tuple[int, int], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("some text")
     with open(tmp_path / "file", "rb", buffering=0) as file, launcher(file.fileno()) as pid:

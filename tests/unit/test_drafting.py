@@ -105,6 +105,7 @@ def test_tokens_are_those_without_a_draft(
     assert timings.num_accepted > 0 or len(plain) < 10
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_mlx_lm(story: Checkpoint, tokenizer: TokenizerWrapper) -> None:
     prompt = encode(tokenizer, "A bear and a lantern")
     model, config = load_model(BUNDLED_MODEL)

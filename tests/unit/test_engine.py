@@ -138,6 +138,7 @@ def drafts(folder: Path, tokenizer: TokenizerWrapper, share_right: float) -> Pro
     ROWS,
     st.sampled_from([None, 0.0, 0.6, 1.0]),
 )
+@pytest.mark.slow
 def test_company_changes_nothing(
     folder: Path,
     checkpoint: Checkpoint,

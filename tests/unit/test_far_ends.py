@@ -87,6 +87,7 @@ def test_strangers_are_sent_away_and_the_other_end_is_let_in() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_strangers_who_say_nothing_keep_the_other_end_waiting_but_not_out() -> None:
     async def run() -> None:
         async with program() as one:
@@ -132,6 +133,7 @@ def test_a_program_ends_with_its_input_and_one_that_is_killed_is_lost() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_lifeline_ends_a_program_and_so_does_silence() -> None:
     """Whatever its starter does; here with little patience."""
     sources = [(name, text.replace("SILENCE_S = 10.0", "SILENCE_S = 3.0")) for name, text in _modules("link.link_end")]
@@ -153,6 +155,7 @@ def test_a_lifeline_ends_a_program_and_so_does_silence() -> None:
             pass
 
 
+@pytest.mark.slow
 def test_a_host_that_never_speaks_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By way of an ssh that prints a greeting, and then nothing; or too much; or has no Python."""
     ssh = tmp_path / "ssh"
@@ -182,6 +185,7 @@ def test_a_host_that_never_speaks_is_given_up(tmp_path: Path, monkeypatch: pytes
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_host_may_answer_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no answer is passed over; what is one is shown without control characters; endless lines end it."""
     nested = "[" * 100_000

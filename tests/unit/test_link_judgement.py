@@ -207,6 +207,7 @@ def test_the_table_and_the_object_say_the_same() -> None:
     assert "nothing is wrong" in "\n".join(lines_of(well, hosts, [], None))
 
 
+@pytest.mark.slow
 def test_the_cost_is_predicted_for_the_slowest_link() -> None:
     slow, fast = measured(0.01, 0.5, 20e-3), measured(0.94, 0.94)
     links = Links([slow, fast], [{"tb0": ethernet(1e9)}] * 2, {})

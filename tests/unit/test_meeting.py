@@ -128,6 +128,7 @@ def test_an_older_stranger_gives_way(listener: socket.socket) -> None:
             thread.join()
 
 
+@pytest.mark.slow
 def test_the_right_one_of_several_addresses_is_found(listener: socket.socket) -> None:
     """One refuses, one never answers, one is a stranger's who answers whatever it likes, one another run's rank."""
     with contextlib.ExitStack() as stack:
@@ -168,6 +169,7 @@ def test_nobody_answers() -> None:
             call("star", 1, places[1], timeout_s=60.0)  # at once
 
 
+@pytest.mark.slow
 def test_what_a_rank_said_to_a_stranger_opens_nothing(listener: socket.socket) -> None:
     """Who repeats a call and its proof has no proof for the new connection; nor who knows another key."""
     said: list[bytes] = []

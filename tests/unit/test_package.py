@@ -71,6 +71,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install([str(wheel)], tmp_path_factory.mktemp("wheel") / "venv")
 
 
+@pytest.mark.slow
 def test_a_wheel_has_what_the_checkout_has(wheel: Path) -> None:
     names = {*zipfile.ZipFile(wheel).namelist()}
     tracked = run("git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).split()
@@ -91,6 +92,7 @@ def test_an_sdist_makes_the_same_wheel(built: Path, wheel: Path, tmp_path: Path)
     assert {name: first.read(name) for name in names} == {name: second.read(name) for name in second.namelist()}
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_works_elsewhere(installed: Path, tmp_path: Path) -> None:
     (place,) = run(installed / "python", "-c", "import hippo_mpi; print(*hippo_mpi.__path__)", cwd=tmp_path).split()
     assert Path(place).is_relative_to(installed.parent)
@@ -116,6 +118,7 @@ def test_mpirun_is_found_beside_it(installed: Path, tmp_path: Path) -> None:
     assert run(installed / "hippo-mpi", "run", "--backend", "mpi", "-n", "2", "-m", "5", cwd=tmp_path).strip()
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_has_all_commands(installed: Path, tmp_path: Path) -> None:
     for name in cli.COMMANDS:
         assert (installed / f"hippo_mpi.{name}").exists()

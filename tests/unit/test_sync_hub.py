@@ -76,6 +76,7 @@ def bed(tmp_path: Path) -> Iterator[Bed]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_what_comes_wrong_is_fetched_again(bed: Bed) -> None:
     bed.wrong += [None] * 9
     code, host, err = bed.sync()
@@ -91,6 +92,7 @@ def test_what_comes_wrong_is_fetched_again(bed: Bed) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_lies_wrong_in_the_hubs_cache_is_replaced_in_the_view(bed: Bed) -> None:
     assert bed.sync()[0] == 0
     blob = bed.home / "hub" / "blobs" / "weights"

@@ -78,6 +78,7 @@ def test_a_program_that_dies_takes_its_site_along(tmp_path: Path) -> None:
         here.ask({"op": "x"})
 
 
+@pytest.mark.slow
 def test_a_program_that_goes_on_for_ever_and_does_nothing_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
