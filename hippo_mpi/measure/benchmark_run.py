@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
+from mlx.nn.layers.distributed import sum_gradients
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hippo_mpi.engine.engine import Engine
@@ -109,7 +110,13 @@ class Bench:
                 self._run_mlx_lm_part(order.loads[0])
             else:
                 self._control.gather(self._alone(order.loads[self._world.rank]))
+        self._forget_mlx_lm_part()
         self._part.end()
+
+    def _forget_mlx_lm_part(self) -> None:
+        """Drop what refers to the group: MPI is finalised when nothing does."""
+        self._mlx_lm_part = None
+        sum_gradients.cache_clear()
 
     def _order(self, mode: _Mode, loads: Sequence[Load] = ()) -> None:
         self._control.share(_Order(mode, list(loads)), _Order)
@@ -133,6 +140,7 @@ class Bench:
     def end(self) -> list[RankStatistics] | None:
         """Release the other ranks; return every rank's statistics."""
         self._order(_Mode.END)
+        self._forget_mlx_lm_part()
         return self._part.end()
 
     def _alone(self, load: Load) -> Measured:

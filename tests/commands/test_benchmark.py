@@ -67,6 +67,15 @@ def test_mlx_lm_s_own_pipeline(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_mlx_lm_s_own_tensor_parallelism_under_mpi() -> None:
+    """What mlx-lm keeps of the group doesn't keep MPI from its end."""
+    command = [BENCHMARK, *SMALL, "--json", "--compare", "mlx-lm", "--parallel", "tensor", "--concurrent", "1"]
+    with ranks.single(ranks.mpirun(2, command)) as launcher:
+        assert launcher.wait(120) == 0, launcher.err
+    assert [r["mode"] for r in json.loads(launcher.out)["results"]][-1] == "mlx-lm tensor"
+
+
+@pytest.mark.slow
 def test_tables_of_the_pipeline_alone() -> None:
     out = run("--pipeline-only", num_ranks=3)
     assert "one hop of the ring" in out
