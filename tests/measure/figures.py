@@ -2,6 +2,7 @@
 
     decode   tokens per second of one stream, 2 ranks against 1
     prefill  tokens per second of a 4,096-token prompt, 2 ranks against 1
+    tensor   tokens per second of one stream, each of 2 ranks holding a part of every layer, over the ring and MPI
     draft    tokens per second of one stream of the bundled model, with its draft model against without, on 1 and 2 ranks
     benchmark hippo_mpi.benchmark --compare mlx-lm with the model of decode; its plot goes to rates.png
     hop      time per hop of an 8 KiB hidden state, on the ring and on MPI
@@ -81,6 +82,15 @@ def run_pinned(num_ranks: int, command: list[str], preload: str) -> str:
         return running[0].out
 
 
+def run_under_mpi(num_ranks: int, command: list[str], preload: str) -> str:
+    """As `run_pinned`, by mpirun."""
+    command = ["env", "OPENBLAS_NUM_THREADS=1", *([f"LD_PRELOAD={preload}"] if preload else []), *command]
+    with ranks.single([*ranks.mpirun(num_ranks, []), "--bind-to", "core", *command]) as launcher:
+        if launcher.wait(1800):
+            raise SystemExit(launcher.err)
+        return launcher.out
+
+
 def run_generate(num_ranks: int, options: list[str], preload: str) -> dict[str, Any]:
     """The --json object of a run with each rank on a core of its own."""
     return dict(json.loads(run_pinned(num_ranks, [GENERATE, "--json", *options], preload)))
@@ -126,6 +136,19 @@ def measure_speed(what: str, preload: str, trials: int) -> None:
             compare([*options, "--max-tokens", "1"], "prompt_tps", preload, trials)
         else:
             compare([*options, "--max-tokens", "64"], "generation_tps", preload, trials)
+
+
+def measure_tensor(_: str, preload: str, trials: int) -> None:
+    """A model whose vocabulary is a quarter of it; a short and a long context."""
+    with tempfile.TemporaryDirectory() as name:
+        parameters = make_llama(Path(name), 12, 768, 32000, mx.float32)
+        print(f"  llama of {parameters / 1e6:.0f}M parameters, float32, {preload or 'the wheel’s own BLAS'}")
+        for prompt_tokens in (128, 3000):
+            options = ["--concurrent", "1", "--prompt-tokens", str(prompt_tokens), "--generation-tokens", "40"]
+            options += ["--trials", str(trials), "--timeout", "120", "--parallel", "tensor", "--compare", "mlx-lm"]
+            command = [str(ranks.BIN / "hippo_mpi.benchmark"), "--model", name, *options]
+            for run in (run_pinned, run_under_mpi):
+                print(run(2, command, preload), flush=True)
 
 
 def measure_draft(_: str, preload: str, trials: int) -> None:
@@ -382,6 +405,7 @@ def measure_idle(*_: Any) -> None:
 MEASURES: dict[str, Callable[[str, str, int], None]] = {
     "decode": measure_speed,
     "prefill": measure_speed,
+    "tensor": measure_tensor,
     "draft": measure_draft,
     "benchmark": measure_benchmark,
     "hop": measure_hop,
