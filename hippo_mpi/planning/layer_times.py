@@ -32,8 +32,11 @@ from hippo_mpi.tracing.nested_arrays import Opaque
 from hippo_mpi.tracing.twin import blank_twin
 from hippo_mpi.transport.collective import Collective
 
-SHAPES = ((1, 1), (4, 1), (16, 1), (1, 256))
-"""Rows and tokens of the steps that are timed: answers of 1, 4 and 16 requests, and a piece of a prompt."""
+SHAPES = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (1, 256))
+"""Rows and tokens of the steps that are timed: answers of 1 to 16 requests, and a piece of a prompt.
+
+A step of two rows may take as long as one of four: a BLAS has other code for one row than for several.
+"""
 
 _PAST_TOKENS = 5  # in the caches; as many as `tracing.trace` reads before it
 _COPIED_BYTES = 512 << 20  # more than processors' caches hold; of a larger layer, one form at a time is in memory

@@ -13,9 +13,9 @@ from hippo_mpi.config.links import Link
 from hippo_mpi.planning.layer_times import SHAPES, KindTimes, RankTimes
 
 LOADS = ("one", "few", "many", "prompts")
-"""What a layout is chosen for: answers of one request, of 4 or 16 at once, or long prompts; as in SHAPES."""
+"""What a layout is chosen for: answers of one request, of 4 or 16 at once, or long prompts."""
 
-_SHAPE_OF = {load: place for place, load in enumerate(LOADS)}
+_SHAPE_OF = {load: SHAPES.index(shape) for load, shape in zip(LOADS, ((1, 1), (4, 1), (16, 1), (1, 256)), strict=True)}
 _LOAD_WORDS = {"one": "for one request", "few": "for 4 at once", "many": "for 16 at once", "prompts": "of long prompts"}
 _NEARLY = 0.95  # predictions are off by more
 _LINK_BYTES = (4 << 10, 64 << 10, 1 << 20)

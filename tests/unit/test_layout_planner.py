@@ -11,7 +11,7 @@ import pytest
 from hippo_mpi.checkpoint.checkpoint import ModelSource, open_checkpoint
 from hippo_mpi.errors import UserError
 from hippo_mpi.planning.layer_split import Machine
-from hippo_mpi.planning.layer_times import KindTimes, RankTimes
+from hippo_mpi.planning.layer_times import SHAPES, KindTimes, RankTimes
 from hippo_mpi.planning.layout_choice import LinkTimes
 from hippo_mpi.planning.model_costs import model_info
 from hippo_mpi.runtime.layout_planner import LayoutPlanner, PlanConstraints, Timed
@@ -67,11 +67,9 @@ def test_stages_of_ranks_are_taken_where_they_are_fastest(tmp_path: Path) -> Non
     machines = [Machine(f"mini{rank}", 1 << 34) for rank in range(4)]
     planner = LayoutPlanner(checkpoint, info, machines, PlanConstraints(None, 256, parallel="auto"), control)
     shards = planner.widths()
-    split = (0.4,) * 4
-    kind = KindTimes(
-        tuple(range(info.num_layers)), (1.0,) * 4, split, {"mlp.down_proj": split}, {"mlp.down_proj": (1,)}
-    )
-    timed = [Timed(RankTimes((kind,), (0.0,) * 4, (0.0,) * 4), link)] * 4
+    whole, split, none = ((seconds,) * len(SHAPES) for seconds in (1.0, 0.4, 0.0))
+    kind = KindTimes(tuple(range(info.num_layers)), whole, split, {"mlp.down_proj": split}, {"mlp.down_proj": (1,)})
+    timed = [Timed(RankTimes((kind,), none, none), link)] * 4
     found = planner.planned(shards, timed, include_sums=False)
     assert found.shards is not None and found.shards.num_ranks == 2
     assert [(stage.start, stage.stop) for stage in found.split.stages] == [(0, 3), (0, 3), (3, 6), (3, 6)]
