@@ -86,7 +86,7 @@ def test_a_prompt_from_standard_input_ends_with_it(launcher: str, kind: str, tmp
                 first, second = QUESTION[:10], QUESTION[10:]
                 running.process.stdin.write(first.encode())
                 running.process.stdin.flush()
-                time.sleep(12 if launcher in ("mlx.launch", "mpirun") else 3)  # so long that rank 0 reads already
+                time.sleep(8 if launcher in ("mlx.launch", "mpirun") else 3)  # so long that rank 0 reads already
                 running.process.stdin.write(second.encode())
                 running.process.stdin.close()
             code = running.wait()
