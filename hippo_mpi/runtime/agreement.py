@@ -22,10 +22,12 @@ from hippo_mpi.planning.costs import ModelInfo
 from hippo_mpi.planning.layer_split import LayerSplit, Machine
 from hippo_mpi.planning.machine import available_bytes, measured_speeds, usual_flops_per_byte
 from hippo_mpi.planning.model_costs import model_info
-from hippo_mpi.runtime.layout_planner import LayoutPlanner, PlanConstraints, PlannedLayout, time_rank
+from hippo_mpi.runtime.layout_planner import LayoutPlanner, PlanConstraints, PlannedLayout
+from hippo_mpi.runtime.rank_timing import time_rank
 from hippo_mpi.runtime.source_digest import source_digest
 from hippo_mpi.sharding.slot_caches import KVSettings
 from hippo_mpi.sharding.tensor import ShardPlan
+from hippo_mpi.transport.collective import is_in_graph
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.world import World
@@ -216,10 +218,9 @@ def _compared(
     if not is_here:
         assert planner is not None
         return planner.planned(offer.shards, planner.time_elsewhere(offer.shards), include_sums=False)
-    timed = control.gather(time_rank(checkpoint, offer.shards, world, control, constraints))
-    if planner is None or timed is None:
-        return None
-    return planner.planned(offer.shards, timed, include_sums=constraints.link is None)
+    is_lazy, include_sums = is_in_graph(constraints.collectives), constraints.link is None
+    timed = control.gather(time_rank(checkpoint, offer.shards, world, control, is_lazy, include_sums))
+    return None if planner is None or timed is None else planner.planned(offer.shards, timed, include_sums)
 
 
 def _open_draft(source: ModelSource | None) -> DraftModel | None:

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, open_lazily
@@ -14,12 +13,11 @@ from hippo_mpi.config.links import LINKS, Link
 from hippo_mpi.errors import PlanError, UserError
 from hippo_mpi.planning.costs import ModelInfo
 from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
-from hippo_mpi.planning.layer_times import AbsentRanks, RankTimes, time_layers
+from hippo_mpi.planning.layer_times import AbsentRanks, time_layers
 from hippo_mpi.planning.layout_choice import (
     PIPELINE,
     TENSOR,
     Comparison,
-    LinkTimes,
     ModelSizes,
     Prediction,
     best,
@@ -27,19 +25,12 @@ from hippo_mpi.planning.layout_choice import (
     reason,
 )
 from hippo_mpi.planning.width_plan import WidthPart, plan_widths, width_shares
+from hippo_mpi.runtime.rank_timing import Timed
 from hippo_mpi.sharding.tensor import ShardPlan, plan_shards, restrict
 from hippo_mpi.tracing.dataflow import Dataflow
 from hippo_mpi.tracing.twin import blank_twin
-from hippo_mpi.transport.channel import RingChannel
-from hippo_mpi.transport.collective import RankCollective, is_in_graph
 from hippo_mpi.transport.control import Control
-from hippo_mpi.transport.hop_times import echo, time_ring
-from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.pulse import Activity
-from hippo_mpi.transport.world import World
-
-_HOP_BYTES = (4 << 10, 64 << 10, 1 << 20)
-_HOP_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -82,42 +73,6 @@ class PlannedLayout:
     comparison: Comparison | None = None
     problems: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Timed:
-    """What a rank has timed."""
-
-    layers: RankTimes
-    link: LinkTimes
-
-
-def time_rank(
-    checkpoint: Checkpoint, shards: ShardPlan, world: World, control: Control, constraints: PlanConstraints
-) -> Timed:
-    """Time layers, sums and hops on this rank; every rank must call it.
-
-    For a link that isn't there, layers are timed without their sums.
-    """
-
-    def going_on() -> None:
-        control.progress("timing layers", Activity.TOGETHER)
-
-    model, _ = open_lazily(checkpoint.source)
-    own = RankCollective(world, is_in_graph(constraints.collectives), control.names)
-    control.gather(True)
-    control.meet()
-    going_on()
-    sums = own.choose()
-    collective = own if constraints.link is None else AbsentRanks(world.rank)
-    layers = time_layers(model, shards, world.rank, collective, going_on)
-    mx.clear_cache()
-    channel, hops = RingChannel(world, control, Layout(world.size)), []
-    if world.rank == 0:
-        hops = time_ring(channel, world.size, control.progress, _HOP_BYTES, _HOP_TRIES)
-    else:
-        echo(channel)
-    return Timed(layers, LinkTimes(tuple(sums), tuple((hop.size_bytes, hop.median_s) for hop in hops)))
 
 
 class LayoutPlanner:

@@ -26,7 +26,7 @@ from hippo_mpi.sharding.sharded_layers import shard_layer
 from hippo_mpi.sharding.width_split import LayerShards
 from hippo_mpi.tracing import nested_arrays
 from hippo_mpi.tracing.nested_arrays import Opaque
-from hippo_mpi.transport.collective import LocalCollective, run_ranks
+from hippo_mpi.transport.local_collective import LocalCollective, run_ranks
 
 _RANK = 4
 _TOLERANCE = 1e-4  # relative to the largest value; a wrong split is off by tenths

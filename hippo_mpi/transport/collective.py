@@ -1,6 +1,6 @@
 """Sums over all ranks and joined parts of them, in the order in which every rank's code asks for them.
 
-`RankCollective` works over `mx.distributed`, `LocalCollective` in one process, where each rank is a greenlet.
+Over `mx.distributed`; `local_collective.py` has them for ranks of one process.
 
 Measured on two ranks of one machine, between matrix products (24 sums of 3 KiB a step): on the ring, an all_gather whose
 parts are added locally costs 130 us, an all_sum 305 us, as it takes twice as many phases; under MPI, 110 and 40 us. A
@@ -14,18 +14,14 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Any, TypeVar
+from dataclasses import replace
 
 import mlx.core as mx
-from greenlet import getcurrent, greenlet
 
 from hippo_mpi.errors import DesyncError
 from hippo_mpi.transport.layout import Layout
 from hippo_mpi.transport.world import World
 
-_T = TypeVar("_T")
 _STEPS_ON_THE_WAY = 2  # one is computed while the graph of the next one is built
 _TRIES = (20, 20, 5)
 _TRIED_SIZES = (1 << 10, 1 << 14, 1 << 18)  # values: about hidden states of one token, of a few rows, of a prompt
@@ -275,58 +271,3 @@ def collective_of(world: World, layout: Layout, is_lazy: bool, names: Sequence[s
 def is_in_graph(asked: str | None) -> bool:
     """Return whether sums are part of the graph: as it was asked for ("graph" or "stepwise"), or on a CPU."""
     return mx.default_device() == mx.cpu if asked is None else asked == "graph"
-
-
-class LocalCollective(Collective):
-    """Sums between ranks that run in one process, each in a greenlet of `run_ranks`."""
-
-    def sum(self, part: mx.array) -> mx.array:
-        """Return the sum of all ranks' parts."""
-        return self._ask(part, part.shape, lambda parts: reduce(mx.add, parts))
-
-    def gather(self, part: mx.array, widths: Sequence[int]) -> mx.array:
-        """Return all ranks' parts side by side."""
-        return self._ask(part, (*part.shape[:-1], *widths), lambda parts: mx.concatenate(parts, -1))
-
-    def note(self, choices: mx.array) -> None:
-        """Do nothing: one processor rounds in one way."""
-
-    def _ask(self, part: mx.array, shape: tuple[int, ...], operation: Callable[[list[mx.array]], mx.array]) -> mx.array:
-        asker = hub = getcurrent()
-        while hub.parent is not None:  # a rank may run code in greenlets of its own
-            hub = hub.parent
-        found: mx.array = hub.switch(_Asked(asker, part, shape, operation))
-        return found
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What a rank of `run_ranks` waits for."""
-
-    asker: greenlet
-    part: mx.array
-    shape: tuple[int, ...]
-    operation: Callable[[list[mx.array]], mx.array]
-
-
-def run_ranks(ranks: Sequence[Callable[[], _T]]) -> list[_T]:
-    """Run a function for each rank, all in this process; sums are made when every rank has asked for one.
-
-    Raises:
-        DesyncError: ranks ask for sums of different shapes, or one ends while others wait for a sum.
-    """
-    results: list[Any] = [None] * len(ranks)
-
-    def run(rank: int) -> None:
-        results[rank] = ranks[rank]()
-
-    running = [greenlet(run) for _ in ranks]
-    asked: list[_Asked | None] = [rank.switch(number) for number, rank in enumerate(running)]
-    while any(asked):
-        waiting = [one for one in asked if one is not None]
-        shapes = [None if one is None else one.shape for one in asked]
-        if len(set(shapes)) > 1:
-            raise DesyncError(f"ranks add up different arrays: {shapes}")
-        found = waiting[0].operation([one.part for one in waiting])
-        asked = [one.asker.switch(found) for one in waiting]
-    return results

@@ -28,7 +28,8 @@ from hippo_mpi.sharding.stage import Forward
 from hippo_mpi.sharding.tensor import ShardPlan, plan_shards, restrict, shard_model
 from hippo_mpi.sharding.width_split import LayerShards, split_layer
 from hippo_mpi.tracing.twin import blank_twin
-from hippo_mpi.transport.collective import LocalCollective, RankCollective, run_ranks
+from hippo_mpi.transport.collective import RankCollective
+from hippo_mpi.transport.local_collective import LocalCollective, run_ranks
 from hippo_mpi.transport.world import World
 from tests.local_ring import open_folder
 from tests.measure.figures import make_llama

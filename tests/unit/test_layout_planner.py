@@ -14,7 +14,8 @@ from hippo_mpi.planning.layer_split import Machine
 from hippo_mpi.planning.layer_times import SHAPES, KindTimes, RankTimes
 from hippo_mpi.planning.layout_choice import LinkTimes
 from hippo_mpi.planning.model_costs import model_info
-from hippo_mpi.runtime.layout_planner import LayoutPlanner, PlanConstraints, Timed
+from hippo_mpi.runtime.layout_planner import LayoutPlanner, PlanConstraints
+from hippo_mpi.runtime.rank_timing import Timed
 from hippo_mpi.sharding.slot_caches import KVSettings
 from tests.parity import tiny_models
 
