@@ -91,6 +91,7 @@ def test_completions_choices_seeds_and_logprobs(running: Server) -> None:
     assert streamed == [choice.text for choice in first.choices]
 
 
+@pytest.mark.slow
 def test_answers_that_are_json(running: Server) -> None:
     """A grammar, not a request to the model: this one knows no JSON."""
     schema = {
@@ -156,6 +157,7 @@ def test_bad_bodies_are_refused_in_openai_s_shape(running: Server, body: Any, li
     assert error["type"] == "invalid_request_error"
 
 
+@pytest.mark.slow
 def test_anthropic_s_client(running: Server, wanted: str) -> None:
     client = anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0)
     asked: Any = [{"role": "user", "content": [{"type": "text", "text": DEFAULT_PROMPT}]}]

@@ -141,6 +141,7 @@ def test_killed_at_any_step_all_goes_on_or_back(home: Path) -> None:
     assert kill_at > 30
 
 
+@pytest.mark.slow
 def test_killed_while_it_puts_back_it_goes_on(home: Path) -> None:
     before = state(home)
     whole = copied(home, 0)

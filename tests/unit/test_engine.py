@@ -233,6 +233,7 @@ def test_steps_are_built_before_their_tokens_are_known(
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.slow
 def test_short_prompts_are_read_together(
     folder: Path, checkpoint: Checkpoint, tokenizer: TokenizerWrapper, split: list[int]
 ) -> None:

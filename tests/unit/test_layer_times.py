@@ -14,6 +14,7 @@ from tests.parity import tiny_models
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("llama", 2), ("gemma3_text", 2), ("deepseek_v3", 3)])
+@pytest.mark.slow
 def test_each_kind_is_timed_whole_and_in_parts(name: str, blocks: int, tmp_path: Path) -> None:
     model, _ = open_lazily(ModelSource(tiny_models.make_checkpoint(name, tmp_path)))
     plan = plan_shards(blank_twin(model), (0.5, 0.5))

@@ -222,6 +222,7 @@ def test_a_fault_is_named_on_its_host(name: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
+@pytest.mark.slow
 def test_faults_in_pairs(seed: int) -> None:
     """The one doesn't hide the other; warnings come after all errors."""
     names = random.Random(seed).sample(sorted(FAULTS), 2)

@@ -82,6 +82,7 @@ def test_a_wheel_has_what_the_checkout_has(wheel: Path) -> None:
     assert {"hippo_mpi/py.typed", f"{BUNDLED}/models/story-3m/model.safetensors"} <= expected
 
 
+@pytest.mark.slow
 def test_an_sdist_makes_the_same_wheel(built: Path, wheel: Path, tmp_path: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

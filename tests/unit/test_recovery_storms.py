@@ -82,6 +82,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.slow
 def test_storm(run: Run, seed: int) -> None:
     """In the end ranks come that stay, so that whoever still waits is answered."""
     chance = random.Random(seed)

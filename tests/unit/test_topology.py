@@ -70,6 +70,7 @@ def networks_in_use(cluster: FakeCluster) -> list[IPv4Network]:
 
 
 @pytest.mark.parametrize("block", range(10))
+@pytest.mark.slow
 def test_random_cables(block: int, tmp_path: Path) -> None:
     compared = 0
     for seed in range(50 * block, 50 * (block + 1)):
