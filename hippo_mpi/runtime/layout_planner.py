@@ -46,7 +46,7 @@ class PlanConstraints:
     is_exact: bool = False  # whether nothing is added up over the ranks
     collectives: str | None = None  # "graph" or "stepwise"
     load: str = "one"  # for which "auto" chooses
-    is_load_given: bool = False
+    is_load_given: bool = False  # by people, rather than by the command
     link: Link | None = None  # between machines that aren't here
     has_comparison: bool = False  # whether the ways to share the model are timed, although none is to be chosen
 

@@ -122,7 +122,7 @@ class _BetweenProcesses(Collective):
             if noted != found[0]:
                 raise DesyncError(
                     f"{name} has chosen other experts than {self._names[0]} for the same tokens: their processors round"
-                    " differently; use --parallel pipeline"
+                    " differently; use a pipeline (--parallel pipeline, hippo_mpi.pipeline)"
                 )
 
 

@@ -71,7 +71,8 @@ class Control:
         self.world, self.timeout_s = world, timeout_s
         self.hosts = [world.host]
         """Names of the ranks' hosts."""
-        self.names = [f"rank {world.rank} ({world.host})"]
+        self._own_name = f"rank {world.rank} ({world.host})"
+        self.names = [self._own_name]
         """What the ranks are called in errors."""
         self._reports: queue.Queue[tuple[int, msgspec.Raw]] = queue.Queue()
         self._star: dict[int, socket.socket] = {}
@@ -82,7 +83,6 @@ class Control:
         self._pulse = Pulse(timeout_s)
         self._moved_at = time.monotonic()
         self._closing = False
-        self._own_name = f"rank {world.rank} ({world.host})"
         self.on_end: Callable[[int, str], None] = lambda code, why: None  # told of a bad end
         self.own_status: Callable[[], RankStatus | None] = lambda: None  # asked by the watch thread
         if world.size > 1:

@@ -1,4 +1,4 @@
-"""A rank of hippo_mpi.generate that goes astray at its tenth step, or while it loads, as its first argument says."""
+"""A rank of hippo_mpi.generate that goes astray at its tenth step, while it loads, or in its choice of experts, as its first argument says."""
 
 from __future__ import annotations
 
