@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,8 @@ A step of two rows may take as long as one of four: a BLAS has other code for on
 
 _PAST_TOKENS = 5  # in the caches; as many as `tracing.trace` reads before it
 _COPIED_BYTES = 512 << 20  # more than processors' caches hold; of a larger layer, one form at a time is in memory
-_TRIES, _HEAD_TRIES = 5, 15  # as many on each rank: the first one is a warm-up
+_TRIES, _MOST_TRIES, _HEAD_TRIES = 5, 25, 15  # as many on each rank: the first one is a warm-up
+_PRECISE_S = 4.0  # for each shape that the choice hangs on: on a busy machine, 4 tries are off by 6 %, 14 by 2
 _NOISE_BYTES = 16 << 20  # larger weights are zeros, which take as long
 
 
@@ -89,7 +90,12 @@ class RankTimes:
 
 
 def time_layers(
-    model: nn.Module, plan: ShardPlan, rank: int, collective: Collective, on_progress: Callable[[], None]
+    model: nn.Module,
+    plan: ShardPlan,
+    rank: int,
+    collective: Collective,
+    on_progress: Callable[[], None],
+    precise: Collection[int] = (),
 ) -> RankTimes:
     """Time the layers of a model; every rank of the collective must do so.
 
@@ -99,6 +105,7 @@ def time_layers(
         rank: whose part is timed.
         collective: what the parts add up with, or `AbsentRanks`.
         on_progress: called after each try.
+        precise: places in SHAPES of what is timed more often; the same on each rank.
     """
     twin = blank_twin(model)
     fuse_adapters(twin)
@@ -119,9 +126,10 @@ def time_layers(
         for turns in [forms] if size <= _COPIED_BYTES else [[form] for form in forms]:
             copies = [_copies(layer, num_copies, form, rank, collective) for form in turns]
             by_step = []
-            for step in own:
+            for place, step in enumerate(own):
                 taken = [part if step.before else part[:1] for part in copies]
-                by_step.append(_medians_s(taken, step, collective, on_progress))
+                tries_s = _PRECISE_S / len(by_kind) if place in precise else 0.0
+                by_step.append(_medians_s(taken, step, collective, on_progress, tries_s))
             times += zip(*by_step, strict=True)
         whole, split, *parts = times
         here = tuple(steps[number][0].call.layer for number in numbers)
@@ -169,22 +177,39 @@ def _exchanged(layer: nn.Module, shards: LayerShards, rank: int, step: _Step) ->
 
 
 def _medians_s(
-    forms: Sequence[Sequence[nn.Module]], step: _Step, collective: Collective, on_progress: Callable[[], None]
+    forms: Sequence[Sequence[nn.Module]],
+    step: _Step,
+    collective: Collective,
+    on_progress: Callable[[], None],
+    tries_s: float,
 ) -> list[float]:
-    """Return the seconds of a step of each form of a layer; these take turns, so that what slows them down hits all."""
+    """Return the seconds of a step of each form of a layer; these take turns, so that what slows them down hits all.
+
+    There are a few tries at least, and as many as take `tries_s`, on every rank.
+    """
     past: list[list[Any]] = [[] for _ in forms]
     if step.before is not None:
         for place, copies in enumerate(forms):
             inputs, past[place] = step.before.again()
             mx.eval(_made(copies[0], inputs, past[place]))
     times: list[list[float]] = []
-    for _ in range(_TRIES):
+    num_tries = _TRIES
+    while len(times) < num_tries:
         seconds = []
         for copies, caches in zip(forms, past, strict=True):
             seconds.append(_step_s(copies, step.call, caches, collective))
             on_progress()
         times.append(seconds)
+        if tries_s and len(times) == 2:  # after the warm-up
+            num_tries = _agreed_tries(tries_s, sum(seconds) * len(forms[0]), collective)
     return [statistics.median(trials) for trials in zip(*times[1:], strict=True)]
+
+
+def _agreed_tries(tries_s: float, try_s: float, collective: Collective) -> int:
+    """Return how many tries fit into some seconds, between limits; the same on every rank."""
+    collective.begin(notes=False)
+    all_s, num_ranks = collective.sum(mx.array([try_s, 1.0])).tolist()  # type: ignore[misc]
+    return min(_MOST_TRIES, max(_TRIES, int(tries_s * num_ranks / all_s)))
 
 
 def _step_s(copies: Sequence[nn.Module], call: Call, caches: list[Any], collective: Collective) -> float:
@@ -196,12 +221,21 @@ def _step_s(copies: Sequence[nn.Module], call: Call, caches: list[Any], collecti
     began = time.perf_counter()
     before: list[mx.array] = []
     for given in rounds:
-        made = [array for one in given for array in _made(*one)]
+        made: list[mx.array] = []
+        for layer, inputs, own in given:
+            # One layer after the other, as in a model: ranks wait for each other at each sum.
+            after = _after(inputs, own, made[:1] or before[:1])
+            made = _made(layer, after, own) + made
         mx.async_eval(made)  # type: ignore[no-untyped-call]
         mx.eval(before)
         before = made
     mx.eval(before)
     return (time.perf_counter() - began) / len(copies)
+
+
+def _after(inputs: dict[str, Any], caches: list[Any], made: list[mx.array]) -> Any:
+    """Return inputs that are there only once what another layer has made is."""
+    return nested_arrays.replace(inputs, Opaque(caches), lambda path, array: mx.depends([array], made)[0])
 
 
 def _fresh(caches: list[Any]) -> list[Any]:

@@ -5,6 +5,7 @@ Each rank gets some layers (a pipeline), or a part of every layer, or ranks form
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
@@ -21,6 +22,16 @@ _NEARLY = 0.95  # predictions are off by more
 _LINK_BYTES = (4 << 10, 64 << 10, 1 << 20)
 PIPELINE, TENSOR, ALONE = "pipeline", "tensor", "one rank alone"
 _CHUNKS_IN_FLIGHT = 8  # pieces of a long prompt: filling a pipeline takes one for each of its other stages
+
+
+def shapes_of(load: str, num_ranks: int) -> set[int]:
+    """Return the places in SHAPES that a choice for a load hangs on: of its steps, and of a pipeline's, which are smaller."""
+    place = _SHAPE_OF[load]
+    rows, tokens = SHAPES[place]
+    if tokens > 1:
+        return {place}
+    smaller = _shape_of_rows(rows / min(rows, num_ranks))
+    return {place, math.floor(smaller), math.ceil(smaller)}
 
 
 @dataclass(frozen=True)
@@ -275,12 +286,13 @@ def link_times(link: Link, num_ranks: int, value_bytes: int) -> LinkTimes:
 
 
 def best(predictions: Sequence[Prediction], load: str) -> Prediction:
-    """Return the fastest of those that can be taken; a pipeline if it is nearly as fast, as it asks least of the link."""
+    """Return the first of those that can be taken and are nearly as fast as the fastest.
+
+    A pipeline comes first, as it asks least of the link, and all of each layer split before some of it.
+    """
     usable = [one for one in predictions if not one.problem]
-    fastest = max(usable, key=lambda one: one.tokens_per_s[load])
-    pipelines = [one for one in usable if one.name == PIPELINE]
-    is_near = any(one.tokens_per_s[load] >= _NEARLY * fastest.tokens_per_s[load] for one in pipelines)
-    return pipelines[0] if is_near else fastest
+    fastest = max(one.tokens_per_s[load] for one in usable)
+    return next(one for one in usable if one.tokens_per_s[load] >= _NEARLY * fastest)
 
 
 def _split_s(kind: KindTimes, blocks: Sequence[str], index: int) -> float:

@@ -219,7 +219,8 @@ def _compared(
         assert planner is not None
         return planner.planned(offer.shards, planner.time_elsewhere(offer.shards), include_sums=False)
     is_lazy, include_sums = is_in_graph(constraints.collectives), constraints.link is None
-    timed = control.gather(time_rank(checkpoint, offer.shards, world, control, is_lazy, include_sums))
+    own = time_rank(checkpoint, offer.shards, world, control, is_lazy, include_sums, constraints.load)
+    timed = control.gather(own)
     return None if planner is None or timed is None else planner.planned(offer.shards, timed, include_sums)
 
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, open_lazily
 from hippo_mpi.planning.layer_times import AbsentRanks, RankTimes, time_layers
-from hippo_mpi.planning.layout_choice import LinkTimes
+from hippo_mpi.planning.layout_choice import LinkTimes, shapes_of
 from hippo_mpi.sharding.tensor import ShardPlan
 from hippo_mpi.transport.channel import RingChannel
 from hippo_mpi.transport.collective import RankCollective
@@ -31,7 +31,13 @@ class Timed:
 
 
 def time_rank(
-    checkpoint: Checkpoint, shards: ShardPlan, world: World, control: Control, is_lazy: bool, include_sums: bool
+    checkpoint: Checkpoint,
+    shards: ShardPlan,
+    world: World,
+    control: Control,
+    is_lazy: bool,
+    include_sums: bool,
+    load: str,
 ) -> Timed:
     """Time layers, sums and hops on this rank; every rank must call it.
 
@@ -42,6 +48,7 @@ def time_rank(
         control: to the others.
         is_lazy: whether sums are part of the graph.
         include_sums: whether layers are timed together with their sums; not for a link that isn't there.
+        load: for which a choice will be made, whose steps are timed more often.
     """
 
     def going_on() -> None:
@@ -54,7 +61,7 @@ def time_rank(
     going_on()
     sums = own.choose()
     collective = own if include_sums else AbsentRanks(world.rank)
-    layers = time_layers(model, shards, world.rank, collective, going_on)
+    layers = time_layers(model, shards, world.rank, collective, going_on, shapes_of(load, world.size))
     mx.clear_cache()
     channel, hops = RingChannel(world, control, Layout(world.size)), []
     if world.rank == 0:
