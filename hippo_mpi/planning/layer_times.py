@@ -13,7 +13,8 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +24,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from hippo_mpi.sharding.dependence import Call, ProbedModel
 from hippo_mpi.sharding.linear_layers import num_inputs
-from hippo_mpi.sharding.sharded_head import HeadShards, shard_head
+from hippo_mpi.sharding.sharded_head import shard_head
 from hippo_mpi.sharding.sharded_layers import shard_layer
 from hippo_mpi.sharding.tensor import ShardPlan, fuse_adapters, structure_of
 from hippo_mpi.sharding.width_split import LayerShards
@@ -38,11 +39,27 @@ SHAPES = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (1, 256))
 A step of two rows may take as long as one of four: a BLAS has other code for one row than for several.
 """
 
+_ROWS = [rows for rows, _ in SHAPES]
+_TOKENS = [rows * tokens for rows, tokens in SHAPES]
+_Run = Callable[[], float]  # does what is timed once, and returns its seconds
+
 _PAST_TOKENS = 5  # in the caches; as many as `tracing.trace` reads before it
 _COPIED_BYTES = 512 << 20  # more than processors' caches hold; of a larger layer, one form at a time is in memory
-_TRIES, _MOST_TRIES, _HEAD_TRIES = 5, 25, 15  # as many on each rank: the first one is a warm-up
-_PRECISE_S = 4.0  # for each shape that the choice hangs on: on a busy machine, 4 tries are off by 6 %, 14 by 2
+_LEAST_TRIES = 3  # the first one is a warm-up
+_STEP_S = 0.25  # copies beyond what takes as long would only take longer
+_LONGEST_TRY_S = 4.0  # what would take longer is concluded from fewer tokens
 _NOISE_BYTES = 16 << 20  # larger weights are zeros, which take as long
+
+
+@dataclass(frozen=True)
+class _Effort:
+    """How long a shape is timed: for some seconds, but no more than some tries."""
+
+    seconds: float
+    most_tries: int
+
+
+_USUAL, _PRECISE = _Effort(2.0, 6), _Effort(5.0, 25)  # on a busy machine, 4 tries are off by 6 %, 14 by 2
 
 
 @dataclass(frozen=True)
@@ -115,6 +132,7 @@ def time_layers(
         structure = structure_of(layers[first.call.layer], first.call)
         by_kind.setdefault(structure + repr(plan.layers[first.call.layer]), []).append(number)
     kinds = []
+    efforts = _efforts(precise, len(by_kind))
     for numbers in by_kind.values():
         own = steps[numbers[0]]
         layer, shards = layers[own[0].call.layer], plan.layers[own[0].call.layer]
@@ -125,17 +143,21 @@ def time_layers(
         times: list[tuple[float, ...]] = []
         for turns in [forms] if size <= _COPIED_BYTES else [[form] for form in forms]:
             copies = [_copies(layer, num_copies, form, rank, collective) for form in turns]
-            by_step = []
-            for place, step in enumerate(own):
-                taken = [part if step.before else part[:1] for part in copies]
-                tries_s = _PRECISE_S / len(by_kind) if place in precise else 0.0
-                by_step.append(_medians_s(taken, step, collective, on_progress, tries_s))
-            times += zip(*by_step, strict=True)
+            once_s = max(run() for run in _layer_runs(copies, own[0], 1, collective))
+            some = min(num_copies, 1 + int(_STEP_S / _agreed(once_s, collective)))
+            runs = [partial(_layer_runs, copies, step, some, collective) for step in own]
+            times += zip(*_by_shape(runs, _TOKENS, efforts, collective, on_progress), strict=True)
         whole, split, *parts = times
         here = tuple(steps[number][0].call.layer for number in numbers)
         exchanges = {path: _exchanged(layer, shards.only({path}), rank, own[-1]) for path in paths}
         kinds.append(KindTimes(here, whole, split, dict(zip(paths, parts, strict=True)), exchanges))
-    return RankTimes(tuple(kinds), *_head_times(twin, plan, rank, collective))
+    return RankTimes(tuple(kinds), *_head_times(twin, plan, rank, efforts, collective, on_progress))
+
+
+def _efforts(precise: Collection[int], num_kinds: int) -> list[_Effort]:
+    """Return how long to try at each place in SHAPES, so that many kinds of layers don't take longer than one."""
+    efforts = [_PRECISE if place in precise else _USUAL for place in range(len(SHAPES))]
+    return [replace(effort, seconds=effort.seconds / num_kinds) for effort in efforts]
 
 
 @dataclass(frozen=True)
@@ -176,40 +198,71 @@ def _exchanged(layer: nn.Module, shards: LayerShards, rank: int, step: _Step) ->
     return tuple(size // (rows * tokens) for size in counting.sizes)
 
 
-def _medians_s(
-    forms: Sequence[Sequence[nn.Module]],
-    step: _Step,
+def _layer_runs(
+    forms: Sequence[Sequence[nn.Module]], step: _Step, num_copies: int, collective: Collective
+) -> list[_Run]:
+    """Return what times a step of each form of a layer, of which there are copies."""
+    runs: list[_Run] = []
+    for copies in forms:
+        past: list[Any] = []
+        if step.before is not None:
+            inputs, past = step.before.again()
+            mx.eval(_made(copies[0], inputs, past))
+        # What reads a prompt isn't slowed down by memory.
+        some = copies[: num_copies if step.before else 1]
+        runs.append(partial(_step_s, some, step.call, past, collective))
+    return runs
+
+
+def _by_shape(
+    runs: Sequence[Callable[[], Sequence[_Run]]],
+    sizes: Sequence[int],
+    efforts: Sequence[_Effort],
     collective: Collective,
     on_progress: Callable[[], None],
-    tries_s: float,
-) -> list[float]:
-    """Return the seconds of a step of each form of a layer; these take turns, so that what slows them down hits all.
+) -> list[list[float]]:
+    """Return the seconds of each run, by place in SHAPES.
 
-    There are a few tries at least, and as many as take `tries_s`, on every rank.
+    Args:
+        runs: what is timed at each place.
+        sizes: how much there is to compute at each place.
+        efforts: how long to try at each place.
+        collective: what the ranks' parts add up with.
+        on_progress: called after each try.
     """
-    past: list[list[Any]] = [[] for _ in forms]
-    if step.before is not None:
-        for place, copies in enumerate(forms):
-            inputs, past[place] = step.before.again()
-            mx.eval(_made(copies[0], inputs, past[place]))
-    times: list[list[float]] = []
-    num_tries = _TRIES
-    while len(times) < num_tries:
-        seconds = []
-        for copies, caches in zip(forms, past, strict=True):
-            seconds.append(_step_s(copies, step.call, caches, collective))
+    found: list[list[float]] = []
+    for place, effort in enumerate(efforts):
+        growth = sizes[place] / sizes[place - 1] if found else 0.0
+        if found and growth * _agreed(sum(found[-1]), collective) > _LONGEST_TRY_S:
+            found.append([growth * seconds for seconds in found[-1]])
+        else:
+            found.append(_in_turn(runs[place](), effort, collective, on_progress))
+    return found
+
+
+def _in_turn(
+    runs: Sequence[_Run], effort: _Effort, collective: Collective, on_progress: Callable[[], None]
+) -> list[float]:
+    """Return the median seconds of each run; they take turns, so that what slows them down hits all."""
+    tries: list[list[float]] = []
+    num_tries = _LEAST_TRIES
+    while len(tries) < num_tries:
+        began, seconds = time.perf_counter(), []
+        for run in runs:
+            seconds.append(run())
             on_progress()
-        times.append(seconds)
-        if tries_s and len(times) == 2:  # after the warm-up
-            num_tries = _agreed_tries(tries_s, sum(seconds) * len(forms[0]), collective)
-    return [statistics.median(trials) for trials in zip(*times[1:], strict=True)]
+        tries.append(seconds)
+        if len(tries) == 2:  # after the warm-up
+            fitting = int(effort.seconds / _agreed(time.perf_counter() - began, collective))
+            num_tries = min(max(fitting, _LEAST_TRIES), effort.most_tries)
+    return [statistics.median(trials) for trials in zip(*tries[1:], strict=True)]
 
 
-def _agreed_tries(tries_s: float, try_s: float, collective: Collective) -> int:
-    """Return how many tries fit into some seconds, between limits; the same on every rank."""
+def _agreed(own: float, collective: Collective) -> float:
+    """Return the mean of what the ranks have found, in the same bits on each."""
     collective.begin(notes=False)
-    all_s, num_ranks = collective.sum(mx.array([try_s, 1.0])).tolist()  # type: ignore[misc]
-    return min(_MOST_TRIES, max(_TRIES, int(tries_s * num_ranks / all_s)))
+    total, num_ranks = collective.sum(mx.array([own, 1.0])).tolist()  # type: ignore[misc]
+    return float(total / num_ranks)  # type: ignore[operator,arg-type]
 
 
 def _step_s(copies: Sequence[nn.Module], call: Call, caches: list[Any], collective: Collective) -> float:
@@ -253,7 +306,12 @@ def _made(layer: Any, inputs: dict[str, Any], caches: list[Any]) -> list[mx.arra
 
 
 def _head_times(
-    model: nn.Module, plan: ShardPlan, rank: int, collective: Collective
+    model: nn.Module,
+    plan: ShardPlan,
+    rank: int,
+    efforts: Sequence[_Effort],
+    collective: Collective,
+    on_progress: Callable[[], None],
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     none = (0.0,) * len(SHAPES)
     if plan.head is None:
@@ -261,19 +319,24 @@ def _head_times(
     whole = _filled(dict(model.named_modules())[plan.head.path])
     part = _copied(whole)
     shard_head(part, plan.head, rank, collective)
-    return tuple(tuple(_head_s(plan.head, head, rows, collective) for rows, _ in SHAPES) for head in (whole, part))  # type: ignore[return-value]
+    method = plan.head.method
+
+    def runs(num_rows: int) -> list[_Run]:
+        return [partial(_head_s, getattr(head, method), head, num_rows, collective) for head in (whole, part)]
+
+    by_shape = [partial(runs, num_rows) for num_rows in _ROWS]
+    found = zip(*_by_shape(by_shape, _ROWS, efforts, collective, on_progress), strict=True)
+    return tuple(found)  # type: ignore[return-value]
 
 
-def _head_s(shards: HeadShards, head: nn.Module, num_rows: int, collective: Collective) -> float:
-    x, times = mx.random.normal((num_rows, 1, num_inputs(head))).astype(head.get("scales", head["weight"]).dtype), []
+def _head_s(call: Callable[[mx.array], mx.array], head: nn.Module, num_rows: int, collective: Collective) -> float:
+    x = mx.random.normal((num_rows, 1, num_inputs(head))).astype(head.get("scales", head["weight"]).dtype)
     mx.eval(x, head.parameters())
-    for _ in range(_HEAD_TRIES):
-        collective.begin(notes=False)
-        mx.eval(collective.sum(mx.zeros((1,))))
-        began = time.perf_counter()
-        mx.eval(getattr(head, shards.method)(x))
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    collective.begin(notes=False)
+    mx.eval(collective.sum(mx.zeros((1,))))
+    began = time.perf_counter()
+    mx.eval(call(x))
+    return time.perf_counter() - began
 
 
 def _scaled(times: Sequence[float], speed: float) -> tuple[float, ...]:
