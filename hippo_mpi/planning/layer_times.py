@@ -108,6 +108,7 @@ class RankTimes:
 
 def time_layers(
     model: nn.Module,
+    dtype: mx.Dtype,
     plan: ShardPlan,
     rank: int,
     collective: Collective,
@@ -118,6 +119,7 @@ def time_layers(
 
     Args:
         model: whose structure counts; its weights are never read.
+        dtype: of hidden states.
         plan: how layers would be split.
         rank: whose part is timed.
         collective: what the parts add up with, or `AbsentRanks`.
@@ -126,7 +128,7 @@ def time_layers(
     """
     twin = blank_twin(model)
     fuse_adapters(twin)
-    steps, layers = _steps(blank_twin(twin)), list(twin.layers)
+    steps, layers = _steps(blank_twin(twin), dtype), list(twin.layers)
     by_kind: dict[str, list[int]] = {}
     for number, (first, *_) in enumerate(steps):
         structure = structure_of(layers[first.call.layer], first.call)
@@ -168,7 +170,7 @@ class _Step:
     before: Call | None
 
 
-def _steps(model: nn.Module) -> list[list[_Step]]:
+def _steps(model: nn.Module, dtype: mx.Dtype) -> list[list[_Step]]:
     """Return, for each call of a layer, the steps to be timed: one of each shape."""
     probe = ProbedModel(model)
     found: list[list[_Step]] = []
@@ -176,8 +178,20 @@ def _steps(model: nn.Module) -> list[list[_Step]]:
         cache = make_prompt_cache(model)
         before = probe.calls(cache, rows, _PAST_TOKENS) if tokens == 1 else None
         calls = probe.calls(cache, rows, tokens)
+        for call in [*calls, *(before or [])]:
+            _cast(call, dtype)
         found.append([_Step(call, before[number] if before else None) for number, call in enumerate(calls)])
     return [list(steps) for steps in zip(*found, strict=True)]
+
+
+def _cast(call: Call, dtype: mx.Dtype) -> None:
+    """Give a call what a run would: the probe computes in float32, and bfloat16 can take ten times as long, or half."""
+
+    def cast(path: nested_arrays.Path, array: mx.array) -> mx.array:
+        return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+    nested_arrays.replace(call.inputs, Opaque(call.caches), cast)
+    mx.eval([array for _, array in nested_arrays.find(call.inputs, Opaque(call.caches))])
 
 
 def _copies(layer: nn.Module, count: int, shards: LayerShards, rank: int, collective: Collective) -> list[nn.Module]:

@@ -215,10 +215,12 @@ class LayoutPlanner:
     def time_elsewhere(self, shards: ShardPlan) -> list[Timed]:
         """Time every rank's part here, for machines that aren't, and a link that isn't either."""
         model, _ = open_lazily(self._checkpoint.source)
-        value_bytes = _sizes(self._checkpoint.flow, self._info).value_bytes
-        link = link_times(self._asked.link or LINKS[0], len(self._machines), value_bytes)
+        dtype = self._checkpoint.flow.hidden_dtype
+        link = link_times(self._asked.link or LINKS[0], len(self._machines), dtype.size)
         return [
-            Timed(time_layers(model, shards, rank, AbsentRanks(rank), self._trying).at_speed(machine.speed), link)
+            Timed(
+                time_layers(model, dtype, shards, rank, AbsentRanks(rank), self._trying).at_speed(machine.speed), link
+            )
             for rank, machine in enumerate(self._machines)
         ]
 
@@ -291,8 +293,7 @@ def _together(machines: Sequence[Machine]) -> Machine:
 def _sizes(flow: Dataflow, info: ModelInfo) -> ModelSizes:
     shapes = [shape for call in flow.calls for shape in call.outputs.values()]
     hidden = max((dim.constant for shape in shapes[:1] for dim in shape.dims), default=1)
-    value_bytes = shapes[0].dtype.size if shapes else 4
-    return ModelSizes(hidden, info.vocab_size, value_bytes, sum(len(call.prepared) for call in flow.calls))
+    return ModelSizes(hidden, info.vocab_size, flow.hidden_dtype.size, sum(len(call.prepared) for call in flow.calls))
 
 
 def _refusals(shards: ShardPlan) -> tuple[str, ...]:

@@ -61,7 +61,9 @@ def time_rank(
     going_on()
     sums = own.choose()
     collective = own if include_sums else AbsentRanks(world.rank)
-    layers = time_layers(model, shards, world.rank, collective, going_on, shapes_of(load, world.size))
+    layers = time_layers(
+        model, checkpoint.flow.hidden_dtype, shards, world.rank, collective, going_on, shapes_of(load, world.size)
+    )
     mx.clear_cache()
     channel, hops = RingChannel(world, control, Layout(world.size)), []
     if world.rank == 0:

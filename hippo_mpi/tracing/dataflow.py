@@ -118,6 +118,11 @@ class Dataflow:
         """Times that a forward pass goes through the layers."""
         return len(self.calls) // self.num_layers
 
+    @property
+    def hidden_dtype(self) -> mx.Dtype:
+        """Return the type of what one layer gives to the next."""
+        return next((shape.dtype for call in self.calls for shape in call.outputs.values()), mx.float32)
+
     def stage_weights(self, start: int, stop: int, shares_head: bool = False) -> set[str]:
         """Return the names of the weights that layers [start, stop) need.
 

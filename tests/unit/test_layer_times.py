@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from hippo_mpi.checkpoint.checkpoint import ModelSource, open_lazily
+from hippo_mpi.planning import layer_times
 from hippo_mpi.planning.layer_times import SHAPES, AbsentRanks, time_layers
+from hippo_mpi.sharding.dependence import Call
 from hippo_mpi.sharding.tensor import plan_shards
 from hippo_mpi.tracing.twin import blank_twin
+from hippo_mpi.transport.collective import Collective
 from tests.parity import tiny_models
 
 
@@ -19,7 +26,7 @@ def test_each_kind_is_timed_whole_and_in_parts(name: str, blocks: int, tmp_path:
     model, _ = open_lazily(ModelSource(tiny_models.make_checkpoint(name, tmp_path)))
     plan = plan_shards(blank_twin(model), (0.5, 0.5))
     steps: list[None] = []
-    times = time_layers(model, plan, 1, AbsentRanks(1), lambda: steps.append(None))
+    times = time_layers(model, mx.float32, plan, 1, AbsentRanks(1), lambda: steps.append(None))
     assert sorted(layer for kind in times.kinds for layer in kind.layers) == list(range(len(model.layers)))
     assert max(len(kind.parts) for kind in times.kinds) == blocks
     assert len(steps) >= len(times.kinds) * len(SHAPES)
@@ -42,5 +49,22 @@ def test_what_a_rank_gives_is_counted(is_exact: bool, given: dict[str, tuple[int
     """Sums are as wide as hidden states; to be exact, half of what a matrix takes and half of what it makes goes round."""
     model, _ = open_lazily(ModelSource(tiny_models.make_checkpoint("llama", tmp_path)))
     plan = plan_shards(blank_twin(model), (0.5, 0.5), is_exact=is_exact)
-    kinds = time_layers(model, plan, 1, AbsentRanks(1), lambda: None).kinds
+    kinds = time_layers(model, mx.float32, plan, 1, AbsentRanks(1), lambda: None).kinds
     assert all(kind.exchanges == given for kind in kinds)
+
+
+def test_layers_compute_in_the_type_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor may be ten times as fast, or half, in another."""
+    model, _ = open_lazily(ModelSource(tiny_models.make_checkpoint("llama", tmp_path)))
+    plan = plan_shards(blank_twin(model), (0.5, 0.5))
+    made: set[mx.Dtype] = set()
+    step_s = layer_times._step_s
+
+    def noting(copies: Sequence[nn.Module], call: Call, caches: list[Any], collective: Collective) -> float:
+        made.update(array.dtype for array in layer_times._made(copies[0], *call.again(layer_times._fresh(caches))))
+        return step_s(copies, call, caches, collective)
+
+    monkeypatch.setattr(layer_times, "_step_s", noting)
+    model.set_dtype(mx.bfloat16)
+    time_layers(model, mx.bfloat16, plan, 1, AbsentRanks(1), lambda: None)
+    assert made == {mx.bfloat16}
