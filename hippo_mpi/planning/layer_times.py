@@ -10,7 +10,6 @@ slower rank (here, two ranks of one machine: 75 us by itself, 300 to 430 between
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from hippo_mpi.planning.timed_tries import Effort, Run, agreed, by_size, in_turn
 from hippo_mpi.sharding.dependence import Call, ProbedModel
 from hippo_mpi.sharding.linear_layers import num_inputs
 from hippo_mpi.sharding.sharded_head import shard_head
@@ -32,6 +32,7 @@ from hippo_mpi.tracing import nested_arrays
 from hippo_mpi.tracing.nested_arrays import Opaque
 from hippo_mpi.tracing.twin import blank_twin
 from hippo_mpi.transport.collective import Collective
+from hippo_mpi.transport.local_collective import CountingRanks
 
 SHAPES = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (1, 256))
 """Rows and tokens of the steps that are timed: answers of 1 to 16 requests, and a piece of a prompt.
@@ -41,25 +42,15 @@ A step of two rows may take as long as one of four: a BLAS has other code for on
 
 _ROWS = [rows for rows, _ in SHAPES]
 _TOKENS = [rows * tokens for rows, tokens in SHAPES]
-_Run = Callable[[], float]  # does what is timed once, and returns its seconds
 
 _PAST_TOKENS = 5  # in the caches; as many as `tracing.trace` reads before it
 _COPIED_BYTES = 512 << 20  # more than processors' caches hold; of a larger layer, one form at a time is in memory
-_LEAST_TRIES = 3  # the first one is a warm-up
 _STEP_S = 0.25  # copies beyond what takes as long would only take longer
-_LONGEST_TRY_S = 4.0  # what would take longer is concluded from fewer tokens
 _NOISE_BYTES = 16 << 20  # larger weights are zeros, which take as long
 
 
-@dataclass(frozen=True)
-class _Effort:
-    """How long a shape is timed: for some seconds, but no more than some tries."""
-
-    seconds: float
-    most_tries: int
-
-
-_USUAL, _PRECISE = _Effort(2.0, 6), _Effort(5.0, 25)  # on a busy machine, 4 tries are off by 6 %, 14 by 2
+_USUAL, _PRECISE = Effort(2.0, 6), Effort(5.0, 25)  # on a busy machine, 4 tries are off by 6 %, 14 by 2
+_ROUGH = Effort(0.0, 3)
 
 
 @dataclass(frozen=True)
@@ -145,10 +136,10 @@ def time_layers(
         times: list[tuple[float, ...]] = []
         for turns in [forms] if size <= _COPIED_BYTES else [[form] for form in forms]:
             copies = [_copies(layer, num_copies, form, rank, collective) for form in turns]
-            once_s = max(run() for run in _layer_runs(copies, own[0], 1, collective))
-            some = min(num_copies, 1 + int(_STEP_S / _agreed(once_s, collective)))
-            runs = [partial(_layer_runs, copies, step, some, collective) for step in own]
-            times += zip(*_by_shape(runs, _TOKENS, efforts, collective, on_progress), strict=True)
+            alone_s = max(in_turn(_layer_runs(copies, own[0], 1, collective), _ROUGH, collective, on_progress))
+            in_a_step = min(num_copies, 1 + int(_STEP_S / agreed(alone_s, collective)))
+            runs = [partial(_layer_runs, copies, step, in_a_step, collective) for step in own]
+            times += zip(*by_size(runs, _TOKENS, efforts, collective, on_progress), strict=True)
         whole, split, *parts = times
         here = tuple(steps[number][0].call.layer for number in numbers)
         exchanges = {path: _exchanged(layer, shards.only({path}), rank, own[-1]) for path in paths}
@@ -156,7 +147,7 @@ def time_layers(
     return RankTimes(tuple(kinds), *_head_times(twin, plan, rank, efforts, collective, on_progress))
 
 
-def _efforts(precise: Collection[int], num_kinds: int) -> list[_Effort]:
+def _efforts(precise: Collection[int], num_kinds: int) -> list[Effort]:
     """Return how long to try at each place in SHAPES, so that many kinds of layers don't take longer than one."""
     efforts = [_PRECISE if place in precise else _USUAL for place in range(len(SHAPES))]
     return [replace(effort, seconds=effort.seconds / num_kinds) for effort in efforts]
@@ -185,7 +176,7 @@ def _steps(model: nn.Module, dtype: mx.Dtype) -> list[list[_Step]]:
 
 
 def _cast(call: Call, dtype: mx.Dtype) -> None:
-    """Give a call what a run would: the probe computes in float32, and bfloat16 can take ten times as long, or half."""
+    """Give a call what a run would: the probe computes in float32, in which a 4-bit layer takes a ninth of the time here."""
 
     def cast(path: nested_arrays.Path, array: mx.array) -> mx.array:
         return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
@@ -204,7 +195,7 @@ def _copies(layer: nn.Module, count: int, shards: LayerShards, rank: int, collec
 
 def _exchanged(layer: nn.Module, shards: LayerShards, rank: int, step: _Step) -> tuple[int, ...]:
     """Return how many values per token a rank gives to each sum or gather."""
-    counting = _CountingRanks(rank)
+    counting = CountingRanks(rank)
     part = copy.deepcopy(layer, {id(array): array for _, array in tree_flatten(layer.parameters())})
     shard_layer(part, shards, rank, counting)
     _made(part, *step.call.again([]))  # nothing is computed
@@ -214,9 +205,16 @@ def _exchanged(layer: nn.Module, shards: LayerShards, rank: int, step: _Step) ->
 
 def _layer_runs(
     forms: Sequence[Sequence[nn.Module]], step: _Step, num_copies: int, collective: Collective
-) -> list[_Run]:
-    """Return what times a step of each form of a layer, of which there are copies."""
-    runs: list[_Run] = []
+) -> list[Run]:
+    """Return what times a step of each form of a layer.
+
+    Args:
+        forms: copies of the layer, by form.
+        step: what they are called with.
+        num_copies: that run one after the other.
+        collective: what the parts add up with.
+    """
+    runs: list[Run] = []
     for copies in forms:
         past: list[Any] = []
         if step.before is not None:
@@ -226,57 +224,6 @@ def _layer_runs(
         some = copies[: num_copies if step.before else 1]
         runs.append(partial(_step_s, some, step.call, past, collective))
     return runs
-
-
-def _by_shape(
-    runs: Sequence[Callable[[], Sequence[_Run]]],
-    sizes: Sequence[int],
-    efforts: Sequence[_Effort],
-    collective: Collective,
-    on_progress: Callable[[], None],
-) -> list[list[float]]:
-    """Return the seconds of each run, by place in SHAPES.
-
-    Args:
-        runs: what is timed at each place.
-        sizes: how much there is to compute at each place.
-        efforts: how long to try at each place.
-        collective: what the ranks' parts add up with.
-        on_progress: called after each try.
-    """
-    found: list[list[float]] = []
-    for place, effort in enumerate(efforts):
-        growth = sizes[place] / sizes[place - 1] if found else 0.0
-        if found and growth * _agreed(sum(found[-1]), collective) > _LONGEST_TRY_S:
-            found.append([growth * seconds for seconds in found[-1]])
-        else:
-            found.append(_in_turn(runs[place](), effort, collective, on_progress))
-    return found
-
-
-def _in_turn(
-    runs: Sequence[_Run], effort: _Effort, collective: Collective, on_progress: Callable[[], None]
-) -> list[float]:
-    """Return the median seconds of each run; they take turns, so that what slows them down hits all."""
-    tries: list[list[float]] = []
-    num_tries = _LEAST_TRIES
-    while len(tries) < num_tries:
-        began, seconds = time.perf_counter(), []
-        for run in runs:
-            seconds.append(run())
-            on_progress()
-        tries.append(seconds)
-        if len(tries) == 2:  # after the warm-up
-            fitting = int(effort.seconds / _agreed(time.perf_counter() - began, collective))
-            num_tries = min(max(fitting, _LEAST_TRIES), effort.most_tries)
-    return [statistics.median(trials) for trials in zip(*tries[1:], strict=True)]
-
-
-def _agreed(own: float, collective: Collective) -> float:
-    """Return the mean of what the ranks have found, in the same bits on each."""
-    collective.begin(notes=False)
-    total, num_ranks = collective.sum(mx.array([own, 1.0])).tolist()  # type: ignore[misc]
-    return float(total / num_ranks)  # type: ignore[operator,arg-type]
 
 
 def _step_s(copies: Sequence[nn.Module], call: Call, caches: list[Any], collective: Collective) -> float:
@@ -323,7 +270,7 @@ def _head_times(
     model: nn.Module,
     plan: ShardPlan,
     rank: int,
-    efforts: Sequence[_Effort],
+    efforts: Sequence[Effort],
     collective: Collective,
     on_progress: Callable[[], None],
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -335,11 +282,11 @@ def _head_times(
     shard_head(part, plan.head, rank, collective)
     method = plan.head.method
 
-    def runs(num_rows: int) -> list[_Run]:
+    def runs(num_rows: int) -> list[Run]:
         return [partial(_head_s, getattr(head, method), head, num_rows, collective) for head in (whole, part)]
 
     by_shape = [partial(runs, num_rows) for num_rows in _ROWS]
-    found = zip(*_by_shape(by_shape, _ROWS, efforts, collective, on_progress), strict=True)
+    found = zip(*by_size(by_shape, _ROWS, efforts, collective, on_progress), strict=True)
     return tuple(found)  # type: ignore[return-value]
 
 
@@ -377,38 +324,3 @@ def _copied(module: nn.Module) -> nn.Module:
     copied.update(tree_unflatten([(name, mx.array(array)) for name, array in tree_flatten(copied.parameters())]))
     mx.eval(copied.parameters())
     return copied
-
-
-class AbsentRanks(Collective):
-    """Stands in for ranks that aren't there: what it returns has the right shape, at once."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-
-    def sum(self, part: mx.array) -> mx.array:
-        """Return the rank's own part."""
-        return part
-
-    def note(self, choices: mx.array) -> None:
-        """Do nothing: there is nobody to differ from."""
-
-    def gather(self, part: mx.array, widths: Sequence[int]) -> mx.array:
-        """Return the rank's own part beside zeros."""
-        before, behind = sum(widths[: self._rank]), sum(widths[self._rank + 1 :])
-        return mx.pad(part, [(0, 0)] * (part.ndim - 1) + [(before, behind)])
-
-
-class _CountingRanks(AbsentRanks):
-    """Counts the values that a rank gives."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__(rank)
-        self.sizes: list[int] = []
-
-    def sum(self, part: mx.array) -> mx.array:
-        self.sizes.append(part.size)
-        return super().sum(part)
-
-    def gather(self, part: mx.array, widths: Sequence[int]) -> mx.array:
-        self.sizes.append(part.size)
-        return super().gather(part, widths)

@@ -13,7 +13,7 @@ from hippo_mpi.config.links import LINKS, Link
 from hippo_mpi.errors import PlanError, UserError
 from hippo_mpi.planning.costs import ModelInfo
 from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
-from hippo_mpi.planning.layer_times import AbsentRanks, time_layers
+from hippo_mpi.planning.layer_times import time_layers
 from hippo_mpi.planning.layout_choice import (
     PIPELINE,
     TENSOR,
@@ -30,6 +30,7 @@ from hippo_mpi.sharding.tensor import ShardPlan, plan_shards, restrict
 from hippo_mpi.tracing.dataflow import Dataflow
 from hippo_mpi.tracing.twin import blank_twin
 from hippo_mpi.transport.control import Control
+from hippo_mpi.transport.local_collective import AbsentRanks
 from hippo_mpi.transport.pulse import Activity
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from hippo_mpi.checkpoint.checkpoint import Checkpoint, open_lazily
-from hippo_mpi.planning.layer_times import AbsentRanks, RankTimes, time_layers
+from hippo_mpi.planning.layer_times import RankTimes, time_layers
 from hippo_mpi.planning.layout_choice import LinkTimes, shapes_of
 from hippo_mpi.sharding.tensor import ShardPlan
 from hippo_mpi.transport.channel import RingChannel
@@ -15,6 +15,7 @@ from hippo_mpi.transport.collective import RankCollective
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.hop_times import echo, time_ring
 from hippo_mpi.transport.layout import Layout
+from hippo_mpi.transport.local_collective import AbsentRanks
 from hippo_mpi.transport.pulse import Activity
 from hippo_mpi.transport.world import World
 

@@ -1,4 +1,4 @@
-"""Sums between ranks that run in one process, to try what they would make of a model."""
+"""Sums without other processes: between ranks that run in this one, or with ranks that aren't there."""
 
 from __future__ import annotations
 
@@ -69,3 +69,44 @@ def run_ranks(ranks: Sequence[Callable[[], _T]]) -> list[_T]:
         found = waiting[0].operation([one.part for one in waiting])
         asked = [one.asker.switch(found) for one in waiting]
     return results
+
+
+class AbsentRanks(Collective):
+    """Stands in for ranks that aren't there: what it returns has the right shape, at once."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def sum(self, part: mx.array) -> mx.array:
+        """Return the rank's own part."""
+        return part
+
+    def note(self, choices: mx.array) -> None:
+        """Do nothing: there is nobody to differ from."""
+
+    def gather(self, part: mx.array, widths: Sequence[int]) -> mx.array:
+        """Return the rank's own part beside zeros."""
+        before, behind = sum(widths[: self._rank]), sum(widths[self._rank + 1 :])
+        return mx.pad(part, [(0, 0)] * (part.ndim - 1) + [(before, behind)])
+
+
+class CountingRanks(AbsentRanks):
+    """Counts what a rank gives.
+
+    Attributes:
+        sizes: how many values it gave to each sum or gather.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self.sizes: list[int] = []
+
+    def sum(self, part: mx.array) -> mx.array:
+        """Return the rank's own part, counted."""
+        self.sizes.append(part.size)
+        return super().sum(part)
+
+    def gather(self, part: mx.array, widths: Sequence[int]) -> mx.array:
+        """Return the rank's own part, counted, beside zeros."""
+        self.sizes.append(part.size)
+        return super().gather(part, widths)

@@ -12,11 +12,12 @@ import pytest
 
 from hippo_mpi.checkpoint.checkpoint import ModelSource, open_lazily
 from hippo_mpi.planning import layer_times
-from hippo_mpi.planning.layer_times import SHAPES, AbsentRanks, time_layers
+from hippo_mpi.planning.layer_times import SHAPES, time_layers
 from hippo_mpi.sharding.dependence import Call
 from hippo_mpi.sharding.tensor import plan_shards
 from hippo_mpi.tracing.twin import blank_twin
 from hippo_mpi.transport.collective import Collective
+from hippo_mpi.transport.local_collective import AbsentRanks
 from tests.parity import tiny_models
 
 
@@ -54,7 +55,7 @@ def test_what_a_rank_gives_is_counted(is_exact: bool, given: dict[str, tuple[int
 
 
 def test_layers_compute_in_the_type_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor may be ten times as fast, or half, in another."""
+    """The probe that records their calls computes in float32, in which a processor may be faster, or slower."""
     model, _ = open_lazily(ModelSource(tiny_models.make_checkpoint("llama", tmp_path)))
     plan = plan_shards(blank_twin(model), (0.5, 0.5))
     made: set[mx.Dtype] = set()
