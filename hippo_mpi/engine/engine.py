@@ -77,7 +77,7 @@ class Engine:
         self._grammars = Grammars(tokenizer, vocab_size)
         serials = count()
         if limits.can_batch is None and limits.max_batch_size > 1:
-            check = check_rows(runner, serials)
+            check = check_rows(runner, serials, limits.deadline_s)
             limits = replace(limits, can_batch=check.can_batch, can_pad=check.can_pad)
         limits = replace(limits, longest_chunk=longest_chunk())
         if propose is not None:

@@ -8,6 +8,7 @@ length are read together.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,9 @@ from hippo_mpi.errors import UserError
 from hippo_mpi.parallel.step import Step, StepRunner, run_step
 from hippo_mpi.parallel.step_plan import Returns, StepPlan
 
-_LENGTHS = (5, 150)  # tokens: far apart, so that effects of padding show
+_SHORT, _LONG = 5, 150  # tokens: far apart, so that effects of padding show
+_SHORTEST_LONG = 2 * _SHORT  # of a model that takes long for a token
+_SHARE_OF_DEADLINE = 0.5
 _TOLERANCE = 0.1  # of the logits' standard deviation: rounding stays below it, also in bfloat16; mistakes don't
 
 
@@ -29,26 +32,46 @@ class RowCheck:
     can_pad: bool  # a step in which shorter rows are padded on the right
 
 
-def check_rows(runner: StepRunner, serials: Iterator[int]) -> RowCheck:
-    """Read and decode two rows alone and together, and compare their logits; uses slots 0 to 3 and frees them."""
-    prompts = [[(7 * i + row) % 50 + 1 for i in range(length)] for row, length in enumerate(_LENGTHS)]
+def check_rows(runner: StepRunner, serials: Iterator[int], deadline_s: float | None = None) -> RowCheck:
+    """Read and decode two rows alone and together, and compare their logits; uses slots 0 to 3 and frees them.
+
+    Args:
+        runner: runs the steps.
+        serials: of the steps.
+        deadline_s: seconds after which a rank that is in a step counts as stuck; None: never.
+    """
+    short, beginning = _prompt(0, _SHORT), _prompt(1, _SHORT)
+    run_step(runner, Step(StepPlan(next(serials), (0,), (0,), (_SHORT,)), [short]))
+    began_s = time.monotonic()  # the first step may have read weights from a disk, so the second one is timed
+    mx.eval(_logits(runner, StepPlan(next(serials), (1,), (0,), (_SHORT,), Returns.LOGITS), [beginning]))
+    length = _long_enough((time.monotonic() - began_s) / _SHORT, deadline_s)
+    prompts, lengths = [short, _prompt(1, length)], (_SHORT, length)
+    rest = prompts[1][_SHORT:]
+    run_step(runner, Step(StepPlan(next(serials), (1,), (_SHORT,), (len(rest),)), [rest]))
     alone = []
-    for slot, prompt in enumerate(prompts):
-        run_step(runner, Step(StepPlan(next(serials), (slot,), (0,), (len(prompt),)), [prompt]))
+    for slot, end in enumerate(lengths):
         fork = ((slot, slot + 2),)
-        alone.append(
-            _last_logits(runner, StepPlan(next(serials), (slot + 2,), (len(prompt),), (1,), Returns.LOGITS, fork))
-        )
+        alone.append(_last_logits(runner, StepPlan(next(serials), (slot + 2,), (end,), (1,), Returns.LOGITS, fork)))
     wanted = mx.concatenate(alone)
-    together = StepPlan(next(serials), (0, 1), _LENGTHS, (1, 1), Returns.LOGITS)
+    together = StepPlan(next(serials), (0, 1), lengths, (1, 1), Returns.LOGITS)
     can_batch = can_pad = _are_close(_last_logits(runner, together), wanted)
     if can_batch:
-        run_step(runner, Step(StepPlan(next(serials), (2, 3), (0, 0), _LENGTHS), prompts))
-        can_pad = _are_close(
-            _last_logits(runner, StepPlan(next(serials), (2, 3), _LENGTHS, (1, 1), Returns.LOGITS)), wanted
-        )
+        run_step(runner, Step(StepPlan(next(serials), (2, 3), (0, 0), lengths), prompts))
+        padded = StepPlan(next(serials), (2, 3), lengths, (1, 1), Returns.LOGITS)
+        can_pad = _are_close(_last_logits(runner, padded), wanted)
     run_step(runner, Step(StepPlan(next(serials), drops=(0, 1, 2, 3)), []))
     return RowCheck(can_batch, can_pad)
+
+
+def _prompt(row: int, length: int) -> list[int]:
+    return [(7 * i + row) % 50 + 1 for i in range(length)]
+
+
+def _long_enough(token_s: float, deadline_s: float | None) -> int:
+    """Return the length of the long row: so that a step of two such rows ends well before the deadline."""
+    if deadline_s is None:
+        return _LONG
+    return max(_SHORTEST_LONG, min(_LONG, int(_SHARE_OF_DEADLINE * deadline_s / (2 * token_s))))
 
 
 def check_drafting(runner: StepRunner, serials: Iterator[int]) -> None:
@@ -57,7 +80,7 @@ def check_drafting(runner: StepRunner, serials: Iterator[int]) -> None:
     Raises:
         UserError: the logits differ, or the model's caches can't drop draft tokens that weren't accepted.
     """
-    prompt, draft = [(7 * i) % 50 + 1 for i in range(_LENGTHS[0])], [9] * 3
+    prompt, draft = _prompt(0, _SHORT), [9] * 3
     start, fork = len(prompt), ((0, 1),)
     run_step(runner, Step(StepPlan(next(serials), (0,), (0,), (start,)), [prompt]))
     if runner.slot_limits(0).num_revocable < len(draft):

@@ -329,7 +329,9 @@ def test_batching_is_found_out(name: str) -> None:
         ring = LocalRing(make_stages(checkpoint, [checkpoint.flow.num_layers]))
         wanted = not fails_upstream(name, "batch")
         can_pad = wanted and not fails_upstream(name, "pad")
-        assert check_rows(ring.leader, itertools.count()) == RowCheck(wanted, can_pad)
+        serials = itertools.count()
+        for deadline_s in (None, 1e-6):  # with rows as long as is best, and as short as a slow model needs them
+            assert check_rows(ring.leader, serials, deadline_s) == RowCheck(wanted, can_pad)
 
 
 @pytest.fixture(scope="module")
