@@ -18,6 +18,11 @@ def show_bytes(count: int) -> str:
     return f"{sign}{size:.2f} GiB"
 
 
+def show_rate(per_s: float) -> str:
+    """Return tokens per second with two decimals below 10, as 0.44 and 0.36 differ much: 0.44, 12.5, 1,204.1."""
+    return f"{per_s:,.2f}" if per_s < 10 else f"{per_s:,.1f}"
+
+
 def show_layers(start: int, stop: int) -> str:
     """Return the half-open range [start, stop) of layers as text: layer 3, layers 0-3."""
     return f"layer {start}" if stop == start + 1 else f"layers {start}-{stop - 1}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hippo_mpi.errors import UserError, install_hint
-from hippo_mpi.units import count_of
+from hippo_mpi.units import count_of, show_rate
 
 
 def headline(benchmark: dict[str, Any]) -> list[str]:
@@ -65,7 +65,8 @@ def _rate_table(benchmark: dict[str, Any]) -> str:
             rate, low, high = decode[mode][count]
             ratio = f"{rate / max(others):>17.3f}" if mode in ("pipeline", "tensor") and others and max(others) else ""
             lines.append(
-                f"{count:>7}  {mode:<15} {rate:>7.1f} ({low:.1f}-{high:.1f}) tok/s {prompt[mode][count][0]:>8.1f} tok/s"
+                f"{count:>7}  {mode:<15} {show_rate(rate):>7} ({show_rate(low)}-{show_rate(high)}) tok/s"
+                f" {show_rate(prompt[mode][count][0]):>8} tok/s"
                 f" {first[mode][count][0]:>10.3f} s  {ratio}"
             )
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from hippo_mpi.config.links import Link
 from hippo_mpi.errors import UserError
 from hippo_mpi.measure.prediction import MeasuredStage, Prediction, StageTimes, Workload, one_machine, predict
 from hippo_mpi.planning.layer_split import Machine
-from hippo_mpi.units import count_of
+from hippo_mpi.units import count_of, show_rate
 
 _NO_LINK = Link(0.0, float("inf"))
 
@@ -76,9 +76,8 @@ def prediction_table(stages: Sequence[MeasuredStage], links: Sequence[Link], wor
         for name, by in [("one machine", alone), *together]:
             rates = [_rate(prediction, row, workload) for prediction in (by.typical, by.slowest, by.fastest)]
             ratio = "" if by is alone else f"{rates[0] / _rate(alone.typical, row, workload):.2f}"
-            lines.append(
-                f"{title:<26} {name:<14.14} {rates[0]:>10.1f} {f'{rates[1]:.1f}..{rates[2]:.1f}':>20} {ratio:>6}".rstrip()
-            )
+            span = f"{show_rate(rates[1])}..{show_rate(rates[2])}"
+            lines.append(f"{title:<26} {name:<14.14} {show_rate(rates[0]):>10} {span:>20} {ratio:>6}".rstrip())
             title = ""
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from hippo_mpi.offline.progress import Progress
 from hippo_mpi.transport.launcher import Launcher
 from hippo_mpi.transport.rank_status import RankStatistics
 from hippo_mpi.transport.terminal import changed_terminal
+from hippo_mpi.units import show_rate
 
 
 @dataclass
@@ -120,8 +121,8 @@ def statistics_line(timings: Timings, ranks: Sequence[RankStatistics]) -> str:
     draft = f"; {timings.num_accepted} of {timings.num_draft_tokens} draft tokens accepted"
     memory = ", ".join(f"{rank.peak_memory_bytes / 1e9:.3f}" for rank in ranks)
     return (
-        f"prompt {timings.prompt_tokens} tokens, {timings.prompt_tps:.1f} tok/s; generation"
-        f" {len(timings.token_ids)} tokens, {timings.generation_tps:.1f} tok/s; first token after"
+        f"prompt {timings.prompt_tokens} tokens, {show_rate(timings.prompt_tps)} tok/s; generation"
+        f" {len(timings.token_ids)} tokens, {show_rate(timings.generation_tps)} tok/s; first token after"
         f" {timings.first_token_s - timings.started_s:.3f} s{draft if timings.num_draft_tokens else ''}; peak memory {memory} GB"
     )
 

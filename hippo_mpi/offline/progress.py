@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TaskProgressCol
 from rich.progress import Progress as RichProgress
 
 from hippo_mpi.environment import STATUS_FILE, TERMINAL
+from hippo_mpi.units import show_rate
 
 _LINE_INTERVAL_S = 10.0
 
@@ -96,7 +97,7 @@ class BatchProgress:
     def finish_one(self, is_failed: bool) -> None:
         """Count a request as done, and update what is shown."""
         self.done, self.failed = self.done + 1, self.failed + is_failed
-        text = f"{self.tokens_per_s:.1f} tok/s" + (f", {self.failed:,} failed" if self.failed else "")
+        text = f"{show_rate(self.tokens_per_s)} tok/s" + (f", {self.failed:,} failed" if self.failed else "")
         now = time.monotonic()
         if self._bar:
             self._bar.update(self._task, completed=self.done, description=text)
@@ -115,7 +116,7 @@ class BatchProgress:
         took_s = time.monotonic() - self.began_s
         sys.stderr.write(
             f"{self.done:,} of {self.total:,} done ({self._before:,} of them earlier), {self.failed:,} failed;"
-            f" {self.num_tokens:,} tokens in {took_s:.1f} s, {self.tokens_per_s:.1f} tok/s\n"
+            f" {self.num_tokens:,} tokens in {took_s:.1f} s, {show_rate(self.tokens_per_s)} tok/s\n"
         )
 
 

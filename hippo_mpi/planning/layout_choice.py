@@ -12,6 +12,7 @@ from itertools import combinations, pairwise
 
 from hippo_mpi.config.links import Link
 from hippo_mpi.planning.layer_times import SHAPES, KindTimes, RankTimes
+from hippo_mpi.units import show_rate
 
 LOADS = ("one", "few", "many", "prompts")
 """What a layout is chosen for: answers of one request, of 4 or 16 at once, or long prompts."""
@@ -335,14 +336,14 @@ def reason(chosen: Prediction, predictions: Sequence[Prediction], load: str) -> 
     def rate(one: Prediction) -> float:
         return one.tokens_per_s[load]
 
-    text = f"chosen: {chosen.name}, {rate(chosen):,.1f} tokens/s predicted {_LOAD_WORDS[load]}"
+    text = f"chosen: {chosen.name}, {show_rate(rate(chosen))} tokens/s predicted {_LOAD_WORDS[load]}"
     others = [one for one in predictions if one is not chosen and not one.problem]
     if others:
         second = max(others, key=rate)
-        text += f"; {second.name}: {rate(second):,.1f}"
+        text += f"; {second.name}: {show_rate(rate(second))}"
     alone = next(one for one in predictions if one.name == ALONE)
     if rate(alone) > 1.05 * rate(chosen):
-        text += f"; one rank alone would give {rate(alone):,.1f}"
+        text += f"; one rank alone would give {show_rate(rate(alone))}"
     return text
 
 
@@ -351,7 +352,7 @@ def table(predictions: Sequence[Prediction], chosen: Prediction | None = None) -
     titles = "".join(f" {title:>12}" for title in ("one request", "4 at once", "16 at once", "long prompts"))
     lines = [f"{'layout':<26}{titles}  predicted tokens/s"]
     for one in predictions:
-        rates = "".join(f" {one.tokens_per_s[name]:>12,.1f}" for name in LOADS)
+        rates = "".join(f" {show_rate(one.tokens_per_s[name]):>12}" for name in LOADS)
         mark = "*" if one is chosen else ""
         lines.append(f"{one.name:<26}{rates}  {mark or one.problem}".rstrip())
     return "\n".join(lines)
