@@ -73,6 +73,6 @@ def test_the_spread_of_the_times_is_shown() -> None:
     assert [line.split() for line in lines[-3:]] == [
         ["generation,", "1", "at", "once", "one", "machine", "50.0", "25.0..100.0"],
         ["cable", "50.0", "25.0..100.0", "1.00"],
-        ["moon", "0.5", "0.5..0.5", "0.01"],
+        ["moon", "0.50", "0.49..0.50", "0.01"],
     ]
     assert "1 rank over cable" in prediction_table([measured()], links, workload(1))
