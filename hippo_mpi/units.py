@@ -24,8 +24,15 @@ def show_rate(per_s: float) -> str:
 
 
 def show_layers(start: int, stop: int) -> str:
-    """Return the half-open range [start, stop) of layers as text: layer 3, layers 0-3."""
-    return f"layer {start}" if stop == start + 1 else f"layers {start}-{stop - 1}"
+    """Return the half-open range [start, stop) of layers as text: no layers, layer 3, layers 0-3."""
+    if stop - start < 2:
+        return "no layers" if stop == start else f"layer {start}"
+    return f"layers {layer_range(start, stop)}"
+
+
+def layer_range(start: int, stop: int) -> str:
+    """Return the half-open range [start, stop) of layers for a table: none, 0-3."""
+    return "none" if stop == start else f"{start}-{stop - 1}"
 
 
 def waiting_requests(count: int) -> str:

@@ -11,7 +11,7 @@ from hippo_mpi.config.checks import above_0
 from hippo_mpi.errors import PlanError
 from hippo_mpi.planning.costs import CacheCost, ModelInfo
 from hippo_mpi.transport.layout import Layout
-from hippo_mpi.units import count_of, show_bytes
+from hippo_mpi.units import count_of, layer_range, show_bytes
 
 # What a rank needs besides weights and cache: activations, the interpreter, the libraries.
 _WORKING_BYTES = 256 << 20
@@ -131,7 +131,7 @@ class LayerSplit:
         how = f", each split over {self.num_shards} ranks" if self.num_shards > 1 else ""
         lines = [f"{count_of(self.info.num_layers, 'layer')}{how}, context of {self.max_context:,} tokens", head]
         for rank, stage in enumerate(self.stages):
-            layers = f"{stage.start}-{stage.stop - 1}" + ("+head" if rank == 0 and len(self.stages) > 1 else "")
+            layers = f"{layer_range(stage.start, stage.stop)}" + ("+head" if rank == 0 and len(self.stages) > 1 else "")
             lines.append(
                 f"{rank:>4}  {stage.machine.name:<16.16} {layers:<9} {show_bytes(stage.weight_bytes):>9}"
                 f" {show_bytes(stage.cache_bytes):>9} {show_bytes(stage.machine.memory_bytes):>9}"
@@ -202,6 +202,24 @@ def plan_split(
         if max_context is not None or context <= 2048:
             raise PlanError(does_not_fit(split))
         context = max(2048, context // 2)
+
+
+def plan_alone(info: ModelInfo, machines: Sequence[Machine], max_context: int) -> LayerSplit:
+    """Return the split in which rank 0 holds every layer, and the other ranks none.
+
+    Args:
+        info: costs of the model.
+        machines: by rank.
+        max_context: tokens of cache to plan for.
+
+    Raises:
+        PlanError: rank 0's memory is too small.
+    """
+    split = _explain(info, machines, [0, *(info.num_layers for _ in machines)], max_context)
+    if not split.fits:
+        missing = show_bytes(-split.stages[0].margin_bytes)
+        raise PlanError(f"rank 0 has {missing} too little memory for it and a context of {max_context:,} tokens")
+    return split
 
 
 def _bounds(counts: Sequence[int]) -> list[int]:

@@ -250,7 +250,7 @@ class Comparison:
             counts = self.counts[len(self.times)]
             found.append(Prediction(PIPELINE, predict_pipeline(self.times, counts, self.link, self.sizes)))
         alone = predict_pipeline(self.times[:1], [num_layers], self.link, self.sizes)
-        found.append(Prediction(ALONE, alone, problem="needs a start with one rank"))
+        found.append(Prediction(ALONE, alone))
         names: dict[str, set[str]] = {}
         for kind in self.times[0].kinds:
             for path in kind.parts:
@@ -342,8 +342,10 @@ def reason(chosen: Prediction, predictions: Sequence[Prediction], load: str) -> 
         second = max(others, key=rate)
         text += f"; {second.name}: {show_rate(rate(second))}"
     alone = next(one for one in predictions if one.name == ALONE)
-    if rate(alone) > 1.05 * rate(chosen):
-        text += f"; one rank alone would give {show_rate(rate(alone))}"
+    if chosen is alone:
+        text += "; the other ranks stay idle"
+    elif alone.problem and rate(alone) > rate(chosen):
+        text += f"; one rank alone would give {show_rate(rate(alone))}, but {alone.problem}"
     return text
 
 

@@ -102,6 +102,11 @@ class Agreement:
         """Return how the ranks share the model."""
         return Layout(len(self.counts), shards=1 if self.shards is None else self.shards.num_ranks)
 
+    @property
+    def num_busy_stages(self) -> int:
+        """Return how many stages have layers: all, or only the first, if rank 0 alone is faster."""
+        return sum(count > 0 for count in self.counts)
+
     def layers_of(self, rank: int) -> tuple[int, int]:
         """Return the layers [start, stop) of a rank."""
         stage = self.layout.place(rank).stage

@@ -12,9 +12,10 @@ from hippo_mpi.checkpoint.checkpoint import Checkpoint, open_lazily
 from hippo_mpi.config.links import LINKS, Link
 from hippo_mpi.errors import PlanError, UserError
 from hippo_mpi.planning.costs import ModelInfo
-from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_split
+from hippo_mpi.planning.layer_split import LayerSplit, Machine, plan_alone, plan_split
 from hippo_mpi.planning.layer_times import time_layers
 from hippo_mpi.planning.layout_choice import (
+    ALONE,
     PIPELINE,
     TENSOR,
     Comparison,
@@ -164,6 +165,15 @@ class LayoutPlanner:
         split = plan_split(self._info, self._machines, self._asked.max_context, self._asked.layer_split)
         return PlannedLayout(split, notes=notes)
 
+    def alone(self) -> PlannedLayout:
+        """Plan the whole model on rank 0, for as long a context as a pipeline has room for.
+
+        Raises:
+            PlanError: neither fits.
+        """
+        context = self.pipeline().split.max_context
+        return PlannedLayout(plan_alone(self._info, self._machines, context))
+
     def widths(self) -> ShardPlan:
         """Find how the layers can be split over the ranks of a stage, by speed or as it was asked for."""
         asked = self._asked
@@ -180,7 +190,7 @@ class LayoutPlanner:
         comparison = self.compare(shards, timed, include_sums)
         if self._asked.parallel == "auto":
             return self.choose(shards, comparison)
-        return replace(self.plan(), comparison=comparison)
+        return replace(self.plan(), comparison=comparison, problems=self._problems())
 
     def compare(self, shards: ShardPlan, timed: Sequence[Timed], include_sums: bool) -> Comparison:
         """Return what ways to share the model are compared by, from what the ranks have timed."""
@@ -199,19 +209,27 @@ class LayoutPlanner:
         Raises:
             PlanError: none fits.
         """
-        load, problems = self._asked.load, dict[str, str]()
-        predictions = comparison.predictions()
+        load, problems = self._asked.load, self._problems()
+        predictions = comparison.predictions(problems)
         while not all(one.problem for one in predictions):
             chosen = best(predictions, load)
             try:
                 found = self._as_chosen(shards, chosen)
             except PlanError as error:
-                problems[chosen.name] = str(error).partition("\n")[0]
+                problems[chosen.name] = _first_line(error)
                 predictions = comparison.predictions(problems)
                 continue
             notes = (*found.notes, reason(chosen, predictions, load))
             return replace(found, comparison=comparison, problems=problems, notes=notes)
         return self.pipeline()  # which says what doesn't fit
+
+    def _problems(self) -> dict[str, str]:
+        """Return why one rank alone can't be taken, if so, by its name: what no link changes."""
+        try:
+            self.alone()
+        except PlanError as error:
+            return {ALONE: _first_line(error)}
+        return {}
 
     def time_elsewhere(self, shards: ShardPlan) -> list[Timed]:
         """Time every rank's part here, for machines that aren't, and a link that isn't either."""
@@ -231,6 +249,8 @@ class LayoutPlanner:
                 self._asked, parallel=TENSOR, num_stages=chosen.num_stages, has_comparison=False, is_load_given=False
             )
             return LayoutPlanner(self._checkpoint, self._info, self._machines, asked, self._control).plan()
+        if chosen.name == ALONE:
+            return self.alone()
         return self._by_width(shards, chosen) if chosen.blocks else self.pipeline()
 
     def _by_width(self, shards: ShardPlan, chosen: Prediction) -> PlannedLayout:
@@ -295,6 +315,10 @@ def _sizes(flow: Dataflow, info: ModelInfo) -> ModelSizes:
     shapes = [shape for call in flow.calls for shape in call.outputs.values()]
     hidden = max((dim.constant for shape in shapes[:1] for dim in shape.dims), default=1)
     return ModelSizes(hidden, info.vocab_size, flow.hidden_dtype.size, sum(len(call.prepared) for call in flow.calls))
+
+
+def _first_line(error: PlanError) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _refusals(shards: ShardPlan) -> tuple[str, ...]:

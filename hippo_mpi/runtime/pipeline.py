@@ -104,7 +104,7 @@ class Pipeline:
 
     def leader(self) -> Leader:
         """Return rank 0's side of the steps."""
-        self._worker = Leader(self.stage, self.channel, self._settings, self.agreement.layout.stages, self.timeline)
+        self._worker = Leader(self.stage, self.channel, self._settings, self.agreement.num_busy_stages, self.timeline)
         return self._worker
 
     def follow(self) -> None:

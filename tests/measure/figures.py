@@ -21,7 +21,6 @@ as on a Mac's GPU, and not by the wheel's slow BLAS.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -45,7 +44,7 @@ from mlx_lm.models import llama
 from hippo_mpi.config.bundled import BUNDLED_MODEL
 from hippo_mpi.units import count_of
 from tests import ranks
-from tests.measure.shaped_link import shaped_link
+from tests.measure.shaped_link import run_over_link
 from tests.real_shapes import CONFIGS, fill_holes, make_sparse_checkpoint
 from tests.tiny_tokenizer import save_tokenizer
 
@@ -322,7 +321,7 @@ def measure_simulation(_: str, preload: str, trials: int) -> None:
         print(f"llama of {parameters / 1e6:.0f}M parameters, float32, 2 ranks, {preload or 'the wheel’s own BLAS'}")
         load = ["--model", name, "--prompt-tokens", "1024", "--concurrent", "1,4,16", "--timeout", "120", "--json"]
         times = Path(name) / "times.json"
-        times.write_text(run_over_link("hippo_mpi.plan", [*load, "--simulate"], preload, *_LINKS[0]))
+        times.write_text(run_over_link("hippo_mpi.plan", [*load, "--simulate"], preload, *_LINKS[0]).out)
         benchmark = [*load, "--generation-tokens", "24", "--trials", str(trials), "--pipeline-only"]
         for latency_s, bytes_per_s in _LINKS:
             link = f"{(latency_s + _OWN_LATENCY_S) * 1e3:.3g}ms,{bytes_per_s / 1e6:g}MB/s"
@@ -339,7 +338,7 @@ def measure_simulation(_: str, preload: str, trials: int) -> None:
             predicted = json.loads(subprocess.run([*command, *machines], capture_output=True, check=True).stdout)[
                 "pipeline"
             ]
-            found = json.loads(run_over_link("hippo_mpi.benchmark", benchmark, preload, latency_s, bytes_per_s))[
+            found = json.loads(run_over_link("hippo_mpi.benchmark", benchmark, preload, latency_s, bytes_per_s).out)[
                 "results"
             ]
             rates = {result["concurrent"]: result["trials"] for result in found}
@@ -351,26 +350,6 @@ def measure_simulation(_: str, preload: str, trials: int) -> None:
                 print(
                     f"  {link:<16} {label:<11} predicted {wanted:>6.1f}, real {median:>6.1f} tok/s: {wanted / median:.3f}"
                 )
-
-
-def run_over_link(command: str, options: list[str], preload: str, latency_s: float, bytes_per_s: float) -> str:
-    """Rank 0's output of a command on 2 ranks whose ring goes through shaped links."""
-    first, second = ranks.free_ports(2)
-    with contextlib.ExitStack() as stack:
-        links = [stack.enter_context(shaped_link(port, latency_s, bytes_per_s)) for port in (first, second)]
-        running = []
-        for rank, ports in enumerate(((first, links[1]), (links[0], second))):
-            hostfile = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".json"))
-            json.dump([[f"127.0.0.1:{port}"] for port in ports], hostfile)
-            hostfile.flush()
-            env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile.name, "OPENBLAS_NUM_THREADS": "1"}
-            env |= {"LD_PRELOAD": preload} if preload else {}
-            pin = ["taskset", "-c", str(rank)] if sys.platform == "linux" else []
-            running.append(ranks.start([*pin, str(ranks.BIN / command), *options], env))
-            stack.callback(ranks.end, [running[-1]])
-        if any([rank.wait(1800) for rank in running]):
-            raise SystemExit(running[0].err)
-        return running[0].out
 
 
 def measure_start(_: str, __: str, trials: int) -> None:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests import ranks
-from tests.measure.figures import run_over_link, run_pinned
+from tests.measure.figures import run_pinned
+from tests.measure.shaped_link import run_over_link
 
 REQUESTS = {"one": 1, "few": 4, "many": 16}
 BYTES_PER_S = 2e9
@@ -60,7 +61,7 @@ def benchmark(model: str, parallel: list[str], loads: list[str], latency_s: floa
     ]  # fmt: skip
     if not latency_s:
         return json.loads(run_pinned(2, [str(ranks.BIN / "hippo_mpi.benchmark"), *options], args.preload))
-    return json.loads(run_over_link("hippo_mpi.benchmark", options, args.preload, latency_s, BYTES_PER_S))
+    return json.loads(run_over_link("hippo_mpi.benchmark", options, args.preload, latency_s, BYTES_PER_S).out)
 
 
 def rates(found: Any) -> dict[int, float]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import queue
 import socket
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+
+from tests import ranks
+from tests.ranks import Rank
 
 _PIECE_BYTES = 1 << 16
 
@@ -71,3 +77,23 @@ def _write(sink: socket.socket, pieces: queue.Queue[tuple[float, bytes]]) -> Non
                 sink.shutdown(socket.SHUT_WR)
                 return
             sink.sendall(piece)
+
+
+def run_over_link(command: str, options: list[str], preload: str, latency_s: float, bytes_per_s: float) -> Rank:
+    """Rank 0 of a command, ended, on 2 ranks whose ring goes through shaped links."""
+    first, second = ranks.free_ports(2)
+    with contextlib.ExitStack() as stack:
+        links = [stack.enter_context(shaped_link(port, latency_s, bytes_per_s)) for port in (first, second)]
+        running = []
+        for rank, ports in enumerate(((first, links[1]), (links[0], second))):
+            hostfile = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".json"))
+            json.dump([[f"127.0.0.1:{port}"] for port in ports], hostfile)
+            hostfile.flush()
+            env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile.name, "OPENBLAS_NUM_THREADS": "1"}
+            env |= {"LD_PRELOAD": preload} if preload else {}
+            pin = ["taskset", "-c", str(rank)] if sys.platform == "linux" else []
+            running.append(ranks.start([*pin, str(ranks.BIN / command), *options], env))
+            stack.callback(ranks.end, [running[-1]])
+        if any([rank.wait(1800) for rank in running]):
+            raise SystemExit(running[0].err)
+        return running[0]

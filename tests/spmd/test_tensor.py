@@ -17,6 +17,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 from tests import ranks
+from tests.measure.shaped_link import run_over_link
 from tests.parity import tiny_models
 from tests.parity.test_scripts import in_batches
 from tests.servers import server
@@ -29,9 +30,9 @@ SHARDS = GENERATES.replace("model.pipeline(group)", "hippo_mpi.shard(model, grou
 TENSOR = ["--parallel", "tensor"]
 
 
-def expected_tokens(folder: Path, num_tokens: int) -> list[int]:
+def expected_tokens(folder: Path, num_tokens: int, prompt: list[int] = PROMPT) -> list[int]:
     model, _ = load_model(folder)
-    return [token for token, _ in generate_step(mx.array(PROMPT), model, max_tokens=num_tokens)]
+    return [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=num_tokens)]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,26 @@ def test_a_layout_is_chosen(tmp_path: Path) -> None:
     found = json.loads(running[0].out)["token_ids"]
     assert found == expected_tokens(folder, 30)[: len(found)]
     assert re.search(r"chosen: .*, [\d,.]+ tokens/s predicted for one request; ", running[0].err)
+
+
+def test_one_rank_is_taken_over_a_slow_link(tmp_path: Path) -> None:
+    """Several requests at once, prompts in pieces: the tokens of mlx-lm; the other rank has no layers, and ends in peace."""
+    folder = tiny_models.make_checkpoint("mixtral", tmp_path)
+    save_tokenizer(folder)
+    prompts = [[*PROMPT, token] for token in range(3)]
+    lines = [json.dumps({"custom_id": str(n), "prompt": " ".join(f"w{t}" for t in p)}) for n, p in enumerate(prompts)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    options = [
+        str(tmp_path / "prompts.jsonl"), "-o", str(tmp_path / "answers.jsonl"), "--model", str(folder),
+        "--ignore-chat-template", "--max-tokens", "20", "--max-context", "256", "--prefill-step-size", "4", "--parallel", "auto",
+    ]  # fmt: skip
+    said = run_over_link("hippo_mpi.batch", options, "", latency_s=0.02, bytes_per_s=1e9).err
+    assert re.search(r"chosen: one rank alone, .* for 16 at once; pipeline: [\d,.]+; the other ranks stay idle", said)
+    found = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    texts = {answer["custom_id"]: answer["response"]["body"]["choices"][0]["message"]["content"] for answer in found}
+    for number, prompt in enumerate(prompts):
+        has_text = [token for token in expected_tokens(folder, 20, prompt) if token < 100]  # of the tiny tokenizer
+        assert texts[str(number)].split() == [f"w{token}" for token in has_text]
 
 
 @pytest.mark.parametrize(

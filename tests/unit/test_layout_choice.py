@@ -118,11 +118,21 @@ def test_many_requests_fill_a_pipeline_over_a_slow_link() -> None:
     assert "for 16 at once" in said
 
 
-def test_one_rank_that_would_be_faster_is_named() -> None:
+def test_one_rank_is_taken_where_it_is_faster() -> None:
     predictions = compared(free(50 * MS)).predictions()
-    assert "one rank alone would give 21.7" in reason(best(predictions, "one"), predictions, "one")
-    assert table(predictions, best(predictions, "one")).count("*") == 1
+    chosen = best(predictions, "one")
+    said = reason(chosen, predictions, "one")
+    assert said.startswith("chosen: one rank alone, 21.7 tokens/s predicted for one request; pipeline: 6.85; the other")
+    assert table(predictions, chosen).count("*") == 1
     assert "*" not in table(predictions)
+
+
+def test_one_rank_that_would_be_faster_but_has_no_room_is_named() -> None:
+    predictions = compared(free(50 * MS)).predictions({ALONE: "rank 0 has 2 GiB too little memory"})
+    chosen = best(predictions, "one")
+    assert chosen.name == PIPELINE
+    said = reason(chosen, predictions, "one")
+    assert "; one rank alone would give 21.7, but rank 0 has 2 GiB too little memory" in said
 
 
 def test_the_first_is_taken_if_it_is_nearly_as_fast() -> None:
@@ -158,4 +168,4 @@ def test_a_slower_link_is_never_faster(latency: float, rate: float, num_ranks: i
 def test_another_link_takes_the_place_of_the_measured_one() -> None:
     near = compared(free())
     assert best(near.predictions(), "one").name == TENSOR
-    assert best(near.over(Link(0.1, 1e6)).predictions(), "one").name == PIPELINE
+    assert best(near.over(Link(0.1, 1e6)).predictions(), "one").name == ALONE

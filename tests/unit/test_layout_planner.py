@@ -10,7 +10,7 @@ import pytest
 
 from hippo_mpi.checkpoint.checkpoint import ModelSource, open_checkpoint
 from hippo_mpi.errors import UserError
-from hippo_mpi.planning.layer_split import Machine
+from hippo_mpi.planning.layer_split import Machine, plan_split
 from hippo_mpi.planning.layer_times import SHAPES, KindTimes, RankTimes
 from hippo_mpi.planning.layout_choice import LinkTimes
 from hippo_mpi.planning.model_costs import model_info
@@ -18,6 +18,8 @@ from hippo_mpi.runtime.layout_planner import LayoutPlanner, PlanConstraints
 from hippo_mpi.runtime.rank_timing import Timed
 from hippo_mpi.sharding.slot_caches import KVSettings
 from tests.parity import tiny_models
+
+QUIET: Any = SimpleNamespace(progress=lambda *_: None)
 
 
 def planner(
@@ -64,9 +66,8 @@ def test_stages_of_ranks_are_taken_where_they_are_fastest(tmp_path: Path) -> Non
     """Sums over all four ranks take longer than messages between neighbours."""
     checkpoint = open_checkpoint(ModelSource(tiny_models.make_checkpoint("llama", tmp_path)))
     info, link = model_info(checkpoint, KVSettings()), LinkTimes(((1, 1.0),), ((1, 1e-6),))
-    control: Any = SimpleNamespace(progress=lambda *_: None)
     machines = [Machine(f"mini{rank}", 1 << 34) for rank in range(4)]
-    planner = LayoutPlanner(checkpoint, info, machines, PlanConstraints(None, 256, parallel="auto"), control)
+    planner = LayoutPlanner(checkpoint, info, machines, PlanConstraints(None, 256, parallel="auto"), QUIET)
     shards = planner.widths()
     whole, split, none = ((seconds,) * len(SHAPES) for seconds in (1.0, 0.4, 0.0))
     kind = KindTimes(tuple(range(info.num_layers)), whole, split, {"mlp.down_proj": split}, {"mlp.down_proj": (1,)})
@@ -75,3 +76,20 @@ def test_stages_of_ranks_are_taken_where_they_are_fastest(tmp_path: Path) -> Non
     assert found.shards is not None and found.shards.num_ranks == 2
     assert [(stage.start, stage.stop) for stage in found.split.stages] == [(0, 3), (0, 3), (3, 6), (3, 6)]
     assert found.notes[-1].startswith("chosen: tensor, 2 stages, ")
+
+
+@pytest.mark.parametrize(("room_bytes", "counts"), [(1 << 34, [6, 0]), (0, [3, 3])])
+def test_one_rank_is_taken_if_it_has_room(room_bytes: int, counts: list[int], tmp_path: Path) -> None:
+    """Over a slow link; the memory is what a pipeline needs, or more."""
+    checkpoint = open_checkpoint(ModelSource(tiny_models.make_checkpoint("llama", tmp_path)))
+    info, link = model_info(checkpoint, KVSettings()), LinkTimes(((1, 1.0),), ((1, 1.0),))
+    enough = plan_split(info, [Machine("mini", 1 << 34)] * 2, 256, [3, 3]).stages[0]
+    memory = enough.machine.memory_bytes - enough.margin_bytes + room_bytes
+    machines = [Machine(f"mini{rank}", memory) for rank in range(2)]
+    planner = LayoutPlanner(checkpoint, info, machines, PlanConstraints(None, 256, parallel="auto"), QUIET)
+    shards = planner.widths()
+    whole, split, none = ((seconds,) * len(SHAPES) for seconds in (1.0, 0.9, 0.0))
+    kind = KindTimes(tuple(range(info.num_layers)), whole, split, {"mlp.down_proj": split}, {"mlp.down_proj": (1,)})
+    found = planner.planned(shards, [Timed(RankTimes((kind,), none, none), link)] * 2, include_sums=False)
+    assert found.split.counts == counts
+    assert ("rank 0 has " in found.notes[-1]) == (counts[1] > 0)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.text import Text
 
 from hippo_mpi.cluster.top.top_state import HostState, RankState, ServerState
-from hippo_mpi.units import count_of
+from hippo_mpi.units import count_of, layer_range
 
 _GIB = 1 << 30
 _EMPTY = ("", "", "")
@@ -114,7 +114,7 @@ def _rate(bytes_per_s: float) -> str:
 def _rank(one: RankState | None) -> list[str]:
     if one is None:
         return ["", "", ""]
-    return [f"{one.layers[0]}-{one.layers[1] - 1}", f"{one.busy:.0%}", f"{one.hop_ms:.2f}"]
+    return [layer_range(*one.layers), f"{one.busy:.0%}", f"{one.hop_ms:.2f}"]
 
 
 def to_object(hosts: Sequence[HostState], server: ServerState | None, now_s: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from hippo_mpi.units import show_bytes
+from hippo_mpi.units import layer_range, show_bytes
 
 COLUMNS = ("rank", "host", "layers", "weights", "resident", "KV caches", "busy", "hop")
 _LOOK_INTERVAL_S = 1.0
@@ -82,7 +82,7 @@ class ClusterView:
             status = now[rank] if rank < len(now) else {}
             busy, hop_ms = last[rank] if rank < len(last) else (0.0, 0.0)
             rows.append([
-                str(rank), about["host"], f"{start}-{stop - 1}" + (" and head" if rank == 0 else ""),
+                str(rank), about["host"], layer_range(start, stop) + (" and head" if rank == 0 else ""),
                 show_bytes(about["weight_bytes"]), show_bytes(status.get("peak_resident_bytes", 0)),
                 show_bytes(status.get("cache_bytes", 0)), f"{busy:.0f} %", f"{hop_ms:.2f} ms",
             ])  # fmt: skip
