@@ -289,7 +289,7 @@ def link_times(link: Link, num_ranks: int, value_bytes: int) -> LinkTimes:
 def best(predictions: Sequence[Prediction], load: str) -> Prediction:
     """Return the first of those that can be taken and are nearly as fast as the fastest.
 
-    A pipeline comes first, as it asks least of the link, and all of each layer split before some of it.
+    A pipeline comes first, then one rank alone, and all of each layer split before some of it.
     """
     usable = [one for one in predictions if not one.problem]
     fastest = max(one.tokens_per_s[load] for one in usable)

@@ -116,6 +116,7 @@ class Pipeline:
         else:
             follower = Follower(self.stage, self.channel, self._settings, is_last, self.timeline)
         self._worker = follower
+        self._progress("waiting for the first step", Activity.WAITING)
         while follower.follow() is not None:
             pass
 
