@@ -194,11 +194,7 @@ class RankCollective(_BetweenProcesses):
         return mx.distributed.all_sum(part, group=self._world.group)
 
     def _gathered(self, part: mx.array) -> mx.array:
-        parts = mx.distributed.all_gather(part[None], group=self._world.group)
-        total = parts[0]
-        for rank in range(1, self._world.size):
-            total = total + parts[rank]
-        return total
+        return mx.distributed.all_gather(part[None], group=self._world.group).sum(0)
 
 
 class ChainCollective(_BetweenProcesses):
