@@ -123,6 +123,8 @@ class LayoutPlanner:
             )
         if asked.is_load_given and asked.parallel != "auto":
             raise UserError("--plan-for is for --parallel auto, which chooses by it")
+        if asked.num_stages > 1 and asked.parallel == "auto":
+            raise UserError("--stages is for --parallel tensor; auto compares numbers of stages itself")
         if asked.num_stages > 1 and asked.compares:
             raise UserError("--stages is for --parallel tensor, without --simulate: what is compared are other ways")
         if asked.num_stages > 1 and (num_ranks % asked.num_stages or num_ranks == asked.num_stages):

@@ -41,7 +41,7 @@ def planner(
         (2, {"parallel": "auto", "layer_split": (6, 6)}, "--layer-split is for --parallel pipeline; with auto, --width-split"),
         (3, {"parallel": "tensor", "num_stages": 2}, "--stages 2 needs 4, 6 ... ranks: as many in each stage, at least 2; there are 3"),
         (2, {"parallel": "tensor", "num_stages": 2}, "--stages 2 needs 4, 6 ... ranks"),
-        (4, {"parallel": "auto", "num_stages": 2}, "--stages is for --parallel tensor, without --simulate"),
+        (4, {"parallel": "auto", "num_stages": 2}, "--stages is for --parallel tensor; auto compares numbers of stages itself"),
         (4, {"parallel": "tensor", "num_stages": 2, "has_comparison": True}, "--stages is for --parallel tensor, without --simulate"),
         (4, {"parallel": "tensor", "num_stages": 2, "layer_split": (3, 3, 6)}, "--layer-split 3,3,6 is for 3 stages, but --stages is 2"),
         (4, {"parallel": "tensor", "num_stages": 2, "width_split": (1, 1, 1)}, "width split 1,1,1 is for 3 ranks, but there are 2"),
