@@ -170,6 +170,7 @@ class LayoutPlanner:
         """Find how the layers can be split over the ranks of a stage, by speed or as it was asked for."""
         asked = self._asked
         shares = width_shares(self._teams(), asked.width_split)
+        self._trying()  # opening the model, and trying its first layer, may take longer than a silence may
         # In a pipeline of stages, the last hidden states come back to rank 0 alone.
         return plan_shards(self._twin(), shares, self._trying, asked.is_exact, has_whole_head=asked.num_stages > 1)
 

@@ -14,9 +14,11 @@ from hippo_mpi.planning.layer_split import Machine
 from hippo_mpi.planning.layer_times import SHAPES, KindTimes, RankTimes
 from hippo_mpi.planning.layout_choice import LinkTimes
 from hippo_mpi.planning.model_costs import model_info
+from hippo_mpi.runtime import layout_planner
 from hippo_mpi.runtime.layout_planner import LayoutPlanner, PlanConstraints
 from hippo_mpi.runtime.rank_timing import Timed
 from hippo_mpi.sharding.slot_caches import KVSettings
+from hippo_mpi.transport.pulse import Activity
 from tests.parity import tiny_models
 
 
@@ -75,3 +77,15 @@ def test_stages_of_ranks_are_taken_where_they_are_fastest(tmp_path: Path) -> Non
     assert found.shards is not None and found.shards.num_ranks == 2
     assert [(stage.start, stage.stop) for stage in found.split.stages] == [(0, 3), (0, 3), (3, 6), (3, 6)]
     assert found.notes[-1].startswith("chosen: tensor, 2 stages, ")
+
+
+def test_trying_is_told_before_the_first_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise rank 0 counts as silent for as long as that takes, with all the time limits of one that waits."""
+    told: list[Any] = []
+    control: Any = SimpleNamespace(progress=lambda what, activity: told.append(activity))
+    asking = planner(2, parallel="tensor")
+    monkeypatch.setattr(asking, "_control", control)
+    monkeypatch.setattr(asking, "_twin", lambda: told.append("opened"))
+    monkeypatch.setattr(layout_planner, "plan_shards", lambda *given, **options: None)
+    asking.widths()
+    assert told == [Activity.COMPUTING, "opened"]
