@@ -162,7 +162,9 @@ def plan(session: Session[PlanOptions]) -> int:
 def _show_comparison(session: Session[PlanOptions], planned: PlannedLayout, comparison: Comparison) -> None:
     """Print the plan, and what each way to share the model would give over each link."""
     options = session.options
-    by_link = {"": comparison} if not options.links else {link.name: comparison.over(link) for link in options.links}
+    # Between machines that aren't here nothing was measured.
+    links = options.links or (LINKS[:1] if options.machines else [])
+    by_link = {link.name: comparison.over(link) for link in links} or {"": comparison}
     found = {name: by.predictions(planned.problems) for name, by in by_link.items()}
     if options.json:
         layouts = [{"link": name, "predictions": [asdict(one) for one in each]} for name, each in found.items()]

@@ -167,13 +167,13 @@ class RankOptions(DeadlineOptions):
     )
     tensor: str = option(
         "sum",
-        "with --parallel tensor, sum: parts of results are added up over the ranks, which rounds otherwise than one rank"
+        "with --parallel tensor or auto, sum: parts of results are added up over the ranks, which rounds otherwise than one rank"
         " does; exact: parts are only put side by side, twice as often, for the same bits",
         choices=("sum", "exact"),
     )
     collectives: str | None = option(
         None,
-        "with --parallel tensor, sums over the ranks are part of the graph, or evaluated one by one, which costs time; default:"
+        "with --parallel tensor or auto, sums over the ranks are part of the graph, or evaluated one by one, which costs time; default:"
         " graph on a CPU, stepwise on a GPU, where a kernel that waits for the network can hang the machine",
         choices=("graph", "stepwise"),
     )

@@ -32,7 +32,7 @@ def report(benchmark: dict[str, Any], has_whole: bool) -> str:
     parts = [_ring_table(benchmark["ring"])] if benchmark["ring"] else []
     parts += [_rate_table(benchmark), _busy_table(benchmark["busy"])]
     if not has_whole:
-        parts.append("Only the pipeline is shown: whole models don't fit beside it, or --pipeline-only was given.")
+        parts.append("No whole models are shown: they don't fit beside this one, or --pipeline-only was given.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -74,9 +74,11 @@ def _rate_table(benchmark: dict[str, Any]) -> str:
 
 def _busy_table(busy: list[dict[str, float]]) -> str:
     kinds = sorted({kind for rank in busy for kind in rank})
-    lines = ["where each rank's time went in the last run of the pipeline", "rank" + "".join(f"{k:>12}" for k in kinds)]
+    widths = {kind: max(12, len(kind) + 2) for kind in kinds}
+    head = "rank" + "".join(f"{kind:>{width}}" for kind, width in widths.items())
+    lines = ["where each rank's time went in the last run over all ranks", head]
     for rank, shares in enumerate(busy):
-        lines.append(f"{rank:>4}" + "".join(f"{shares.get(kind, 0.0):>12.1%}" for kind in kinds))
+        lines.append(f"{rank:>4}" + "".join(f"{shares.get(kind, 0.0):>{width}.1%}" for kind, width in widths.items()))
     return "\n".join(lines)
 
 

@@ -144,7 +144,7 @@ def time_layers(
         here = tuple(steps[number][0].call.layer for number in numbers)
         exchanges = {path: _exchanged(layer, shards.only({path}), rank, own[-1]) for path in paths}
         kinds.append(KindTimes(here, whole, split, dict(zip(paths, parts, strict=True)), exchanges))
-    return RankTimes(tuple(kinds), *_head_times(twin, plan, rank, efforts, collective, on_progress))
+    return RankTimes(tuple(kinds), *_head_times(twin, dtype, plan, rank, efforts, collective, on_progress))
 
 
 def _efforts(precise: Collection[int], num_kinds: int) -> list[Effort]:
@@ -268,6 +268,7 @@ def _made(layer: Any, inputs: dict[str, Any], caches: list[Any]) -> list[mx.arra
 
 def _head_times(
     model: nn.Module,
+    dtype: mx.Dtype,
     plan: ShardPlan,
     rank: int,
     efforts: Sequence[Effort],
@@ -283,15 +284,17 @@ def _head_times(
     method = plan.head.method
 
     def runs(num_rows: int) -> list[Run]:
-        return [partial(_head_s, getattr(head, method), head, num_rows, collective) for head in (whole, part)]
+        return [partial(_head_s, getattr(head, method), head, dtype, num_rows, collective) for head in (whole, part)]
 
     by_shape = [partial(runs, num_rows) for num_rows in _ROWS]
     found = zip(*by_size(by_shape, _ROWS, efforts, collective, on_progress), strict=True)
     return tuple(found)  # type: ignore[return-value]
 
 
-def _head_s(call: Callable[[mx.array], mx.array], head: nn.Module, num_rows: int, collective: Collective) -> float:
-    x = mx.random.normal((num_rows, 1, num_inputs(head))).astype(head.get("scales", head["weight"]).dtype)
+def _head_s(
+    call: Callable[[mx.array], mx.array], head: nn.Module, dtype: mx.Dtype, num_rows: int, collective: Collective
+) -> float:
+    x = mx.random.normal((num_rows, 1, num_inputs(head))).astype(dtype)
     mx.eval(x, head.parameters())
     collective.begin(notes=False)
     mx.eval(collective.sum(mx.zeros((1,))))

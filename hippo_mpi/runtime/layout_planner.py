@@ -124,6 +124,8 @@ class LayoutPlanner:
             )
         if asked.is_load_given and asked.parallel != "auto":
             raise UserError("--plan-for is for --parallel auto, which chooses by it")
+        if asked.num_stages > 1 and asked.parallel == "auto":
+            raise UserError("--stages is for --parallel tensor; auto compares numbers of stages itself")
         if asked.num_stages > 1 and asked.compares:
             raise UserError("--stages is for --parallel tensor, without --simulate: what is compared are other ways")
         if asked.num_stages > 1 and (num_ranks % asked.num_stages or num_ranks == asked.num_stages):
@@ -178,6 +180,7 @@ class LayoutPlanner:
         """Find how the layers can be split over the ranks of a stage, by speed or as it was asked for."""
         asked = self._asked
         shares = width_shares(self._teams(), asked.width_split)
+        self._trying()  # opening the model, and trying its first layer, may take longer than a silence may
         # In a pipeline of stages, the last hidden states come back to rank 0 alone.
         return plan_shards(self._twin(), shares, self._trying, asked.is_exact, has_whole_head=asked.num_stages > 1)
 

@@ -82,7 +82,7 @@ def test_tables_of_the_pipeline_alone() -> None:
     assert "story-3m, 3 ranks over ring\nprompts of 20 tokens, 6 generated; medians of 2 trials; " in out
     assert "pipeline" in out
     assert "standalone " not in out
-    assert "Only the pipeline is shown" in out
+    assert "No whole models are shown" in out
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ def test_layouts_over_links_that_are_not_here() -> None:
     found = json.loads(running.out)
     names = [one["name"] for one in found["layouts"][0]["predictions"]]
     assert names[:3] == ["pipeline", "one rank alone", "tensor"]
+    assert found["layouts"][0]["link"] == "thunderbolt4"  # which was taken, as none was named
     assert found["plan"]["ranks_per_layer"] == 2
     whole, *parts = (rank["layer_bytes"] for rank in found["plan"]["ranks"])
     assert parts == [whole]  # as much on each rank

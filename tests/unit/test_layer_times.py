@@ -54,6 +54,15 @@ def test_what_a_rank_gives_is_counted(is_exact: bool, given: dict[str, tuple[int
     assert all(kind.exchanges == given for kind in kinds)
 
 
+def test_scales_need_not_be_of_the_type_that_is_computed_in(tmp_path: Path) -> None:
+    """Those of mxfp4, as in gpt-oss, are bytes."""
+    model, _ = open_lazily(ModelSource(tiny_models.make_checkpoint("llama", tmp_path)))
+    nn.quantize(model, group_size=32, bits=4, mode="mxfp4")
+    plan = plan_shards(blank_twin(model), (0.5, 0.5))
+    times = time_layers(model, mx.bfloat16, plan, 1, AbsentRanks(1), lambda: None)
+    assert min(*times.head, *times.head_part) > 0
+
+
 def test_layers_compute_in_the_type_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe that records their calls computes in float32, in which a processor may be faster, or slower."""
     model, _ = open_lazily(ModelSource(tiny_models.make_checkpoint("llama", tmp_path)))

@@ -14,9 +14,11 @@ from hippo_mpi.planning.layer_split import Machine, plan_split
 from hippo_mpi.planning.layer_times import SHAPES, KindTimes, RankTimes
 from hippo_mpi.planning.layout_choice import LinkTimes
 from hippo_mpi.planning.model_costs import model_info
+from hippo_mpi.runtime import layout_planner
 from hippo_mpi.runtime.layout_planner import LayoutPlanner, PlanConstraints
 from hippo_mpi.runtime.rank_timing import Timed
 from hippo_mpi.sharding.slot_caches import KVSettings
+from hippo_mpi.transport.pulse import Activity
 from tests.parity import tiny_models
 
 QUIET: Any = SimpleNamespace(progress=lambda *_: None)
@@ -43,7 +45,7 @@ def planner(
         (2, {"parallel": "auto", "layer_split": (6, 6)}, "--layer-split is for --parallel pipeline; with auto, --width-split"),
         (3, {"parallel": "tensor", "num_stages": 2}, "--stages 2 needs 4, 6 ... ranks: as many in each stage, at least 2; there are 3"),
         (2, {"parallel": "tensor", "num_stages": 2}, "--stages 2 needs 4, 6 ... ranks"),
-        (4, {"parallel": "auto", "num_stages": 2}, "--stages is for --parallel tensor, without --simulate"),
+        (4, {"parallel": "auto", "num_stages": 2}, "--stages is for --parallel tensor; auto compares numbers of stages itself"),
         (4, {"parallel": "tensor", "num_stages": 2, "has_comparison": True}, "--stages is for --parallel tensor, without --simulate"),
         (4, {"parallel": "tensor", "num_stages": 2, "layer_split": (3, 3, 6)}, "--layer-split 3,3,6 is for 3 stages, but --stages is 2"),
         (4, {"parallel": "tensor", "num_stages": 2, "width_split": (1, 1, 1)}, "width split 1,1,1 is for 3 ranks, but there are 2"),
@@ -93,3 +95,15 @@ def test_one_rank_is_taken_if_it_has_room(room_bytes: int, counts: list[int], tm
     found = planner.planned(shards, [Timed(RankTimes((kind,), none, none), link)] * 2, include_sums=False)
     assert found.split.counts == counts
     assert ("rank 0 has " in found.notes[-1]) == (counts[1] > 0)
+
+
+def test_trying_is_told_before_the_first_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise rank 0 counts as silent for as long as that takes, with all the time limits of one that waits."""
+    told: list[Any] = []
+    control: Any = SimpleNamespace(progress=lambda what, activity: told.append(activity))
+    asking = planner(2, parallel="tensor")
+    monkeypatch.setattr(asking, "_control", control)
+    monkeypatch.setattr(asking, "_twin", lambda: told.append("opened"))
+    monkeypatch.setattr(layout_planner, "plan_shards", lambda *given, **options: None)
+    asking.widths()
+    assert told == [Activity.COMPUTING, "opened"]
