@@ -110,8 +110,8 @@ class PlanOptions(RunOptions, DraftOptions, _SimulationOptions):
 
     @property
     def has_comparison(self) -> bool:
-        """Whether the ways to share a model are compared, although none is to be chosen."""
-        return self.simulate and self.parallel != "pipeline"
+        """Whether what each way to share a model would give is shown, at every load."""
+        return self.parallel == "auto" or (self.simulate and self.parallel != "pipeline")
 
 
 class _Parser(OptionsParser[PlanOptions]):

@@ -38,6 +38,11 @@ HOSTFILE = BUNDLED / "hostfile"  # a checkout's
 RANKS = 2
 """Of this machine, where there is no hostfile either."""
 _HERE = Host(THIS_MACHINE, (THIS_MACHINE,))
+# Otherwise mpirun refuses to start more ranks than there are cores.
+_MANY_RANKS = {
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
 COMMANDS = [f"hippo_mpi.{name}" for name in ("generate", "chat", "batch", "benchmark", "models", "plan", "serve")]
 
 
@@ -108,6 +113,8 @@ def make_job(
     if backend == "mpi":
         if not shutil.which("mpirun"):
             raise LaunchError(f"--backend mpi needs mpirun, which isn't installed: {install_hint('mpi')}")
+        if set(hosts) == {_HERE} and len(hosts) > (os.cpu_count() or 1):
+            os.environ.update(_MANY_RANKS)
         on = ["--hostfile", _write_hosts(hostfile, held), "--backend", backend]
         return [installed("mlx.launch"), *on, "--", installed(options.command), *rest]
     if set(hosts) == {_HERE}:

@@ -215,7 +215,7 @@ class RunOptions(ModelOptions, ConfigOptions, CacheOptions, RankOptions):
 
     @property
     def has_comparison(self) -> bool:
-        """Whether the ways to share a model are compared, although none is to be chosen."""
+        """Whether what each way to share a model would give is shown, at every load."""
         return False
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from hippo_mpi.planning.timed_tries import Effort, Run, agreed, by_size, in_turn
+from hippo_mpi.planning.timed_tries import Effort, Run, by_size
 from hippo_mpi.sharding.dependence import Call, ProbedModel
 from hippo_mpi.sharding.linear_layers import num_inputs
 from hippo_mpi.sharding.sharded_head import shard_head
@@ -44,13 +44,12 @@ _ROWS = [rows for rows, _ in SHAPES]
 _TOKENS = [rows * tokens for rows, tokens in SHAPES]
 
 _PAST_TOKENS = 5  # in the caches; as many as `tracing.trace` reads before it
-_COPIED_BYTES = 512 << 20  # more than processors' caches hold; of a larger layer, one form at a time is in memory
+_COPIED_BYTES = 512 << 20  # of all forms of a layer, more than caches hold; larger ones are timed one by one
 _STEP_S = 0.25  # copies beyond what takes as long would only take longer
 _NOISE_BYTES = 16 << 20  # larger weights are zeros, which take as long
 
 
 _USUAL, _PRECISE = Effort(2.0, 6), Effort(5.0, 25)  # on a busy machine, 4 tries are off by 6 %, 14 by 2
-_ROUGH = Effort(0.0, 3)
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,7 @@ def time_layers(
     collective: Collective,
     on_progress: Callable[[], None],
     precise: Collection[int] = (),
+    only_precise: bool = False,
 ) -> RankTimes:
     """Time the layers of a model; every rank of the collective must do so.
 
@@ -116,6 +116,7 @@ def time_layers(
         collective: what the parts add up with, or `AbsentRanks`.
         on_progress: called after each try.
         precise: places in SHAPES of what is timed more often; the same on each rank.
+        only_precise: whether the others aren't timed, but concluded from these.
     """
     twin = blank_twin(model)
     fuse_adapters(twin)
@@ -125,32 +126,30 @@ def time_layers(
         structure = structure_of(layers[first.call.layer], first.call)
         by_kind.setdefault(structure + repr(plan.layers[first.call.layer]), []).append(number)
     kinds = []
-    efforts = _efforts(precise, len(by_kind))
+    places = sorted(precise) if only_precise else range(len(SHAPES))
+    # Many kinds of layers shouldn't take longer than one.
+    efforts = {
+        place: replace(effort, seconds=effort.seconds / len(by_kind))
+        for place, effort in ((place, _PRECISE if place in precise else _USUAL) for place in places)
+    }
     for numbers in by_kind.values():
         own = steps[numbers[0]]
         layer, shards = layers[own[0].call.layer], plan.layers[own[0].call.layer]
         paths = list(shards.columns)
         forms = [LayerShards(), shards, *(shards.only({path}) for path in paths)]
         size = sum(array.nbytes for _, array in tree_flatten(layer.parameters()))  # the same on each rank
-        num_copies = min(len(numbers), 1 + _COPIED_BYTES // max(1, size))
+        fits = size * len(forms) <= _COPIED_BYTES
+        num_copies = min(len(numbers), max(1, _COPIED_BYTES // max(1, size * len(forms))))
         times: list[tuple[float, ...]] = []
-        for turns in [forms] if size <= _COPIED_BYTES else [[form] for form in forms]:
+        for turns in [forms] if fits else [[form] for form in forms]:
             copies = [_copies(layer, num_copies, form, rank, collective) for form in turns]
-            alone_s = max(in_turn(_layer_runs(copies, own[0], 1, collective), _ROUGH, collective, on_progress))
-            in_a_step = min(num_copies, 1 + int(_STEP_S / agreed(alone_s, collective)))
-            runs = [partial(_layer_runs, copies, step, in_a_step, collective) for step in own]
+            runs = [partial(_layer_runs, copies, step, collective) for step in own]
             times += zip(*by_size(runs, _TOKENS, efforts, collective, on_progress), strict=True)
         whole, split, *parts = times
         here = tuple(steps[number][0].call.layer for number in numbers)
         exchanges = {path: _exchanged(layer, shards.only({path}), rank, own[-1]) for path in paths}
         kinds.append(KindTimes(here, whole, split, dict(zip(paths, parts, strict=True)), exchanges))
     return RankTimes(tuple(kinds), *_head_times(twin, dtype, plan, rank, efforts, collective, on_progress))
-
-
-def _efforts(precise: Collection[int], num_kinds: int) -> list[Effort]:
-    """Return how long to try at each place in SHAPES, so that many kinds of layers don't take longer than one."""
-    efforts = [_PRECISE if place in precise else _USUAL for place in range(len(SHAPES))]
-    return [replace(effort, seconds=effort.seconds / num_kinds) for effort in efforts]
 
 
 @dataclass(frozen=True)
@@ -204,15 +203,15 @@ def _exchanged(layer: nn.Module, shards: LayerShards, rank: int, step: _Step) ->
 
 
 def _layer_runs(
-    forms: Sequence[Sequence[nn.Module]], step: _Step, num_copies: int, collective: Collective
+    forms: Sequence[Sequence[nn.Module]], step: _Step, collective: Collective, expected_s: float
 ) -> list[Run]:
     """Return what times a step of each form of a layer.
 
     Args:
         forms: copies of the layer, by form.
         step: what they are called with.
-        num_copies: that run one after the other.
         collective: what the parts add up with.
+        expected_s: seconds that a copy may take.
     """
     runs: list[Run] = []
     for copies in forms:
@@ -221,7 +220,7 @@ def _layer_runs(
             inputs, past = step.before.again()
             mx.eval(_made(copies[0], inputs, past))
         # What reads a prompt isn't slowed down by memory.
-        some = copies[: num_copies if step.before else 1]
+        some = copies[: 1 + int(_STEP_S / expected_s) if step.before else 1]
         runs.append(partial(_step_s, some, step.call, past, collective))
     return runs
 
@@ -271,7 +270,7 @@ def _head_times(
     dtype: mx.Dtype,
     plan: ShardPlan,
     rank: int,
-    efforts: Sequence[Effort],
+    efforts: Mapping[int, Effort],
     collective: Collective,
     on_progress: Callable[[], None],
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -283,7 +282,7 @@ def _head_times(
     shard_head(part, plan.head, rank, collective)
     method = plan.head.method
 
-    def runs(num_rows: int) -> list[Run]:
+    def runs(num_rows: int, _: float) -> list[Run]:
         return [partial(_head_s, getattr(head, method), head, dtype, num_rows, collective) for head in (whole, part)]
 
     by_shape = [partial(runs, num_rows) for num_rows in _ROWS]

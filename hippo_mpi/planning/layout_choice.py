@@ -30,7 +30,7 @@ def shapes_of(load: str, num_ranks: int) -> set[int]:
     place = _SHAPE_OF[load]
     rows, tokens = SHAPES[place]
     if tokens > 1:
-        return {place}
+        return {place - 1, place}  # a slow processor's times for it are concluded from those of many rows
     smaller = _shape_of_rows(rows / min(rows, num_ranks))
     return {place, math.floor(smaller), math.ceil(smaller)}
 
@@ -341,6 +341,8 @@ def reason(chosen: Prediction, predictions: Sequence[Prediction], load: str) -> 
     if others:
         second = max(others, key=rate)
         text += f"; {second.name}: {show_rate(rate(second))}"
+        if rate(second) > rate(chosen):
+            text += ", too little more to matter"
     alone = next(one for one in predictions if one.name == ALONE)
     if chosen is alone:
         text += "; the other ranks stay idle"

@@ -5,9 +5,10 @@ Speeds range over five orders of magnitude: a number of tries that is right for 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -34,32 +35,42 @@ class Effort:
     most_tries: int
 
 
+_ROUGH = Effort(0.0, 3)
+
+
 def by_size(
-    runs: Sequence[Callable[[], Sequence[Run]]],
+    runs: Sequence[Callable[[float], Sequence[Run]]],
     sizes: Sequence[int],
-    efforts: Sequence[Effort],
+    efforts: Mapping[int, Effort],
     collective: Collective,
     on_progress: Callable[[], None],
 ) -> list[list[float]]:
     """Return the median seconds of each run, by size.
 
-    Where a try would take too long, its times are those of the size before, and grow as the sizes do.
+    Where a try would take too long, or no effort is asked for, the times are those of the nearest size, and grow as the
+    sizes do.
 
     Args:
-        runs: what makes those of each size.
+        runs: what makes those of each size, given the seconds that one of them may be expected to take.
         sizes: how much there is to compute.
-        efforts: how long to try each size.
+        efforts: how long to try, by place in `sizes`.
         collective: what the ranks' parts add up with.
         on_progress: called after each try.
     """
-    found: list[list[float]] = []
-    for place, effort in enumerate(efforts):
-        growth = sizes[place] / sizes[place - 1] if found else 0.0
-        if found and growth * agreed(sum(found[-1]), collective) > _LONGEST_TRY_S:
-            found.append([growth * seconds for seconds in found[-1]])
+    near, near_size = in_turn(runs[0](math.inf), _ROUGH, collective, on_progress), sizes[0]
+    found: dict[int, list[float]] = {}
+    for place in sorted(efforts):
+        growth = sizes[place] / near_size
+        if growth * agreed(sum(near), collective) > _LONGEST_TRY_S:
+            near = [growth * seconds for seconds in near]
         else:
-            found.append(in_turn(runs[place](), effort, collective, on_progress))
-    return found
+            expected_s = growth * agreed(max(near), collective)
+            near = in_turn(runs[place](expected_s), efforts[place], collective, on_progress)
+        near_size, found[place] = sizes[place], near
+    nearest = [min(found, key=lambda tried: abs(tried - place)) for place in range(len(sizes))]
+    return [
+        [size / sizes[tried] * seconds for seconds in found[tried]] for size, tried in zip(sizes, nearest, strict=True)
+    ]
 
 
 def in_turn(

@@ -140,6 +140,7 @@ def negotiate(
     machines: list[Machine] | None = None,
     find_draft: Callable[[], ModelSource | None] = lambda: None,
     shares_head: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Agreement:
     """Open the checkpoint on every rank, compare, and plan the split on rank 0: for the ranks, or for `machines` instead.
 
@@ -168,7 +169,7 @@ def negotiate(
     try:
         if constraints.compares and (len(machines) if machines else world.size) > 1:
             if checkpoint is not None:  # otherwise rank 0 knows by now, and ends all of them
-                layout = _compared(planner, checkpoint, constraints, world, control, is_here=machines is None)
+                layout = _compared(planner, checkpoint, constraints, world, control, machines is None, say)
         elif planner is not None:
             layout = planner.plan()
     except HippoError as error:
@@ -197,6 +198,7 @@ def _compared(
     world: World,
     control: Control,
     is_here: bool,
+    say: Callable[[str], None],
 ) -> PlannedLayout | None:
     """Time what the ways to share a model take, on every rank; return rank 0's plan.
 
@@ -207,9 +209,11 @@ def _compared(
         world: the ranks.
         control: to the others.
         is_here: whether the ranks are those that are planned for.
+        say: tells people on rank 0 that this takes a while.
     """
     offer = None
     if planner is not None:
+        say("timing layers, to find the fastest layout: 10 s or more, which a given --parallel doesn't take")
         try:
             offer = _Offer(planner.widths())
         except UserError as error:  # such as adapters that can't be fused
@@ -224,7 +228,8 @@ def _compared(
         assert planner is not None
         return planner.planned(offer.shards, planner.time_elsewhere(offer.shards), include_sums=False)
     is_lazy, include_sums = is_in_graph(constraints.collectives), constraints.link is None
-    own = time_rank(checkpoint, offer.shards, world, control, is_lazy, include_sums, constraints.load)
+    only_load = not constraints.has_comparison
+    own = time_rank(checkpoint, offer.shards, world, control, is_lazy, include_sums, constraints.load, only_load)
     timed = control.gather(own)
     return None if planner is None or timed is None else planner.planned(offer.shards, timed, include_sums)
 

@@ -158,6 +158,11 @@ def _with_model(joined: _Joined[_R], body: Callable[[Session[_R]], int], machine
         options.planned_link,
         options.has_comparison,
     )
+
+    def say(text: str) -> None:
+        progress.clear()
+        print(text, file=sys.stderr, flush=True)
+
     agreement = negotiate(
         world,
         control,
@@ -167,10 +172,10 @@ def _with_model(joined: _Joined[_R], body: Callable[[Session[_R]], int], machine
         joined.given,
         machines,
         lambda: ModelSource.of_draft(options, not options.only_plans, looking),
+        say=say,
     )
     for note in agreement.planned.notes if agreement.planned is not None else ():
-        progress.clear()
-        print(note, file=sys.stderr, flush=True)
+        say(note)
     try:
         return body(Session(options, world, control, launcher, settings, agreement, progress))
     finally:

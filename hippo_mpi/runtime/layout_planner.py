@@ -50,7 +50,7 @@ class PlanConstraints:
     load: str = "one"  # for which "auto" chooses
     is_load_given: bool = False  # by people, rather than by the command
     link: Link | None = None  # between machines that aren't here
-    has_comparison: bool = False  # whether the ways to share the model are timed, although none is to be chosen
+    has_comparison: bool = False  # whether what each way gives is shown, at every load, also if none is to be chosen
 
     @property
     def compares(self) -> bool:
@@ -106,16 +106,15 @@ class LayoutPlanner:
     def _check(self) -> None:
         asked, num_ranks = self._asked, len(self._machines)
         if asked.parallel == PIPELINE:
-            for option, is_given in (
-                ("--width-split", asked.width_split is not None),
-                ("--tensor exact", asked.is_exact),
-                ("--stages", asked.num_stages > 1),
-                ("--collectives", asked.collectives is not None),
+            for option, is_given, instead in (
+                ("--width-split", asked.width_split is not None, ", and --layer-split gives their numbers"),
+                ("--tensor exact", asked.is_exact, ": it is always exact"),
+                ("--stages", asked.num_stages > 1, ": it has as many stages as ranks"),
+                ("--collectives", asked.collectives is not None, ": it has no sums"),
             ):
                 if is_given:
                     raise UserError(
-                        f"{option} is for --parallel tensor; in a pipeline, each rank is a stage of whole layers, and"
-                        " --layer-split gives their numbers"
+                        f"{option} is for --parallel tensor; in a pipeline, each rank holds whole layers{instead}"
                     )
         elif asked.layer_split is not None and asked.num_stages == 1:
             raise UserError(

@@ -39,6 +39,7 @@ def time_rank(
     is_lazy: bool,
     include_sums: bool,
     load: str,
+    only_load: bool,
 ) -> Timed:
     """Time layers, sums and hops on this rank; every rank must call it.
 
@@ -50,6 +51,7 @@ def time_rank(
         is_lazy: whether sums are part of the graph.
         include_sums: whether layers are timed together with their sums; not for a link that isn't there.
         load: for which a choice will be made, whose steps are timed more often.
+        only_load: whether other loads don't matter.
     """
 
     def going_on() -> None:
@@ -62,9 +64,8 @@ def time_rank(
     going_on()
     sums = own.choose()
     collective = own if include_sums else AbsentRanks(world.rank)
-    layers = time_layers(
-        model, checkpoint.flow.hidden_dtype, shards, world.rank, collective, going_on, shapes_of(load, world.size)
-    )
+    dtype, precise = checkpoint.flow.hidden_dtype, shapes_of(load, world.size)
+    layers = time_layers(model, dtype, shards, world.rank, collective, going_on, precise, only_load)
     mx.clear_cache()
     channel, hops = RingChannel(world, control, Layout(world.size)), []
     if world.rank == 0:

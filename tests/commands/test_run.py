@@ -114,6 +114,17 @@ def test_an_error_of_ours_is_all_that_is_said(backend: str) -> None:
         assert not running.out
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    (os.cpu_count() or 1) > 11, reason="the bundled model has 12 layers, and this machine as many cores"
+)
+def test_more_ranks_than_cores_start_under_mpi() -> None:
+    """Which mpirun refuses by itself."""
+    with ranks.single([*RUN, "--backend", "mpi", "-n", str((os.cpu_count() or 1) + 1), "--max-tokens", "3"]) as running:
+        assert running.wait() == 0, running.err
+        assert running.out.strip()
+
+
 def test_a_rank_that_dies_before_it_can_speak_is_named(tmp_path: Path) -> None:
     path = tmp_path / "hostfile"
     path.write_text('[{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]')

@@ -36,7 +36,7 @@ def planner(
 @pytest.mark.parametrize(
     ("num_ranks", "asked", "said"),
     [
-        (2, {"width_split": (5, 3)}, "--width-split is for --parallel tensor; in a pipeline"),
+        (2, {"width_split": (5, 3)}, "--width-split is for --parallel tensor; in a pipeline, each rank holds whole layers, and --layer-split gives"),
         (2, {"is_exact": True}, "--tensor exact is for --parallel tensor"),
         (4, {"num_stages": 2}, "--stages is for --parallel tensor"),
         (2, {"collectives": "graph"}, "--collectives is for --parallel tensor"),

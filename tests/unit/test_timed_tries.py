@@ -42,9 +42,26 @@ def test_what_would_take_too_long_is_concluded() -> None:
     calls: list[float] = []
     sizes = [1, 2, 16]
 
-    def runs(size: int) -> Callable[[], list[Run]]:
-        return lambda: [counting(0.3 * size, calls)]
+    expected: dict[int, float] = {}
 
-    found = by_size([runs(size) for size in sizes], sizes, [Effort(0.0, 3)] * 3, AbsentRanks(0), lambda: None)
+    def runs(size: int) -> Callable[[float], list[Run]]:
+        def made(expected_s: float) -> list[Run]:
+            expected[size] = expected_s
+            return [counting(0.3 * size, calls)]
+
+        return made
+
+    efforts = dict.fromkeys(range(3), Effort(0.0, 3))
+    found = by_size([runs(size) for size in sizes], sizes, efforts, AbsentRanks(0), lambda: None)
     assert [seconds for (seconds,) in found] == pytest.approx([0.3, 0.6, 4.8])
     assert max(calls) == 0.6
+    assert expected == pytest.approx({1: 0.3, 2: 0.6})
+
+
+def test_what_is_not_asked_for_is_concluded() -> None:
+    calls: list[float] = []
+    sizes = [1, 2, 4]
+    runs = [lambda _, size=size: [counting(1e-3 * size**2, calls)] for size in sizes]
+    found = by_size(runs, sizes, {1: Effort(0.0, 3)}, AbsentRanks(0), lambda: None)
+    assert [seconds for (seconds,) in found] == pytest.approx([2e-3, 4e-3, 8e-3])
+    assert calls == [1e-3] * 3 + [4e-3] * 3  # the smallest, roughly, to know what to expect
