@@ -65,9 +65,9 @@ def test_layouts_over_links_that_are_not_here() -> None:
         assert running.wait() == 0, running.err
     slow, quick = (part.splitlines() for part in running.out.split("\nover ")[1:])
     assert slow[0] == "100ms,1MB/s:" and quick[0] == "1us,100GB/s:"
-    assert [line.split()[0] for line in slow if line.endswith("*")] == ["one"]  # rank alone
+    assert [line[:14] for line in slow if line.endswith("*")] == ["one rank alone"]
     assert running.out.startswith("12 layers, context of")
-    assert "chosen: pipeline, " in running.err
+    assert "chosen: one rank alone, " in running.err
     with ranks.single([PLAN, *machines, "--parallel", "tensor", "--simulate", "--json"]) as running:
         assert running.wait() == 0, running.err
     found = json.loads(running.out)
