@@ -277,9 +277,11 @@ def _head_times(
     none = (0.0,) * len(SHAPES)
     if plan.head is None:
         return none, none
-    whole = _filled(dict(model.named_modules())[plan.head.path])
-    part = _copied(whole)
+    heads = [_filled(dict(model.named_modules())[plan.head.path]) for _ in range(2)]
+    part, whole = heads
     shard_head(part, plan.head, rank, collective)
+    for head in heads:  # one after the other: there may not be room for two whole ones
+        mx.eval(head.parameters())
     method = plan.head.method
 
     def runs(num_rows: int, _: float) -> list[Run]:

@@ -35,7 +35,7 @@ class Effort:
     most_tries: int
 
 
-_ROUGH = Effort(0.0, 3)
+_ROUGH = Effort(3600.0, 4)  # four tries, so that one pause of a rank decides nothing
 
 
 def by_size(
@@ -61,7 +61,7 @@ def by_size(
     found: dict[int, list[float]] = {}
     for place in sorted(efforts):
         growth = sizes[place] / near_size
-        if growth * agreed(sum(near), collective) > _LONGEST_TRY_S:
+        if growth > 1 and growth * agreed(sum(near), collective) > _LONGEST_TRY_S:
             near = [growth * seconds for seconds in near]
         else:
             expected_s = growth * agreed(max(near), collective)

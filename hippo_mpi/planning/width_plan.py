@@ -26,7 +26,7 @@ def width_shares(machines: Sequence[Machine], width_split: Sequence[int] | None)
             f" --width-split {','.join('1' for _ in machines)}"
         )
     if min(parts) <= 0:
-        raise PlanError(f"width split {text} leaves a rank nothing of each layer")
+        raise PlanError(f"width split {text} leaves a rank nothing of each layer; each needs a number above 0")
     return [part / sum(parts) for part in parts]
 
 

@@ -58,10 +58,18 @@ def test_what_would_take_too_long_is_concluded() -> None:
     assert expected == pytest.approx({1: 0.3, 2: 0.6})
 
 
+def test_a_pause_decides_nothing() -> None:
+    """Of one of two runs, in its second try."""
+    seconds = iter([1e-3, 10.0])
+    runs: list[Run] = [lambda: 1e-3, lambda: next(seconds, 1e-3)]
+    (found,) = by_size([lambda _: runs], [1], {0: Effort(0.1, 6)}, AbsentRanks(0), lambda: None)
+    assert found == [1e-3, 1e-3]
+
+
 def test_what_is_not_asked_for_is_concluded() -> None:
     calls: list[float] = []
     sizes = [1, 2, 4]
     runs = [lambda _, size=size: [counting(1e-3 * size**2, calls)] for size in sizes]
     found = by_size(runs, sizes, {1: Effort(0.0, 3)}, AbsentRanks(0), lambda: None)
     assert [seconds for (seconds,) in found] == pytest.approx([2e-3, 4e-3, 8e-3])
-    assert calls == [1e-3] * 3 + [4e-3] * 3  # the smallest, roughly, to know what to expect
+    assert calls == [1e-3] * 4 + [4e-3] * 3  # the smallest, roughly, to know what to expect
