@@ -120,36 +120,72 @@ def time_layers(
     """
     twin = blank_twin(model)
     fuse_adapters(twin)
-    steps, layers = _steps(blank_twin(twin), dtype), list(twin.layers)
-    by_kind: dict[str, list[int]] = {}
-    for number, (first, *_) in enumerate(steps):
-        structure = structure_of(layers[first.call.layer], first.call)
-        by_kind.setdefault(structure + repr(plan.layers[first.call.layer]), []).append(number)
-    kinds = []
+    probe, layers = ProbedModel(blank_twin(twin)), list(twin.layers)
+    by_kind: dict[str, list[int]] = {}  # layers of the same structure that would be split alike, in the order of calls
+    places_of: dict[str, int] = {}  # of the first of them, among all calls
+    for number, call in enumerate(probe.calls(make_prompt_cache(probe.model), 1, 1)):
+        kind = structure_of(layers[call.layer], call) + repr(plan.layers[call.layer])
+        by_kind.setdefault(kind, []).append(call.layer)
+        places_of.setdefault(kind, number)
     places = sorted(precise) if only_precise else range(len(SHAPES))
     # Many kinds of layers shouldn't take longer than one.
     efforts = {
         place: replace(effort, seconds=effort.seconds / len(by_kind))
         for place, effort in ((place, _PRECISE if place in precise else _USUAL) for place in places)
     }
-    for numbers in by_kind.values():
-        own = steps[numbers[0]]
-        layer, shards = layers[own[0].call.layer], plan.layers[own[0].call.layer]
-        paths = list(shards.columns)
-        forms = [LayerShards(), shards, *(shards.only({path}) for path in paths)]
-        size = sum(array.nbytes for _, array in tree_flatten(layer.parameters()))  # the same on each rank
-        fits = size * len(forms) <= _COPIED_BYTES
-        num_copies = min(len(numbers), max(1, _COPIED_BYTES // max(1, size * len(forms))))
-        times: list[tuple[float, ...]] = []
-        for turns in [forms] if fits else [[form] for form in forms]:
-            copies = [_copies(layer, num_copies, form, rank, collective) for form in turns]
-            runs = [partial(_layer_runs, copies, step, collective) for step in own]
-            times += zip(*by_size(runs, _TOKENS, efforts, collective, on_progress), strict=True)
-        whole, split, *parts = times
-        here = tuple(steps[number][0].call.layer for number in numbers)
-        exchanges = {path: _exchanged(layer, shards.only({path}), rank, own[-1]) for path in paths}
-        kinds.append(KindTimes(here, whole, split, dict(zip(paths, parts, strict=True)), exchanges))
-    return RankTimes(tuple(kinds), *_head_times(twin, dtype, plan, rank, efforts, collective, on_progress))
+    timing = _Timing(rank, efforts, collective, on_progress)
+    kinds = [
+        _kind_times(layers[here[0]], plan.layers[here[0]], here, steps, timing)
+        for here, steps in zip(by_kind.values(), _steps(probe, list(places_of.values()), dtype), strict=True)
+    ]
+    return RankTimes(tuple(kinds), *_head_times(twin, dtype, plan, timing))
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """How this rank times things.
+
+    Args:
+        rank: whose parts are timed.
+        efforts: how long, by place in SHAPES.
+        collective: what the parts add up with.
+        on_progress: called after each try.
+    """
+
+    rank: int
+    efforts: Mapping[int, Effort]
+    collective: Collective
+    on_progress: Callable[[], None]
+
+    def by_size(self, runs: Sequence[Callable[[float], list[Run]]], sizes: Sequence[int]) -> list[tuple[float, ...]]:
+        """Return the seconds of each run, by place in SHAPES; `runs` and `sizes` are in that order, too."""
+        return list(zip(*by_size(runs, sizes, self.efforts, self.collective, self.on_progress), strict=True))
+
+
+def _kind_times(
+    layer: nn.Module, shards: LayerShards, numbers: Sequence[int], steps: Sequence[_Step], timing: _Timing
+) -> KindTimes:
+    """Time a layer in all forms that it may have.
+
+    Args:
+        layer: one of its kind.
+        shards: how it would be split.
+        numbers: of all layers of this kind.
+        steps: to be timed, by place in SHAPES.
+        timing: how.
+    """
+    paths = list(shards.columns)
+    forms = [LayerShards(), shards, *(shards.only({path}) for path in paths)]
+    size = sum(array.nbytes for _, array in tree_flatten(layer.parameters()))  # the same on each rank
+    fits = size * len(forms) <= _COPIED_BYTES
+    num_copies = min(len(numbers), max(1, _COPIED_BYTES // max(1, size * len(forms))))
+    times: list[tuple[float, ...]] = []
+    for turns in [forms] if fits else [[form] for form in forms]:
+        copies = [_copies(layer, num_copies, form, timing) for form in turns]
+        times += timing.by_size([partial(_layer_runs, copies, step, timing.collective) for step in steps], _TOKENS)
+    whole, split, *parts = times
+    exchanges = {path: _exchanged(layer, shards.only({path}), timing.rank, steps[-1]) for path in paths}
+    return KindTimes(tuple(numbers), whole, split, dict(zip(paths, parts, strict=True)), exchanges)
 
 
 @dataclass(frozen=True)
@@ -160,14 +196,13 @@ class _Step:
     before: Call | None
 
 
-def _steps(model: nn.Module, dtype: mx.Dtype) -> list[list[_Step]]:
-    """Return, for each call of a layer, the steps to be timed: one of each shape."""
-    probe = ProbedModel(model)
+def _steps(probe: ProbedModel, numbers: Sequence[int], dtype: mx.Dtype) -> list[list[_Step]]:
+    """Return, for each of these calls of layers, the steps to be timed: one of each shape."""
     found: list[list[_Step]] = []
     for rows, tokens in SHAPES:
-        cache = make_prompt_cache(model)
-        before = probe.calls(cache, rows, _PAST_TOKENS) if tokens == 1 else None
-        calls = probe.calls(cache, rows, tokens)
+        cache = make_prompt_cache(probe.model)
+        before = probe.calls(cache, rows, _PAST_TOKENS, numbers) if tokens == 1 else None
+        calls = probe.calls(cache, rows, tokens, numbers)
         for call in [*calls, *(before or [])]:
             _cast(call, dtype)
         found.append([_Step(call, before[number] if before else None) for number, call in enumerate(calls)])
@@ -184,10 +219,10 @@ def _cast(call: Call, dtype: mx.Dtype) -> None:
     mx.eval([array for _, array in nested_arrays.find(call.inputs, Opaque(call.caches))])
 
 
-def _copies(layer: nn.Module, count: int, shards: LayerShards, rank: int, collective: Collective) -> list[nn.Module]:
+def _copies(layer: nn.Module, count: int, shards: LayerShards, timing: _Timing) -> list[nn.Module]:
     """Return copies of a part of a layer, filled with noise."""
     part = _filled(layer)
-    shard_layer(part, shards, rank, collective)
+    shard_layer(part, shards, timing.rank, timing.collective)
     mx.eval(part.parameters())
     return [part] + [_copied(part) for _ in range(count - 1)]
 
@@ -266,30 +301,26 @@ def _made(layer: Any, inputs: dict[str, Any], caches: list[Any]) -> list[mx.arra
 
 
 def _head_times(
-    model: nn.Module,
-    dtype: mx.Dtype,
-    plan: ShardPlan,
-    rank: int,
-    efforts: Mapping[int, Effort],
-    collective: Collective,
-    on_progress: Callable[[], None],
+    model: nn.Module, dtype: mx.Dtype, plan: ShardPlan, timing: _Timing
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the seconds to make all logits, and this rank's part of them, by place in SHAPES."""
     none = (0.0,) * len(SHAPES)
     if plan.head is None:
         return none, none
     heads = [_filled(dict(model.named_modules())[plan.head.path]) for _ in range(2)]
     part, whole = heads
-    shard_head(part, plan.head, rank, collective)
+    shard_head(part, plan.head, timing.rank, timing.collective)
     for head in heads:  # one after the other: there may not be room for two whole ones
         mx.eval(head.parameters())
     method = plan.head.method
 
     def runs(num_rows: int, _: float) -> list[Run]:
-        return [partial(_head_s, getattr(head, method), head, dtype, num_rows, collective) for head in (whole, part)]
+        return [
+            partial(_head_s, getattr(head, method), head, dtype, num_rows, timing.collective) for head in (whole, part)
+        ]
 
-    by_shape = [partial(runs, num_rows) for num_rows in _ROWS]
-    found = zip(*by_size(by_shape, _ROWS, efforts, collective, on_progress), strict=True)
-    return tuple(found)  # type: ignore[return-value]
+    of_whole, of_part = timing.by_size([partial(runs, num_rows) for num_rows in _ROWS], _ROWS)
+    return of_whole, of_part
 
 
 def _head_s(

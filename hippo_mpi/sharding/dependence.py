@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,8 +84,17 @@ class ProbedModel:
                 linear.__class__ = self._noisy(type(linear), path)
         self._kinds = [type(layer) for layer in self.layers]
 
-    def calls(self, cache: list[Any], num_rows: int, num_tokens: int) -> list[Call]:
-        """Run the model, and return its calls of layers, with noise for what one layer gives to the next."""
+    def calls(
+        self, cache: list[Any], num_rows: int, num_tokens: int, kept: Collection[int] | None = None
+    ) -> list[Call]:
+        """Run the model, and return its calls of layers, with noise for what one layer gives to the next.
+
+        Args:
+            cache: of the layers.
+            num_rows: of the step.
+            num_tokens: of each row.
+            kept: numbers of the calls that are wanted, in which order they come, too; None: all. Only these take memory.
+        """
         found: list[Call] = []
         readers: list[list[set[int]]] = []
         given_to: dict[int, set[int]] = defaultdict(set)
@@ -114,10 +123,11 @@ class ProbedModel:
             self._running = None
             for layer, kind in zip(self.layers, self._kinds, strict=True):
                 layer.__class__ = kind
-        for number, call in enumerate(found):
-            call.shares_cache = any(len(layers) > 1 for layers in readers[number])
-            _settle(call, number)
-        return found
+        numbers = range(len(found)) if kept is None else kept
+        for number in numbers:
+            found[number].shares_cache = any(len(layers) > 1 for layers in readers[number])
+            _settle(found[number], number)
+        return [found[number] for number in numbers]
 
     def reach(self, call: Call, path: str, rows: Range) -> Reach:
         """Return what the outputs `rows` of a linear layer reach in a call of the layer that holds it."""
