@@ -179,11 +179,13 @@ def _kind_times(
     size = sum(array.nbytes for _, array in tree_flatten(layer.parameters()))  # the same on each rank
     fits = size * len(forms) <= _COPIED_BYTES
     num_copies = min(len(numbers), max(1, _COPIED_BYTES // max(1, size * len(forms))))
-    times: list[tuple[float, ...]] = []
-    for turns in [forms] if fits else [[form] for form in forms]:
-        copies = [_copies(layer, num_copies, form, timing) for form in turns]
-        times += timing.by_size([partial(_layer_runs, copies, step, timing.collective) for step in steps], _TOKENS)
-    whole, split, *parts = times
+
+    def in_turns(some: Sequence[LayerShards]) -> list[tuple[float, ...]]:
+        copies = [_copies(layer, num_copies, form, timing) for form in some]  # not held longer than it takes
+        return timing.by_size([partial(_layer_runs, copies, step, timing.collective) for step in steps], _TOKENS)
+
+    turns = [forms] if fits else [[form] for form in forms]
+    whole, split, *parts = (times for some in turns for times in in_turns(some))
     exchanges = {path: _exchanged(layer, shards.only({path}), timing.rank, steps[-1]) for path in paths}
     return KindTimes(tuple(numbers), whole, split, dict(zip(paths, parts, strict=True)), exchanges)
 

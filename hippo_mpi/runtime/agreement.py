@@ -213,7 +213,7 @@ def _compared(
     """
     offer = None
     if planner is not None:
-        say("timing layers, to find the fastest layout: 10 s or more, which a given --parallel doesn't take")
+        say("timing layers to choose a layout, for 10 s or more; --parallel pipeline or tensor starts without")
         try:
             offer = _Offer(planner.widths())
         except UserError as error:  # such as adapters that can't be fused
