@@ -114,7 +114,8 @@ def make_job(
         if not shutil.which("mpirun"):
             raise LaunchError(f"--backend mpi needs mpirun, which isn't installed: {install_hint('mpi')}")
         if set(hosts) == {_HERE} and len(hosts) > (os.cpu_count() or 1):
-            os.environ.update(_MANY_RANKS)
+            for name, value in _MANY_RANKS.items():
+                os.environ.setdefault(name, value)
         on = ["--hostfile", _write_hosts(hostfile, held), "--backend", backend]
         return [installed("mlx.launch"), *on, "--", installed(options.command), *rest]
     if set(hosts) == {_HERE}:

@@ -115,7 +115,8 @@ class LayerSplit:
 
     def prefix_room_bytes(self) -> int:
         """Return the bytes that every rank can spare for kept prefixes."""
-        return max(0, min((stage.margin_bytes + stage.cache_bytes) // _PREFIX_SHARE for stage in self.stages))
+        busy = [stage for stage in self.stages if stage.stop > stage.start]
+        return max(0, min((stage.margin_bytes + stage.cache_bytes) // _PREFIX_SHARE for stage in busy))
 
     def sequence_bytes(self, num_tokens: int) -> int:
         """Return the bytes of a sequence's caches on the rank where they take most; they grow in steps."""
@@ -131,7 +132,7 @@ class LayerSplit:
         how = f", each split over {self.num_shards} ranks" if self.num_shards > 1 else ""
         lines = [f"{count_of(self.info.num_layers, 'layer')}{how}, context of {self.max_context:,} tokens", head]
         for rank, stage in enumerate(self.stages):
-            layers = f"{layer_range(stage.start, stage.stop)}" + ("+head" if rank == 0 and len(self.stages) > 1 else "")
+            layers = layer_range(stage.start, stage.stop) + ("+head" if rank == 0 and len(self.stages) > 1 else "")
             lines.append(
                 f"{rank:>4}  {stage.machine.name:<16.16} {layers:<9} {show_bytes(stage.weight_bytes):>9}"
                 f" {show_bytes(stage.cache_bytes):>9} {show_bytes(stage.machine.memory_bytes):>9}"
@@ -216,7 +217,7 @@ def plan_alone(info: ModelInfo, machines: Sequence[Machine], max_context: int) -
         PlanError: rank 0's memory is too small.
     """
     split = _explain(info, machines, [0, *(info.num_layers for _ in machines)], max_context)
-    if not split.fits:
+    if split.stages[0].margin_bytes < 0:
         missing = show_bytes(-split.stages[0].margin_bytes)
         raise PlanError(f"rank 0 has {missing} too little memory for it and a context of {max_context:,} tokens")
     return split

@@ -177,14 +177,13 @@ def _kind_times(
     paths = list(shards.columns)
     forms = [LayerShards(), shards, *(shards.only({path}) for path in paths)]
     size = sum(array.nbytes for _, array in tree_flatten(layer.parameters()))  # the same on each rank
-    fits = size * len(forms) <= _COPIED_BYTES
-    num_copies = min(len(numbers), max(1, _COPIED_BYTES // max(1, size * len(forms))))
+    turns = [forms] if size * len(forms) <= _COPIED_BYTES else [[form] for form in forms]
+    num_copies = min(len(numbers), max(1, _COPIED_BYTES // max(1, size * len(turns[0]))))
 
     def in_turns(some: Sequence[LayerShards]) -> list[tuple[float, ...]]:
         copies = [_copies(layer, num_copies, form, timing) for form in some]  # not held longer than it takes
         return timing.by_size([partial(_layer_runs, copies, step, timing.collective) for step in steps], _TOKENS)
 
-    turns = [forms] if fits else [[form] for form in forms]
     whole, split, *parts = (times for some in turns for times in in_turns(some))
     exchanges = {path: _exchanged(layer, shards.only({path}), timing.rank, steps[-1]) for path in paths}
     return KindTimes(tuple(numbers), whole, split, dict(zip(paths, parts, strict=True)), exchanges)
@@ -309,11 +308,10 @@ def _head_times(
     none = (0.0,) * len(SHAPES)
     if plan.head is None:
         return none, none
-    heads = [_filled(dict(model.named_modules())[plan.head.path]) for _ in range(2)]
-    part, whole = heads
-    shard_head(part, plan.head, timing.rank, timing.collective)
-    for head in heads:  # one after the other: there may not be room for two whole ones
-        mx.eval(head.parameters())
+    whole = _filled(dict(model.named_modules())[plan.head.path])
+    part = copy.deepcopy(whole, {id(array): array for _, array in tree_flatten(whole.parameters())})
+    shard_head(part, plan.head, timing.rank, timing.collective)  # rows of its own, or the same matrix
+    mx.eval(part.parameters(), whole.parameters())
     method = plan.head.method
 
     def runs(num_rows: int, _: float) -> list[Run]:

@@ -26,13 +26,19 @@ _CHUNKS_IN_FLIGHT = 8  # pieces of a long prompt: filling a pipeline takes one f
 
 
 def shapes_of(load: str, num_ranks: int) -> set[int]:
-    """Return the places in SHAPES that a choice for a load hangs on: of its steps, and of a pipeline's, which are smaller."""
+    """Return the places in SHAPES that a choice for a load hangs on: of its steps, and of pipelines', which are smaller.
+
+    A stage of a pipeline is a rank, or a group of ranks.
+    """
     place = _SHAPE_OF[load]
     rows, tokens = SHAPES[place]
     if tokens > 1:
         return {place - 1, place}  # a slow processor's times for it are concluded from those of many rows
-    smaller = _shape_of_rows(rows / min(rows, num_ranks))
-    return {place, math.floor(smaller), math.ceil(smaller)}
+    found = {place}
+    for num_stages in (number for number in range(1, num_ranks + 1) if num_ranks % number == 0):
+        smaller = _shape_of_rows(rows / min(rows, num_stages))
+        found |= {math.floor(smaller), math.ceil(smaller)}
+    return found
 
 
 @dataclass(frozen=True)
@@ -346,7 +352,7 @@ def reason(chosen: Prediction, predictions: Sequence[Prediction], load: str) -> 
     alone = next(one for one in predictions if one.name == ALONE)
     if chosen is alone:
         text += "; the other ranks stay idle"
-    elif alone.problem and rate(alone) > rate(chosen):
+    elif alone.problem and _NEARLY * rate(alone) > rate(chosen):
         text += f"; one rank alone would give {show_rate(rate(alone))}, but {alone.problem}"
     return text
 

@@ -47,7 +47,7 @@ def by_size(
 ) -> list[list[float]]:
     """Return the median seconds of each run, by size.
 
-    Where a try would take too long, or no effort is asked for, the times are those of the nearest size, and grow as the
+    Where a try would take too long, or no effort is asked for, the times are those of the nearest place, and grow as the
     sizes do.
 
     Args:

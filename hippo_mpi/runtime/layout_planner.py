@@ -170,9 +170,12 @@ class LayoutPlanner:
         """Plan the whole model on rank 0, for as long a context as a pipeline has room for.
 
         Raises:
-            PlanError: neither fits.
+            PlanError: rank 0 hasn't room for it.
         """
-        context = self.pipeline().split.max_context
+        try:
+            context = self.pipeline().split.max_context
+        except PlanError:  # then for what rank 0 has room for
+            context = plan_split(self._info, self._machines[:1], self._asked.max_context).max_context
         return PlannedLayout(plan_alone(self._info, self._machines, context))
 
     def widths(self) -> ShardPlan:

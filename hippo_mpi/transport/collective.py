@@ -194,7 +194,11 @@ class RankCollective(_BetweenProcesses):
         return mx.distributed.all_sum(part, group=self._world.group)
 
     def _gathered(self, part: mx.array) -> mx.array:
-        return mx.distributed.all_gather(part[None], group=self._world.group).sum(0)
+        parts = mx.distributed.all_gather(part[None], group=self._world.group)
+        total = parts[0]
+        for rank in range(1, self._world.size):  # in this order on every kind of processor
+            total = total + parts[rank]
+        return total
 
 
 class ChainCollective(_BetweenProcesses):

@@ -22,6 +22,7 @@ from hippo_mpi.planning.layout_choice import (
     best,
     link_times,
     reason,
+    shapes_of,
     table,
 )
 
@@ -169,3 +170,16 @@ def test_another_link_takes_the_place_of_the_measured_one() -> None:
     near = compared(free())
     assert best(near.predictions(), "one").name == TENSOR
     assert best(near.over(Link(0.1, 1e6)).predictions(), "one").name == ALONE
+
+
+@pytest.mark.parametrize("num_ranks", range(2, 9))
+@pytest.mark.parametrize(("load", "rows"), [("one", 1), ("few", 4), ("many", 16)])
+def test_what_a_choice_hangs_on_is_timed(load: str, rows: int, num_ranks: int) -> None:
+    """The steps of pipelines with a stage for each rank, or for several, have fewer rows, perhaps between two shapes."""
+    timed = {SHAPES[place][0] for place in shapes_of(load, num_ranks)}
+    assert rows in timed
+    for num_stages in (number for number in range(1, num_ranks + 1) if num_ranks % number == 0):
+        step = rows / min(rows, num_stages)
+        known = [shape[0] for shape in SHAPES if shape[1] == 1]
+        assert max(count for count in known if count <= step) in timed
+        assert min(count for count in known if count >= step) in timed
