@@ -80,14 +80,18 @@ def test_stages_of_ranks_are_taken_where_they_are_fastest(tmp_path: Path) -> Non
     assert found.notes[-1].startswith("chosen: tensor, 2 stages, ")
 
 
-@pytest.mark.parametrize(("room_bytes", "counts"), [(1 << 34, [6, 0]), (0, [3, 3])])
-def test_one_rank_is_taken_if_it_has_room(room_bytes: int, counts: list[int], tmp_path: Path) -> None:
-    """Over a slow link; the memory is what a pipeline needs, or more."""
+@pytest.mark.parametrize(
+    ("rooms_bytes", "counts"),
+    [((1 << 34, 1 << 34), [6, 0]), ((1 << 34, -(1 << 28)), [6, 0]), ((0, 0), [3, 3])],
+    ids=["enough", "none on the other rank", "of a pipeline"],
+)
+def test_one_rank_is_taken_if_it_has_room(rooms_bytes: tuple[int, ...], counts: list[int], tmp_path: Path) -> None:
+    """Over a slow link; the memory is what a pipeline needs, more, or less."""
     checkpoint = open_checkpoint(ModelSource(tiny_models.make_checkpoint("llama", tmp_path)))
     info, link = model_info(checkpoint, KVSettings()), LinkTimes(((1, 1.0),), ((1, 1.0),))
     enough = plan_split(info, [Machine("mini", 1 << 34)] * 2, 256, [3, 3]).stages[0]
-    memory = enough.machine.memory_bytes - enough.margin_bytes + room_bytes
-    machines = [Machine(f"mini{rank}", memory) for rank in range(2)]
+    needed = enough.machine.memory_bytes - enough.margin_bytes
+    machines = [Machine(f"mini{rank}", needed + room) for rank, room in enumerate(rooms_bytes)]
     planner = LayoutPlanner(checkpoint, info, machines, PlanConstraints(None, 256, parallel="auto"), QUIET)
     shards = planner.widths()
     whole, split, none = ((seconds,) * len(SHAPES) for seconds in (1.0, 0.9, 0.0))
