@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hippo_mpi.errors import UserError, install_hint
+from hippo_mpi.planning.layout_choice import ALONE, PIPELINE, TENSOR
 from hippo_mpi.units import count_of, show_rate
 
 
@@ -63,7 +64,9 @@ def _rate_table(benchmark: dict[str, Any]) -> str:
         others = [decode[mode][count][0] for mode in decode if mode in ("standalone", "replicas")]
         for mode in decode:
             rate, low, high = decode[mode][count]
-            ratio = f"{rate / max(others):>17.3f}" if mode in ("pipeline", "tensor") and others and max(others) else ""
+            ratio = (
+                f"{rate / max(others):>17.3f}" if mode in (PIPELINE, TENSOR, ALONE) and others and max(others) else ""
+            )
             lines.append(
                 f"{count:>7}  {mode:<15} {show_rate(rate):>7} ({show_rate(low)}-{show_rate(high)}) tok/s"
                 f" {show_rate(prompt[mode][count][0]):>8} tok/s"

@@ -16,6 +16,7 @@ from hippo_mpi.engine.prefill import Limits
 from hippo_mpi.measure.load_test import Load, Measured, load_mlx_lm_part, measure, measure_mlx_lm
 from hippo_mpi.parallel.timeline import Mark
 from hippo_mpi.parallel.worker import Leader
+from hippo_mpi.planning.layout_choice import ALONE, PIPELINE, TENSOR
 from hippo_mpi.planning.machine import available_bytes
 from hippo_mpi.runtime.pipeline import Pipeline
 from hippo_mpi.sharding.slot_caches import KVSettings
@@ -78,7 +79,9 @@ class Bench:
         self._mlx_lm_part: Any = None
         checkpoint = part.agreement.checkpoint
         is_tensor = part.agreement.shards is not None
-        self._mode = "tensor" if is_tensor else "pipeline"
+        is_alone = not is_tensor and part.agreement.num_busy_stages < part.world.size
+        self._mode = TENSOR if is_tensor else ALONE if is_alone else PIPELINE
+        self._mlx_lm_mode = f"mlx-lm {TENSOR if is_tensor else PIPELINE}"
         if has_mlx_lm and part.world.size > 1:
             self._mlx_lm_part = load_mlx_lm_part(checkpoint, part.world.group, is_tensor, self._loading)
         if self._has_room(has_whole):
@@ -130,7 +133,7 @@ class Bench:
             modes = {"standalone": self._alone, **modes}
             modes |= {"replicas": self._replicas} if self._world.size > 1 else {}
             modes |= {"mlx-lm": self._mlx_lm} if self._has_mlx_lm else {}
-        return modes | ({f"mlx-lm {self._mode}": self._mlx_lm_together} if self._mlx_lm_part is not None else {})
+        return modes | ({self._mlx_lm_mode: self._mlx_lm_together} if self._mlx_lm_part is not None else {})
 
     def ring(self) -> list[Hop]:
         """Time messages around the ring."""

@@ -365,4 +365,8 @@ def table(predictions: Sequence[Prediction], chosen: Prediction | None = None) -
         rates = "".join(f" {show_rate(one.tokens_per_s[name]):>12}" for name in LOADS)
         mark = "*" if one is chosen else ""
         lines.append(f"{one.name:<26}{rates}  {mark or one.problem}".rstrip())
+    if any(one.blocks for one in predictions):
+        lines.append(
+            "tensor: each rank has a part of every layer; ... only: of that block; head whole: rank 0 makes all logits"
+        )
     return "\n".join(lines)

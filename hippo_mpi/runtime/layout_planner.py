@@ -151,7 +151,7 @@ class LayoutPlanner:
         if self._asked.parallel == PIPELINE or len(self._machines) == 1:
             return self.pipeline()
         shards = self.widths()
-        notes = _refusals(shards)
+        notes = self._held_whole(shards)
         if not shards.is_whole:
             return PlannedLayout(self._fitted(shards), shards, notes=notes)
         none = "no layer of this model can be split over ranks: each rank gets some layers instead"
@@ -260,10 +260,23 @@ class LayoutPlanner:
 
     def _by_width(self, shards: ShardPlan, chosen: Prediction) -> PlannedLayout:
         """Return the plan in which only some blocks of each layer are split."""
-        notes = _refusals(shards)
+        notes = self._held_whole(shards)
         if chosen.name != TENSOR:
             shards = restrict(self._twin(), shards, chosen.blocks, chosen.has_split_head, self._trying)
         return PlannedLayout(self._fitted(shards), shards, notes=notes)
+
+    def _held_whole(self, shards: ShardPlan) -> tuple[str, ...]:
+        """Return sentences about what every rank holds whole, which takes memory."""
+        notes = [f"layer {layer} stays whole on every rank: {why}" for layer, why in shards.refused.items()]
+        ranks = range(shards.num_ranks)
+        count = sum(
+            cache.bytes_at(1) > 0 and all(layer.cache_share(rank) == 1 for rank in ranks)
+            for layer, cache in zip(shards.layers, self._info.caches, strict=True)
+        )
+        if count:
+            which = "cache of 1 layer lies" if count == 1 else f"caches of {count} layers lie"
+            notes.append(f"the {which} whole on every rank, as each needs all of it")
+        return tuple(notes)
 
     def _fitted(self, shards: ShardPlan) -> LayerSplit:
         """Return what each rank holds: of all layers, or of those of its stage."""
@@ -324,7 +337,3 @@ def _sizes(flow: Dataflow, info: ModelInfo) -> ModelSizes:
 
 def _first_line(error: PlanError) -> str:
     return str(error).partition("\n")[0]
-
-
-def _refusals(shards: ShardPlan) -> tuple[str, ...]:
-    return tuple(f"layer {layer} stays whole on every rank: {why}" for layer, why in shards.refused.items())

@@ -110,6 +110,18 @@ def test_one_rank_is_taken_over_a_slow_link(tmp_path: Path) -> None:
         assert texts[str(number)].split() == [f"w{token}" for token in has_text]
 
 
+def test_a_benchmark_says_that_one_rank_is_taken(tmp_path: Path) -> None:
+    folder = tiny_models.make_checkpoint("deepseek_v3", tmp_path)
+    save_tokenizer(folder)
+    options = [
+        "--model", str(folder), "--parallel", "auto", "--json", "--max-context", "256",
+        "--concurrent", "1", "--trials", "1", "--prompt-tokens", "4", "--generation-tokens", "4", "--compare", "mlx-lm",
+    ]  # fmt: skip
+    found = json.loads(run_over_link("hippo_mpi.benchmark", options, "", latency_s=0.02, bytes_per_s=1e9).out)
+    modes = [result["mode"] for result in found["results"]]
+    assert modes == ["standalone", "one rank alone", "replicas", "mlx-lm", "mlx-lm pipeline"]
+
+
 @pytest.mark.parametrize(
     ("name", "num_ranks", "backend", "call"),
     [("gemma3_text", 2, "ring", "shard(model, group)"), ("qwen3_moe", 2, "mpi", "shard(model, group, exact=True)")],

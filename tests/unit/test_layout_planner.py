@@ -101,6 +101,17 @@ def test_one_rank_is_taken_if_it_has_room(rooms_bytes: tuple[int, ...], counts: 
     assert ("rank 0 has " in found.notes[-1]) == (counts[1] > 0)
 
 
+@pytest.mark.parametrize(("width_split", "num_whole"), [((1, 1), 0), ((3, 1), 6)])
+def test_caches_that_are_held_twice_are_told_of(width_split: tuple[int, ...], num_whole: int, tmp_path: Path) -> None:
+    """There are four heads, and two of them share each KV head."""
+    checkpoint = open_checkpoint(ModelSource(tiny_models.make_checkpoint("llama", tmp_path)))
+    info, machines = model_info(checkpoint, KVSettings()), [Machine(f"mini{rank}", 1 << 34) for rank in range(2)]
+    asked = PlanConstraints(None, 256, parallel="tensor", width_split=width_split)
+    notes = LayoutPlanner(checkpoint, info, machines, asked, QUIET).plan().notes
+    said = f"the caches of {num_whole} layers lie whole on every rank, as each needs all of it"
+    assert notes == ((said,) if num_whole else ())
+
+
 def test_trying_is_told_before_the_first_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise rank 0 counts as silent for as long as that takes, with all the time limits of one that waits."""
     told: list[Any] = []
