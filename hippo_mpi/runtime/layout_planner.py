@@ -33,6 +33,7 @@ from hippo_mpi.tracing.twin import blank_twin
 from hippo_mpi.transport.control import Control
 from hippo_mpi.transport.local_collective import AbsentRanks
 from hippo_mpi.transport.pulse import Activity
+from hippo_mpi.units import count_of
 
 
 @dataclass(frozen=True)
@@ -274,8 +275,7 @@ class LayoutPlanner:
             for layer, cache in zip(shards.layers, self._info.caches, strict=True)
         )
         if count:
-            which = "cache of 1 layer lies" if count == 1 else f"caches of {count} layers lie"
-            notes.append(f"the {which} whole on every rank, as each needs all of it")
+            notes.append(f"the caches of {count_of(count, 'layer')} are whole on every rank, which needs all of them")
         return tuple(notes)
 
     def _fitted(self, shards: ShardPlan) -> LayerSplit:

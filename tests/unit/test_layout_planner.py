@@ -108,7 +108,7 @@ def test_caches_that_are_held_twice_are_told_of(width_split: tuple[int, ...], nu
     info, machines = model_info(checkpoint, KVSettings()), [Machine(f"mini{rank}", 1 << 34) for rank in range(2)]
     asked = PlanConstraints(None, 256, parallel="tensor", width_split=width_split)
     notes = LayoutPlanner(checkpoint, info, machines, asked, QUIET).plan().notes
-    said = f"the caches of {num_whole} layers lie whole on every rank, as each needs all of it"
+    said = f"the caches of {num_whole} layers are whole on every rank, which needs all of them"
     assert notes == ((said,) if num_whole else ())
 
 
