@@ -183,7 +183,8 @@ def _check(options: ServeOptions, catalogue: Catalogue) -> None:
     for name in catalogue.names:
         model = catalogue.find(name)
         if model is not None and model.options.layer_split is not None:
-            check_layer_split(model.info, options.ranks, model.options.layer_split)
+            num_stages = model.options.stages
+            check_layer_split(model.info, num_stages if num_stages > 1 else options.ranks, model.options.layer_split)
 
 
 async def _serve_api(broker: RequestBroker, api: Api, settings: HttpSettings) -> None:
@@ -329,8 +330,11 @@ def launch_plan(
         return LaunchPlan(["-m", "hippo_mpi.serve", *argv], options.ranks)
     backend = _backend(options, hostfile)
     if living is not None:
-        for split in ("--layer-split", "--width-split"):  # was for another number of ranks
-            argv = without_option(argv, split)
+        words = ["--layer-split", "--width-split"]  # were for another number of ranks
+        if options.stages > 1 and (len(living) % options.stages or len(living) == options.stages):
+            words.append("--stages")
+        for word in words:
+            argv = without_option(argv, word)
         hostfile = hostfile.only(living)
         backend = "ring" if len(living) == 1 else backend
         hostfile.check(backend)

@@ -387,6 +387,15 @@ def test_ranks_that_refuse_to_start() -> None:
 
 
 @pytest.mark.slow
+def test_layers_of_stages() -> None:
+    """With --stages, a layer split has as many numbers as there are stages of several ranks."""
+    staged = [SERVE, "--ranks", "4", "--parallel", "tensor", "--stages", "2", "--check"]
+    for split, code in (("8,4", 0), ("3,3,3,3", 2)):
+        with ranks.single([*staged, "--layer-split", split]) as checked:
+            assert checked.wait() == code, checked.err
+
+
+@pytest.mark.slow
 def test_inside_a_launcher(wanted: str) -> None:
     """From rank 0, without a supervisor; a signal to rank 0 ends all."""
     with ranks.ring([[SERVE, "--port", "0"]] * 2) as running:

@@ -30,6 +30,8 @@ MESH = Hostfile(
     envs=("MLX_METAL_FAST_SYNCH=0",),
 )
 
+SIX = Hostfile(tuple(Host(f"mini{rank}", (f"192.168.1.{rank + 1}",)) for rank in range(6)))
+
 
 def write(folder: Path, content: Any) -> Path:
     path = folder / "hosts.json"
@@ -180,6 +182,10 @@ def test_a_server_starts_what_its_hostfile_names(tmp_path: Path) -> None:
     assert left.backend == "jaccl" and list(left.words[2:]) == ["--port", "0"]
     assert left.hostfile is not None and [host.rdma for host in left.hostfile.hosts] == [(None, "0to2"), ("2to0", None)]
     assert launch_plan([], options, MESH, [1]).backend == "ring"
+    for living, stages in (([0], []), ([0, 1], []), ([0, 1, 2], []), ([0, 1, 2, 3], ["--stages", "2"])):
+        shared = ["--parallel", "tensor", "--stages", "2"]  # which needs four ranks, or six
+        plan = launch_plan(shared, make_parser().read([*shared, "--hostfile", str(path)]), SIX, living)
+        assert list(plan.words[2:]) == ["--parallel", "tensor", *stages]
     asked = make_parser().read(["--hostfile", str(path), "--backend", "ring"])
     assert launch_plan([], asked, MESH, None).backend == "ring"
 
