@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hippo_mpi.checkpoint.blueprint import has_weights
 from hippo_mpi.config import checks
@@ -28,7 +28,7 @@ from hippo_mpi.measure.simulation_report import (
     read_times,
 )
 from hippo_mpi.planning.layer_split import Machine
-from hippo_mpi.planning.layout_choice import Comparison, best, table
+from hippo_mpi.planning.layout_choice import Comparison, Prediction, best, table
 from hippo_mpi.planning.machine import longest_chunk
 from hippo_mpi.runtime.entry import run
 from hippo_mpi.runtime.layout_planner import PlannedLayout
@@ -167,14 +167,22 @@ def _show_comparison(session: Session[PlanOptions], planned: PlannedLayout, comp
     by_link = {link.name: comparison.over(link) for link in links} or {"": comparison}
     found = {name: by.predictions(planned.problems) for name, by in by_link.items()}
     if options.json:
-        layouts = [{"link": name, "predictions": [asdict(one) for one in each]} for name, each in found.items()]
+        layouts = [
+            {"link": name, "predictions": [_prediction_object(one) for one in each]} for name, each in found.items()
+        ]
         session.show_plan(True, {"layouts": layouts, "notes": planned.notes})
         return
     session.show_plan(False)
     for name, predictions in found.items():
         chosen = best(predictions, options.load) if options.parallel == "auto" else None
+        if options.layout is not None:
+            chosen = next((one for one in predictions if one.name == options.layout), None)
         print(f"\n{f'over {name}' if name else 'over the link between these ranks, as it was measured'}:")
         print(table(predictions, chosen), flush=True)
+
+
+def _prediction_object(prediction: Prediction) -> dict[str, Any]:
+    return {**asdict(prediction.way), "tokens_per_s": prediction.tokens_per_s, "problem": prediction.problem}
 
 
 def _check(session: Session[PlanOptions]) -> None:

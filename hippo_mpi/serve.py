@@ -81,10 +81,11 @@ def serve_rank(session: Session[ServeOptions]) -> int:
     tokenizer, _ = open_text(session)
     pipeline = session.load()
     engine = build_engine(session, pipeline, tokenizer)
-    split, vocab_size = session.agreement.split, session.agreement.vocab_size
-    assert split is not None  # rank 0 has planned
+    planned, vocab_size = session.agreement.planned, session.agreement.vocab_size
+    assert planned is not None  # as this is rank 0
+    split = planned.split
     parts = [RankPart(stage.machine.name, (stage.start, stage.stop), stage.weight_bytes) for stage in split.stages]
-    ready = Ready(split.max_context, vocab_size, parts, [stage.machine for stage in split.stages])
+    ready = Ready(split.max_context, vocab_size, parts, [stage.machine for stage in split.stages], planned.name)
     service.run(engine, ready, pipeline.timeline)
     pipeline.end()
     return 0
@@ -330,7 +331,7 @@ def launch_plan(
         return LaunchPlan(["-m", "hippo_mpi.serve", *argv], options.ranks)
     backend = _backend(options, hostfile)
     if living is not None:
-        words = ["--layer-split", "--width-split"]  # were for another number of ranks
+        words = ["--layer-split", "--width-split", "--layout"]  # were for another number of ranks
         if options.stages > 1 and (len(living) % options.stages or len(living) == options.stages):
             words.append("--stages")
         for word in words:

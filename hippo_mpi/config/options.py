@@ -152,6 +152,10 @@ class RankOptions(DeadlineOptions):
         " long prompts; default: few for a server, many for a batch file, otherwise one",
         choices=("one", "few", "many", "prompts"),
     )
+    layout: str | None = option(
+        None,
+        "with --parallel auto, a layout by the name that it was chosen by earlier, such as 'mlp only', which starts without timing",
+    )
     layer_split: tuple[int, ...] | None = option(
         None, "layers per rank, such as 14,10; default: planned", check=checks.counts
     )

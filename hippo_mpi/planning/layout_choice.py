@@ -6,7 +6,7 @@ Each rank gets some layers (a pipeline), or a part of every layer, or ranks form
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
@@ -80,24 +80,67 @@ class ModelSizes:
 
 
 @dataclass(frozen=True)
+class Way:
+    """A way to share the model.
+
+    Args:
+        name: as tables and --layout have it.
+        blocks: of layers that are split by width, by path; empty if each rank gets some layers.
+        has_split_head: whether the logits are made by all ranks, too.
+        num_stages: groups of ranks that share some layers, if there is more than one.
+    """
+
+    name: str
+    blocks: tuple[str, ...] = ()
+    has_split_head: bool = False
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What a way to share the model would give.
 
     Args:
-        name: of the way.
+        way: to share it.
         tokens_per_s: by load.
-        blocks: of layers that are split by width, by path; empty if each rank gets some layers.
-        has_split_head: whether the logits are made by all ranks, too.
-        num_stages: groups of ranks that share some layers, if there is more than one.
         problem: why it can't be taken.
     """
 
-    name: str
+    way: Way
     tokens_per_s: Mapping[str, float]
-    blocks: tuple[str, ...] = ()
-    has_split_head: bool = False
-    num_stages: int = 1
     problem: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the way."""
+        return self.way.name
+
+
+def ways_to_share(
+    paths: Iterable[str], can_split_head: bool, numbers_of_stages: Collection[int], num_ranks: int
+) -> list[Way]:
+    """Return the ways to share a model: a pipeline, one rank, all of each layer split, only some of it, stages of ranks.
+
+    Args:
+        paths: of the linear layers whose results are added up if their block is split.
+        can_split_head: whether logits can be made by all ranks.
+        numbers_of_stages: that there can be: as many as ranks for a pipeline, fewer where ranks share each layer of a stage.
+        num_ranks: that there are.
+    """
+    found = [Way(PIPELINE)] if num_ranks in numbers_of_stages else []
+    found.append(Way(ALONE))
+    names: dict[str, set[str]] = {}
+    for path in paths:
+        names.setdefault(path.partition(".")[0], set()).add(path)  # self_attn, mlp ...
+    for count in range(len(names), 0, -1):
+        for chosen in combinations(names, count):
+            name = TENSOR if count == len(names) else f"{' and '.join(chosen)} only"
+            blocks = tuple(sorted(path for one in chosen for path in names[one]))
+            found.append(Way(name, blocks, can_split_head))
+            if can_split_head:
+                found.append(Way(f"{name}, head whole", blocks))
+    fewer = [number for number in numbers_of_stages if names and number < num_ranks]
+    return [*found, *(Way(f"{TENSOR}, {number} stages", num_stages=number) for number in fewer)]
 
 
 def predict_pipeline(
@@ -241,49 +284,26 @@ class Comparison:
         return replace(self, link=link_times(link, len(self.times), self.sizes.value_bytes))
 
     def predictions(self, problems: Mapping[str, str] | None = None) -> list[Prediction]:
-        """Return a prediction for each way: a pipeline, one rank, all of each layer split, only some of it, stages of ranks.
+        """Return a prediction for each way.
 
         Args:
             problems: why ways can't be taken, by name.
         """
-        found = self._predictions()
-        return [replace(one, problem=(problems or {}).get(one.name, one.problem)) for one in found]
+        paths = dict.fromkeys(path for kind in self.times[0].kinds for path in kind.parts)
+        ways = ways_to_share(paths, self.can_split_head, self.counts, len(self.times))
+        return [Prediction(way, self._rates(way), (problems or {}).get(way.name, "")) for way in ways]
 
-    def _predictions(self) -> list[Prediction]:
-        num_layers = sum(len(kind.layers) for kind in self.times[0].kinds)
-        found = []
-        if len(self.times) in self.counts:
-            counts = self.counts[len(self.times)]
-            found.append(Prediction(PIPELINE, predict_pipeline(self.times, counts, self.link, self.sizes)))
-        alone = predict_pipeline(self.times[:1], [num_layers], self.link, self.sizes)
-        found.append(Prediction(ALONE, alone))
-        names: dict[str, set[str]] = {}
-        for kind in self.times[0].kinds:
-            for path in kind.parts:
-                names.setdefault(path.partition(".")[0], set()).add(path)  # self_attn, mlp ...
-        for count in range(len(names), 0, -1):
-            for chosen in combinations(names, count):
-                blocks = tuple(sorted(path for name in chosen for path in names[name]))
-                found += self._of_blocks(TENSOR if count == len(names) else f"{' and '.join(chosen)} only", blocks)
-        for num_stages, counts in self.counts.items():
-            if names and num_stages < len(self.times):
-                stages, link = stages_of_ranks(self.times, num_stages, self.link, self.sizes, self.include_sums)
-                by_load = predict_pipeline(stages, counts, link, self.sizes)
-                found.append(Prediction(f"{TENSOR}, {num_stages} stages", by_load, num_stages=num_stages))
-        return found
-
-    def _of_blocks(self, name: str, blocks: tuple[str, ...]) -> list[Prediction]:
-        """Return predictions with these blocks split: with the head split, too, and with the head whole."""
-        heads = (True, False) if self.can_split_head else (False,)
-        return [
-            Prediction(
-                name if has_split_head == self.can_split_head else f"{name}, head whole",
-                predict_widths(self.times, blocks, has_split_head, self.link, self.sizes, self.include_sums),
-                blocks,
-                has_split_head,
-            )
-            for has_split_head in heads
-        ]
+    def _rates(self, way: Way) -> Mapping[str, float]:
+        """Return the tokens per second that a way gives, by load."""
+        if way.blocks:
+            return predict_widths(self.times, way.blocks, way.has_split_head, self.link, self.sizes, self.include_sums)
+        if way.num_stages > 1:
+            stages, link = stages_of_ranks(self.times, way.num_stages, self.link, self.sizes, self.include_sums)
+            return predict_pipeline(stages, self.counts[way.num_stages], link, self.sizes)
+        if way.name == ALONE:
+            num_layers = sum(len(kind.layers) for kind in self.times[0].kinds)
+            return predict_pipeline(self.times[:1], [num_layers], self.link, self.sizes)
+        return predict_pipeline(self.times, self.counts[len(self.times)], self.link, self.sizes)
 
 
 def link_times(link: Link, num_ranks: int, value_bytes: int) -> LinkTimes:
@@ -365,7 +385,7 @@ def table(predictions: Sequence[Prediction], chosen: Prediction | None = None) -
         rates = "".join(f" {show_rate(one.tokens_per_s[name]):>12}" for name in LOADS)
         mark = "*" if one is chosen else ""
         lines.append(f"{one.name:<26}{rates}  {mark or one.problem}".rstrip())
-    if any(one.blocks for one in predictions):
+    if any(one.way.blocks for one in predictions):
         lines.append(
             "tensor: each rank has a part of every layer; ... only: of that block; head whole: rank 0 makes all logits"
         )

@@ -213,8 +213,10 @@ def _compared(
     """
     offer = None
     if planner is not None:
-        if constraints.parallel == "auto":
-            say("timing layers to choose a layout, for 10 s or more; --parallel pipeline or tensor starts without")
+        if constraints.parallel == "auto" and constraints.layout is None:
+            say(
+                "timing layers to choose a layout, for 10 s or more; --layout with the name of what is chosen starts without"
+            )
         try:
             offer = _Offer(planner.widths())
         except UserError as error:  # such as adapters that can't be fused

@@ -153,6 +153,7 @@ def _with_model(joined: _Joined[_R], body: Callable[[Session[_R]], int], machine
         options.stages,
         options.tensor == "exact",
         options.collectives,
+        options.layout,
         options.load,
         options.plan_for is not None,
         options.planned_link,

@@ -20,10 +20,11 @@ from hippo_mpi.planning.layout_choice import (
     TENSOR,
     Comparison,
     ModelSizes,
-    Prediction,
+    Way,
     best,
     link_times,
     reason,
+    ways_to_share,
 )
 from hippo_mpi.planning.width_plan import WidthPart, plan_widths, width_shares
 from hippo_mpi.runtime.rank_timing import Timed
@@ -48,6 +49,7 @@ class PlanConstraints:
     num_stages: int = 1  # of ranks that share each layer
     is_exact: bool = False  # whether nothing is added up over the ranks
     collectives: str | None = None  # "graph" or "stepwise"
+    layout: str | None = None  # what "auto" would take, by name: nothing is timed
     load: str = "one"  # for which "auto" chooses
     is_load_given: bool = False  # by people, rather than by the command
     link: Link | None = None  # between machines that aren't here
@@ -56,7 +58,7 @@ class PlanConstraints:
     @property
     def compares(self) -> bool:
         """Whether the ways to share the model are timed."""
-        return self.parallel == "auto" or self.has_comparison
+        return (self.parallel == "auto" and self.layout is None) or self.has_comparison
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class PlannedLayout:
     Args:
         split: what each rank holds.
         shards: how each layer is split, if it is.
+        name: of the way, if it is one of those that are compared.
         comparison: by what it was chosen, if it was.
         problems: why ways of the comparison can't be taken, by name.
         notes: sentences for people, about what was found on the way.
@@ -73,6 +76,7 @@ class PlannedLayout:
 
     split: LayerSplit
     shards: ShardPlan | None = None
+    name: str | None = None
     comparison: Comparison | None = None
     problems: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -122,6 +126,10 @@ class LayoutPlanner:
                 f"--layer-split is for --parallel pipeline; with {asked.parallel}, --width-split 5,3 gives parts of each"
                 " layer"
             )
+        if asked.layout is not None and asked.parallel != "auto":
+            raise UserError(
+                f"--layout {asked.layout} is for --parallel auto, of whose table it takes one without timing"
+            )
         if asked.is_load_given and asked.parallel != "auto":
             raise UserError("--plan-for is for --parallel auto, which chooses by it")
         if asked.num_stages > 1 and asked.parallel == "auto":
@@ -151,6 +159,8 @@ class LayoutPlanner:
         """
         if self._asked.parallel == PIPELINE or len(self._machines) == 1:
             return self.pipeline()
+        if self._asked.layout is not None:
+            return self._named(self._asked.layout)
         shards = self.widths()
         notes = self._held_whole(shards)
         if not shards.is_whole:
@@ -194,7 +204,7 @@ class LayoutPlanner:
             PlanError: it doesn't fit.
         """
         comparison = self.compare(shards, timed, include_sums)
-        if self._asked.parallel == "auto":
+        if self._asked.parallel == "auto" and self._asked.layout is None:
             return self.choose(shards, comparison)
         return replace(self.plan(), comparison=comparison, problems=self._problems())
 
@@ -220,7 +230,7 @@ class LayoutPlanner:
         while not all(one.problem for one in predictions):
             chosen = best(predictions, load)
             try:
-                found = self._as_chosen(shards, chosen)
+                found = self._shared(shards, chosen.way)
             except PlanError as error:
                 problems[chosen.name] = _first_line(error)
                 predictions = comparison.predictions(problems)
@@ -249,21 +259,51 @@ class LayoutPlanner:
             for rank, machine in enumerate(self._machines)
         ]
 
-    def _as_chosen(self, shards: ShardPlan, chosen: Prediction) -> PlannedLayout:
-        if chosen.num_stages > 1:
-            asked = replace(
-                self._asked, parallel=TENSOR, num_stages=chosen.num_stages, has_comparison=False, is_load_given=False
-            )
-            return LayoutPlanner(self._checkpoint, self._info, self._machines, asked, self._control).plan()
-        if chosen.name == ALONE:
-            return self.alone()
-        return self._by_width(shards, chosen) if chosen.blocks else self.pipeline()
+    def _named(self, name: str) -> PlannedLayout:
+        """Plan one of the ways that would be compared.
 
-    def _by_width(self, shards: ShardPlan, chosen: Prediction) -> PlannedLayout:
+        Raises:
+            UserError: there is none of this name.
+        """
+        if name in (PIPELINE, ALONE):  # also of a model whose layers can't be split
+            return self._shared(None, Way(name))
+        shards = self.widths()
+        paths = dict.fromkeys(path for layer in shards.layers for path in layer.columns)
+        ways = ways_to_share(paths, shards.head is not None, self._numbers_of_stages(), len(self._machines))
+        for way in ways:
+            if way.name == name:
+                return self._shared(shards, way)
+        known = ", ".join(f"'{way.name}'" for way in ways)
+        ranks = count_of(len(self._machines), "rank")
+        raise UserError(f"--layout '{name}' isn't among the layouts of this model on {ranks}: {known}")
+
+    def _shared(self, shards: ShardPlan | None, way: Way) -> PlannedLayout:
+        """Plan one of the ways that are compared.
+
+        Raises:
+            PlanError: it doesn't fit.
+        """
+        if way.num_stages > 1:
+            asked = replace(
+                self._asked,
+                parallel=TENSOR,
+                num_stages=way.num_stages,
+                has_comparison=False,
+                is_load_given=False,
+                layout=None,
+            )
+            found = LayoutPlanner(self._checkpoint, self._info, self._machines, asked, self._control).plan()
+        elif way.name == ALONE:
+            found = self.alone()
+        else:
+            found = self._by_width(shards, way) if shards is not None and way.blocks else self.pipeline()
+        return replace(found, name=way.name)
+
+    def _by_width(self, shards: ShardPlan, way: Way) -> PlannedLayout:
         """Return the plan in which only some blocks of each layer are split."""
         notes = self._held_whole(shards)
-        if chosen.name != TENSOR:
-            shards = restrict(self._twin(), shards, chosen.blocks, chosen.has_split_head, self._trying)
+        if way.name != TENSOR:
+            shards = restrict(self._twin(), shards, way.blocks, way.has_split_head, self._trying)
         return PlannedLayout(self._fitted(shards), shards, notes=notes)
 
     def _held_whole(self, shards: ShardPlan) -> tuple[str, ...]:

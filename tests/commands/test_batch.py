@@ -374,5 +374,5 @@ def test_which_options_answers_depend_on() -> None:
         "extra_eos_token", "max_tokens", "temp", "top_p", "min_p", "top_k", "min_tokens_to_keep", "xtc_probability",
         "xtc_threshold", "repetition_penalty", "repetition_context_size", "max_repeats", "seed", "stop_words",
         "max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start", "max_context", "parallel", "width_split", "plan_for",
-        "stages", "tensor",
+        "layout", "stages", "tensor",
     }  # fmt: skip

@@ -77,6 +77,21 @@ def test_every_stream_goes_on_where_it_was(running: Server, wanted: list[str], r
     assert num_restarts(running) == restarts + 1, running.running.err
 
 
+def test_ranks_share_the_model_as_before() -> None:
+    """What they have found to be fastest might be another layout next time, and takes seconds to find."""
+    with server("--timeout", str(TIMEOUT_S), "--parallel", "auto") as running:
+        running.await_ready()
+        before, (layout,) = (
+            running.status()["ranks"],
+            re.findall("chosen: (.*), [0-9.,]+ tokens/s", running.running.err),
+        )
+        os.kill(running.rank_pids()[1], signal.SIGKILL)
+        running.client().completions.create(model=MODEL, prompt="Once", max_tokens=3)
+        assert num_restarts(running) == 1
+        assert [rank["layers"] for rank in running.status()["ranks"]] == [rank["layers"] for rank in before], layout
+        assert len(re.findall("timing layers to choose a layout", running.running.err)) == 1
+
+
 def test_a_request_that_kills_ranks_is_given_up_alone() -> None:
     """Streams that were at work beside it, and requests that waited, end as if it had never been."""
     options = ("--timeout", str(TIMEOUT_S), "--max-restarts", "2", "--max-batch-size", "10")

@@ -19,6 +19,7 @@ from hippo_mpi.planning.layout_choice import (
     LinkTimes,
     ModelSizes,
     Prediction,
+    Way,
     best,
     link_times,
     reason,
@@ -138,7 +139,7 @@ def test_one_rank_that_would_be_faster_but_has_no_room_is_named() -> None:
 
 def test_the_first_is_taken_if_it_is_nearly_as_fast() -> None:
     pipeline, tensor, some, fast = (
-        Prediction(name, dict.fromkeys(LOADS, rate))
+        Prediction(Way(name), dict.fromkeys(LOADS, rate))
         for name, rate in ((PIPELINE, 10.0), (TENSOR, 10.4), ("some", 10.6), ("fast", 11.0))
     )
     assert best([pipeline, tensor], "one") is pipeline
@@ -150,8 +151,8 @@ def test_what_cannot_be_taken_is_passed_over() -> None:
     predictions = compared(free()).predictions({TENSOR: "it doesn't fit"})
     assert best(predictions, "one").name == "tensor, head whole"
     assert "it doesn't fit" in table(predictions, best(predictions, "one"))
-    tensor = Prediction(TENSOR, dict.fromkeys(LOADS, 9.0), ("mlp",), problem="it doesn't fit")
-    pipeline = Prediction(PIPELINE, dict.fromkeys(LOADS, 1.0))
+    tensor = Prediction(Way(TENSOR, ("mlp",)), dict.fromkeys(LOADS, 9.0), "it doesn't fit")
+    pipeline = Prediction(Way(PIPELINE), dict.fromkeys(LOADS, 1.0))
     assert best([tensor, pipeline], "one") is pipeline
 
 

@@ -41,6 +41,7 @@ def planner(
         (4, {"num_stages": 2}, "--stages is for --parallel tensor"),
         (2, {"collectives": "graph"}, "--collectives is for --parallel tensor"),
         (2, {"parallel": "tensor", "is_load_given": True}, "--plan-for is for --parallel auto"),
+        (2, {"parallel": "tensor", "layout": "mlp only"}, "--layout mlp only is for --parallel auto"),
         (2, {"parallel": "tensor", "layer_split": (6, 6)}, "--layer-split is for --parallel pipeline; with tensor, --width-split"),
         (2, {"parallel": "auto", "layer_split": (6, 6)}, "--layer-split is for --parallel pipeline; with auto, --width-split"),
         (3, {"parallel": "tensor", "num_stages": 2}, "--stages 2 needs 4, 6 ... ranks: as many in each stage, at least 2; there are 3"),
@@ -99,6 +100,48 @@ def test_one_rank_is_taken_if_it_has_room(rooms_bytes: tuple[int, ...], counts: 
     found = planner.planned(shards, [Timed(RankTimes((kind,), none, none), link)] * 2, include_sums=False)
     assert found.split.counts == counts
     assert ("rank 0 has " in found.notes[-1]) == (counts[1] > 0)
+
+
+def test_a_layout_is_taken_by_its_name(tmp_path: Path) -> None:
+    """Without times it is the same as if it had been chosen by them."""
+    checkpoint = open_checkpoint(ModelSource(tiny_models.make_checkpoint("llama", tmp_path)))
+    info, machines = model_info(checkpoint, KVSettings()), [Machine(f"mini{rank}", 1 << 34) for rank in range(4)]
+
+    def asking(**asked: Any) -> LayoutPlanner:
+        return LayoutPlanner(checkpoint, info, machines, PlanConstraints(None, 256, parallel="auto", **asked), QUIET)
+
+    shards, link = asking().widths(), LinkTimes(((1, 1.0),), ((1, 1.0),))
+    blocks = {path: (1.0,) * len(SHAPES) for path in ("self_attn.o_proj", "mlp.down_proj")}
+    kind = KindTimes(tuple(range(info.num_layers)), (1.0,) * 6, (1.0,) * 6, blocks, dict.fromkeys(blocks, (1,)))
+    timed = [Timed(RankTimes((kind,), (0.0,) * 6, (0.0,) * 6), link)] * 4
+    comparison = asking().compare(shards, timed, include_sums=False)
+    names = [one.name for one in comparison.predictions()]
+    assert set(names) >= {
+        "pipeline",
+        "one rank alone",
+        "tensor",
+        "mlp only",
+        "self_attn only, head whole",
+        "tensor, 2 stages",
+    }
+    for name in names:
+        others = {other: "not now" for other in names if other != name}
+        planner = asking()
+        planner._problems = lambda others=others: dict(others)  # type: ignore[method-assign]
+        chosen, named = planner.choose(shards, comparison), asking(layout=name).plan()
+        assert named.name == chosen.name == name
+        assert (named.split, named.shards) == (chosen.split, chosen.shards)
+
+
+def test_a_name_of_no_layout_is_refused(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(ModelSource(tiny_models.make_checkpoint("llama", tmp_path)))
+    info, machines = model_info(checkpoint, KVSettings()), [Machine(f"mini{rank}", 1 << 34) for rank in range(2)]
+    asked = PlanConstraints(None, 256, parallel="auto", layout="attention")
+    with pytest.raises(UserError) as refused:
+        LayoutPlanner(checkpoint, info, machines, asked, QUIET).plan()
+    assert str(refused.value).startswith(
+        "--layout 'attention' isn't among the layouts of this model on 2 ranks: 'pipeline', 'one "
+    )
 
 
 @pytest.mark.parametrize(("width_split", "num_whole"), [((1, 1), 0), ((3, 1), 6)])

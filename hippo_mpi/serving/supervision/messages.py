@@ -52,12 +52,14 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
 
     Attributes:
         machines: the budget of each rank before it loaded anything.
+        layout: which of those that `--parallel auto` compares, by name.
     """
 
     max_context: int
     vocab_size: int
     ranks: list[RankPart] = []
     machines: list[Machine] = []
+    layout: str | None = None
 
     @property
     def where(self) -> str:

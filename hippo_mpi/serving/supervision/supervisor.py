@@ -88,6 +88,11 @@ class LaunchPlan:
     hostfile: Hostfile | None = None
     backend: str = "ring"
 
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks are started."""
+        return len(self.hostfile.hosts) if self.hostfile else self.num_local
+
 
 class RankGroup:
     """The processes of one start, each in a session of its own.
@@ -347,7 +352,8 @@ class Supervisor:
     async def _plan(self, key: RunKey) -> LaunchPlan:
         """Plan a start on the hosts that answer.
 
-        The context of the first start is kept, even if less memory is free by now: else answers could not go on.
+        The context of the first start is kept, even if less memory is free by now: else answers could not go on. So is
+        the layout that as many ranks had chosen: another one could round otherwise, and change a word of them.
         """
         about, living = self._broker.about, None
         if self._hosts:
@@ -366,7 +372,10 @@ class Supervisor:
         _log.info("starting the ranks of %s on %s", self._broker.model, where)
         if about is None:
             return plan
-        return replace(plan, words=[*plan.words, "--max-context", str(about.max_context)])
+        words, layout = ["--max-context", str(about.max_context)], self._broker.layouts.get(self._broker.model)
+        if layout is not None and len(about.ranks) == plan.num_ranks:
+            words += ["--layout", layout]
+        return replace(plan, words=[*plan.words, *words])
 
     def _why(self, group: RankGroup) -> str | None:
         """Return what the exit status says of ranks that never became ready.
