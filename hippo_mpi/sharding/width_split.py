@@ -32,6 +32,7 @@ from hippo_mpi.sharding.linear_layers import (
 from hippo_mpi.sharding.narrowing import Narrowing, Rows, find_narrowing, innermost
 
 _MIN_SHARE = 0.02  # of a layer's weights: splitting a smaller one would cost more than it saves
+_LEAST = 1e-9  # a share that rounds to nothing counts as that much
 _MAX_RUNS = 96  # of a layer, to find the rows of one linear layer; beyond, some are held twice
 _ACTIVE_EXPERTS = 8  # about as many of a mixture work on a token
 _SELECTING = re.compile(r"\b(?:argpartition|argsort|topk)\(")
@@ -258,7 +259,7 @@ class _LayerSplitter:
             held = self._rows(source, {path: (0, cut, width)})
             size = num_bytes(self._linears[source]) / self._widths[source]
             sides = [side + size * sum(b - a for a, b in ranges) for side, ranges in zip(sides, held, strict=True)]
-        return max(sides[0] / wanted, sides[1] / (1 - wanted))
+        return max(sides[0] / max(wanted, _LEAST), sides[1] / max(1 - wanted, _LEAST))
 
     def _rows(self, source: str, bounds: dict[str, Bounds]) -> Rows:
         """Return the rows of a linear layer that each rank needs for its columns."""

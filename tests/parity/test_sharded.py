@@ -212,6 +212,13 @@ def test_three_heads_over_two_ranks() -> None:
     assert_close(checkpoint, "llama", plan)
 
 
+@pytest.mark.parametrize("shares", [(1.0, 1e-35), (1e-35, 1.0)])
+def test_a_share_that_rounds_to_nothing(shares: tuple[float, float]) -> None:
+    """Each rank holds something of what is split all the same."""
+    checkpoint = opened("llama")
+    assert_close(checkpoint, "llama", plan_of(checkpoint, shares))
+
+
 def test_caches_and_weights_are_as_small_as_the_share() -> None:
     checkpoint = opened("llama-full")
     plan = plan_of(checkpoint, (0.5, 0.5))
