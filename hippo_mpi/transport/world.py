@@ -136,6 +136,11 @@ def _explain(launch: Launch, error: str) -> str:
         return f"can't load MPI ({library}): {error}; set MLX_MPI_LIBNAME to the library of the mpirun in use"
     if "bind" in error:
         return f"the ring's address of rank {launch.rank} is in use or not this host's: {error}; try --starting-port"
+    if "Couldn't connect" in error:
+        return (
+            f"rank {launch.rank} couldn't reach the next rank: MLX's ring tries at once and after 1, 3, 7 and 15 s, whatever"
+            " --start-timeout; start all ranks within 15 s, and check the firewall between them"
+        )
     return f"the {launch.backend} backend can't start: {error}"
 
 

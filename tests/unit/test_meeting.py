@@ -217,3 +217,14 @@ def test_rank_0_is_called_where_its_packets_leave(monkeypatch: pytest.MonkeyPatc
 def test_a_ring_on_one_machine_is_called_by_its_own_address_only() -> None:
     ring = (("127.3.4.5",),) * 2
     assert control_addresses(Launch("ring", 0, 2, ring)) == ("127.3.4.5",)
+
+
+def test_a_rank_that_starts_too_late_for_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's ring gives up by itself, however long ranks may wait."""
+
+    def init(**options: object) -> None:
+        raise RuntimeError("[ring] Couldn't connect (error: 111)")
+
+    monkeypatch.setattr("mlx.core.distributed.init", init)
+    with pytest.raises(LaunchError, match=r"rank 1 couldn't reach the next rank: .*; start all ranks within 15 s"):
+        worlds.connect(Launch("ring", 1, 2, (("127.0.0.1",), ("127.0.0.1",))), 60)
