@@ -78,6 +78,7 @@ class Control:
         self._star: dict[int, socket.socket] = {}
         self._readers: dict[int, FrameReader] = {}
         self._peers: dict[int, Peer] = {}
+        self._unconnected: list[int] = []  # processes of ranks of this host that have no star connection to this one
         self._write_lock = threading.Lock()
         self._end_lock = threading.Lock()
         self._pulse = Pulse(timeout_s)
@@ -249,6 +250,7 @@ class Control:
         self._readers = {rank: FrameReader(connection) for rank, connection in self._star.items()}
         pids = [who.pid if who.host == world.host else None for who in contacts]
         self._peers = {rank: Peer(self.names[rank], now, pids[rank]) for rank in self._star}
+        self._unconnected = [pid for rank, pid in enumerate(pids) if rank not in self._star and pid is not None]
 
     def _send(self, rank: int, message: RankMessage) -> None:
         data = encode(message)
@@ -381,7 +383,8 @@ class Control:
         now = time.monotonic()
         for peer in self._peers.values() if self.world.backend != "mpi" else ():  # mpirun does it, with our exit status
             if peer.pid is not None and now - peer.beat_at > self.timeout_s and not peer.said_bye:
-                kill_rank_if_stopped(peer.pid)
+                for pid in (peer.pid, *self._unconnected):  # if rank 0 is stopped, nobody else looks after the others
+                    kill_rank_if_stopped(pid)
 
 
 def _limit_sends(connection: socket.socket, timeout_s: float) -> None:

@@ -81,6 +81,16 @@ def test_stopped_while_decoding(victim: int) -> None:
         assert_ended(running, TIMEOUT_S, f"rank {victim} (", [1 - victim])
 
 
+def test_two_of_three_are_stopped() -> None:
+    """The one that is left has heard of rank 0 only, and leaves none behind all the same."""
+    with ranks.ring([endless()] * 3) as running:
+        running[0].await_output()
+        for victim in (0, 1):
+            running[victim].process.send_signal(signal.SIGSTOP)
+        assert running[2].wait(TIMEOUT_S + SLACK_S) == 3
+        assert [running[victim].wait(SLACK_S) for victim in (0, 1)] == [-signal.SIGKILL] * 2
+
+
 @pytest.mark.parametrize("delay_s", [0.2, 0.8, 1.5, 2.2])
 def test_killed_while_starting_or_loading(delay_s: float) -> None:
     with ranks.ring([[*endless(), "--start-timeout", str(TIMEOUT_S)]] * 2) as running:
