@@ -27,8 +27,8 @@ MAX_CONTEXT = VOCAB_SIZE = 100
 HANG_S = 30.0
 
 
-def ready() -> bytes:
-    return line_of(Ready(MAX_CONTEXT, VOCAB_SIZE))
+def ready(layout: str | None = None) -> bytes:
+    return line_of(Ready(MAX_CONTEXT, VOCAB_SIZE, layout=layout))
 
 
 def output(

@@ -142,3 +142,17 @@ def test_a_model_that_cannot_be_planned_any_more_ends_no_server(
     assert "can't be planned: no such model folder" in caplog.text
     assert taken == [[4, 8]]
     assert not may_be_better([60.0, 55.0, 56.0]) and may_be_better([60.0, 20.0])
+
+
+def test_a_layout_that_does_not_load_is_not_tried_again() -> None:
+    async def work() -> None:
+        front = RequestBroker(10, "m")
+        ranks = fake_link.FakeRanks(front)
+        await ranks.say(fake_link.ready("mlp only"))
+        await ranks.end()
+        lose(front)
+        assert front.about is not None and front.about.layout == "mlp only"
+        front.lose_ranks("too little memory", 3)
+        assert front.about.layout is None and front.about.max_context == fake_link.MAX_CONTEXT
+
+    run(work())

@@ -111,9 +111,10 @@ def test_a_layout_is_taken_by_its_name(tmp_path: Path) -> None:
         return LayoutPlanner(checkpoint, info, machines, PlanConstraints(None, 256, parallel="auto", **asked), QUIET)
 
     shards, link = asking().widths(), LinkTimes(((1, 1.0),), ((1, 1.0),))
-    blocks = {path: (1.0,) * len(SHAPES) for path in ("self_attn.o_proj", "mlp.down_proj")}
-    kind = KindTimes(tuple(range(info.num_layers)), (1.0,) * 6, (1.0,) * 6, blocks, dict.fromkeys(blocks, (1,)))
-    timed = [Timed(RankTimes((kind,), (0.0,) * 6, (0.0,) * 6), link)] * 4
+    same = (1.0,) * len(SHAPES)
+    blocks = dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), same)
+    kind = KindTimes(tuple(range(info.num_layers)), same, same, blocks, dict.fromkeys(blocks, (1,)))
+    timed = [Timed(RankTimes((kind,), same, same), link)] * 4
     comparison = asking().compare(shards, timed, include_sums=False)
     names = [one.name for one in comparison.predictions()]
     assert set(names) >= {

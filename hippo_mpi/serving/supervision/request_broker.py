@@ -73,8 +73,6 @@ class RequestBroker:
         self._abouts: dict[str, Ready] = {}
         self.layer_splits: dict[str, list[int]] = {}
         """Layers per rank with which a model is to be started, where work has shown that they are better."""
-        self.layouts: dict[str, str | None] = {}
-        """How ranks have shared a model, where they have found out for themselves what is fastest."""
         self._new_split: list[int] | None = None  # for the present model, once its running answers have ended
         self.machines: list[Machine] = []  # memory budgets of the ranks that were ready last
         self._set_state(f"loading {model}")
@@ -301,7 +299,8 @@ class RequestBroker:
         self._num_failed_starts += not self.was_ready
         if not self.was_ready:
             self.layer_splits.pop(self.model, None)
-            self.layouts.pop(self.model, None)
+            if self.about is not None:  # the next ranks find out anew how to share the model
+                self._abouts[self.model] = msgspec.structs.replace(self.about, layout=None)
         if self._num_failed_starts > most_failures:
             in_vain = f"its ranks failed {self._num_failed_starts} times while loading it, most recently: {why}"
             self._wanted.answer(self.model, UserError(f"the model {self.model!r} can't be loaded: {in_vain}"))
@@ -380,7 +379,6 @@ class RequestBroker:
     def _welcome(self, about: Ready, writer: asyncio.StreamWriter) -> None:
         """Take ranks into service that have loaded their model."""
         self._abouts[self.model], self.machines = about, about.machines
-        self.layouts[self.model] = about.layout
         self._writer = writer
         self.was_ready = self._was_loaded = True
         self._num_failed_starts = 0

@@ -372,9 +372,9 @@ class Supervisor:
         _log.info("starting the ranks of %s on %s", self._broker.model, where)
         if about is None:
             return plan
-        words, layout = ["--max-context", str(about.max_context)], self._broker.layouts.get(self._broker.model)
-        if layout is not None and len(about.ranks) == plan.num_ranks:
-            words += ["--layout", layout]
+        words = ["--max-context", str(about.max_context)]
+        if about.layout is not None and len(about.ranks) == plan.num_ranks:
+            words += ["--layout", about.layout]
         return replace(plan, words=[*plan.words, *words])
 
     def _why(self, group: RankGroup) -> str | None:
